@@ -1,0 +1,38 @@
+"""``lockstep``: the entry point. Exit codes: 0 pass, 1 parity FAIL, 2 usage or configuration, 3 could not run."""
+
+import sys
+
+import typer
+
+from lockstep.cli import check, engines, models, train
+from lockstep.cli.console import fail
+from lockstep.errors import LockstepError
+
+app = typer.Typer(
+    name="lockstep",
+    help="Online RL for language models in which every rollout log-probability is proven before it is trained on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train.train)
+app.command("check")(check.check)
+app.add_typer(engines.app, name="engines")
+app.add_typer(models.app, name="models")
+
+
+def main() -> None:
+    """Run a verb and turn its error into an exit code."""
+    try:
+        app()
+    except LockstepError as error:
+        fail(error, as_json="--json" in sys.argv)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

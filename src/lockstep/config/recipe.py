@@ -1,0 +1,248 @@
+"""The recipe: what a run is. TOML on disk, frozen structs in memory, strict about every key.
+
+A run is reproduced by its recipe alone, so no default depends on the machine; what is resolved at run time (a device, an
+engine's own defaults) goes into the manifest with its reason.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from lockstep.errors import RecipeError
+from lockstep.records.tokens import NonNegative, Positive, SamplingParams
+
+Dtype = Literal["float32", "bfloat16"]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Model(_Section):
+    """The policy that is trained."""
+
+    path: str
+    """A directory with a Hugging Face checkpoint, the name of an installed model, or ``org/name``."""
+    dtype: Dtype = "float32"
+    """Of the trainer's body; fp32 master weights are kept beside a bf16 body."""
+    head_dtype: Dtype = "float32"
+    """Of the last matrix product, on the trainer's side and, through the adapter, on the engine's."""
+
+
+class Engine(_Section):
+    """What samples tokens."""
+
+    name: Literal["auto", "vllm", "transformers"] = "auto"
+    """``auto``: the newest installed vLLM, else transformers beside the trainer."""
+    version: str = ""
+    """Empty: the newest installed."""
+    dtype: Dtype | None = None
+    """None: the model's."""
+    head_dtype: Dtype | None = None
+    """None: the model's."""
+    max_model_len: Positive = 1024
+    options: dict[str, Any] = {}
+    """Passed to the engine by its own names; each overrides what Lockstep would set."""
+
+
+class Task(_Section):
+    """Where prompts and rewards come from."""
+
+    name: str
+    """``reasoning_gym:DATASET``, or ``module:function`` returning a sequence of {"question", "answer"} mappings."""
+    options: dict[str, Any] = {}
+    """Passed to the dataset by its own names."""
+    examples: NonNegative = 0
+    """Solved examples shown before each question, drawn from the same dataset under another seed."""
+    system_prompt: str = ""
+    reward: str = "exact_match"
+    """``exact_match``, ``dataset`` (the dataset's own scorer), or ``module:function`` of (completion, item) → float."""
+
+
+class Objective(_Section):
+    """The loss as a function of log-probabilities and advantages."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    clip_high: PositiveFloat = 0.2
+    """The ratio is held in [1 − clip_low, 1 + clip_high]."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """``std`` divides the group-relative advantage by the group's standard deviation (GRPO); ``none`` does not (Dr. GRPO)."""
+    loss_scale: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of the batch (DAPO), or over each sequence first (GRPO)."""
+    old_logprobs: Literal["trainer", "engine"] = "trainer"
+    """Denominator of the policy ratio. ``engine`` skips the trainer's own pass: the dividend of a passing certificate."""
+
+
+class Optimizer(_Section):
+    """AdamW over fp32 weights."""
+
+    lr: PositiveFloat = 1e-6
+    warmup_steps: NonNegative = 0
+    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class Training(_Section):
+    """How long and in what portions."""
+
+    steps: Positive
+    prompts_per_step: Positive = 8
+    group_size: Annotated[int, Meta(ge=2)] = 8
+    """Samples per prompt; advantages are relative to the group."""
+    minibatches: Positive = 1
+    """Optimizer steps per batch of rollouts."""
+    tokens_per_microbatch: Positive = 4096
+    """Bound on the tokens of one forward pass; more are accumulated."""
+    checkpoint_every: Positive = 20
+    seed: int = 0
+
+
+class Parity(_Section):
+    """How much the ladder compares."""
+
+    probe_prompts: Annotated[int, Meta(ge=4)] = 16
+    probe_tokens: Annotated[int, Meta(ge=4)] = 32
+    """Sampled per probe prompt and pass."""
+    canary_tokens: Annotated[int, Meta(ge=16)] = 128
+    """Known tokens that engine and trainer score after every weight sync."""
+
+
+class Recipe(_Section):
+    """A whole run. Example: ``recipes/quickstart.toml``."""
+
+    model: Model
+    task: Task
+    sampling: SamplingParams
+    training: Training
+    engine: Engine = Engine()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    parity: Parity = Parity()
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a TOML recipe and apply ``--set`` overrides.
+
+    Args:
+        path: the file.
+        overrides: ``section.key=value`` strings; the value is read as TOML, and as a plain string where it is none.
+
+    Raises:
+        RecipeError: for a file that is not there or no TOML, an unknown key (the nearest is named), a value of the wrong
+            type or out of range.
+    """
+    if not path.is_file():
+        raise RecipeError(
+            f"recipe {path}", got="no such file", expected="a TOML recipe", hint="ls recipes/  (quickstart.toml is the first one)"
+        )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}", got=str(error), expected="valid TOML", hint=f"open {path} there") from error
+    for override in overrides or []:
+        _apply(table, override)
+    return parse_recipe(table, str(path))
+
+
+def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
+    """Build a :class:`Recipe` from a nested dict, naming ``source`` in errors."""
+    _refuse_unknown_keys(table, Recipe, source, ())
+    try:
+        recipe = msgspec.convert(table, Recipe)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        key = where.rstrip("`").lstrip(".") or "(top level)"
+        raise RecipeError(
+            f"recipe {source}, key {key}", got=_value_at(table, key), expected=message, hint=f"--set {key}=…  or edit {source}"
+        ) from error
+    _refuse_untrainable(recipe, source)
+    return recipe
+
+
+def _refuse_untrainable(recipe: Recipe, source: str) -> None:
+    if recipe.sampling.n != 1:
+        raise RecipeError(
+            f"recipe {source}, key sampling.n",
+            got=str(recipe.sampling.n),
+            expected="no such key: the samples per prompt are training.group_size",
+            hint=f"--set training.group_size={recipe.sampling.n}",
+        )
+    if recipe.sampling.temperature == 0.0:
+        raise RecipeError(
+            f"recipe {source}, key sampling.temperature",
+            got="0 (greedy)",
+            expected="a positive temperature: greedy samples of a group are all alike, so every advantage is 0",
+            hint="--set sampling.temperature=1.0",
+        )
+    groups, parts = recipe.training.prompts_per_step, recipe.training.minibatches
+    if groups % parts:
+        raise RecipeError(
+            f"recipe {source}, key training.minibatches",
+            got=str(parts),
+            expected=f"a divisor of training.prompts_per_step = {groups}",
+            hint="--set training.minibatches=1",
+        )
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise RecipeError("flag --set", got=repr(override), expected="section.key=value", hint="--set optimizer.lr=1e-5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for depth, key in enumerate(keys[:-1]):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            where = ".".join(keys[: depth + 1])
+            raise RecipeError("flag --set", got=repr(override), expected=f"{where} to be a section", hint=f"--set {where}=…")
+    table[keys[-1]] = value
+
+
+def _refuse_unknown_keys(table: dict[str, Any], kind: type[Struct], source: str, path: tuple[str, ...]) -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in table.items():
+        where = ".".join((*path, key))
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            elsewhere = [] if near else _homes_of(key)
+            guess = ".".join((*path, near[0])) if near else (elsewhere[0] if elsewhere else "")
+            raise RecipeError(
+                f"recipe {source}, key {where}",
+                got="an unknown key",
+                expected=f"{guess!r} perhaps" if guess else f"one of {', '.join(sorted(fields))}",
+                hint=f"the keys of [{'.'.join(path) or 'the recipe'}] are {', '.join(sorted(fields))}",
+            )
+        if isinstance(value, dict) and isinstance(fields[key], type) and issubclass(fields[key], Struct):
+            _refuse_unknown_keys(value, fields[key], source, (*path, key))
+
+
+def _homes_of(key: str) -> list[str]:
+    """Full names of keys like ``key`` in any section."""
+    names = {
+        field.name: f"{section.name}.{field.name}"
+        for section in msgspec.structs.fields(Recipe)
+        for field in msgspec.structs.fields(section.type)
+    }
+    return [names[match] for match in difflib.get_close_matches(key, names, n=1, cutoff=0.7)]
+
+
+def _value_at(table: dict[str, Any], key: str) -> str:
+    value: Any = table
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return "nothing"
+        value = value[part]
+    return repr(value)

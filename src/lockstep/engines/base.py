@@ -1,0 +1,73 @@
+"""What an engine is, to everything above it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+
+from lockstep.records.messages import Ready
+from lockstep.records.semantics import LogprobSemantics
+from lockstep.records.tokens import Completion, SamplingParams
+from lockstep.records.versions import LoadReceipt, WeightUpdate
+
+
+class EngineSpec(Struct, frozen=True, kw_only=True):
+    """What an adapter needs to start an engine."""
+
+    model_path: Path
+    dtype: str
+    head_dtype: str
+    max_model_len: int
+    options: dict[str, Any]
+    weights_dir: Path
+    """Where published weights will lie; the engine reads weights from nowhere else."""
+    log_path: Path
+
+
+class Engine(ABC):
+    """A running engine. Token ids in, token ids and log-probabilities out; text never crosses this line."""
+
+    ready: Ready
+    """Who it is and what it resolved to, read back from the running engine."""
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """Draw completions.
+
+        Args:
+            prompts: int32 [P] each.
+            params: one for each prompt.
+
+        Returns:
+            ``sum(p.n for p in params)`` completions in prompt order, then sample order.
+        """
+
+    @abstractmethod
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The engine's own log-probabilities of given tokens at T = 1 (score B), with no cache in the way.
+
+        Args:
+            sequences: int32 [L] each, L ≥ 2.
+
+        Returns:
+            float32 [L − 1] each; NaN where the engine gave none.
+        """
+
+    @abstractmethod
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
+        """Replace the weights at an engine boundary: no completion spans the switch, and no cache survives it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine; safe to call twice."""
+
+    def semantics(self, sampling: SamplingParams) -> LogprobSemantics:
+        """Which distribution the log-probabilities of ``sampling`` are *declared* to be of. Layer 1 tests the declaration."""
+        return LogprobSemantics.of(self.ready.distribution, sampling)
+
+    @abstractmethod
+    def fix(self, cause: str) -> str:
+        """The recipe line or flag of this engine and version that mends ``cause``."""

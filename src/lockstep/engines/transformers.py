@@ -1,0 +1,182 @@
+"""The transformers engine: ``generate`` beside the trainer, on a copy of the model of its own.
+
+The embedded default where no vLLM is installed, and a second opinion everywhere else. Log-probabilities are taken from the
+scores that tokens were drawn from (``output_scores``: after temperature and truncation, before softmax), one step at a time.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from lockstep.engines.base import Engine, EngineSpec
+from lockstep.errors import EngineError
+from lockstep.records.messages import Ready
+from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
+from lockstep.records.versions import LoadReceipt, VersionSpan, WeightUpdate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULTS = {"attn_implementation": "sdpa", "max_batch_size": 128}
+
+
+class TransformersEngine(Engine):
+    """``model.generate`` in the trainer's process."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        began = time.perf_counter()
+        options = DEFAULTS | spec.options
+        unknown = sorted(options.keys() - DEFAULTS.keys())
+        if unknown:
+            raise EngineError("engine.options", got=unknown[0], expected=f"one of {', '.join(DEFAULTS)}", hint="edit the recipe")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            spec.model_path, dtype=DTYPES[spec.dtype], attn_implementation=options["attn_implementation"], use_safetensors=True
+        ).eval()
+        if spec.head_dtype != spec.dtype:
+            _raise_head(self.model, DTYPES[spec.head_dtype])
+        self.model.generation_config = GenerationConfig()  # the checkpoint's own would edit every request silently
+        self.max_batch_size, self.max_model_len = int(options["max_batch_size"]), spec.max_model_len
+        self.weights_dir, self.version = spec.weights_dir, 0
+        resolved = {"worker.parameter_dtype": str(self.model.dtype), "worker.head_dtype": f"torch.{spec.head_dtype}"} | options
+        self.ready = Ready(
+            engine="transformers",
+            version=transformers.__version__,
+            generation="generate",
+            distribution="sampler",
+            resolved=resolved | {"versions.torch": str(torch.__version__), "max_model_len": spec.max_model_len},
+            capabilities={"rescore": "a forward pass, no cache", "load": "in place, between requests", "seed": "per prompt"},
+            start_s=time.perf_counter() - began,
+        )
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """See :meth:`Engine.sample`. One prompt at a time, its samples as one batch: nothing is padded."""
+        found: list[list[Completion]] = [[] for _ in prompts]
+        for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            if len(prompt) + sampling.max_tokens > self.max_model_len:
+                raise EngineError(
+                    f"engine, prompt {number}",
+                    got=f"{len(prompt)} tokens and {sampling.max_tokens} to come",
+                    expected=f"at most engine.max_model_len = {self.max_model_len}",
+                    hint=f"--set engine.max_model_len={len(prompt) + sampling.max_tokens}",
+                )
+            for start in range(0, sampling.n, self.max_batch_size):
+                n = min(self.max_batch_size, sampling.n - start)
+                found[number] += self._generate(number, prompt, sampling, start, n)
+        return [completion for group in found for completion in group]
+
+    def _generate(self, number: int, prompt: np.ndarray, sampling: SamplingParams, first: int, n: int) -> list[Completion]:
+        taken = _TakeLogprobs()
+        ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device).expand(n, -1)
+        with torch.random.fork_rng(enabled=sampling.seed is not None):
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed + first)
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=_generation_config(sampling),
+                logits_processor=LogitsProcessorList([taken]),
+            )
+        logprobs = taken.finish(output).cpu()  # [n, steps]
+        tokens = output[:, len(prompt) :].cpu()
+        return [self._completion(number, first + i, tokens[i].tolist(), logprobs[i].tolist(), sampling) for i in range(n)]
+
+    def _completion(self, number: int, sample: int, ids: list[int], logprobs: list[float], sampling: SamplingParams) -> Completion:
+        stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))
+        stopped = bool(stop and ids[stop - 1] in sampling.stop_token_ids)
+        values = [value if np.isfinite(value) else None for value in logprobs[:stop]]
+        return Completion(
+            prompt_index=number,
+            sample_index=sample,
+            token_ids=pack_ids(ids[:stop]),
+            logprobs=pack_logprobs(values),
+            finish_reason="stop" if stopped else "length",
+            version_spans=(VersionSpan(0, stop, self.version),),
+            missing=values.count(None),
+        )
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See :meth:`Engine.score`."""
+        found = []
+        for sequence in sequences:
+            ids = torch.from_numpy(sequence.astype(np.int64)).to(self.model.device)
+            logprobs = self.model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+            found.append(logprobs.gather(1, ids[1:, None])[:, 0].cpu().numpy().astype(FLOAT32))
+        return found
+
+    @torch.no_grad()
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
+        """See :meth:`Engine.load`. ``stale_head`` cannot be planted here: nothing is packed."""
+        began = time.perf_counter()
+        if Path(update.path).resolve().parent != self.weights_dir.resolve():
+            raise EngineError("engine, load", got=update.path, expected=f"a file in {self.weights_dir}", hint="use the run's publisher")
+        weights = self.model.state_dict()
+        with safe_open(update.path, framework="pt") as file:
+            names = list(file.keys())
+            for name in names if "not_delivered" not in faults else []:
+                weights[name].copy_(file.get_tensor(name))
+        self.version = update.version
+        return LoadReceipt(update.version, len(names), time.perf_counter() - began, (), cache_cleared=True)
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`. There is no process to end."""
+
+    def fix(self, cause: str) -> str:
+        """See :meth:`Engine.fix`."""
+        return {
+            "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
+            "body_precision": "engine.dtype = model.dtype",
+        }.get(cause, "no flag of this engine is known to mend it")
+
+
+class _TakeLogprobs(LogitsProcessor):
+    """Sees each step's final scores, and one step later the token that was drawn from them. Keeps one [n, V] at a time."""
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._taken: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._scores is not None:
+            self._take(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def _take(self, tokens: Tensor) -> None:
+        assert self._scores is not None
+        logprobs = self._scores.float().log_softmax(-1)
+        self._taken.append(logprobs.gather(1, tokens[:, None])[:, 0])
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """[n, steps]; the last step's token is in the finished sequences only."""
+        self._take(sequences[:, -1])
+        return torch.stack(self._taken, dim=1)
+
+
+def _generation_config(sampling: SamplingParams) -> GenerationConfig:
+    greedy = sampling.temperature == 0.0
+    drawn = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    if not greedy and sampling.min_p > 0.0:
+        drawn["min_p"] = sampling.min_p
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        raise EngineError("engine, sample", got="a presence or frequency penalty", expected="none", hint="transformers has neither")
+    return GenerationConfig(
+        do_sample=not greedy,
+        max_new_tokens=sampling.max_tokens,
+        eos_token_id=list(sampling.stop_token_ids) or None,
+        pad_token_id=sampling.stop_token_ids[0] if sampling.stop_token_ids else 0,
+        repetition_penalty=sampling.repetition_penalty,
+        **drawn,
+    )
+
+
+def _raise_head(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Compute the last product in ``dtype``, the stored weight cast on the way, as vLLM's ``head_dtype`` does."""
+    head = model.get_output_embeddings()
+    head.forward = lambda hidden: torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype))

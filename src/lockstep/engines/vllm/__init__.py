@@ -1,0 +1,1 @@
+"""vLLM, one adapter per engine generation; each knows its version's facts."""

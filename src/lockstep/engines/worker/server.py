@@ -1,0 +1,191 @@
+"""Serve one engine over a Unix socket.
+
+    trainer ──Request──► [socket in a 0700 directory] ──► serve() ──► engine.sample / score / load
+            ◄──Reply────                                        ◄──
+
+One task reads frames and starts one task per request, so that a long sample does not hold up a score. ``Load`` waits for
+every sample in flight and holds up those that come after it: no completion spans two weight versions.
+
+The trainer passes the listening socket and the read end of a *lifeline* pipe as inherited descriptors. The pipe's end of
+file means that the trainer is gone, however it died; the worker then ends its whole process group, so nothing is orphaned.
+"""
+
+import asyncio
+import os
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from lockstep.engines.worker.group import end_group
+from lockstep.records.messages import (
+    MAX_FRAME_BYTES,
+    Failure,
+    Load,
+    Loaded,
+    Ready,
+    Reply,
+    Request,
+    Sample,
+    Sampled,
+    Score,
+    Scored,
+    Shutdown,
+    decode_request,
+    encode,
+)
+from lockstep.records.tokens import Completion, Scores
+from lockstep.records.versions import LoadReceipt
+
+_LENGTH = struct.Struct("<I")
+T = TypeVar("T")
+
+
+class ServedEngine(Protocol):
+    """What an engine must do inside its worker."""
+
+    def ready(self) -> Ready:
+        """Who the engine is and what it resolved to."""
+        ...
+
+    async def sample(self, request: Sample) -> list[Completion]:
+        """All completions of all prompts, in prompt order, then sample order."""
+        ...
+
+    async def score(self, request: Score) -> list[Scores]:
+        """One entry for each sequence, in order."""
+        ...
+
+    async def load(self, request: Load) -> LoadReceipt:
+        """Replace the weights; nothing samples meanwhile."""
+        ...
+
+    def close(self) -> None:
+        """End the engine's own processes."""
+        ...
+
+
+class BadRequest(Exception):
+    """A request or an option that is the user's to mend. ``args``: message, expected, hint."""
+
+
+def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]]) -> None:
+    """Start the engine and serve it until a Shutdown, the trainer's end, or the engine's death."""
+    asyncio.run(_run(listener_fd, lifeline_fd, start))
+
+
+async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]]) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_reader(lifeline_fd, end_process_group)
+    listener = socket.socket(fileno=listener_fd)
+    try:
+        engine = await start()
+        ready = encode(engine.ready())
+    except BaseException as error:
+        traceback.print_exc()
+        await _refuse(listener, failure_of(0, error, fatal=True))
+        sys.exit(1)
+    server = _Server(engine, ready)
+    async with await asyncio.start_unix_server(server.serve_peer, sock=listener):
+        await server.ended.wait()
+    engine.close()
+
+
+async def _refuse(listener: socket.socket, failure: Failure) -> None:
+    """Tell the waiting trainer why the engine did not start."""
+    listener.setblocking(False)
+    peer, _ = await asyncio.get_running_loop().sock_accept(listener)
+    body = encode(failure)
+    await asyncio.get_running_loop().sock_sendall(peer, _LENGTH.pack(len(body)) + body)
+    peer.close()
+
+
+def end_process_group() -> None:
+    """End this process and everything it started, at once."""
+    end_group(os.getpgrp())
+
+
+def failure_of(request_id: int, error: BaseException, *, fatal: bool = False) -> Failure:
+    """The reply that carries ``error`` to the trainer."""
+    if isinstance(error, BadRequest):
+        message, expected, hint = error.args
+        return Failure(id=request_id, message=message, expected=expected, hint=hint, usage=True, fatal=fatal)
+    return Failure(id=request_id, message=f"{type(error).__name__}: {error}"[:4000], fatal=fatal)
+
+
+class _Server:
+    def __init__(self, engine: ServedEngine, ready: bytes) -> None:
+        self.engine = engine
+        self.ready = ready
+        self.ended = asyncio.Event()
+        self._sampling: set[asyncio.Task] = set()
+        self._loading = asyncio.Lock()
+
+    async def serve_peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one peer's frames until it closes the stream or announces an impossible frame."""
+        tasks: set[asyncio.Task] = set()
+        _send(writer, self.ready)
+        try:
+            while not self.ended.is_set():
+                (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+                if length > MAX_FRAME_BYTES:
+                    return
+                frame = await reader.readexactly(length)
+                try:
+                    request = decode_request(frame)
+                except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                    _send(writer, Failure(id=0, message=f"malformed frame: {error}", expected="a Request", usage=True))
+                    continue
+                task = asyncio.create_task(self._answer(request, writer))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            writer.close()
+
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        try:
+            reply = await self._reply(request)
+        except Exception as error:
+            traceback.print_exc()
+            reply = failure_of(request.id, error, fatal=type(error).__name__ == "EngineDeadError")
+        if reply is not None:
+            _send(writer, reply)
+            await writer.drain()
+        if isinstance(reply, Failure) and reply.fatal:
+            end_process_group()
+
+    async def _reply(self, request: Request) -> Reply | None:
+        match request:
+            case Sample():
+                return Sampled(request.id, await self._tracked(self.engine.sample(request)))
+            case Score():
+                return Scored(request.id, await self._tracked(self.engine.score(request)))
+            case Load():
+                async with self._loading:
+                    if self._sampling:
+                        await asyncio.wait(self._sampling)
+                    return Loaded(request.id, await self.engine.load(request))
+            case Shutdown():
+                self.ended.set()
+                return None
+
+    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
+        async with self._loading:
+            task = asyncio.create_task(work)
+            self._sampling.add(task)
+            task.add_done_callback(self._sampling.discard)
+        return await task
+
+
+def _send(writer: asyncio.StreamWriter, reply: Reply | bytes) -> None:
+    body = reply if isinstance(reply, bytes) else encode(reply)
+    writer.write(_LENGTH.pack(len(body)))
+    writer.write(body)

@@ -1,0 +1,68 @@
+"""What runs inside vLLM's own worker process, next to the model (``worker_extension_cls``).
+
+On a CPU, vLLM packs linear weights for oneDNN when a model is loaded (vllm/model_executor/layers/utils.py,
+``dispatch_cpu_unquantized_gemm``). ``reload_weights`` packs again what it streams, but the head of a tied-embedding model is
+not streamed: its closure goes on multiplying by the old copy while ``lm_head.weight`` compares equal to the new weights.
+"""
+
+import ctypes
+import os
+import signal
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+class WeightsExtension:
+    """Mixed into ``vllm.v1.worker.*.Worker``: ``self`` is the worker, and methods are called by ``collective_rpc``.
+
+    The two annotations name what the worker brings; vLLM refuses an extension that defines an attribute of the worker's.
+    """
+
+    model_runner: Any
+    reload_weights: Any
+
+    def lockstep_describe(self) -> dict[str, Any]:
+        """What the model runner really holds, for the manifest. Also ties this process's life to its parent's."""
+        if os.uname().sysname == "Linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        model = self.model_runner.get_model()
+        head = _head(model)
+        return {
+            "pid": os.getpid(),
+            "model_class": type(model).__name__,
+            "model_runner": type(self.model_runner).__module__,
+            "parameter_dtype": str(next(model.parameters()).dtype),
+            "head_class": type(head).__name__,
+            "head_dtype": str(getattr(model.logits_processor, "head_dtype", None)),
+            "head_tied": bool(getattr(model.config, "tie_word_embeddings", False)),
+            "head_packed": hasattr(head, "cpu_linear"),
+            "logprobs_mode": str(getattr(self.model_runner.sampler, "logprobs_mode", None)),
+            "sampler": type(self.model_runner.sampler).__module__,
+        }
+
+    def lockstep_load(self, path: str, version: int, faults: list[str]) -> dict[str, Any]:
+        """Load every tensor of a safetensors file, then rebuild the head's packed copy.
+
+        Raises:
+            ValueError: when the file holds another version than was announced.
+        """
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            found = int((file.metadata() or {}).get("lockstep_version", -1))
+            if found != version:
+                raise ValueError(f"weights file {path} holds version {found}, announced was {version}")
+            names = list(file.keys())
+            if "not_delivered" not in faults:
+                self.reload_weights(weights_iterator=((name, file.get_tensor(name)) for name in names))
+        head = _head(self.model_runner.get_model())
+        repacked = []
+        if "stale_head" not in faults and "not_delivered" not in faults and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)
+            repacked.append("lm_head")
+        return {"n_tensors": len(names), "repacked": repacked}
+
+
+def _head(model: Any) -> Any:
+    return getattr(model, "lm_head", None)

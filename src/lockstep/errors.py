@@ -1,0 +1,86 @@
+"""Every error names the boundary it happened at, what was got, what was expected, and the next command.
+
+    LockstepError                exit 3   could not run
+    ├── UsageError               exit 2   the user's input: a recipe, a flag, a path
+    │   ├── RecipeError                   a key or value of a recipe
+    │   ├── ModelError                    a model that is not there or cannot be scored
+    │   ├── NotInstalledError             an engine environment that is not there
+    │   └── RewardError                   a reward function that raised or returned no finite number
+    ├── ParityError              exit 1   a layer of the ladder failed
+    │   └── WeightSyncError               the engine does not serve the weights that it was sent
+    ├── EngineError              exit 3   the engine answered with an error
+    │   └── EngineDied                    the engine's process is gone
+    ├── ProtocolError            exit 3   a frame that is not a message of the worker protocol
+    ├── InstallError             exit 3   an environment could not be built
+    ├── RunError                 exit 3   a run directory that cannot be read or continued
+    └── DivergenceError          exit 3   the loss or a gradient is no finite number
+"""
+
+
+class LockstepError(Exception):
+    """Base of all errors a user can see.
+
+    Args:
+        boundary: where it happened, in the user's words (``"recipe quickstart.toml, key training.stepz"``).
+        got: what was found there.
+        expected: what should have been there.
+        hint: the next thing to do, preferably a command.
+    """
+
+    exit_code = 3
+
+    def __init__(self, boundary: str, *, got: str, expected: str, hint: str) -> None:
+        self.boundary, self.got, self.expected, self.hint = boundary, got, expected, hint
+        super().__init__(f"{boundary}: got {got}, expected {expected}\n\nhint: {hint}")
+
+
+class UsageError(LockstepError):
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    pass
+
+
+class ModelError(UsageError):
+    pass
+
+
+class NotInstalledError(UsageError):
+    pass
+
+
+class RewardError(UsageError):
+    pass
+
+
+class ParityError(LockstepError):
+    exit_code = 1
+
+
+class WeightSyncError(ParityError):
+    pass
+
+
+class EngineError(LockstepError):
+    pass
+
+
+class EngineDied(EngineError):
+    pass
+
+
+class ProtocolError(LockstepError):
+    pass
+
+
+class InstallError(LockstepError):
+    pass
+
+
+class RunError(LockstepError):
+    pass
+
+
+class DivergenceError(LockstepError):
+    pass

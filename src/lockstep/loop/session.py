@@ -1,0 +1,105 @@
+"""Bring both sides up: model, task, trainer and engine, checked in the order in which a mistake is cheapest to find."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.config.recipe import Recipe
+from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.registry import Choice, choose, start
+from lockstep.errors import RecipeError
+from lockstep.parity.pair import Pair
+from lockstep.policy.pretrained import resolve_model
+from lockstep.rendering import Renderer
+from lockstep.rollout.tasks import Task
+from lockstep.runs.manifest import Manifest, build_manifest
+from lockstep.weights.publish import WeightPublisher, weights_directory
+
+Say = Callable[[str], None]
+
+
+@dataclass(eq=False)
+class Session:
+    """Both sides, running."""
+
+    pair: Pair
+    manifest: Manifest
+    model_path: Path
+
+
+@contextlib.contextmanager
+def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str, ...] = ()) -> Iterator[Session]:
+    """Start everything, and end everything on the way out.
+
+    Raises:
+        UsageError: for a model, an engine, a task or a prompt that cannot be.
+        EngineError: when the engine does not start.
+    """
+    choice, model_path = preflight(recipe)
+    say(f"model {recipe.model.path}, engine {_named(choice)}")
+    task, renderer = Task(recipe.task, recipe.training.seed), Renderer(model_path)
+    _refuse_long_prompt(recipe, task, renderer)
+    directory = weights_directory()
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        starting = pool.submit(start, choice, _spec(recipe, model_path, directory, engine_log))
+        stack.callback(_close_when_started, starting)
+        # The trainer is loaded while the engine starts: torch alone takes seconds to import.
+        from lockstep.policy.model import load_policy
+
+        policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
+        publisher = WeightPublisher(policy.model, directory)
+        stack.callback(publisher.close)
+        engine: Engine = starting.result()
+        say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
+        choices = {
+            "engine": (_named(choice), choice.reason),
+            "trainer.share_prompts": (str(policy.share_prompts), policy.reason),
+            "trainer.device": (str(policy.head.device), "where the checkpoint was loaded"),
+        }
+        manifest = build_manifest(recipe, engine.ready, choices, model_path)
+        yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted), manifest, model_path)
+
+
+def preflight(recipe: Recipe) -> tuple[Choice, Path]:
+    """What can be wrong before anything is started or written: the engine's environment and the model.
+
+    Raises:
+        UsageError: when one is not there; says how to get it.
+    """
+    return choose(recipe.engine), resolve_model(recipe.model.path)
+
+
+def _close_when_started(starting) -> None:
+    with contextlib.suppress(Exception):
+        starting.result().close()
+
+
+def _named(choice: Choice) -> str:
+    return f"{choice.name} {choice.environment.version}" if choice.environment else f"{choice.name} ({choice.reason})"
+
+
+def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path) -> EngineSpec:
+    return EngineSpec(
+        model_path=model_path,
+        dtype=recipe.engine.dtype or recipe.model.dtype,
+        head_dtype=recipe.engine.head_dtype or recipe.model.head_dtype,
+        max_model_len=recipe.engine.max_model_len,
+        options=recipe.engine.options,
+        weights_dir=directory,
+        log_path=log.resolve(),
+    )
+
+
+def _refuse_long_prompt(recipe: Recipe, task: Task, renderer: Renderer) -> None:
+    length = len(renderer.prompt(task.messages(task.item(0))))
+    needed = length + max(recipe.sampling.max_tokens, recipe.parity.probe_tokens)
+    if needed > recipe.engine.max_model_len:
+        raise RecipeError(
+            "recipe, key engine.max_model_len",
+            got=str(recipe.engine.max_model_len),
+            expected=f"at least {needed}: the first prompt has {length} tokens",
+            hint=f"--set engine.max_model_len={needed + 64}",
+        )

@@ -1,0 +1,72 @@
+"""From per-token arrays to figures. Numpy only; a non-finite token is never dropped."""
+
+import numpy as np
+
+
+def quantiles_abs(gap: np.ndarray) -> dict[str, float]:
+    """|gap| as p50, p90, p99, p999 and max, nats. Any non-finite token makes all of them NaN.
+
+    Args:
+        gap: float [T], nats.
+    """
+    names = ("p50", "p90", "p99", "p999", "max")
+    if gap.size == 0 or not np.isfinite(gap).all():
+        return dict.fromkeys(names, float("nan"))
+    return dict(zip(names, np.quantile(np.abs(gap), (0.5, 0.9, 0.99, 0.999, 1.0)).tolist(), strict=True))
+
+
+def kl_k3(log_ratio: np.ndarray) -> float:
+    """mean(exp d − d − 1) ≥ 0, nats (Schulman, "Approximating KL divergence", 2020, estimator k3)."""
+    d = log_ratio.astype(np.float64)
+    return float(np.mean(np.expm1(d) - d))
+
+
+def effective_sample_size(log_ratio: np.ndarray) -> float:
+    """(Σr)² / (n Σr²) with r = exp(log_ratio): 1 when all ratios are alike."""
+    ratio = np.exp(log_ratio.astype(np.float64))
+    return float(ratio.sum() ** 2 / (ratio.size * np.square(ratio).sum()))
+
+
+def outside_clip(log_ratio: np.ndarray, clip_low: float, clip_high: float) -> np.ndarray:
+    """Which ratios lie outside [1 − clip_low, 1 + clip_high]; a non-finite one does. bool [T]."""
+    ratio = np.exp(log_ratio.astype(np.float64))
+    return ~((ratio >= 1.0 - clip_low) & (ratio <= 1.0 + clip_high))
+
+
+def mismatch_figures(gap: np.ndarray, clip_low: float, clip_high: float) -> dict[str, float]:
+    """Every figure of trainer against engine on version-exact tokens, by catalog name."""
+    quantiles = quantiles_abs(gap)
+    return {
+        "gap_abs_mean_nats": float(np.abs(gap).mean()),
+        "gap_abs_p50_nats": quantiles["p50"],
+        "gap_abs_p999_nats": quantiles["p999"],
+        "gap_abs_max_nats": quantiles["max"],
+        "mismatch_ratio_mean": float(np.exp(gap.astype(np.float64)).mean()),
+        "mismatch_kl_k3_nats": kl_k3(gap),
+        "mismatch_ess": effective_sample_size(gap),
+        "phantom_clip_fraction": float(outside_clip(gap, clip_low, clip_high).mean()),
+    }
+
+
+def policy_figures(log_ratio: np.ndarray, clip_low: float, clip_high: float) -> dict[str, float]:
+    """Every figure of the policy now against the policy that sampled, by catalog name."""
+    return {
+        "policy_ratio_mean": float(np.exp(log_ratio.astype(np.float64)).mean()),
+        "policy_kl_k3_nats": kl_k3(log_ratio),
+        "policy_ess": effective_sample_size(log_ratio),
+        "outside_clip_fraction": float(outside_clip(log_ratio, clip_low, clip_high).mean()),
+    }
+
+
+def bootstrap_mean_ci95(values: np.ndarray, groups: np.ndarray, seed: int = 0, draws: int = 500) -> tuple[float, float]:
+    """95 % interval of the mean of ``values`` under resampling of whole groups (tokens of a completion go together).
+
+    Args:
+        values: float [T].
+        groups: int [T], the completion each token belongs to.
+    """
+    _, inverse = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(inverse, values.astype(np.float64)), np.bincount(inverse)
+    picks = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,51 @@
+"""GRPO: clipped policy ratio times group-relative advantage (Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, eq. 3).
+
+No KL term to a reference model: with verifiable rewards it is commonly left out (DAPO, arXiv:2503.14476).
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lockstep.objectives.base import LossInputs, LossOutputs
+
+STD_EPS = 1e-6
+"""Keeps a group whose rewards are all equal at advantage 0 instead of 0/0."""
+
+
+def grpo(inputs: LossInputs, clip_low: float, clip_high: float) -> LossOutputs:
+    """``−Σ w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)`` with r = exp(trainer − old)."""
+    ratio = torch.exp(inputs.trainer_logprobs - inputs.old_logprobs)
+    free = ratio * inputs.advantages
+    held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * inputs.advantages
+    loss = -(inputs.token_weights * torch.minimum(free, held)).sum()
+    return LossOutputs(loss=loss, clipped=(held < free).detach())
+
+
+def group_advantages(rewards: np.ndarray, scale: Literal["std", "none"]) -> np.ndarray:
+    """Rewards relative to their group: ``(r − mean) / std`` or, without the division, Dr. GRPO's (arXiv:2503.20783).
+
+    Args:
+        rewards: float [groups, G].
+
+    Returns:
+        float32 [groups, G]; each row has mean 0.
+    """
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if scale == "std":
+        centred = centred / (rewards.std(axis=1, keepdims=True) + STD_EPS)
+    return centred.astype(np.float32)
+
+
+def token_weights(lengths: np.ndarray, scale: Literal["token", "sequence"]) -> np.ndarray:
+    """The weight of each token so that they sum to 1: alike over all tokens, or alike over sequences first.
+
+    Args:
+        lengths: int [S], tokens of each completion.
+
+    Returns:
+        float32 [Σ lengths].
+    """
+    per_sequence = np.full(len(lengths), 1.0 / lengths.sum()) if scale == "token" else 1.0 / (lengths * len(lengths))
+    return np.repeat(per_sequence, lengths).astype(np.float32)

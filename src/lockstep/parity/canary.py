@@ -1,0 +1,87 @@
+"""The canary: known tokens that engine and trainer both score, after every weight sync.
+
+Neither a payload's checksum nor a compare of tensors proves a sync: an engine may keep a packed copy of a tensor whose visible
+value is new. Only scoring tokens does.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
+from lockstep.policy.packing import Group
+
+
+@dataclass(eq=False)
+class Canary:
+    """A few sequences, and what the trainer last gave them.
+
+    Each sequence is a group with a one-token prompt, so that every token after the first is scored.
+    """
+
+    groups: list[Group]
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """The trainer's scores at T = 1 under the weights of the last measurement, float32 [T]."""
+    clean_gap_nats: float = 0.0
+    """Mean |trainer − engine| that the ladder measured."""
+
+    @classmethod
+    def of(cls, sampled: Sampled, n_tokens: int) -> "Canary":
+        """The last tokens of sampled sequences, about ``n_tokens`` in all, evenly from each."""
+        length = max(2, n_tokens // min(len(sampled.sequences), 8) + 1)
+        chosen = [ids[-length:] for ids in sampled.sequences[: max(1, n_tokens // (length - 1))]]
+        return cls([Group(ids[:1], [ids[1:]]) for ids in chosen])
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Which sequence each token belongs to, int [T]."""
+        return np.repeat(np.arange(len(self.groups)), [len(group.completions[0]) for group in self.groups])
+
+    def engine_scores(self, pair: Pair) -> np.ndarray:
+        """Score B, float32 [T]."""
+        return np.concatenate(pair.engine.score([np.r_[g.prompt, g.completions[0]] for g in self.groups]))
+
+    def trainer_scores(self, pair: Pair, head: torch.Tensor | None = None) -> np.ndarray:
+        """Score C at T = 1, float32 [T]; through another head than the model's where one is given."""
+        return np.concatenate(pair.policy.score_at(self.groups, (1.0,), head=head)[0])
+
+    def measure(self, pair: Pair) -> "CanaryResult":
+        """Score on both sides now, and remember the trainer's scores for the next time."""
+        engine, trainer = self.engine_scores(pair), self.trainer_scores(pair)
+        before, self.scores = self.scores, trainer
+        gap = trainer - engine
+        shift = np.abs(trainer - before) if before.size else np.full(1, np.nan)
+        return CanaryResult(
+            gap_abs_mean_nats=float(np.abs(gap).mean()),
+            gap_abs_max_nats=float(np.abs(gap).max()),
+            shift_abs_mean_nats=float(shift.mean()),
+            gap_to_previous_abs_mean_nats=float(np.abs(before - engine).mean()) if before.size else float("nan"),
+            limit_nats=CANARY_MULTIPLE * max(self.clean_gap_nats, CANARY_FLOOR),
+            n_tokens=gap.size,
+        )
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """One proof of one sync."""
+
+    gap_abs_mean_nats: float
+    gap_abs_max_nats: float
+    shift_abs_mean_nats: float
+    """How far the trainer's own scores moved since the last measurement: what an engine that missed the update would show."""
+    gap_to_previous_abs_mean_nats: float
+    """Mean |engine − trainer before the update|: small when the update was not delivered at all."""
+    limit_nats: float
+    n_tokens: int
+
+    @property
+    def proven(self) -> bool:
+        """True when the engine serves the weights that it was sent; a NaN anywhere proves nothing."""
+        return self.gap_abs_mean_nats <= self.limit_nats
+
+    @property
+    def not_delivered(self) -> bool:
+        """True when the engine matches the weights before the update better than those after it."""
+        return self.gap_to_previous_abs_mean_nats < self.gap_abs_mean_nats

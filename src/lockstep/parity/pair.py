@@ -1,0 +1,99 @@
+"""The two sides that the ladder compares, and the tokens it compares them on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+
+from lockstep.config.recipe import Recipe
+from lockstep.engines.base import Engine
+from lockstep.parity.tolerances import Tolerance, noise_of
+from lockstep.policy.model import Policy
+from lockstep.policy.packing import Group
+from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
+from lockstep.rendering import Renderer
+from lockstep.rollout.tasks import Task
+from lockstep.weights.publish import WeightPublisher
+
+
+@dataclass(eq=False)
+class Pair:
+    """A running engine and the trainer that is to learn from it."""
+
+    engine: Engine
+    policy: Policy
+    publisher: WeightPublisher
+    renderer: Renderer
+    task: Task
+    recipe: Recipe
+    version: int = 0
+    """The weight version both sides are meant to hold."""
+    planted: tuple[str, ...] = ()
+    """Planted faults that every weight load is given (``faults.py``)."""
+
+    @property
+    def engine_dtype(self) -> str:
+        """What the engine's parameters really are (``torch.bfloat16``)."""
+        return str(self.engine.ready.resolved["worker.parameter_dtype"])
+
+    @property
+    def noise(self) -> Tolerance:
+        """What arithmetic alone may bring between the two sides."""
+        return noise_of(self.engine_dtype, str(self.policy.model.dtype))
+
+    def sync(self, version: int) -> None:
+        """Publish the trainer's weights and have the engine load them."""
+        self.engine.load(self.publisher.publish(version), self.planted)
+
+
+@dataclass(eq=False)
+class Sampled:
+    """Completions of probe prompts, flat per token."""
+
+    prompts: list[np.ndarray]
+    completions: list[Completion]
+    sampling: SamplingParams
+
+    @property
+    def groups(self) -> list[Group]:
+        """For the trainer: prompt and its one completion."""
+        return [Group(p, [np.frombuffer(c.token_ids, INT32)]) for p, c in zip(self.prompts, self.completions, strict=True)]
+
+    @property
+    def sequences(self) -> list[np.ndarray]:
+        """For a re-score: prompt and completion as one."""
+        return [np.concatenate([group.prompt, group.completions[0]]) for group in self.groups]
+
+    @property
+    def engine_logprobs(self) -> np.ndarray:
+        """Score A, float32 [T]."""
+        return np.frombuffer(b"".join(c.logprobs for c in self.completions), FLOAT32)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """Which completion each token belongs to, int [T]."""
+        return np.repeat(np.arange(len(self.completions)), [len(c.token_ids) // 4 for c in self.completions])
+
+    @property
+    def missing(self) -> int:
+        """Tokens without a finite log-probability."""
+        return sum(c.missing for c in self.completions)
+
+    def rescored(self, engine: Engine) -> np.ndarray:
+        """Score B of the completions' tokens, float32 [T]."""
+        scores = engine.score(self.sequences)
+        return np.concatenate([s[len(p) - 1 :] for s, p in zip(scores, self.prompts, strict=True)])
+
+
+def draw(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams, seed: int) -> Sampled:
+    """One completion for each prompt; the seed differs by row, so that no two rows are alike."""
+    params = [replace(sampling, n=1, seed=seed + row) for row in range(len(prompts))]
+    return Sampled(list(prompts), pair.engine.sample(prompts, params), sampling)
+
+
+def trainer_hidden_by_row(pair: Pair, groups: Sequence[Group]) -> list[torch.Tensor]:
+    """The trainer's hidden states for each target, rows in order, for a hypothesis that needs whole distributions."""
+    with torch.no_grad():
+        return [pair.policy.hidden(row.to(pair.policy.head.device)) for row in pair.policy.rows(groups, 4096)]

@@ -1,0 +1,64 @@
+"""Every threshold of the ladder, with its derivation. Nothing else in parity/ holds a number that decides.
+
+A gap is judged against what the arithmetic of a dtype can bring about, measured on this project's own clean runs, and against
+the objective's clip range; never against a mean that can cancel.
+"""
+
+from msgspec import Struct
+
+
+class Tolerance(Struct, frozen=True):
+    """What two computations of one log-probability may differ by in one dtype, nats."""
+
+    p50: float
+    p999: float
+
+
+NOISE: dict[str, Tolerance] = {
+    # Unit roundoff 6e-8 times logits of about 20 over 30 layers gives 1e-5 to 1e-4; SmolLM2 on a CPU measured 4e-5 at most.
+    # Ten times that, for longer models and sequences.
+    "torch.float32": Tolerance(p50=1e-4, p999=1e-3),
+    # Unit roundoff 4e-3: one engine's decode against its own prefill measured a mean of 0.043 and a maximum of 0.29 in bf16;
+    # twice the mean for the median, three times the maximum for the tail.
+    "torch.bfloat16": Tolerance(p50=0.09, p999=0.9),
+    "torch.float16": Tolerance(p50=0.02, p999=0.2),
+}
+
+SEMANTICS_MARGIN = 3.0
+"""A hypothesis about the reported distribution is accepted when it fits this many times better than the next one. Clean fp32
+measures above 1e3 and clean bf16 above 5 at T = 0.7; two hypotheses that fit alike within noise measure about 1."""
+
+DISTINGUISHING_TEMPERATURE = 0.7
+"""Where the recipe samples at T = 1, raw and tempered log-probabilities coincide; this probe tells them apart by 0.15 nats in
+the mean on SmolLM2."""
+
+PHANTOM_CLIP_FRACTION = 0.01
+"""Share of tokens that the objective may clip because of the mismatch alone. A clipped token has no gradient, so this is the
+share of the signal that is lost; a hundredth is below the sampling error of a step of a few thousand tokens."""
+
+POLICY_RATIO_AT_LAG_0 = 0.0
+"""At lag 0 the trainer's log-probabilities are compared with themselves, bit for bit."""
+
+LOSS_SLACK = 1.01
+"""The loss with the engine's numbers as denominator may move by max|A| · (exp(max|gap|) − 1): each ratio moves by at most that
+factor. The hundredth covers the rounding of the sum."""
+
+PERTURBATION = 0.02
+"""Noise of layer 3, relative to each tensor's root mean square. It moves SmolLM2's log-probabilities by about 0.3 nats, three
+orders above fp32 noise and several times bf16 noise, and leaves the model finite."""
+
+PERTURBATION_OVER_NOISE = 3.0
+"""Layer 3 is NOT_RUN unless the perturbation moves the trainer's own canary scores by this multiple of the dtype's median
+noise: a proof that could not have failed is none."""
+
+CANARY_MULTIPLE = 10.0
+"""A sync is refused when the canary's mean |gap| exceeds this multiple of the mean |gap| that the ladder measured on the same
+tokens. Over 200 clean fp32 syncs of SmolLM2 the ratio stayed below 2; one step's stale head measured above 100."""
+
+CANARY_FLOOR = 1e-6
+"""Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of 1e-6."""
+
+
+def noise_of(*dtypes: str) -> Tolerance:
+    """The widest noise among the dtypes that took part (``"torch.float32"`` …)."""
+    return max((NOISE[dtype] for dtype in dtypes), key=lambda tolerance: tolerance.p999)

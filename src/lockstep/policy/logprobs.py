@@ -1,0 +1,140 @@
+"""Token log-probabilities from hidden states: the only shift, temperature and log-softmax of the project.
+
+The logits of all tokens are never held at once. Rows go through the head in blocks; the forward pass keeps one number per
+token (the log-sum-exp), and the backward pass computes each block's logits again, turns them into their gradient in place, and
+adds up the gradients of the head. That is one matrix product in four more than the naive way, which in turn spends its time
+reading and writing [T, V].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK_BYTES = 48 * 1024 * 1024
+"""Size of a block of logits: large enough for the matrix product, small enough to stay near the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What one pass says of each target token."""
+
+    logprobs: Float[Tensor, "T"]
+    """Differentiable; nats."""
+    entropy: Float[Tensor, "T"] | None
+    """Of the tempered distribution over the whole vocabulary, nats. Carries no gradient."""
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "T D"],
+    head: Float[Tensor, "V D"],
+    targets: Int[Tensor, "T"],
+    *,
+    temperature: float,
+    bias: Float[Tensor, "V"] | None = None,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    head_dtype: torch.dtype = torch.float32,
+) -> TokenScores:
+    """log softmax(cap(hidden · headᵀ + bias) / temperature) at ``targets``; nats, fp32.
+
+    Args:
+        hidden: the states that *predict* the targets; the caller has shifted.
+        temperature: > 0; divides the logits after the head.
+        softcap: Gemma's ``cap · tanh(z / cap)``, or None.
+        head_dtype: of the matrix product. fp32 casts both operands up; bf16 rounds the logits as an engine with a bf16 head does.
+
+    Raises:
+        ValueError: for shapes that do not fit, a target outside the vocabulary, or a temperature that is not positive.
+    """
+    _validate(hidden, head, targets, temperature)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, head, bias, targets, temperature, softcap, with_entropy, head_dtype)
+    return TokenScores(logprobs, entropy)
+
+
+def token_logprobs_reference(
+    hidden: Float[Tensor, "T D"], head: Float[Tensor, "V D"], targets: Int[Tensor, "T"], *, temperature: float
+) -> Float[Tensor, "T"]:
+    """The slow, obvious way, with all [T, V] logits."""
+    logits = hidden.float() @ head.float().T / temperature
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def _validate(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
+        shapes = f"hidden {tuple(hidden.shape)}, head {tuple(head.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"token_logprobs: got {shapes}, expected [T, D], [V, D], [T]")
+    if not temperature > 0.0:
+        raise ValueError(f"token_logprobs: got temperature {temperature}, expected a positive one")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
+        raise ValueError(f"token_logprobs: got targets up to {int(targets.max())}, expected ids in [0, {head.shape[0]})")
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, bias, targets, temperature, softcap, with_entropy, head_dtype):
+        wide = head.dtype if head.dtype == torch.float64 else torch.float32
+        operand = head.to(head_dtype if wide == torch.float32 else wide)
+        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs) if with_entropy else None
+        for rows in _blocks(len(hidden), len(head)):
+            logits = _logits(hidden[rows], operand, bias, temperature, softcap, wide)
+            normaliser[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
+            if entropy is not None:
+                mean = _mean_logit(logits, normaliser[rows])
+                entropy[rows] = normaliser[rows] - mean
+        ctx.save_for_backward(hidden, head, bias, targets, normaliser)
+        ctx.settings = temperature, softcap, operand.dtype
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, head, bias, targets, normaliser = ctx.saved_tensors
+        temperature, softcap, dtype = ctx.settings
+        operand = head.to(dtype)
+        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_head = torch.zeros_like(head, dtype=normaliser.dtype) if wants_head else None
+        grad_bias = torch.zeros_like(bias, dtype=normaliser.dtype) if wants_bias else None
+        for rows in _blocks(len(hidden), len(head)):
+            logits = _logits(hidden[rows], operand, bias, temperature, softcap, normaliser.dtype)
+            slope = None if softcap is None else 1.0 - (logits * (temperature / softcap)).square_()
+            scale = grad_logprobs[rows, None] / temperature
+            # d logprob / d logits = (onehot(target) − softmax) / temperature, written over the logits.
+            grad = logits.sub_(normaliser[rows, None]).exp_().mul_(-scale)
+            grad.scatter_add_(1, targets[rows, None], scale)
+            if slope is not None:
+                grad.mul_(slope)
+            if wants_hidden:
+                grad_hidden[rows] = (grad.to(operand.dtype) @ operand).to(hidden.dtype)
+            if wants_head:
+                grad_head.addmm_(grad.T, hidden[rows].to(grad.dtype))
+            if wants_bias:
+                grad_bias += grad.sum(0)
+        grad_head = grad_head.to(head.dtype) if wants_head else None
+        return grad_hidden, grad_head, grad_bias, None, None, None, None, None
+
+
+def _blocks(n_rows: int, n_vocab: int) -> list[slice]:
+    size = max(16, BLOCK_BYTES // (4 * n_vocab))
+    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+
+def _logits(hidden: Tensor, operand: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, wide: torch.dtype) -> Tensor:
+    """One block's tempered logits, [t, V]; every step after the product is in place."""
+    logits = (hidden.to(operand.dtype) @ operand.T).to(wide)
+    if bias is not None:
+        logits += bias
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+def _mean_logit(logits: Tensor, normaliser: Tensor) -> Tensor:
+    """Σ p z. Overwrites nothing that is needed: the block ends here."""
+    probabilities = (logits - normaliser[:, None]).exp_()
+    return torch.linalg.vecdot(probabilities, logits)

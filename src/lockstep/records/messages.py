@@ -1,0 +1,108 @@
+"""The worker protocol: what trainer and engine process say to each other.
+
+Frames are 4 bytes of little-endian length, then one msgpack-encoded message. Requests carry an ``id`` that the reply repeats.
+Decoding is strict: a frame that is not one of these messages is answered with an :class:`Failure` and changes nothing.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from lockstep.records.semantics import Distribution
+from lockstep.records.tokens import Completion, SamplingParams, Scores
+from lockstep.records.versions import LoadReceipt, WeightUpdate
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+"""A frame announced larger than this drops the peer: no honest message is that large."""
+
+
+class Sample(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Draw ``params.n`` completions of every prompt. Answered by :class:`Sampled`, all completions in prompt order."""
+
+    id: int
+    prompts: list[bytes]
+    """int32 token ids of each prompt, at least one token."""
+    params: list[SamplingParams]
+    """One for each prompt."""
+
+
+class Score(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Score given token ids, each sequence on its own, no cache read. Answered by :class:`Scored`."""
+
+    id: int
+    sequences: list[bytes]
+    """int32 token ids of each sequence, at least two tokens."""
+
+
+class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Pause, load the weights, re-pack, clear the caches, resume. Answered by :class:`Loaded`."""
+
+    id: int
+    update: WeightUpdate
+    faults: tuple[str, ...] = ()
+    """Planted faults (``parity/faults.py``); empty outside tests."""
+
+
+class Shutdown(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """End the engine. Answered by the end of the stream."""
+
+    id: int
+
+
+Request = Sample | Score | Load | Shutdown
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """The first message of a worker: the engine runs, and this is what it resolved to."""
+
+    engine: str
+    version: str
+    generation: str
+    distribution: Distribution
+    resolved: dict[str, Any]
+    """The engine's *resolved* configuration, read back from it, by ``section.key``."""
+    capabilities: dict[str, str]
+    """Name of each thing this engine can do → one sentence about how."""
+    start_s: float
+    pids: tuple[int, ...] = ()
+
+
+class Sampled(Struct, frozen=True, tag=True):
+    """Answer to :class:`Sample`."""
+
+    id: int
+    completions: list[Completion]
+
+
+class Scored(Struct, frozen=True, tag=True):
+    """Answer to :class:`Score`."""
+
+    id: int
+    scores: list[Scores]
+
+
+class Loaded(Struct, frozen=True, tag=True):
+    """Answer to :class:`Load`."""
+
+    id: int
+    receipt: LoadReceipt
+
+
+class Failure(Struct, frozen=True, tag=True):
+    """The request could not be done. ``usage`` is true when the request or the configuration is at fault, not the engine."""
+
+    id: int
+    message: str
+    expected: str = "a request that the engine can do"
+    hint: str = "see the engine's log"
+    usage: bool = False
+    fatal: bool = False
+
+
+Reply = Ready | Sampled | Scored | Loaded | Failure
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -1,0 +1,33 @@
+"""Weight versions: integers counted by the trainer, 0 for the weights that the run started from."""
+
+from msgspec import Struct
+
+
+class VersionSpan(Struct, frozen=True):
+    """Tokens [start, stop) of a completion were sampled under weight version ``version``."""
+
+    start: int
+    stop: int
+    version: int
+
+
+class WeightUpdate(Struct, frozen=True):
+    """Where an engine finds the weights of one version.
+
+    Example: ``WeightUpdate(version=12, path="/dev/shm/lockstep-x1/weights.safetensors")``.
+    """
+
+    version: int
+    path: str
+    """A safetensors file inside the directory that the engine was told of at start; nothing outside is read."""
+
+
+class LoadReceipt(Struct, frozen=True):
+    """What an engine did with a :class:`WeightUpdate`. It proves nothing: only scoring tokens does (``parity/canary.py``)."""
+
+    version: int
+    n_tensors: int
+    load_s: float
+    repacked: tuple[str, ...]
+    """Modules whose packed copies were rebuilt by Lockstep because the engine's own reload leaves them stale."""
+    cache_cleared: bool

@@ -1,0 +1,52 @@
+"""From messages to token ids, once. Engines take token ids only, so no server re-tokenises a prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lockstep.errors import ModelError
+
+
+class Renderer:
+    """A tokenizer and its chat template.
+
+    Args:
+        path: the checkpoint's directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer, GenerationConfig
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        stops = {self.tokenizer.eos_token_id}
+        if (path / "generation_config.json").is_file():
+            eos = GenerationConfig.from_pretrained(path).eos_token_id
+            stops |= set(eos) if isinstance(eos, list) else {eos}
+        self.stop_token_ids: tuple[int, ...] = tuple(sorted(stop for stop in stops if stop is not None))
+        """What ends an answer: the tokenizer's end of sequence and those of the checkpoint's generation config."""
+        if not self.stop_token_ids:
+            raise ModelError(
+                f"tokenizer {path}", got="no end-of-sequence token", expected="one", hint="set eos_token in tokenizer_config.json"
+            )
+
+    def prompt(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
+        """Token ids int32 [P] of a conversation that the model is to continue.
+
+        Raises:
+            ModelError: for a tokenizer without a chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                "chat template",
+                got="a tokenizer without one",
+                expected="chat_template.jinja beside the tokenizer",
+                hint="use an instruction-tuned checkpoint, or add its template",
+            )
+        encoded: Any = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    def text(self, token_ids: np.ndarray) -> str:
+        """What a completion says, special tokens left out."""
+        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)

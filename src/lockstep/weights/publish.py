@@ -1,0 +1,110 @@
+"""Publish weights through shared memory, without a copy.
+
+The trainer's parameters *are* the published file: they are moved once into a memory map of a safetensors file on a tmpfs,
+and the optimizer updates them in place. Publishing a version stamps its number into the file's header; an engine on the same
+host maps the file and loads from it while no optimizer step runs. Parameters on another device are copied into the map.
+
+The header has a fixed length, so that stamping rewrites a few bytes::
+
+    8 bytes header length │ {"__metadata__": {"lockstep_version": "000000000012"}, "model.norm.weight": {…}, …} │ tensors
+"""
+
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.records.versions import WeightUpdate
+
+FILE_NAME = "weights.safetensors"
+_PAGE = 4096
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
+
+
+def weights_directory() -> Path:
+    """A new private (0700) directory for published weights, in shared memory where the system has it."""
+    shared = Path("/dev/shm")
+    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="lockstep-weights-", dir=root))
+
+
+class WeightPublisher:
+    """The trainer's side of a sync.
+
+    Args:
+        model: its parameters and persistent buffers are published under their checkpoint names; tied ones once.
+        directory: from :func:`weights_directory`; removed by :meth:`close`.
+    """
+
+    def __init__(self, model: nn.Module, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / FILE_NAME
+        tensors = named_weights(model)
+        header, offsets = _header(tensors, 0)
+        self._stamp_at = header.index(b"000000000000")
+        size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+        with self.path.open("xb+") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate(size)
+            self._map = mmap.mmap(file.fileno(), size)
+        self._map[: len(header)] = header
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        for name, tensor in tensors.items():
+            self._adopt(tensor, len(header) + offsets[name])
+
+    def _adopt(self, tensor: Tensor, offset: int) -> None:
+        """Move ``tensor``'s storage into the map, or remember to copy it there."""
+        flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        shared = flat.view(tensor.shape)
+        shared.copy_(tensor)
+        if tensor.device.type == "cpu":
+            tensor.data = shared
+        else:
+            self._copies.append((tensor, shared))
+
+    def publish(self, version: int) -> WeightUpdate:
+        """Make the present weights available as ``version``. They must not change until every engine has loaded them."""
+        for tensor, shared in self._copies:
+            shared.copy_(tensor)
+        self._map[self._stamp_at : self._stamp_at + 12] = b"%012d" % version
+        return WeightUpdate(version=version, path=str(self.path))
+
+    def close(self) -> None:
+        """Remove the file. The parameters stay usable: their pages live as long as the map."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by checkpoint name; a tied tensor appears once, under its first name.
+
+    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one aligned.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return dict(sorted(found.items(), key=lambda item: -item[1].element_size()))
+
+
+def _header(tensors: dict[str, Tensor], version: int) -> tuple[bytes, dict[str, int]]:
+    """The safetensors header, padded to whole pages, and each tensor's offset behind it."""
+    entries: dict[str, object] = {"__metadata__": {"lockstep_version": f"{version:012d}", "format": "pt"}}
+    offsets, at = {}, 0
+    for name, tensor in tensors.items():
+        offsets[name] = at
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    body = body.ljust(-(-(len(body) + 8) // _PAGE) * _PAGE - 8)
+    return len(body).to_bytes(8, "little") + body, offsets
