@@ -113,7 +113,7 @@ class Parity(_Section):
     probe_prompts: Annotated[int, Meta(ge=4)] = 16
     probe_tokens: Annotated[int, Meta(ge=4)] = 32
     """Sampled per probe prompt and pass."""
-    canary_tokens: Annotated[int, Meta(ge=16)] = 128
+    canary_tokens: Annotated[int, Meta(ge=16)] = 64
     """Known tokens that engine and trainer score after every weight sync."""
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import lockstep
 from lockstep.engines.worker.group import end_group
+from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS, METADATA
 from lockstep.errors import EngineDied, EngineError, ProtocolError, UsageError
 from lockstep.records.messages import Failure, Ready, Reply, Request, Shutdown, decode_reply, encode
 
@@ -60,7 +61,10 @@ class WorkerProcess:
         lifeline, self._lifeline = os.pipe()
         (self.directory / "config.json").write_bytes(config)
         # Only this package is lent to the foreign environment, never the trainer's site-packages.
-        (self.directory / "path").mkdir()
+        plugin = self.directory / "path" / "lockstep_engine-0.dist-info"
+        plugin.mkdir(parents=True)
+        (plugin / "METADATA").write_text(METADATA)
+        (plugin / "entry_points.txt").write_text(ENTRY_POINTS)
         (self.directory / "path" / "lockstep").symlink_to(Path(lockstep.__file__).parent)
         env = env | {"PYTHONPATH": str(self.directory / "path"), "VLLM_RPC_BASE_PATH": str(self.directory)}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ import os
 import signal
 from typing import Any
 
+from lockstep.engines.worker.vllm_plugin import is_active
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -38,6 +40,7 @@ class WeightsExtension:
             "head_tied": bool(getattr(model.config, "tie_word_embeddings", False)),
             "head_packed": hasattr(head, "cpu_linear"),
             "logprobs_mode": str(getattr(self.model_runner.sampler, "logprobs_mode", None)),
+            "plugin_active": is_active(),
             "sampler": type(self.model_runner.sampler).__module__,
         }
 
