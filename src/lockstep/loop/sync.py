@@ -13,12 +13,14 @@ not see them yet, and samples only what was never sampled: nothing is lost, noth
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from lockstep.config.recipe import Recipe
 from lockstep.errors import ParityError, RewardError, RunError, WeightSyncError
 from lockstep.loop.session import Session
+from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity import layer3_weights
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.certificate import issue
@@ -107,7 +109,8 @@ def run_steps(run: Run, *, resumed: bool) -> None:
     for step in range(step, run.recipe.training.steps):
         began = time.perf_counter()
         rollouts = sample(run, step)
-        figures = rollout_figures(rollouts, step) | train(rollouts, run.pair.policy, run.optimizer, run.recipe, step)
+        gate = partial(refuse_gap, run, step)
+        figures = rollout_figures(rollouts, step) | train(rollouts, run.pair.policy, run.optimizer, run.recipe, step, gate)
         figures |= sync(run, step + 1)
         spent = time.perf_counter() - began
         figures |= {
@@ -140,6 +143,22 @@ def sample(run: Run, step: int) -> Rollouts:
         raise
     store.save(run.layout.rollouts(step), rollouts)
     return rollouts
+
+
+def refuse_gap(run: Run, step: int, gap: np.ndarray) -> None:
+    """Every rollout token is a canary too: the forward pass that trains on it has scored it under the weights that drew it.
+
+    Raises:
+        ParityError: when the tail of |gap| is beyond what arithmetic allows; no optimizer step has used these tokens.
+    """
+    tail, limit = quantiles_abs(gap)["p999"], run.pair.noise.p999
+    if not tail <= limit:
+        raise ParityError(
+            f"rollouts of step {step}, before they are trained on",
+            got=f"|gap| p99.9 {tail:.2e} nats over {gap.size} tokens",
+            expected=f"at most {limit:g}",
+            hint=f"they are kept in {run.layout.rollouts(step)}; lockstep check names the cause",
+        )
 
 
 def sync(run: Run, version: int) -> dict[str, float]:

@@ -83,8 +83,8 @@ class _TokenLogprobs(torch.autograd.Function):
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
             if entropy is not None:
-                mean = _mean_logit(logits, normaliser[rows])
-                entropy[rows] = normaliser[rows] - mean
+                logits.sub_(normaliser[rows, None])
+                entropy[rows] = -torch.linalg.vecdot(logits.exp(), logits)
         ctx.save_for_backward(hidden, head, bias, targets, normaliser)
         ctx.settings = temperature, softcap, operand.dtype
         if entropy is not None:
@@ -133,8 +133,3 @@ def _logits(hidden: Tensor, operand: Tensor, bias: Tensor | None, temperature: f
         logits.div_(softcap).tanh_().mul_(softcap)
     return logits.div_(temperature) if temperature != 1.0 else logits
 
-
-def _mean_logit(logits: Tensor, normaliser: Tensor) -> Tensor:
-    """Σ p z. Overwrites nothing that is needed: the block ends here."""
-    probabilities = (logits - normaliser[:, None]).exp_()
-    return torch.linalg.vecdot(probabilities, logits)

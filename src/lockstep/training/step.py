@@ -1,6 +1,7 @@
 """One training step: every minibatch once, in order, and the figures of what happened."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +30,19 @@ class _Tokens:
     entropy: list[np.ndarray] = field(default_factory=list)
 
 
-def train(rollouts: Rollouts, policy: Policy, optimizer: MasterAdamW, recipe: Recipe, step: int) -> dict[str, float]:
+def train(
+    rollouts: Rollouts,
+    policy: Policy,
+    optimizer: MasterAdamW,
+    recipe: Recipe,
+    step: int,
+    gate: Callable[[np.ndarray], None] = lambda gap: None,
+) -> dict[str, float]:
     """Train on one step's rollouts. Returns figures by catalog name.
+
+    Args:
+        gate: sees the gap of every token scored under the weights that sampled it, float32 [T], before the first optimizer
+            step; raises if they must not be trained on.
 
     Raises:
         DivergenceError: for a non-finite loss or gradient.
@@ -42,6 +54,8 @@ def train(rollouts: Rollouts, policy: Policy, optimizer: MasterAdamW, recipe: Re
     tokens, loss, norms = _Tokens(), 0.0, []
     for number, part in enumerate(parts):
         loss += accumulate(part, policy, recipe, tokens, on_sampling_weights=number == 0)
+        if number == 0:
+            gate(np.concatenate(tokens.gap))
         norms.append(optimizer.step(step * len(parts) + number))
     clip = recipe.objective.clip_low, recipe.objective.clip_high
     return {

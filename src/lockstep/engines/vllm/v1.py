@@ -27,8 +27,11 @@ RL_DEFAULTS = {
 """vLLM's own defaults are ``raw_logprobs`` and ``auto``, the latter applying a checkpoint's generation_config.json silently.
 The prefix cache stays on: layer 2 proves it, and every load clears it."""
 
-CPU_DEFAULTS = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 128}
-"""Eager: compiling costs minutes on a CPU. Block 32, not 128: a prefix shorter than one block is never cached."""
+CPU_DEFAULTS = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 128, "enable_chunked_prefill": False}
+"""Eager: compiling costs minutes on a CPU. Block 32, not 128: a prefix shorter than one block is never cached. No chunked
+prefill: 0.32.0 rewinds a seeded request's generator after a partial prefill, which a CPU generator refuses, and the engine dies
+(vllm/v1/worker/gpu_model_runner.py, ``_bookkeeping_sync``)."""
+CPU_BATCHED_TOKENS = 2048
 
 FIXES = {
     "raw_logprobs": 'engine.options.logprobs_mode = "processed_logprobs"',
@@ -49,6 +52,8 @@ class VllmV1(Engine):
     def __init__(self, spec: EngineSpec, environment: Environment) -> None:
         args = RL_DEFAULTS | (CPU_DEFAULTS if environment.flavour == "cpu" else {})
         args |= {"model": str(spec.model_path), "dtype": spec.dtype, "max_model_len": spec.max_model_len}
+        if environment.flavour == "cpu":
+            args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)
         if spec.head_dtype != spec.dtype:
             args["hf_overrides"] = {"head_dtype": spec.head_dtype}
         args |= spec.options

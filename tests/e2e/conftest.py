@@ -1,0 +1,50 @@
+"""End to end on the real vLLM and the real model. One engine serves every test that can share it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lockstep.config.recipe import load_recipe
+from lockstep.errors import LockstepError
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+SMALL = ["parity.probe_prompts=8", "parity.probe_tokens=16", "training.prompts_per_step=4", "training.group_size=4"]
+"""A smaller ladder and batch than the quick start's: the same code on fewer tokens."""
+
+
+def need(function, *args):
+    """What ``function`` finds; a skip with its reason where it is not installed, an error under CI."""
+    try:
+        return function(*args)
+    except LockstepError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
+
+
+@pytest.fixture(scope="session")
+def installed():
+    """The engine environment and the model; ``make test`` installs both."""
+    from lockstep.engines.environments.install import find
+    from lockstep.policy.pretrained import resolve_model
+
+    return need(find, "vllm", "0.32.0"), need(resolve_model, "smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def session(installed, tmp_path_factory):
+    """A running vLLM and a trainer, with the quick start's recipe made smaller."""
+    from lockstep.loop.session import open_session
+
+    with open_session(load_recipe(QUICKSTART, SMALL), tmp_path_factory.mktemp("run") / "engine.log", print) as opened:
+        yield opened
+
+
+@pytest.fixture
+def pair(session):
+    """The session's pair; the recipe and the planted faults are put back after the test."""
+    recipe, planted, version = session.pair.recipe, session.pair.planted, session.pair.version
+    yield session.pair
+    session.pair.recipe, session.pair.planted, session.pair.version = recipe, planted, version
+    session.pair.sync(version)

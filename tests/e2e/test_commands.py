@@ -1,0 +1,163 @@
+"""The commands as a user types them, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.read import read_lines, read_rollouts
+from tests.e2e.conftest import QUICKSTART, SMALL
+
+LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
+SETS = [flag for override in SMALL for flag in ("--set", override)]
+DEATH_LIMIT_S = 10.0
+
+
+def lockstep(*args, timeout=420, **kwargs):
+    return subprocess.run([*LOCKSTEP, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
+    done = lockstep(
+        "check", QUICKSTART, *SETS, "--set", "engine.options.logprobs_mode=raw_logprobs", "--set", "sampling.temperature=0.7", "--json"
+    )
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["schema"] == "lockstep.check/1"
+    first = report["layers"][0]
+    assert (first["layer"], first["status"]) == ("semantics", "FAIL")
+    found = first["findings"][0]
+    assert found["cause"] == "raw_logprobs"
+    assert 0.05 < found["effect_nats"] < 2.0
+    assert "processed_logprobs" in found["fix"]
+    assert [layer["status"] for layer in report["layers"][1:]] == ["NOT_RUN"] * 4
+
+
+def start_training(run, *extra):
+    command = [*LOCKSTEP, "train", QUICKSTART, *SETS, "--set", "training.steps=6", "--set", "training.checkpoint_every=2", "--out", run, *extra]
+    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, layout, step):
+    deadline = time.monotonic() + 400
+    while len(read_lines(layout.metrics)) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def engine_processes(pid):
+    return [p for p in psutil.Process(pid).children(recursive=True) if p.is_running()]
+
+
+@pytest.fixture(scope="module")
+def interrupted(installed, tmp_path_factory):
+    """A run whose engine was killed after its third step, and then resumed to its end."""
+    layout = RunLayout(tmp_path_factory.mktemp("runs") / "run")
+    process = start_training(layout.root)
+    wait_for_step(process, layout, 3)
+    family = engine_processes(process.pid)
+    worker = next(p for p in family if "VLLM::Worker" in " ".join(p.cmdline()) + p.name())
+    os.kill(worker.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    spent = time.monotonic() - killed
+    gone, alive = psutil.wait_procs(family, timeout=5)
+    resumed = lockstep("train", "--resume", layout.root, "--json")
+    return layout, process.returncode, errors, spent, alive, resumed
+
+
+def test_a_killed_engine_ends_the_run_at_once_with_its_log_and_no_orphan(interrupted):
+    layout, code, errors, spent, alive, _ = interrupted
+    assert code == 3
+    assert spent < DEATH_LIMIT_S
+    assert "engine" in errors
+    assert "--resume" in errors or "log" in errors
+    assert alive == []
+    assert layout.engine_log.stat().st_size > 0
+
+
+def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
+    layout, _, _, _, _, resumed = interrupted
+    assert resumed.returncode == 0, resumed.stderr
+    summary = json.loads(resumed.stdout)
+    assert summary["steps"] == 6
+    rows = read_lines(layout.metrics)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(row["weight_version"] == row["step"] + 1 for row in rows)
+    for step in range(6):
+        rollouts = read_rollouts(layout.rollouts(step))
+        assert len(rollouts) == 16
+        assert {row["weight_version"] for row in rollouts} == {step}
+    state = json.loads((layout.checkpoints / "step-000006" / "state.json").read_text())
+    assert state == {"step": 6}
+    when = [row["when"] for row in read_lines(layout.verdicts)]
+    assert when.count("before step 0") == 5
+    assert any(w.startswith("before step ") and w != "before step 0" for w in when), "parity is proven again on resume"
+    assert "replayed" in resumed.stderr
+
+
+def test_a_killed_trainer_leaves_no_engine_behind(installed, tmp_path):
+    layout = RunLayout(tmp_path / "run")
+    process = start_training(layout.root)
+    deadline = time.monotonic() + 120
+    family = []
+    while not any("VLLM::Worker" in " ".join(p.cmdline()) + p.name() for p in family):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+        family = engine_processes(process.pid)
+    shared = set(Path("/dev/shm").iterdir())
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=DEATH_LIMIT_S)
+    assert alive == []
+    process.communicate()
+    left = {path for path in Path("/dev/shm").iterdir() if path in shared and path.name.startswith("psm_")}
+    assert left == set(), "vLLM's shared memory is given back"
+
+
+@pytest.mark.parametrize(
+    ("args", "needles"),
+    [
+        (["--set", "training.stepz=3"], ["training.steps", "stepz"]),
+        (["--set", "model.path=smollm2-135m-instrukt"], ["smollm2-135m-instruct"]),
+        (["--set", "model.path=./nowhere"], ["nowhere"]),
+        (["--set", "sampling.temperature=0"], ["positive temperature"]),
+        (["--set", "engine.version=0.1.0"], ["lockstep engines install vllm==0.32.0"]),
+        (["--set", "task.name=reasoning_gym:no_such_set"], ["no_such_set"]),
+        (["--set", "task.reward=no_module:f"], ["no_module"]),
+        (["--engine", "vlm"], ["vllm"]),
+        (["--plant", "stale_heat"], ["stale_head"]),
+    ],
+)
+def test_bad_input_exits_2_with_one_helpful_sentence(installed, tmp_path, args, needles):
+    done = lockstep("train", QUICKSTART, *args, "--out", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for needle in needles:
+        assert needle in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_an_engine_that_is_not_installed_exits_2_with_the_install_line(tmp_path):
+    done = lockstep("check", QUICKSTART, env=os.environ | {"LOCKSTEP_CACHE": str(tmp_path)})
+    assert done.returncode == 2
+    assert "lockstep engines install vllm==0.32.0" in done.stderr
+
+
+def test_an_unknown_engine_option_is_refused_with_the_nearest(installed):
+    done = lockstep("check", QUICKSTART, *SETS, "--set", "engine.options.logprob_mode=raw_logprobs")
+    assert done.returncode == 2, done.stderr
+    assert "logprobs_mode" in done.stderr
+
+
+def test_the_transformers_engine_passes_the_same_ladder(installed):
+    done = lockstep("check", QUICKSTART, *SETS, "--engine", "transformers", "--set", "sampling.temperature=0.7", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [layer["status"] for layer in json.loads(done.stdout)["layers"]] == ["PASS"] * 5

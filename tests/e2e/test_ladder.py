@@ -1,0 +1,196 @@
+"""The ladder on a real engine: silent when clean, and each planted fault found in its own layer with its own cause."""
+
+import socket
+import struct
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from lockstep.errors import RewardError, RunError, WeightSyncError
+from lockstep.parity import certificate
+from lockstep.parity.faults import FAULTS
+from lockstep.parity.ladder import climb
+from lockstep.parity.pair import draw
+from lockstep.records.messages import MAX_FRAME_BYTES, Score, decode_reply, encode
+from lockstep.records.tokens import INT32, SamplingParams, pack_ids
+
+P999_NATS = 1e-3
+"""What the ladder promises for fp32."""
+
+
+def sampling(pair, **changes):
+    pair.recipe = replace(pair.recipe, sampling=replace(pair.recipe.sampling, **changes))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_clean_pair_passes_all_five_layers(pair, tmp_path, temperature):
+    sampling(pair, temperature=temperature)
+    result = climb(pair)
+    assert [v.status for v in result.verdicts] == ["PASS"] * 5, [v.summary for v in result.verdicts]
+    assert result.verdicts[0].figures["identified"] == "tempered"
+    numerics = result.verdicts[3].figures
+    assert 0 < numerics["gap_abs_p999_nats"] <= P999_NATS
+    assert numerics["phantom_clip_fraction"] == 0.0
+    assert result.verdicts[4].figures["policy_ratio_mean"] == 1.0
+    path = tmp_path / "certificate.json"
+    issued = certificate.issue(pair, result.verdicts, path)
+    assert certificate.read_certificate(path) == issued
+    path.write_bytes(path.read_bytes().replace(b'"PASS"', b'"FAIL"', 1))
+    with pytest.raises(RunError, match="digest"):
+        certificate.read_certificate(path)
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_a_planted_fault_is_named_in_its_layer(pair, name):
+    fault, pair.planted = FAULTS[name], (name,)
+    result = climb(pair)
+    pair.planted = ()
+    assert result.failed is not None
+    assert (result.failed.layer, result.failed.findings[0].cause) == (fault.layer, fault.cause)
+    before = [v.status for v in result.verdicts[: result.verdicts.index(result.failed)]]
+    assert before == ["PASS"] * len(before)
+    assert all(v.status == "NOT_RUN" for v in result.verdicts[len(before) + 1 :])
+    low, high = result.failed.findings[0].ci95
+    assert 0 < low < result.failed.findings[0].effect_nats < high
+
+
+def test_truncated_sampling_fails_semantics_with_its_bias(pair):
+    sampling(pair, top_p=0.8)
+    failed = climb(pair).failed
+    assert failed is not None
+    assert (failed.layer, failed.findings[0].cause) == ("semantics", "truncation_unmodelled")
+    assert 0.01 < failed.findings[0].effect_nats <= -np.log(0.8)
+
+
+def test_weights_that_are_not_the_trainers_are_found_below_semantics(pair):
+    norm = pair.policy.model.get_submodule("model.layers.0.input_layernorm").weight
+    with torch.no_grad():
+        norm.mul_(1.05)
+    try:
+        result = climb(pair)
+        assert result.failed is None or result.failed.layer != "semantics"
+        assert "PASS" == result.verdicts[2].status, "the ladder's own sync delivers the trainer's weights"
+    finally:
+        with torch.no_grad():
+            norm.div_(1.05)
+
+
+def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path):
+    from lockstep.loop.session import Session
+    from lockstep.loop.sync import Run, sync
+    from lockstep.runs.layout import new_run
+    from lockstep.training.optimizer import MasterAdamW
+
+    layout = new_run(tmp_path / "run")
+    run = Run(Session(pair, None, Path()), layout, MasterAdamW(pair.policy.model, pair.recipe.optimizer), print)
+    run.canary = climb(pair).canary
+    saved = {p: p.detach().clone() for p in pair.policy.model.parameters()}
+    try:
+        with torch.no_grad():
+            for parameter in saved:
+                parameter.add_(torch.randn_like(parameter) * 1e-3)
+        assert sync(run, 1)["canary_gap_abs_max_nats"] < P999_NATS
+        with torch.no_grad():
+            for parameter in saved:
+                parameter.add_(torch.randn_like(parameter) * 1e-3)
+        pair.planted = ("stale_head",)
+        with pytest.raises(WeightSyncError, match="stale head"):
+            sync(run, 2)
+    finally:
+        with torch.no_grad():
+            for parameter, value in saved.items():
+                parameter.copy_(value)
+
+
+def test_the_engine_keeps_no_view_of_the_published_memory(pair):
+    probe = [np.arange(100, 140, dtype=np.int32)]
+    (before,) = pair.engine.score(probe)
+    with torch.no_grad():
+        saved = pair.policy.head.detach().clone()
+        pair.policy.head.mul_(3.0)
+    (after,) = pair.engine.score(probe)
+    with torch.no_grad():
+        pair.policy.head.copy_(saved)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_completions_come_back_to_their_own_prompt(pair):
+    prompts = [np.array([1000 + row, 7, 7], np.int32) for row in range(40)]
+    found = draw(pair, prompts, SamplingParams(max_tokens=3), seed=5)
+    trainer = np.concatenate(pair.policy.score(found.groups, 1.0))
+    assert np.abs(trainer - found.engine_logprobs).max() < P999_NATS
+    assert all(len(np.frombuffer(c.token_ids, INT32)) == 3 for c in found.completions)
+
+
+def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_path):
+    from lockstep.loop.session import Session
+    from lockstep.loop.sync import Run, sample
+    from lockstep.runs.layout import new_run
+    from lockstep.runs.read import read_rollouts
+
+    layout = new_run(tmp_path / "run")
+    run = Run(Session(pair, None, Path()), layout, None, print)
+    original = pair.task._reward
+    for broken, needle in ((lambda text, item: 1 / 0, "ZeroDivisionError"), (lambda text, item: float("nan"), "nan")):
+        pair.task._reward = broken
+        try:
+            with pytest.raises(RewardError, match=needle) as raised:
+                sample(run, 0)
+        finally:
+            pair.task._reward = original
+        assert "completion" in raised.value.hint
+        assert raised.value.exit_code == 2
+        assert len(read_rollouts(layout.failed_rollouts(0))) == 16
+        assert not layout.rollouts(0).exists()
+
+
+def test_the_worker_outlives_malformed_frames(pair):
+    process = pair.engine._process
+    assert process.directory.stat().st_mode & 0o777 == 0o700
+    rng = np.random.default_rng(0)
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(str(process.directory / "engine.sock"))
+    stream = peer.makefile("rwb")
+
+    def reply():
+        (length,) = struct.unpack("<I", stream.read(4))
+        return decode_reply(stream.read(length))
+
+    assert type(reply()).__name__ == "Ready"
+    for _ in range(10_000):
+        frame = rng.bytes(rng.integers(0, 40))
+        stream.write(struct.pack("<I", len(frame)) + frame)
+        stream.flush()
+        assert type(reply()).__name__ == "Failure"
+    good = encode(Score(7, [pack_ids([5, 6, 7])]))
+    stream.write(struct.pack("<I", len(good)) + good)
+    stream.flush()
+    assert len(reply().scores[0].logprobs) == 8
+    stream.write(struct.pack("<I", MAX_FRAME_BYTES + 1))
+    stream.flush()
+    assert stream.read(1) == b""
+    peer.close()
+    assert len(pair.engine.score([np.array([5, 6, 7], np.int32)])[0]) == 2
+
+
+def test_weights_are_read_from_the_runs_own_directory_only(pair, tmp_path):
+    from lockstep.errors import UsageError
+    from lockstep.records.versions import WeightUpdate
+
+    stray = tmp_path / "weights.safetensors"
+    stray.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"a \.safetensors file in"):
+        pair.engine.load(WeightUpdate(5, str(stray)))
+
+
+def test_the_resolved_configuration_is_read_back(session):
+    resolved = session.manifest.engine.resolved
+    assert resolved["worker.logprobs_mode"] == "processed_logprobs"
+    assert resolved["worker.parameter_dtype"] == "torch.float32"
+    assert resolved["worker.plugin_active"] is True
+    assert resolved["model_config.generation_config"] == "vllm"
+    assert msgspec.json.encode(session.manifest)
