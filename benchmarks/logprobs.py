@@ -107,20 +107,27 @@ def main():
     if args.peak:
         measure_peak(args.peak[0], int(args.peak[1]), int(args.peak[2]))
         return
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    cores = len(os.sched_getaffinity(0))
+    machine = f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
     results = [measure(*size, args.repeats) for size in SIZES]
     if args.json:
         print(json.dumps({"schema": "lockstep.benchmark.logprobs/1", "machine": machine, "results": results}, indent=1))
         return
     print(machine)
     for r in results:
-        print(f"T={r['T']} V={r['V']} D={r['D']}: peak above weights and inputs {r['ours_peak_bytes'] / 1e6:.0f} MB", end="")
+        print(
+            f"T={r['T']} V={r['V']} D={r['D']}: peak above weights and inputs {r['ours_peak_bytes'] / 1e6:.0f} MB",
+            end="",
+        )
         if "naive" in r:
             print(f"; naive {r['naive']}")
             continue
         print(f" against {r['naive_peak_bytes'] / 1e6:.0f} MB, ratio {r['memory_ratio']:.3f} (target ≤ {TARGET_MEMORY:.3f})")
         low, high = r["time_ratio_range"]
-        print(f"  {r['ours_s']:.2f} s against {r['naive_s']:.2f} s, ratio {r['time_ratio']:.2f} ({low:.2f}–{high:.2f}; target ≤ {TARGET_TIME})")
+        print(
+            f"  {r['ours_s']:.2f} s against {r['naive_s']:.2f} s, ratio {r['time_ratio']:.2f} "
+            f"({low:.2f}–{high:.2f}; target ≤ {TARGET_TIME})"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ update the weights once a step, at the same learning rate, with the same reward,
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -36,12 +37,39 @@ def run_ours(steps):
     return [row["step_s"] for row in rows[WARM_STEPS:]], rows[0]["n_samples"]
 
 
+def trl_config(recipe, steps, output):
+    """The recipe in TRL's words."""
+    import torch
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=output,
+        per_device_train_batch_size=recipe.training.prompts_per_step * recipe.training.group_size,
+        num_generations=recipe.training.group_size,
+        max_completion_length=recipe.sampling.max_tokens,
+        max_steps=steps,
+        learning_rate=recipe.optimizer.lr,
+        lr_scheduler_type="constant",
+        temperature=recipe.sampling.temperature,
+        beta=0.0,
+        num_iterations=1,
+        shuffle_dataset=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
 def run_trl(steps):
     """The same of ``GRPOTrainer``; the body of a process of its own."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from lockstep.config.recipe import load_recipe
     from lockstep.policy.pretrained import resolve_model
@@ -67,26 +95,7 @@ def run_trl(steps):
             stamps.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = GRPOConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=n_prompts * group,
-            num_generations=group,
-            max_completion_length=recipe.sampling.max_tokens,
-            max_steps=steps + WARM_STEPS,
-            learning_rate=recipe.optimizer.lr,
-            lr_scheduler_type="constant",
-            temperature=recipe.sampling.temperature,
-            beta=0.0,
-            num_iterations=1,
-            shuffle_dataset=False,
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_steps=1000,
-            report_to=[],
-            disable_tqdm=True,
-        )
+        config = trl_config(recipe, steps + WARM_STEPS, scratch)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         trainer = GRPOTrainer(
             model,
@@ -97,7 +106,7 @@ def run_trl(steps):
             callbacks=[Clock()],
         )
         trainer.train()
-    spent = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    spent = [b - a for a, b in itertools.pairwise(stamps)]
     return spent[WARM_STEPS:], n_prompts * group
 
 
@@ -117,7 +126,10 @@ def main():
         times, samples = run_ours(args.steps)
         ours.append(times)
         child = subprocess.run(
-            [sys.executable, __file__, "--trl", "--steps", str(args.steps)], check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "--trl", "--steps", str(args.steps)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         trl.append(json.loads(child.stdout.splitlines()[-1])["times"])
     ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, trl, strict=True)]
@@ -125,8 +137,8 @@ def main():
         "schema": "lockstep.benchmark.rl_loop/1",
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "samples_per_step": samples,
-        "ours_samples_per_s": samples / statistics.median(sum(ours, [])),
-        "trl_samples_per_s": samples / statistics.median(sum(trl, [])),
+        "ours_samples_per_s": samples / statistics.median(itertools.chain(*ours)),
+        "trl_samples_per_s": samples / statistics.median(itertools.chain(*trl)),
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
         "ours_step_s": ours,
@@ -136,7 +148,10 @@ def main():
         print(json.dumps(report, indent=1))
         return
     print(f"{report['machine']}; {samples:.0f} samples a step, fp32, SmolLM2-135M; each side {args.rounds} × {args.steps} steps")
-    print(f"lockstep  {report['ours_samples_per_s']:6.2f} samples/s   vLLM 0.32.0 in its own process, weights proven after every step")
+    print(
+        f"lockstep  {report['ours_samples_per_s']:6.2f} samples/s   vLLM 0.32.0 in its own process, "
+        "weights proven after every step"
+    )
     print(f"TRL       {report['trl_samples_per_s']:6.2f} samples/s   transformers generate in the trainer's process")
     low, high = report["ratio_range"]
     print(f"ratio     {report['ratio']:6.2f}             (rounds {low:.2f}–{high:.2f}; target ≥ {TARGET:g})")

@@ -1,19 +1,19 @@
 """Every error names the boundary it happened at, what was got, what was expected, and the next command.
 
-    LockstepError                exit 3   could not run
-    ├── UsageError               exit 2   the user's input: a recipe, a flag, a path
-    │   ├── RecipeError                   a key or value of a recipe
-    │   ├── ModelError                    a model that is not there or cannot be scored
-    │   ├── NotInstalledError             an engine environment that is not there
-    │   └── RewardError                   a reward function that raised or returned no finite number
-    ├── ParityError              exit 1   a layer of the ladder failed
-    │   └── WeightSyncError               the engine does not serve the weights that it was sent
-    ├── EngineError              exit 3   the engine answered with an error
-    │   └── EngineDied                    the engine's process is gone
-    ├── ProtocolError            exit 3   a frame that is not a message of the worker protocol
-    ├── InstallError             exit 3   an environment could not be built
-    ├── RunError                 exit 3   a run directory that cannot be read or continued
-    └── DivergenceError          exit 3   the loss or a gradient is no finite number
+LockstepError                exit 3   could not run
+├── UsageError               exit 2   the user's input: a recipe, a flag, a path
+│   ├── RecipeError                   a key or value of a recipe
+│   ├── ModelError                    a model that is not there or cannot be scored
+│   ├── NotInstalledError             an engine environment that is not there
+│   └── RewardError                   a reward function that raised or returned no finite number
+├── ParityError              exit 1   a layer of the ladder failed
+│   └── WeightSyncError               the engine does not serve the weights that it was sent
+├── EngineError              exit 3   the engine answered with an error
+│   └── EngineDied                    the engine's process is gone
+├── ProtocolError            exit 3   a frame that is not a message of the worker protocol
+├── InstallError             exit 3   an environment could not be built
+├── RunError                 exit 3   a run directory that cannot be read or continued
+└── DivergenceError          exit 3   the loss or a gradient is no finite number
 """
 
 

@@ -19,8 +19,9 @@ class Renderer:
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer, GenerationConfig
 
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        stops = {self.tokenizer.eos_token_id}
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        self.tokenizer = tokenizer
+        stops = {tokenizer.eos_token_id}
         if (path / "generation_config.json").is_file():
             eos = GenerationConfig.from_pretrained(path).eos_token_id
             stops |= set(eos) if isinstance(eos, list) else {eos}
@@ -28,7 +29,10 @@ class Renderer:
         """What ends an answer: the tokenizer's end of sequence and those of the checkpoint's generation config."""
         if not self.stop_token_ids:
             raise ModelError(
-                f"tokenizer {path}", got="no end-of-sequence token", expected="one", hint="set eos_token in tokenizer_config.json"
+                f"tokenizer {path}",
+                got="no end-of-sequence token",
+                expected="one",
+                hint="set eos_token in tokenizer_config.json",
             )
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> np.ndarray:

@@ -49,14 +49,20 @@ def summary_table(summary: dict[str, Any]) -> str:
         return f"no step was trained; files are in {summary['run']}"
     s = summary
     rows = [
-        ("reward, first → last quarter", f"{s['reward_first_quarter']:.3f} → {s['reward_last_quarter']:.3f}  ({s['reward_gain']:+.3f})"),
+        (
+            "reward, first → last quarter",
+            f"{s['reward_first_quarter']:.3f} → {s['reward_last_quarter']:.3f}  ({s['reward_gain']:+.3f})",
+        ),
         ("clip rate (policy ratio)", f"{s['clip_fraction']:.4f}"),
         ("policy KL (k3)", f"{s['policy_kl_k3_nats']:.2e} nats"),
         ("mismatch KL (k3)", f"{s['mismatch_kl_k3_nats']:.2e} nats"),
         ("mismatch |gap|, largest", f"{s['gap_abs_max_nats']:.2e} nats"),
         ("phantom clips", f"{s['phantom_clip_fraction']:.4f}"),
         ("entropy, first → last step", f"{s['entropy_first_nats']:.3f} → {s['entropy_last_nats']:.3f} nats"),
-        ("speed", f"{s['tokens_per_s']:.0f} tokens/s, {s['samples_per_s']:.1f} samples/s, {s['seconds_per_step']:.1f} s a step"),
+        (
+            "speed",
+            f"{s['tokens_per_s']:.0f} tokens/s, {s['samples_per_s']:.1f} samples/s, {s['seconds_per_step']:.1f} s a step",
+        ),
         ("training time", f"{s['training_s']:.0f} s for {s['steps']} steps"),
         ("weight syncs proven", f"{s['syncs_proven']} of {s['syncs']}"),
         ("files", s["run"]),

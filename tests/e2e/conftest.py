@@ -26,7 +26,7 @@ def need(function, *args):
 @pytest.fixture(scope="session")
 def installed():
     """The engine environment and the model; ``make test`` installs both."""
-    from lockstep.engines.environments.install import find
+    from lockstep.engines.environments.locate import find
     from lockstep.policy.pretrained import resolve_model
 
     return need(find, "vllm", "0.32.0"), need(resolve_model, "smollm2-135m-instruct")

@@ -26,7 +26,14 @@ def lockstep(*args, timeout=420, **kwargs):
 
 def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
     done = lockstep(
-        "check", QUICKSTART, *SETS, "--set", "engine.options.logprobs_mode=raw_logprobs", "--set", "sampling.temperature=0.7", "--json"
+        "check",
+        QUICKSTART,
+        *SETS,
+        "--set",
+        "engine.options.logprobs_mode=raw_logprobs",
+        "--set",
+        "sampling.temperature=0.7",
+        "--json",
     )
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
@@ -41,7 +48,19 @@ def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
 
 
 def start_training(run, *extra):
-    command = [*LOCKSTEP, "train", QUICKSTART, *SETS, "--set", "training.steps=6", "--set", "training.checkpoint_every=2", "--out", run, *extra]
+    command = [
+        *LOCKSTEP,
+        "train",
+        QUICKSTART,
+        *SETS,
+        "--set",
+        "training.steps=6",
+        "--set",
+        "training.checkpoint_every=2",
+        "--out",
+        run,
+        *extra,
+    ]
     return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -69,7 +88,7 @@ def interrupted(installed, tmp_path_factory):
     killed = time.monotonic()
     _, errors = process.communicate(timeout=60)
     spent = time.monotonic() - killed
-    gone, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=5)
     resumed = lockstep("train", "--resume", layout.root, "--json")
     return layout, process.returncode, errors, spent, alive, resumed
 

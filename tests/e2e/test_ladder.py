@@ -73,7 +73,7 @@ def test_weights_that_are_not_the_trainers_are_found_below_semantics(pair):
     try:
         result = climb(pair)
         assert result.failed is None or result.failed.layer != "semantics"
-        assert "PASS" == result.verdicts[2].status, "the ladder's own sync delivers the trainer's weights"
+        assert result.verdicts[2].status == "PASS", "the ladder's own sync delivers the trainer's weights"
     finally:
         with torch.no_grad():
             norm.div_(1.05)

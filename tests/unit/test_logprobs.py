@@ -76,7 +76,9 @@ def test_only_the_gradient_that_is_wanted_is_computed():
 def test_a_bf16_head_in_fp32_is_the_upcast_product_and_in_bf16_is_not():
     hidden, head, targets = data(dtype=torch.bfloat16)
     up = token_logprobs(hidden, head, targets, temperature=1.0).logprobs
-    torch.testing.assert_close(up, token_logprobs_reference(hidden, head, targets, temperature=1.0), rtol=0, atol=FORWARD_ATOL * 10)
+    torch.testing.assert_close(
+        up, token_logprobs_reference(hidden, head, targets, temperature=1.0), rtol=0, atol=FORWARD_ATOL * 10
+    )
     down = token_logprobs(hidden, head, targets, temperature=1.0, head_dtype=torch.bfloat16).logprobs
     assert 1e-3 < (up - down).abs().max() < 1.0
 

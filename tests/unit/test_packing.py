@@ -87,7 +87,10 @@ def test_shared_beginnings_are_computed_once():
     rng = np.random.default_rng(0)
     trunk = rng.integers(0, VOCAB, 90)
     groups = [
-        Group(np.r_[trunk, [g], rng.integers(0, VOCAB, 9)].astype(np.int32), [rng.integers(0, VOCAB, 4).astype(np.int32)] * 8)
+        Group(
+            np.r_[trunk, [g], rng.integers(0, VOCAB, 9)].astype(np.int32),
+            [rng.integers(0, VOCAB, 4).astype(np.int32)] * 8,
+        )
         for g in range(8)
     ]
     (row,) = pack(groups, 4096)

@@ -23,7 +23,7 @@ def test_a_misspelt_key_is_refused_in_every_section(section):
 
 
 def test_a_key_without_its_section_is_found_in_its_section():
-    with pytest.raises(RecipeError, match="optimizer.lr"):
+    with pytest.raises(RecipeError, match=r"optimizer\.lr"):
         load_recipe(QUICKSTART, ["lr=1e-5"])
 
 
@@ -47,7 +47,9 @@ def test_bad_values_are_refused_with_one_sentence(override, needle):
 
 
 def test_overrides_are_toml_and_fall_back_to_text():
-    recipe = load_recipe(QUICKSTART, ["engine.options.logprobs_mode=raw_logprobs", "optimizer.lr=3e-6", "engine.options.block_size=64"])
+    recipe = load_recipe(
+        QUICKSTART, ["engine.options.logprobs_mode=raw_logprobs", "optimizer.lr=3e-6", "engine.options.block_size=64"]
+    )
     assert recipe.engine.options == {"logprobs_mode": "raw_logprobs", "block_size": 64}
     assert recipe.optimizer.lr == 3e-6
 

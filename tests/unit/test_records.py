@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import errors
-from lockstep.records.messages import Sample, decode_reply, decode_request, encode
+from lockstep.records.messages import Sample, decode_reply, decode_request
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.verdicts import Finding, Verdict

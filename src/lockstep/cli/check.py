@@ -12,25 +12,28 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
-    plant: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")] = None,
+    plant: Annotated[
+        list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Prove that engine and trainer are the same policy, or name what is not. Exit code 0 PASS, 1 FAIL, 2 usage, 3 could not run."""
+    """Prove that engine and trainer are the same policy, or name what is not.
+
+    Exit code: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run.
+    """
     import tempfile
 
     from lockstep.cli.common import recipe_of, show_ladder
     from lockstep.parity.faults import planted
 
-    console = Console()
     loaded, faults = recipe_of(recipe, set_, engine), planted(plant or [])
     from lockstep.loop.session import open_session
-    from lockstep.loop.sync import refusal
     from lockstep.parity.certificate import issue
     from lockstep.parity.ladder import climb
     from lockstep.runs.write import append_verdict
 
-    with tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
+    with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
         directory = out or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
         with open_session(loaded, directory / "engine.log", console.say, faults) as session:
@@ -40,15 +43,9 @@ def check(
             if result.passed:
                 issue(session.pair, result.verdicts, directory / "certificate.json")
     if as_json:
-        emit("check", {"verdict": "PASS" if result.passed else refusal_status(result.verdicts), "layers": result.verdicts})
+        emit("check", {"verdict": result.status, "layers": result.verdicts})
     else:
         show_ladder(result.verdicts)
         if out is not None and result.passed:
             print(f"certificate: {out / 'certificate.json'}")
-    if not result.passed:
-        raise typer.Exit(1 if result.failed is not None else refusal(result).exit_code + 2)
-
-
-def refusal_status(verdicts) -> str:
-    """FAIL when a layer failed, else NOT_RUN."""
-    return "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
+    raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])

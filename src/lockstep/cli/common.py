@@ -30,6 +30,7 @@ def show_ladder(verdicts: Sequence[Verdict]) -> None:
         for found in verdict.findings:
             low, high = found.ci95
             print(f"           cause     {found.cause.replace('_', ' ')}")
-            print(f"           effect    {found.effect_nats:.4f} nats per token (95 % {low:.4f} to {high:.4f}) over {found.n_tokens} tokens")
+            interval = f"95 % {low:.4f} to {high:.4f}, {found.n_tokens} tokens"
+            print(f"           effect    {found.effect_nats:.4f} nats per token ({interval})")
             print(f"           evidence  {found.evidence}")
             print(f"           fix       {found.fix}")

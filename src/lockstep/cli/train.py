@@ -1,11 +1,16 @@
 """``lockstep train``: prove, then train."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lockstep.cli.console import Console, emit
+
+if TYPE_CHECKING:
+    from lockstep.config.recipe import Recipe
+    from lockstep.runs.layout import RunLayout
 
 
 def train(
@@ -14,7 +19,9 @@ def train(
     engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; runs/<date>-<random> if not given.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that was interrupted.")] = None,
-    plant: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")] = None,
+    plant: Annotated[
+        list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
 ) -> None:
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
@@ -22,32 +29,36 @@ def train(
     from lockstep.errors import UsageError
     from lockstep.parity.faults import planted
     from lockstep.runs.layout import existing_run, new_run
-    from lockstep.runs.manifest import read_recipe, write_manifest
+    from lockstep.runs.manifest import read_recipe
 
-    console, faults = Console(), planted(plant or [])
+    faults = planted(plant or [])
     if resume is not None:
         if recipe is not None or set_ or engine or out:
-            raise UsageError("lockstep train", got="--resume with a recipe or its flags", expected="--resume RUN alone", hint=f"lockstep train --resume {resume}")
+            raise UsageError(
+                "lockstep train",
+                got="--resume with a recipe or its flags",
+                expected="--resume RUN alone",
+                hint=f"lockstep train --resume {resume}",
+            )
         layout = existing_run(resume)
         loaded = read_recipe(layout.manifest)
     elif recipe is None:
-        raise UsageError("lockstep train", got="no recipe", expected="one, or --resume RUN", hint="lockstep train recipes/quickstart.toml")
+        raise UsageError(
+            "lockstep train",
+            got="no recipe",
+            expected="one, or --resume RUN",
+            hint="lockstep train recipes/quickstart.toml",
+        )
     else:
         loaded = recipe_of(recipe, set_, engine)
         layout = None
-    from lockstep.loop.session import open_session, preflight
+    from lockstep.loop.session import preflight
 
     preflight(loaded)
     layout = layout or new_run(out)
-    console.say(f"run directory {layout.root}")
-    with open_session(loaded, layout.engine_log, console.say, faults) as session:
-        from lockstep.loop.sync import Run, run_steps
-        from lockstep.training.optimizer import MasterAdamW
-
-        if resume is None:
-            write_manifest(layout.manifest, session.manifest)
-        run = Run(session, layout, MasterAdamW(session.pair.policy.model, loaded.optimizer), console.say)
-        run_steps(run, resumed=resume is not None)
+    with Console() as console:
+        console.say(f"run directory {layout.root}")
+        _train(loaded, layout, console.say, faults, resumed=resume is not None)
     from lockstep.report import summarise, summary_table
 
     summary = summarise(layout)
@@ -55,3 +66,16 @@ def train(
         emit("train", summary)
     else:
         print(summary_table(summary))
+
+
+def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], faults: tuple[str, ...], *, resumed: bool) -> None:
+    from lockstep.loop.session import open_session
+    from lockstep.runs.manifest import write_manifest
+
+    with open_session(recipe, layout.engine_log, say, faults) as session:
+        from lockstep.loop.sync import Run, run_steps
+        from lockstep.training.optimizer import MasterAdamW
+
+        if not resumed:
+            write_manifest(layout.manifest, session.manifest)
+        run_steps(Run(session, layout, MasterAdamW(session.pair.policy.model, recipe.optimizer), say), resumed=resumed)

@@ -24,7 +24,7 @@ class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 
 
-class Model(_Section):
+class Model(_Section, frozen=True):
     """The policy that is trained."""
 
     path: str
@@ -35,7 +35,7 @@ class Model(_Section):
     """Of the last matrix product, on the trainer's side and, through the adapter, on the engine's."""
 
 
-class Engine(_Section):
+class Engine(_Section, frozen=True):
     """What samples tokens."""
 
     name: Literal["auto", "vllm", "transformers"] = "auto"
@@ -51,7 +51,7 @@ class Engine(_Section):
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
 
-class Task(_Section):
+class Task(_Section, frozen=True):
     """Where prompts and rewards come from."""
 
     name: str
@@ -65,7 +65,7 @@ class Task(_Section):
     """``exact_match``, ``dataset`` (the dataset's own scorer), or ``module:function`` of (completion, item) → float."""
 
 
-class Objective(_Section):
+class Objective(_Section, frozen=True):
     """The loss as a function of log-probabilities and advantages."""
 
     name: Literal["grpo"] = "grpo"
@@ -80,7 +80,7 @@ class Objective(_Section):
     """Denominator of the policy ratio. ``engine`` skips the trainer's own pass: the dividend of a passing certificate."""
 
 
-class Optimizer(_Section):
+class Optimizer(_Section, frozen=True):
     """AdamW over fp32 weights."""
 
     lr: PositiveFloat = 1e-6
@@ -92,7 +92,7 @@ class Optimizer(_Section):
     max_grad_norm: PositiveFloat = 1.0
 
 
-class Training(_Section):
+class Training(_Section, frozen=True):
     """How long and in what portions."""
 
     steps: Positive
@@ -107,7 +107,7 @@ class Training(_Section):
     seed: int = 0
 
 
-class Parity(_Section):
+class Parity(_Section, frozen=True):
     """How much the ladder compares."""
 
     probe_prompts: Annotated[int, Meta(ge=4)] = 16
@@ -117,7 +117,7 @@ class Parity(_Section):
     """Known tokens that engine and trainer score after every weight sync."""
 
 
-class Recipe(_Section):
+class Recipe(_Section, frozen=True):
     """A whole run. Example: ``recipes/quickstart.toml``."""
 
     model: Model
@@ -143,7 +143,10 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """
     if not path.is_file():
         raise RecipeError(
-            f"recipe {path}", got="no such file", expected="a TOML recipe", hint="ls recipes/  (quickstart.toml is the first one)"
+            f"recipe {path}",
+            got="no such file",
+            expected="a TOML recipe",
+            hint="ls recipes/  (quickstart.toml is the first one)",
         )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +166,10 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
         message, _, where = str(error).partition(" - at `$")
         key = where.rstrip("`").lstrip(".") or "(top level)"
         raise RecipeError(
-            f"recipe {source}, key {key}", got=_value_at(table, key), expected=message, hint=f"--set {key}=…  or edit {source}"
+            f"recipe {source}, key {key}",
+            got=_value_at(table, key),
+            expected=message,
+            hint=f"--set {key}=…  or edit {source}",
         ) from error
     _refuse_untrainable(recipe, source)
     return recipe

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import lockstep
 from lockstep.engines.worker.group import end_group
@@ -100,7 +101,7 @@ class WorkerProcess:
             raise
         return reply
 
-    def request(self, kind: type[Request], *args: object, timeout_s: float = 1800.0) -> Reply:
+    def request(self, kind: type[Request], *args: Any, timeout_s: float = 1800.0) -> Reply:
         """Send ``kind(id, *args)`` and wait for its reply.
 
         Raises:

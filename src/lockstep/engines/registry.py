@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
-from lockstep.engines.environments.install import Environment, find, installed
+from lockstep.engines.environments.locate import Environment, find, installed
 from lockstep.errors import NotInstalledError
 
 

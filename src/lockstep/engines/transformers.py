@@ -7,6 +7,7 @@ scores that tokens were drawn from (``output_scores``: after temperature and tru
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,21 +36,31 @@ class TransformersEngine(Engine):
         if unknown:
             raise EngineError("engine.options", got=unknown[0], expected=f"one of {', '.join(DEFAULTS)}", hint="edit the recipe")
         self.model = AutoModelForCausalLM.from_pretrained(
-            spec.model_path, dtype=DTYPES[spec.dtype], attn_implementation=options["attn_implementation"], use_safetensors=True
+            spec.model_path,
+            dtype=DTYPES[spec.dtype],
+            attn_implementation=options["attn_implementation"],
+            use_safetensors=True,
         ).eval()
         if spec.head_dtype != spec.dtype:
             _raise_head(self.model, DTYPES[spec.head_dtype])
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would edit every request silently
         self.max_batch_size, self.max_model_len = int(options["max_batch_size"]), spec.max_model_len
         self.weights_dir, self.version = spec.weights_dir, 0
-        resolved = {"worker.parameter_dtype": str(self.model.dtype), "worker.head_dtype": f"torch.{spec.head_dtype}"} | options
+        resolved = {
+            "worker.parameter_dtype": str(self.model.dtype),
+            "worker.head_dtype": f"torch.{spec.head_dtype}",
+        } | options
         self.ready = Ready(
             engine="transformers",
             version=transformers.__version__,
             generation="generate",
             distribution="sampler",
             resolved=resolved | {"versions.torch": str(torch.__version__), "max_model_len": spec.max_model_len},
-            capabilities={"rescore": "a forward pass, no cache", "load": "in place, between requests", "seed": "per prompt"},
+            capabilities={
+                "rescore": "a forward pass, no cache",
+                "load": "in place, between requests",
+                "seed": "per prompt",
+            },
             start_s=time.perf_counter() - began,
         )
 
@@ -86,7 +97,9 @@ class TransformersEngine(Engine):
         tokens = output[:, len(prompt) :].cpu()
         return [self._completion(number, first + i, tokens[i].tolist(), logprobs[i].tolist(), sampling) for i in range(n)]
 
-    def _completion(self, number: int, sample: int, ids: list[int], logprobs: list[float], sampling: SamplingParams) -> Completion:
+    def _completion(
+        self, number: int, sample: int, ids: list[int], logprobs: list[float], sampling: SamplingParams
+    ) -> Completion:
         stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))
         stopped = bool(stop and ids[stop - 1] in sampling.stop_token_ids)
         values = [value if np.isfinite(value) else None for value in logprobs[:stop]]
@@ -115,7 +128,12 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.load`. ``stale_head`` cannot be planted here: nothing is packed."""
         began = time.perf_counter()
         if Path(update.path).resolve().parent != self.weights_dir.resolve():
-            raise EngineError("engine, load", got=update.path, expected=f"a file in {self.weights_dir}", hint="use the run's publisher")
+            raise EngineError(
+                "engine, load",
+                got=update.path,
+                expected=f"a file in {self.weights_dir}",
+                hint="use the run's publisher",
+            )
         weights = self.model.state_dict()
         with safe_open(update.path, framework="pt") as file:
             names = list(file.keys())
@@ -165,7 +183,9 @@ def _generation_config(sampling: SamplingParams) -> GenerationConfig:
     if not greedy and sampling.min_p > 0.0:
         drawn["min_p"] = sampling.min_p
     if sampling.presence_penalty or sampling.frequency_penalty:
-        raise EngineError("engine, sample", got="a presence or frequency penalty", expected="none", hint="transformers has neither")
+        raise EngineError(
+            "engine, sample", got="a presence or frequency penalty", expected="none", hint="transformers has neither"
+        )
     return GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=sampling.max_tokens,
@@ -178,5 +198,5 @@ def _generation_config(sampling: SamplingParams) -> GenerationConfig:
 
 def _raise_head(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Compute the last product in ``dtype``, the stored weight cast on the way, as vLLM's ``head_dtype`` does."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
     head.forward = lambda hidden: torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype))

@@ -5,9 +5,9 @@
                                      │                                     │
                                      └► rollouts/step-k.parquet            └► metrics.jsonl, verdicts.jsonl
 
-A step's rollouts are on disk before they are trained on, and its line in ``metrics.jsonl`` is written when its weights are proven in
-the engine. So a killed run goes on from its last checkpoint by training on the stored rollouts again, from the weights that did
-not see them yet, and samples only what was never sampled: nothing is lost, nothing is trained on twice.
+A step's rollouts are on disk before they are trained on, and its line in ``metrics.jsonl`` is written when its weights are
+proven in the engine. So a killed run goes on from its last checkpoint by training on the stored rollouts again, from the
+weights that did not see them yet, and samples only what was never sampled: nothing is lost, nothing is trained on twice.
 """
 
 import time
@@ -101,12 +101,12 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         ParityError, WeightSyncError: when a proof fails.
         RewardError, DivergenceError, EngineError: as they say; everything sampled so far is on disk.
     """
-    step = catch_up(run) if resumed else 0
+    first = catch_up(run) if resumed else 0
     if resumed:
-        run.pair.version = step
-        run.pair.sync(step)
-    prove(run, f"before step {step}")
-    for step in range(step, run.recipe.training.steps):
+        run.pair.version = first
+        run.pair.sync(first)
+    prove(run, f"before step {first}")
+    for step in range(first, run.recipe.training.steps):
         began = time.perf_counter()
         rollouts = sample(run, step)
         gate = partial(refuse_gap, run, step)
@@ -178,7 +178,10 @@ def sync(run: Run, version: int) -> dict[str, float]:
     if verdict.status == "FAIL":
         found = verdict.findings[0]
         raise WeightSyncError(
-            f"weight sync {version}, cause {found.cause.replace('_', ' ')}", got=found.evidence, expected="engine and trainer to agree on the canary", hint=found.fix
+            f"weight sync {version}, cause {found.cause.replace('_', ' ')}",
+            got=found.evidence,
+            expected="engine and trainer to agree on the canary",
+            hint=found.fix,
         )
     return {
         "canary_gap_abs_max_nats": result.gap_abs_max_nats,
@@ -191,7 +194,12 @@ def sync(run: Run, version: int) -> dict[str, float]:
 def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
     agreement = f"mean |gap| {result.gap_abs_mean_nats:.1e} nats over {result.n_tokens} tokens, limit {result.limit_nats:.1e}"
     if result.proven:
-        return Verdict(layer="weights", status="PASS", summary=f"version {version} is served: {agreement}", n_tokens=result.n_tokens)
+        return Verdict(
+            layer="weights",
+            status="PASS",
+            summary=f"version {version} is served: {agreement}",
+            n_tokens=result.n_tokens,
+        )
     # One stale tensor moves little in one step; layer 3 moves every tensor far enough to name it.
     run.say(f"canary: {agreement}; looking for the cause")
     assert run.canary is not None
@@ -201,7 +209,14 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
     if named.status != "FAIL":
         cause = "not_delivered" if result.not_delivered else "unexplained_weights"
         findings = (layer3_weights.finding(run.pair, cause, result.gap_abs_mean_nats, result.n_tokens, agreement),)
-    return Verdict(layer="weights", status="FAIL", summary=agreement, n_tokens=result.n_tokens, findings=findings, figures=named.figures)
+    return Verdict(
+        layer="weights",
+        status="FAIL",
+        summary=agreement,
+        n_tokens=result.n_tokens,
+        findings=findings,
+        figures=named.figures,
+    )
 
 
 def catch_up(run: Run) -> int:
@@ -254,5 +269,6 @@ def rollout_figures(rollouts: Rollouts, step: int) -> dict[str, float]:
 def _line(step: int, steps: int, figures: dict[str, float]) -> str:
     return (
         f"step {step + 1:>3}/{steps}  reward {figures['reward_mean']:.3f}  entropy {figures['entropy_mean_nats']:.2f}  "
-        f"|gap| p99.9 {figures['gap_abs_p999_nats']:.0e}  canary {figures['canary_gap_abs_max_nats']:.0e}  {figures['step_s']:.1f} s"
+        f"|gap| p99.9 {figures['gap_abs_p999_nats']:.0e}  canary {figures['canary_gap_abs_max_nats']:.0e}  "
+        f"{figures['step_s']:.1f} s"
     )

@@ -1,8 +1,8 @@
 """Run the layers in order and stop at the first that does not hold: a semantic error looks like noise further down.
 
-    sample at the recipe's T ─┐
-    sample at T = 1 ──────────┼─► 1 semantics ─► 2 path ─► 3 weights ─► 4 numerics ─► 5 objective ─► certificate
-    sample at T ≠ 1 ──────────┘
+sample at the recipe's T ─┐
+sample at T = 1 ──────────┼─► 1 semantics ─► 2 path ─► 3 weights ─► 4 numerics ─► 5 objective ─► certificate
+sample at T ≠ 1 ──────────┘
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from lockstep.parity.pair import Pair, Sampled, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import LAYERS, LayerName, Verdict
+from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
 
 SEED = 20_260_101
 """Of the probes: the same tokens are compared whatever the recipe's seed is."""
@@ -30,9 +30,15 @@ class LadderResult:
     canary: Canary
 
     @property
+    def status(self) -> Status:
+        """PASS when every layer passed, FAIL when one failed, NOT_RUN otherwise."""
+        found = {verdict.status for verdict in self.verdicts}
+        return "FAIL" if "FAIL" in found else "NOT_RUN" if "NOT_RUN" in found else "PASS"
+
+    @property
     def passed(self) -> bool:
         """True when every layer passed."""
-        return all(verdict.status == "PASS" for verdict in self.verdicts)
+        return self.status == "PASS"
 
     @property
     def failed(self) -> Verdict | None:
@@ -86,4 +92,3 @@ def _telling(pair: Pair, sample: Sampled) -> Sampled:
     temperature = sampling.temperature if sampling.temperature != 1.0 else DISTINGUISHING_TEMPERATURE
     half = sample.prompts[: max(4, len(sample.prompts) // 2)]
     return draw(pair, half, SamplingParams(max_tokens=sampling.max_tokens, temperature=temperature), SEED + 1)
-

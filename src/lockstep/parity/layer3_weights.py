@@ -59,7 +59,12 @@ def judge(pair: Pair, canary: Canary, neutral: Sampled, seed: int) -> Verdict:
 
 
 def _verdict(
-    pair: Pair, canary: Canary, residues: dict[str, np.ndarray], cache: tuple[np.ndarray, np.ndarray], clean: float, figures: dict
+    pair: Pair,
+    canary: Canary,
+    residues: dict[str, np.ndarray],
+    cache: tuple[np.ndarray, np.ndarray],
+    clean: float,
+    figures: dict,
 ) -> Verdict:
     n = len(canary.scores) * 2 + cache[0].size
     shift, new = figures["shift_abs_mean_nats"], float(residues["all new"].mean())
@@ -73,32 +78,55 @@ def _verdict(
         named = {"stale_head": "the engine's lm_head is stale: its packed copy holds the old weights"}
         summary = f"after a sync the engine does not serve the weights it was sent: {named.get(cause, cause.replace('_', ' '))}"
         evidence = ", ".join(f"{name}: {r.mean():.1e}" for name, r in sorted(residues.items(), key=lambda kv: kv[1].mean()))
-        return _fail(pair, cause, summary, residues["all new"], canary.owners, f"mean |engine − trainer|, nats, by hypothesis: {evidence}", n, figures)
+        return _fail(
+            pair,
+            cause,
+            summary,
+            residues["all new"],
+            canary.owners,
+            f"mean |engine − trainer|, nats, by hypothesis: {evidence}",
+            n,
+            figures,
+        )
     if not np.abs(cache[0]).max() <= pair.noise.p999:
         summary = "after a sync the engine answers from a prefix cache of the old weights"
-        evidence = f"tokens drawn over prompts that were cached before the update are off by up to {np.abs(cache[0]).max():.1e} nats"
+        evidence = (
+            f"tokens drawn over prompts that were cached before the update are off by up to {np.abs(cache[0]).max():.1e} nats"
+        )
         return _fail(pair, "stale_prefix_cache", summary, np.abs(cache[0]), cache[1], evidence, n, figures)
     canary.clean_gap_nats = clean
     summary = f"a change of {shift:.2f} nats arrived to within {new:.1e}, and back again; no stale head, body or prefix cache"
     return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n, figures=figures)
 
 
-def _fail(pair: Pair, cause: str, summary: str, size: np.ndarray, owners: np.ndarray, evidence: str, n: int, figures: dict) -> Verdict:
+def _fail(
+    pair: Pair, cause: str, summary: str, size: np.ndarray, owners: np.ndarray, evidence: str, n: int, figures: dict
+) -> Verdict:
     found = finding(pair, cause, float(size.mean()), size.size, evidence, bootstrap_mean_ci95(size, owners))
     return Verdict(layer="weights", status="FAIL", summary=summary, n_tokens=n, findings=(found,), figures=figures)
 
 
 def finding(
-    pair: Pair, cause: str, effect_nats: float, n_tokens: int, evidence: str, ci95: tuple[float, float] = (float("nan"), float("nan"))
+    pair: Pair,
+    cause: str,
+    effect_nats: float,
+    n_tokens: int,
+    evidence: str,
+    ci95: tuple[float, float] = (float("nan"), float("nan")),
 ) -> Finding:
     """A cause of this layer, with this engine's mend."""
     return Finding(
-        cause=cause, effect_nats=effect_nats, ci95=ci95, n_tokens=n_tokens, fix=pair.engine.fix(cause), evidence=evidence
+        cause=cause,
+        effect_nats=effect_nats,
+        ci95=ci95,
+        n_tokens=n_tokens,
+        fix=pair.engine.fix(cause),
+        evidence=evidence,
     )
 
 
 @contextmanager
-def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
     """Noise on every parameter of the trainer, in place; yields each parameter's old value and puts it back exactly."""
     before = {parameter: parameter.detach().clone() for parameter in pair.policy.model.parameters()}
     generator = torch.Generator(device=pair.policy.head.device).manual_seed(seed)
@@ -114,7 +142,7 @@ def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.Tensor, torch.Tensor
 
 
 @contextmanager
-def restored_body(pair: Pair, before: dict[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+def restored_body(pair: Pair, before: dict[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
     """All parameters but the head at their old values; with tied embeddings the input embedding stays new with the head."""
     now = {parameter: parameter.detach().clone() for parameter in before}
     _put_back({p: value for p, value in before.items() if p is not pair.policy.head})
@@ -125,7 +153,7 @@ def restored_body(pair: Pair, before: dict[torch.Tensor, torch.Tensor]) -> Itera
 
 
 @torch.no_grad()
-def _put_back(values: dict[torch.Tensor, torch.Tensor]) -> None:
+def _put_back(values: dict[torch.nn.Parameter, torch.Tensor]) -> None:
     for parameter, value in values.items():
         parameter.copy_(value)
 

@@ -4,6 +4,8 @@ The gap is judged by its tail (a median and a p999) and by the phantom clip frac
 each side differs from *itself* under another batch shape: B against B′ from layer 2, C against C′ here.
 """
 
+from typing import Any
+
 import numpy as np
 
 from lockstep.metrics.reduce import bootstrap_mean_ci95, mismatch_figures, outside_clip, quantiles_abs
@@ -26,7 +28,7 @@ def judge(pair: Pair, sample: Sampled, path: Verdict) -> Verdict:
     floor_engine = path.figures["batch_composition_abs_p999_nats"]
     quantiles = quantiles_abs(gap)
     phantom = outside_clip(gap, objective.clip_low, objective.clip_high)
-    figures = mismatch_figures(gap, objective.clip_low, objective.clip_high)
+    figures: dict[str, Any] = mismatch_figures(gap, objective.clip_low, objective.clip_high)
     figures |= {f"gap_abs_{name}_nats": value for name, value in quantiles.items()}
     figures |= {"floor_trainer_abs_p999_nats": floor_trainer, "floor_engine_abs_p999_nats": floor_engine}
     figures["n_tokens"] = gap.size
@@ -34,9 +36,15 @@ def judge(pair: Pair, sample: Sampled, path: Verdict) -> Verdict:
     figures["gap_p999_in_floors"] = quantiles["p999"] / floor
     causes = []
     if not (quantiles["p50"] <= pair.noise.p50 and quantiles["p999"] <= pair.noise.p999):
-        causes.append(f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e} nats; arithmetic allows {pair.noise.p50:g}, {pair.noise.p999:g}")
+        causes.append(
+            f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e} nats; "
+            f"arithmetic allows {pair.noise.p50:g}, {pair.noise.p999:g}"
+        )
     if not phantom.mean() <= PHANTOM_CLIP_FRACTION:
-        causes.append(f"the objective would clip {phantom.mean():.2%} of the tokens for the mismatch alone; the limit is {PHANTOM_CLIP_FRACTION:.0%}")
+        causes.append(
+            f"the objective would clip {phantom.mean():.2%} of the tokens for the mismatch alone; "
+            f"the limit is {PHANTOM_CLIP_FRACTION:.0%}"
+        )
     if causes:
         cause = precision_cause(pair)
         size = np.abs(gap)
@@ -51,7 +59,8 @@ def judge(pair: Pair, sample: Sampled, path: Verdict) -> Verdict:
         summary = f"the gap exceeds what the arithmetic explains ({cause.replace('_', ' ')})"
         return Verdict(layer="numerics", status="FAIL", summary=summary, n_tokens=gap.size, findings=(found,), figures=figures)
     summary = (
-        f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats over {gap.size} tokens; "
+        f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats "
+        f"over {gap.size} tokens; "
         f"phantom clips {phantom.mean():.2%}"
     )
     return Verdict(layer="numerics", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)

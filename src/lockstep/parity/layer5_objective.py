@@ -59,9 +59,15 @@ def _verdict(pair: Pair, gap: np.ndarray, log_ratio: np.ndarray, owners: np.ndar
         cause, size = "trainer_not_repeatable", np.abs(log_ratio)
         evidence = f"the trainer's second pass over the same tokens differs by {size.max():.1e} nats"
     elif not quantile_ok(pair, gap):
-        cause, evidence = "task_tokens_differ", f"|gap| reaches {size.max():.1e} nats on the task's own tokens, not on the probes"
+        cause, evidence = (
+            "task_tokens_differ",
+            f"|gap| reaches {size.max():.1e} nats on the task's own tokens, not on the probes",
+        )
     elif not moved <= figures["loss_bound"] + np.finfo(np.float32).eps:
-        cause, evidence = "loss_not_explained", f"the loss moves by {moved:.1e}, the gaps allow {figures['loss_bound']:.1e}"
+        cause, evidence = (
+            "loss_not_explained",
+            f"the loss moves by {moved:.1e}, the gaps allow {figures['loss_bound']:.1e}",
+        )
     if cause:
         found = Finding(
             cause=cause,

@@ -92,7 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _):
+    def backward(ctx, grad_logprobs, _):  # type: ignore[override]
         hidden, head, bias, targets, normaliser = ctx.saved_tensors
         temperature, softcap, dtype = ctx.settings
         operand = head.to(dtype)
@@ -109,14 +109,15 @@ class _TokenLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, targets[rows, None], scale)
             if slope is not None:
                 grad.mul_(slope)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = (grad.to(operand.dtype) @ operand).to(hidden.dtype)
-            if wants_head:
+            if grad_head is not None:
                 grad_head.addmm_(grad.T, hidden[rows].to(grad.dtype))
-            if wants_bias:
+            if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        grad_head = grad_head.to(head.dtype) if wants_head else None
-        return grad_hidden, grad_head, grad_bias, None, None, None, None, None
+        # bf16 parameters get bf16 gradients, added up in fp32.
+        grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype), grad_bias)
+        return *grads, None, None, None, None, None
 
 
 def _blocks(n_rows: int, n_vocab: int) -> list[slice]:
@@ -124,7 +125,9 @@ def _blocks(n_rows: int, n_vocab: int) -> list[slice]:
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def _logits(hidden: Tensor, operand: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, wide: torch.dtype) -> Tensor:
+def _logits(
+    hidden: Tensor, operand: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, wide: torch.dtype
+) -> Tensor:
     """One block's tempered logits, [t, V]; every step after the product is in place."""
     logits = (hidden.to(operand.dtype) @ operand.T).to(wide)
     if bias is not None:
@@ -132,4 +135,3 @@ def _logits(hidden: Tensor, operand: Tensor, bias: Tensor | None, temperature: f
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     return logits.div_(temperature) if temperature != 1.0 else logits
-

@@ -67,7 +67,12 @@ class Policy:
 
     @torch.no_grad()
     def score_at(
-        self, groups: Sequence[Group], temperatures: Sequence[float], max_tokens: int = 4096, *, head: Tensor | None = None
+        self,
+        groups: Sequence[Group],
+        temperatures: Sequence[float],
+        max_tokens: int = 4096,
+        *,
+        head: Tensor | None = None,
     ) -> list[list[np.ndarray]]:
         """:meth:`score` at several temperatures for one pass of the body.
 
@@ -86,7 +91,13 @@ class Policy:
         return found
 
     def _project(
-        self, hidden: Tensor, targets: Tensor, temperature: float, *, with_entropy: bool = False, head: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        *,
+        with_entropy: bool = False,
+        head: Tensor | None = None,
     ) -> TokenScores:
         return token_logprobs(
             hidden,
@@ -113,7 +124,10 @@ def load_policy(path: Path, dtype: str, head_dtype: str) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
-            f"model {path}", got=str(error).splitlines()[0], expected="a Hugging Face causal LM in safetensors", hint=f"ls {path}"
+            f"model {path}",
+            got=str(error).splitlines()[0],
+            expected="a Hugging Face causal LM in safetensors",
+            hint=f"ls {path}",
         ) from error
     model.eval()  # dropout off on the trainer's side too: an engine has none
     head = model.get_output_embeddings()
@@ -170,7 +184,7 @@ def _self_test(policy: Policy, expected: Float[Tensor, "T V"]) -> float:
 
 @contextlib.contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(name)
     yield
     model.set_attn_implementation(before)

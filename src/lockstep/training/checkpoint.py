@@ -59,7 +59,12 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> int:
     weights = named_weights(policy.model)
     if stored.keys() != weights.keys():
         odd = sorted(stored.keys() ^ weights.keys())[:3]
-        raise RunError(f"checkpoint {path}", got=f"other tensors ({', '.join(odd)} …)", expected="this model's", hint="same model.path?")
+        raise RunError(
+            f"checkpoint {path}",
+            got=f"other tensors ({', '.join(odd)} …)",
+            expected="this model's",
+            hint="same model.path?",
+        )
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(stored[name])

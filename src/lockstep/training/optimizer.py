@@ -45,7 +45,10 @@ class MasterAdamW:
         norm = float(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
         if not norm < float("inf"):
             raise DivergenceError(
-                "optimizer step", got=f"gradient norm {norm}", expected="a finite number", hint="lower optimizer.lr; look at rollouts/"
+                "optimizer step",
+                got=f"gradient norm {norm}",
+                expected="a finite number",
+                hint="lower optimizer.lr; look at rollouts/",
             )
         for group in self._adamw.param_groups:
             group["lr"] = self.lr_at(update)

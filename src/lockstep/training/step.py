@@ -97,11 +97,17 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: _Tokens,
         outputs = grpo(inputs, recipe.objective.clip_low, recipe.objective.clip_high)
         loss = float(outputs.loss.detach())
         if not np.isfinite(loss):
-            raise DivergenceError("objective", got=f"loss {loss}", expected="a finite number", hint="lower optimizer.lr; look at rollouts/")
+            raise DivergenceError(
+                "objective",
+                got=f"loss {loss}",
+                expected="a finite number",
+                hint="lower optimizer.lr; look at rollouts/",
+            )
         outputs.loss.backward()
         total += loss
         tokens.log_ratio.append((now - old).numpy(force=True))
         tokens.clipped.append(outputs.clipped.numpy(force=True))
+        assert scores.entropy is not None
         tokens.entropy.append(scores.entropy.numpy(force=True))
     return total
 

@@ -23,7 +23,13 @@ from lockstep.records.versions import WeightUpdate
 
 FILE_NAME = "weights.safetensors"
 _PAGE = 4096
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 
 def weights_directory() -> Path:

@@ -1,12 +1,16 @@
-"""Build, find and list engine environments.
+"""Build an engine environment: once, from its recipe, going on where an interrupted build stopped.
 
-An environment is a virtual environment under the cache. It exists only once ``lockstep-environment.json`` lies in it, which is
-written last and carries the recipe's digest: a half-built one, or one of an older recipe, is never used. A build that was
-interrupted goes on where it was, for pip keeps what is already installed.
+    lock ─► virtual environment ─► pip, step by step ─► smoke test ─► marker (atomic rename)
+              └── finished steps are noted in lockstep-build.json, under the recipe's digest ──┘
+
+pip inherits the lock: when only this process is killed, pip ends its step and the next installer waits for it. When
+pip is killed too, the step is run again, and what pip had not finished unpacking is installed anew.
 """
 
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,70 +19,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
 
-from lockstep.config.cache import cache_root, locked
-from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for
+from lockstep.config.cache import locked
+from lockstep.engines.environments.locate import MARKER, Environment, complete, path_of, scrubbed_env
+from lockstep.engines.environments.recipes import EnvironmentRecipe, recipe_for
 from lockstep.errors import InstallError, NotInstalledError
 
-MARKER = "lockstep-environment.json"
-SAY_EVERY_S = 10.0
-SMOKE = "import importlib.metadata as m, torch, vllm, vllm._C; print(vllm.__version__, torch.__version__)"
-DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD")
+BUILD_NOTES = "lockstep-build.json"
+SAY_EVERY_S = 8.0
+POLL_S = 0.25
+TAIL_LINES = 15
+PIP_VERBS = re.compile(r"^\s*(Collecting|Downloading|Processing|Installing collected packages)\W+(\S+)", re.M)
+# Not compiled: the environment has ten times the modules that an engine imports, and those are compiled on first use.
+PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-compile", "--progress-bar", "off")
 Say = Callable[[str], None]
-
-
-class Environment(Struct, frozen=True, kw_only=True):
-    """A complete environment."""
-
-    name: str
-    version: str
-    generation: str
-    flavour: str
-    digest: str
-    smoke: str
-    """What the smoke test printed."""
-    size_bytes: int
-    built: str
-    path: str
-
-    @property
-    def python(self) -> Path:
-        """Its interpreter."""
-        return Path(self.path) / "bin" / "python"
-
-    def launch_env(self) -> dict[str, str]:
-        """The environment variables to run it with: this process's, less what would leak in, plus the recipe's."""
-        env = {key: value for key, value in os.environ.items() if key not in DROPPED}
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        recipe = recipe_for(f"{self.name}=={self.version}")
-        values = {key: value.format(all_cores=",".join(map(str, cores))) for key, value in recipe.env.items()}
-        kernels = Path(self.path) / "kernels"  # what the first batch compiles, kept for the next start
-        return env | values | {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "VLLM_CACHE_ROOT": str(kernels / "vllm")}
-
-
-def installed() -> list[Environment]:
-    """Every complete environment."""
-    return [environment for recipe in all_recipes() if (environment := _complete(recipe)) is not None]
-
-
-def find(name: str, version: str | None) -> Environment:
-    """A complete environment, the newest if no version is given.
-
-    Raises:
-        NotInstalledError: with the line that installs it.
-    """
-    recipe = recipe_for(f"{name}=={version}" if version else name)
-    candidates = [e for e in installed() if e.name == name and version in (None, e.version)]
-    if not candidates:
-        partial = _path(recipe).exists()
-        raise NotInstalledError(
-            f"engine {recipe.spec}",
-            got="an environment that was not finished" if partial else "no environment of it",
-            expected="an installed engine",
-            hint=f"lockstep engines install {recipe.spec}   (or --engine transformers, which needs none)",
-        )
-    return candidates[-1]
 
 
 def install(spec: str, say: Say) -> Environment:
@@ -90,59 +44,160 @@ def install(spec: str, say: Say) -> Environment:
 
     Raises:
         NotInstalledError: when no recipe covers it, or there is no build for this machine.
-        InstallError: when a step fails; the end of its output is shown.
+        InstallError: when the machine lacks something, or a step fails; the end of its output is shown.
     """
     recipe = recipe_for(spec)
     _refuse_machine(recipe)
-    path = _path(recipe)
-    with locked(path.with_suffix(".lock"), say):
-        complete = _complete(recipe)
-        if complete is not None:
-            say(f"{recipe.spec} is installed ({path})")
-            return complete
+    path = path_of(recipe)
+    with locked(path.with_name(f"{path.name}.lock"), say) as lock:
+        environment = complete(recipe)
+        if environment is not None:
+            say(f"{recipe.spec} is installed: {path}")
+            return environment
         _refuse_system(recipe, path)
         began = time.perf_counter()
-        (path / MARKER).unlink(missing_ok=True)
-        log = path.with_suffix(".log")
-        pip = [str(path / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--progress-bar", "off"]
-        steps = [
-            ("virtual environment", [sys.executable, "-m", "venv", str(path)]),
-            (" ".join(recipe.first), [*pip, *recipe.first]),
-            (f"{recipe.distribution} and its closure", [*pip, "--no-deps", "-r", str(recipe.lock_path)]),
-            ("smoke test", [str(path / "bin" / "python"), "-c", SMOKE]),
-        ]
-        output = ""
-        for number, (title, command) in enumerate(steps, 1):
-            output = _run(f"{recipe.spec} {number}/{len(steps)} {title}", command, log, say)
-        environment = Environment(
-            name=recipe.name,
-            version=recipe.version,
-            generation=recipe.generation,
-            flavour=recipe.flavour,
-            digest=recipe.digest,
-            smoke=output.strip().splitlines()[-1],
-            size_bytes=sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()),
-            built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            path=str(path),
-        )
-        partial = path / f".{MARKER}"
-        partial.write_bytes(msgspec.json.encode(environment))
-        os.replace(partial, path / MARKER)
-        say(f"{recipe.spec} is installed, {environment.size_bytes / 1e9:.1f} GB, {time.perf_counter() - began:.0f} s")
+        environment = _Build(recipe, lock, say).run()
+        say(f"{recipe.spec} is installed: {environment.size_bytes / 1e9:.1f} GB in {time.perf_counter() - began:.0f} s")
         return environment
 
 
-def _path(recipe: EnvironmentRecipe) -> Path:
-    return cache_root() / "engines" / f"{recipe.name}-{recipe.version}-{recipe.flavour}"
+def remove(spec: str, say: Say) -> None:
+    """Delete an environment, complete or not."""
+    recipe = recipe_for(spec)
+    path = path_of(recipe)
+    with locked(path.with_name(f"{path.name}.lock"), say):
+        (path / MARKER).unlink(missing_ok=True)  # first, so that a deletion that is interrupted leaves nothing usable
+        shutil.rmtree(path, ignore_errors=True)
+        say(f"{recipe.spec} is removed")
 
 
-def _complete(recipe: EnvironmentRecipe) -> Environment | None:
-    try:
-        environment = msgspec.json.decode((_path(recipe) / MARKER).read_bytes(), type=Environment)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-        return None
-    usable = environment.digest == recipe.digest and environment.path == str(_path(recipe)) and environment.python.exists()
-    return environment if usable else None
+class _Build:
+    """One build of one environment. The lock is held."""
+
+    def __init__(self, recipe: EnvironmentRecipe, lock: int, say: Say) -> None:
+        self.recipe, self.lock, self.say = recipe, lock, say
+        self.path = path_of(recipe)
+        self.log = self.path.with_name(f"{self.path.name}.log")
+        self.python = self.path / "bin" / "python"
+        self.n_steps = len(recipe.steps) + 2
+
+    def run(self) -> Environment:
+        """Every step that is not done yet, then the smoke test, then the marker."""
+        (self.path / MARKER).unlink(missing_ok=True)
+        done = self._done()
+        if not done:
+            self.log.unlink(missing_ok=True)
+            self._step(1, "virtual environment", [sys.executable, "-m", "venv", "--clear", str(self.path)])
+            self._note(done := ["venv"])
+        _forget_unfinished(self.path)
+        for number, step in enumerate(self.recipe.steps, 2):
+            if step.title in done:
+                self.say(f"{self._title(number, step.title)}: done before")
+                continue
+            self._step(number, step.title, [str(self.python), *PIP, *step.pip_args])
+            self._note(done := [*done, step.title])
+        smoke = self._step(self.n_steps, "smoke test", [str(self.python), "-c", self.recipe.smoke])
+        return self._finish(smoke.strip().splitlines()[-1])
+
+    def _finish(self, smoke: str) -> Environment:
+        environment = Environment(
+            name=self.recipe.name,
+            version=self.recipe.version,
+            generation=self.recipe.generation,
+            flavour=self.recipe.flavour,
+            digest=self.recipe.digest,
+            smoke=smoke,
+            size_bytes=_size_bytes(self.path),
+            built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            path=str(self.path),
+        )
+        _write_whole(self.path / MARKER, environment)
+        return environment
+
+    def _done(self) -> list[str]:
+        try:
+            notes = msgspec.json.decode((self.path / BUILD_NOTES).read_bytes(), type=dict[str, list[str]])
+        except (OSError, msgspec.DecodeError):
+            return []
+        return notes.get(self.recipe.digest, [])
+
+    def _note(self, done: list[str]) -> None:
+        _write_whole(self.path / BUILD_NOTES, {self.recipe.digest: done})
+
+    def _title(self, number: int, title: str) -> str:
+        return f"{self.recipe.spec} step {number} of {self.n_steps}, {title}"
+
+    def _step(self, number: int, title: str, command: list[str]) -> str:
+        """Run one command, its output into the log, telling what it is at; returns the output."""
+        title = self._title(number, title)
+        self.say(title)
+        began = said = time.perf_counter()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            start = log.seek(0, os.SEEK_END)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=scrubbed_env(), pass_fds=(self.lock,)
+            )
+            try:
+                while process.poll() is None:
+                    time.sleep(POLL_S)
+                    if time.perf_counter() - said >= SAY_EVERY_S:
+                        said = time.perf_counter()
+                        self.say(f"{title}: {_activity(_read_from(self.log, start), self.path)} ({said - began:.0f} s)")
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+        output = _read_from(self.log, start)
+        if process.returncode != 0:
+            shown = [line for line in output.splitlines() if not line.startswith("WARNING")][-TAIL_LINES:]
+            raise InstallError(
+                title,
+                got=f"exit status {process.returncode}",
+                expected="0",
+                hint=f"run it again, it goes on from here; the log is {self.log}, and ends:\n\n" + "\n".join(shown),
+            )
+        return output
+
+
+def _activity(output: str, path: Path) -> str:
+    """What pip is at, in a few words, from what it wrote and what it unpacked."""
+    found = PIP_VERBS.findall(output)
+    if not found:
+        return "working"
+    verb, what = found[-1]
+    if verb != "Installing collected packages":
+        return f"{verb.lower()} {_package(Path(what).name)}"
+    unpacked = sorted(path.glob("lib/python*/site-packages/*.dist-info"), key=lambda entry: entry.stat().st_mtime)
+    last = f", last {_package(unpacked[-1].name)}" if unpacked else ""
+    return f"unpacking, {len(unpacked)} packages so far{last}"
+
+
+def _package(file_name: str) -> str:
+    return re.split("[-=<>]", file_name)[0]
+
+
+def _forget_unfinished(path: Path) -> None:
+    """Make pip install again what it was killed in the middle of: it writes INSTALLER after a package's own files."""
+    for entry in path.glob("lib/python*/site-packages/*.dist-info"):
+        if not (entry / "INSTALLER").exists():
+            shutil.rmtree(entry)
+
+
+def _read_from(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")
+
+
+def _write_whole(path: Path, content: object) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(msgspec.json.encode(content))
+    os.replace(partial, path)
+
+
+def _size_bytes(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _refuse_machine(recipe: EnvironmentRecipe) -> None:
@@ -155,42 +210,26 @@ def _refuse_machine(recipe: EnvironmentRecipe) -> None:
             hint="lockstep train RECIPE --engine transformers",
         )
     if not recipe.python_min <= sys.version_info[:2] <= recipe.python_max:
-        wanted = f"Python {'.'.join(map(str, recipe.python_min))} to {'.'.join(map(str, recipe.python_max))}"
-        raise InstallError(f"engine {recipe.spec}", got=f"Python {platform.python_version()}", expected=wanted, hint="use such a Python")
-
-
-def _refuse_system(recipe: EnvironmentRecipe, path: Path) -> None:
-    for tool, package in recipe.system_needs.items():
-        if shutil.which(tool) is None:
-            raise InstallError(f"engine {recipe.spec}", got=f"no {tool} on this machine", expected=package, hint=f"apt-get install {tool}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free / 1e9
-    if free < recipe.disk_gb:
         raise InstallError(
             f"engine {recipe.spec}",
-            got=f"{free:.1f} GB free under {path.parent}",
-            expected=f"{recipe.disk_gb:g} GB",
-            hint="make room, or set LOCKSTEP_CACHE to another disk",
+            got=f"Python {platform.python_version()}",
+            expected=f"Python {'.'.join(map(str, recipe.python_min))} to {'.'.join(map(str, recipe.python_max))}",
+            hint="install lockstep into such a Python, or use --engine transformers, which needs no environment",
         )
 
 
-def _run(title: str, command: list[str], log: Path, say: Say) -> str:
-    """Run one step; its output goes to the log, and its last line to ``say`` every few seconds."""
-    say(title)
-    began = last = time.perf_counter()
-    lines: list[str] = []
-    env = {key: value for key, value in os.environ.items() if key not in DROPPED}
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            lines.append(line)
-            now = time.perf_counter()
-            if now - last >= SAY_EVERY_S and line.split() and line.split()[0] in ("Collecting", "Downloading", "Installing", "Using"):
-                say(f"{title}: {' '.join(line.split()[:2])[:60]} ({now - began:.0f} s)")
-                last = now
-    if process.wait() != 0:
-        shown = "".join(line for line in lines[-25:] if not line.startswith("WARNING"))[-2000:]
-        raise InstallError(title, got=f"exit status {process.returncode}", expected="0", hint=f"the log is {log}, and ends:\n\n{shown}")
-    return "".join(lines)
+def _refuse_system(recipe: EnvironmentRecipe, path: Path) -> None:
+    boundary = f"engine {recipe.spec}"
+    for tool, package in recipe.system_needs.items():
+        if shutil.which(tool) is None:
+            raise InstallError(boundary, got=f"no {tool} here", expected=package, hint=f"apt-get install {tool}")
+    if importlib.util.find_spec("ensurepip") is None:
+        wanted = "a Python that can make virtual environments (the package python3-venv)"
+        raise InstallError(boundary, got="no ensurepip here", expected=wanted, hint="apt-get install python3-venv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free / 1e9
+    needed = recipe.disk_gb - _size_bytes(path) / 1e9  # a build that goes on has part of it already
+    if free < needed:
+        hint = "make room, or set LOCKSTEP_CACHE to another disk"
+        got = f"{free:.1f} GB free under {path.parent}"
+        raise InstallError(boundary, got=got, expected=f"{needed:.1f} GB", hint=hint)

@@ -1,4 +1,4 @@
-"""Environment recipes: one TOML file per version range, one lock file beside it."""
+"""Environment recipes: one TOML file per version range, and one lock file beside it with the exact closure."""
 
 import hashlib
 import tomllib
@@ -9,28 +9,55 @@ from msgspec import Struct
 
 from lockstep.errors import NotInstalledError
 
-_HERE = Path(__file__).parent
+RECIPES = Path(__file__).parent
+
+
+class Step(Struct, frozen=True, forbid_unknown_fields=True):
+    """One call of pip: either a few requirements with what they depend on, or a lock file and nothing beside it."""
+
+    title: str
+    requirements: tuple[str, ...] = ()
+    lock: str = ""
+
+    @property
+    def pip_args(self) -> list[str]:
+        """What follows ``pip install``."""
+        return ["--no-deps", "-r", str(RECIPES / self.lock)] if self.lock else list(self.requirements)
+
+    @property
+    def content(self) -> list[str]:
+        """What it installs; comments of the lock do not count."""
+        lines = (RECIPES / self.lock).read_text(encoding="utf-8").splitlines() if self.lock else []
+        return [*self.requirements, *(line.strip() for line in lines if line.strip() and not line.startswith("#"))]
 
 
 class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
-    """How one engine version is brought up."""
+    """How the engine of one version range is brought up."""
 
     name: str
+    series: str
+    """The versions that the facts and the adapter hold for; ``vllm==<series>`` means ``version``."""
     version: str
-    distribution: str
+    """The one that is installed."""
     generation: str
     flavour: str
-    lock: str
     python_min: tuple[int, int]
     python_max: tuple[int, int]
     systems: tuple[str, ...]
     machines: tuple[str, ...]
     disk_gb: float
-    first: tuple[str, ...]
+    smoke: str
+    """Python that imports the engine and prints its versions."""
+    steps: tuple[Step, ...]
     left_out: dict[str, str]
+    """Package → why it is not installed although the engine declares it."""
     system_needs: dict[str, str]
+    """Tool → the system package that brings it."""
     env: dict[str, str]
+    """Variables to run with; ``{all_cores}`` becomes the cores of this process, comma-separated."""
     facts: dict[str, str]
+    preload: tuple[str, ...] = ()
+    """Libraries for ``LD_PRELOAD``, relative to the environment; those that are not there are left out."""
 
     @property
     def spec(self) -> str:
@@ -38,15 +65,10 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name}=={self.version}"
 
     @property
-    def lock_path(self) -> Path:
-        """The exact closure, in pip's requirements format."""
-        return _HERE / self.lock
-
-    @property
     def digest(self) -> str:
         """Changes with what is installed; an environment of another digest is not this recipe's."""
-        parts = (self.spec, self.flavour, *self.first, self.lock_path.read_text(encoding="utf-8"))
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        content = [self.spec, self.flavour, *(step.content for step in self.steps)]
+        return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
 def read_recipe(path: Path) -> EnvironmentRecipe:
@@ -54,21 +76,26 @@ def read_recipe(path: Path) -> EnvironmentRecipe:
     return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), EnvironmentRecipe)
 
 
-def all_recipes(directory: Path = _HERE) -> list[EnvironmentRecipe]:
+def all_recipes() -> list[EnvironmentRecipe]:
     """Every recipe, oldest version first."""
-    recipes = [read_recipe(path) for path in directory.glob("*.toml")]
+    recipes = [read_recipe(path) for path in RECIPES.glob("*.toml")]
     return sorted(recipes, key=lambda recipe: (recipe.name, [int(part) for part in recipe.version.split(".")]))
 
 
 def recipe_for(spec: str) -> EnvironmentRecipe:
-    """The recipe of ``vllm==0.32.0``, or of the newest ``vllm``.
+    """The recipe of ``vllm==0.32.0`` or ``vllm==0.32``, or of the newest ``vllm``.
 
     Raises:
         NotInstalledError: when no recipe covers it; the known ones are named.
     """
     name, _, version = spec.partition("==")
-    found = [r for r in all_recipes() if r.name == name and version in ("", r.version)]
+    known = all_recipes()
+    found = [recipe for recipe in known if recipe.name == name and version in ("", recipe.version, recipe.series)]
     if not found:
-        known = ", ".join(recipe.spec for recipe in all_recipes())
-        raise NotInstalledError(f"engine {spec}", got="no recipe for it", expected=known, hint=f"lockstep engines install {all_recipes()[-1].spec}")
+        raise NotInstalledError(
+            f"engine {spec}",
+            got="no recipe for it",
+            expected=" or ".join(recipe.spec for recipe in known),
+            hint=f"lockstep engines install {known[-1].spec}   (or --engine transformers, which needs none)",
+        )
     return found[-1]

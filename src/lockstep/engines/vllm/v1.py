@@ -1,12 +1,13 @@
 """The adapter of vLLM's V1 engine (0.32)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from lockstep.engines.base import Engine, EngineSpec
-from lockstep.engines.environments.install import Environment
+from lockstep.engines.environments.locate import Environment
 from lockstep.engines.process import WorkerProcess
 from lockstep.records.messages import Load, Loaded, Sample, Sampled, Score, Scored
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
@@ -50,7 +51,7 @@ class VllmV1(Engine):
     """vLLM V1 in a process and an environment of its own."""
 
     def __init__(self, spec: EngineSpec, environment: Environment) -> None:
-        args = RL_DEFAULTS | (CPU_DEFAULTS if environment.flavour == "cpu" else {})
+        args: dict[str, Any] = RL_DEFAULTS | (CPU_DEFAULTS if environment.flavour == "cpu" else {})
         args |= {"model": str(spec.model_path), "dtype": spec.dtype, "max_model_len": spec.max_model_len}
         if environment.flavour == "cpu":
             args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)

@@ -69,7 +69,7 @@ class ServedEngine(Protocol):
         ...
 
 
-class BadRequest(Exception):
+class BadRequestError(Exception):
     """A request or an option that is the user's to mend. ``args``: message, expected, hint."""
 
 
@@ -111,7 +111,7 @@ def end_process_group() -> None:
 
 def failure_of(request_id: int, error: BaseException, *, fatal: bool = False) -> Failure:
     """The reply that carries ``error`` to the trainer."""
-    if isinstance(error, BadRequest):
+    if isinstance(error, BadRequestError):
         message, expected, hint = error.args
         return Failure(id=request_id, message=message, expected=expected, hint=hint, usage=True, fatal=fatal)
     return Failure(id=request_id, message=f"{type(error).__name__}: {error}"[:4000], fatal=fatal)

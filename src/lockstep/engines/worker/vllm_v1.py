@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from lockstep.engines.worker.server import BadRequest, run
+from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.records.messages import Load, Ready, Sample, Score
 from lockstep.records.tokens import Completion, SamplingParams, Scores, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.versions import LoadReceipt, VersionSpan
@@ -56,12 +56,16 @@ class Engine:
             if option not in known:
                 near = difflib.get_close_matches(option, known, n=1)
                 guess = f"{near[0]!r} perhaps" if near else "an argument of vLLM's AsyncEngineArgs"
-                raise BadRequest(f"engine.options.{option}, which is no engine argument", guess, "python -m vllm serve --help")
+                raise BadRequestError(
+                    f"engine.options.{option}, which is no engine argument", guess, "python -m vllm serve --help"
+                )
         try:
             args = AsyncEngineArgs(**self.config.args, worker_extension_cls=EXTENSION)
             vllm_config = args.create_engine_config()
         except (ValueError, TypeError) as error:
-            raise BadRequest(str(error)[:2000], "engine options that vLLM accepts", "change engine.options in the recipe") from error
+            raise BadRequestError(
+                str(error)[:2000], "engine options that vLLM accepts", "change engine.options in the recipe"
+            ) from error
         self.llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True, enable_log_requests=False)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         self.start_s = time.perf_counter() - began
@@ -97,7 +101,9 @@ class Engine:
     async def sample(self, request: Sample) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         if len(request.params) != len(request.prompts):
-            raise BadRequest(f"{len(request.params)} params", f"one for each of {len(request.prompts)} prompts", "repeat them")
+            raise BadRequestError(
+                f"{len(request.params)} params", f"one for each of {len(request.prompts)} prompts", "repeat them"
+            )
         version = self.version
         jobs = [
             self._generate(unpack_ids(prompt), self._params(params))
@@ -121,11 +127,13 @@ class Engine:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`.
 
         Raises:
-            BadRequest: for a file outside the weights directory.
+            BadRequestError: for a file outside the weights directory.
         """
         path = Path(request.update.path).resolve()
         if path.parent != Path(self.config.weights_dir).resolve() or path.suffix != ".safetensors":
-            raise BadRequest(f"weights at {path}", f"a .safetensors file in {self.config.weights_dir}", "use the run's publisher")
+            raise BadRequestError(
+                f"weights at {path}", f"a .safetensors file in {self.config.weights_dir}", "use the run's publisher"
+            )
         began = time.perf_counter()
         await self.llm.pause_generation(mode="wait", clear_cache=True)
         try:
@@ -155,7 +163,12 @@ class Engine:
 
         fields = msgspec.structs.asdict(params)
         fields["stop_token_ids"] = list(fields["stop_token_ids"])
-        fields |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        fields |= {
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         return VllmParams(**(fields | {"ignore_eos": True} | extra))
 
     async def _generate(self, ids: list[int], params: Any) -> Any:

@@ -1,0 +1,86 @@
+# Each target sets up what it needs. The trainer's environment is .venv, built from requirements.lock; the engine's
+# environment and the model live in the user's cache (LOCKSTEP_CACHE), so that a second clone builds neither again.
+
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+BIN := .venv/bin
+# Keyed on what .venv is built from, and made last: a half-built or an outdated one is never used. With LIGHT it can
+# build the engine's environment, so that the trainer's packages and the engine's are unpacked side by side.
+KEY := $(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
+LIGHT := .venv/.light-$(KEY)
+READY := .venv/.ready-$(KEY)
+BENCH_READY := $(READY)-bench-$(shell cksum < requirements-bench.lock | cut -d ' ' -f 1)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile
+# Proves the environment before it is called ready, and compiles once what every run imports.
+FIRST_IMPORT := import accelerate, gguf, pyarrow.parquet, pytest, reasoning_gym, torch, transformers.models.llama.modeling_llama
+
+ENGINE := vllm==0.32.0
+MODEL := smollm2-135m-instruct
+PLATFORM := $(shell uname -s)-$(shell uname -m)
+ifeq ($(filter $(PLATFORM),Linux-x86_64 Linux-aarch64),)
+TRAIN_FLAGS := --engine transformers
+endif
+
+.PHONY: quickstart test test-unit check faults bench setup prepared engine model lock clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: prepared
+	$(BIN)/lockstep train recipes/quickstart.toml $(TRAIN_FLAGS)
+
+test: prepared
+	$(BIN)/python -m pytest
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+faults: prepared
+	$(BIN)/python -m pytest tests/faults
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --summary=none
+	$(BIN)/lint-imports
+	$(BIN)/python tests/check_sizes.py
+
+bench: prepared $(BENCH_READY)
+	@for file in benchmarks/*.py; do echo "$$ python $$file"; $(BIN)/python "$$file" || exit 1; done
+
+setup: $(READY)
+
+prepared:  # two at a time, each in plain lines
+	@TERM=dumb $(MAKE) --no-print-directory -j2 engine model
+
+engine: $(LIGHT)
+ifdef TRAIN_FLAGS
+	@echo "there is no vLLM build for $(PLATFORM): using $(TRAIN_FLAGS)" >&2
+else
+	@$(BIN)/lockstep engines install $(ENGINE)
+endif
+
+model: $(READY)
+	@$(BIN)/lockstep models install $(MODEL)
+
+$(LIGHT):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@mkdir -p build && rm -rf .venv
+	@.ci/quietly ".venv, virtual environment" build/venv.log $(PYTHON) -m venv .venv
+	@.ci/quietly ".venv, build tool" build/pip.log $(PIP) -c requirements.lock setuptools
+	@.ci/quietly ".venv, lockstep" build/pip.log $(PIP) -c requirements.lock --no-build-isolation -e .
+	@touch $@
+
+$(READY): $(LIGHT)
+	@.ci/quietly ".venv, trainer and tools" build/pip.log $(PIP) -r requirements.lock
+	@.ci/quietly ".venv, first import" build/import.log env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "$(FIRST_IMPORT)"
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	@.ci/quietly "adding what the benchmarks compare with" build/pip-bench.log $(PIP) -r requirements-bench.lock
+	@touch $@
+
+lock:
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python .ci/lock
+
+clean:
+	rm -rf .venv build

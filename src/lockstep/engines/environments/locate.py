@@ -1,0 +1,110 @@
+"""Which engine environments there are, and how one is run.
+
+An environment is a virtual environment under the cache. It exists only once ``lockstep-environment.json`` lies in it,
+which is written last and carries the recipe's digest: a half-built one, or one of an older recipe, is never used.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from lockstep.config.cache import cache_root
+from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for
+from lockstep.errors import NotInstalledError
+
+MARKER = "lockstep-environment.json"
+LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD", "PYTHONDONTWRITEBYTECODE")
+"""What would change what a foreign environment imports, or keep it from being compiled once."""
+
+State = Literal["installed", "incomplete", "not installed"]
+
+
+class Environment(Struct, frozen=True, kw_only=True):
+    """A complete environment."""
+
+    name: str
+    version: str
+    generation: str
+    flavour: str
+    digest: str
+    """Of the recipe that it was built from."""
+    smoke: str
+    """What the smoke test printed."""
+    size_bytes: int
+    built: str
+    """UTC, ISO 8601."""
+    path: str
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return Path(self.path) / "bin" / "python"
+
+    def launch_env(self) -> dict[str, str]:
+        """The environment variables to run it with: this process's, less what would leak in, plus the recipe's."""
+        recipe = recipe_for(f"{self.name}=={self.version}")
+        env = scrubbed_env()
+        env |= {key: value.format(all_cores=_all_cores()) for key, value in recipe.env.items()}
+        kernels = Path(self.path) / "kernels"  # what the first batch compiles, kept for the next start
+        env |= {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "VLLM_CACHE_ROOT": str(kernels / "vllm")}
+        preload = [str(file) for name in recipe.preload if (file := Path(self.path) / name).exists()]
+        return env | ({"LD_PRELOAD": ":".join(preload)} if preload else {})
+
+
+def scrubbed_env() -> dict[str, str]:
+    """This process's environment variables without those that would leak into another environment."""
+    return {key: value for key, value in os.environ.items() if key not in LEAKS}
+
+
+def path_of(recipe: EnvironmentRecipe) -> Path:
+    """Where its environment lies, built or not."""
+    return cache_root() / "engines" / f"{recipe.name}-{recipe.version}-{recipe.flavour}"
+
+
+def complete(recipe: EnvironmentRecipe) -> Environment | None:
+    """Its environment if it was finished, from this very recipe, in this very place."""
+    try:
+        environment = msgspec.json.decode((path_of(recipe) / MARKER).read_bytes(), type=Environment)
+    except (OSError, msgspec.DecodeError):
+        return None
+    same = (environment.digest, environment.path) == (recipe.digest, str(path_of(recipe)))
+    return environment if same and environment.python.exists() else None
+
+
+def state(recipe: EnvironmentRecipe) -> State:
+    """What there is of a recipe's environment."""
+    if complete(recipe) is not None:
+        return "installed"
+    return "incomplete" if path_of(recipe).exists() else "not installed"
+
+
+def installed() -> list[Environment]:
+    """Every complete environment, oldest version first."""
+    return [environment for recipe in all_recipes() if (environment := complete(recipe)) is not None]
+
+
+def find(name: str, version: str | None) -> Environment:
+    """A complete environment, the newest if no version is given.
+
+    Raises:
+        NotInstalledError: with the line that installs it.
+    """
+    recipe = recipe_for(f"{name}=={version}" if version else name)
+    candidates = [e for e in installed() if e.name == name and (not version or e.version == recipe.version)]
+    if not candidates:
+        partial = state(recipe) == "incomplete"
+        raise NotInstalledError(
+            f"engine {recipe.spec}",
+            got="an environment that is not finished, or of an older recipe" if partial else "no environment of it",
+            expected="an installed engine",
+            hint=f"lockstep engines install {recipe.spec}   (or --engine transformers, which needs none)",
+        )
+    return candidates[-1]
+
+
+def _all_cores() -> str:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return ",".join(map(str, cores))

@@ -1,0 +1,146 @@
+"""The command line as a program: exit codes, which stream says what, and how quickly it answers."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lockstep.cli.console import Console
+from lockstep.config.cache import cache_root, locked
+
+LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
+HEAVY = ("torch", "transformers", "pyarrow", "rich", "pandas", "vllm")
+HELP_LIMIT_S = 0.5
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+
+
+def lockstep(*args):
+    return subprocess.run([*LOCKSTEP, *args], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["check"], ["engines"], ["models"], ["engines", "install"]])
+def test_help_imports_nothing_heavy(verb):
+    code = (
+        f"import sys; sys.argv = ['lockstep', *{verb!r}, '--help']\n"
+        "from lockstep.cli.main import main\n"
+        "try: main()\n"
+        f"finally: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_answers_at_once():
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        lockstep("--help")
+        spent.append(time.perf_counter() - began)
+    assert min(spent) < HELP_LIMIT_S
+
+
+@pytest.mark.parametrize("args", [["nonsense"], ["engines", "install"], ["train", "--nonsense"], ["models", "list", "x"]])
+def test_wrong_usage_is_exit_code_2(args):
+    done = lockstep(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Error" in done.stderr
+    as_json = lockstep(*args, "--json")
+    assert as_json.returncode == 2
+    assert json.loads(as_json.stdout)["schema"] == "lockstep.error/1"
+
+
+@pytest.mark.parametrize(
+    ("args", "boundary", "hint"),
+    [
+        (["models", "install", "smolm-135m"], "model smolm-135m", "lockstep models install smollm2-135m-instruct"),
+        (["engines", "install", "vlm"], "engine vlm", "lockstep engines install vllm==0.32.0"),
+        (["engines", "install", "vllm==0.0.1"], "engine vllm==0.0.1", "lockstep engines install vllm==0.32.0"),
+        (["train", "absent.toml"], "recipe absent.toml", "recipes/"),
+    ],
+)
+def test_an_error_names_the_boundary_and_the_next_command_for_people_and_for_programs(args, boundary, hint):
+    plain = lockstep(*args)
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.startswith(f"error: {boundary}: got ")
+    assert "\n\nhint: " in plain.stderr
+    assert hint in plain.stderr
+    document = json.loads(lockstep(*args, "--json").stdout)
+    assert document["schema"] == "lockstep.error/1"
+    assert document["error"].keys() >= {"boundary", "got", "expected", "hint", "exit_code"}
+    assert (document["error"]["boundary"], document["error"]["exit_code"]) == (boundary, 2)
+
+
+def test_lists_are_data_on_stdout():
+    engines = lockstep("engines", "list", "--json")
+    assert (engines.returncode, engines.stderr) == (0, "")
+    document = json.loads(engines.stdout)
+    assert (document["schema"], document["installed"]) == ("lockstep.engines.list/1", [])
+    (vllm,) = (engine for engine in document["available"] if engine["spec"] == "vllm==0.32.0")
+    assert vllm == {"spec": "vllm==0.32.0", "generation": "V1", "flavour": "cpu", "state": "not installed"}
+    models = json.loads(lockstep("models", "list", "--json").stdout)
+    assert models["schema"] == "lockstep.models.list/1"
+    assert (models["installed"], models["available"]) == ({}, ["smollm2-135m-instruct"])
+    assert "lockstep engines install vllm==0.32.0" in lockstep("engines", "list").stdout
+
+
+def test_an_unfinished_environment_is_listed_as_such():
+    (cache_root() / "engines" / "vllm-0.32.0-cpu" / "lib").mkdir(parents=True)
+    document = json.loads(lockstep("engines", "list", "--json").stdout)
+    assert document["installed"] == []
+    assert document["available"][-1]["state"] == "incomplete"
+
+
+def test_control_c_is_exit_code_130():
+    with locked(cache_root() / "models" / "smollm2-135m-instruct.lock", print):
+        command = [*LOCKSTEP, "models", "install", "smollm2-135m-instruct"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        assert "another process is building smollm2-135m-instruct" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_the_cache_is_private_and_where_it_is_said_to_be(tmp_path, monkeypatch):
+    assert cache_root() == (tmp_path / "cache").resolve()
+    assert cache_root().stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("LOCKSTEP_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == (tmp_path / "xdg" / "lockstep").resolve()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == (tmp_path / ".cache" / "lockstep").resolve()
+
+
+def test_a_terminal_shows_one_line_a_step_and_a_pipe_plain_lines(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(stream, **env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Console() as console:
+            console.say("first")
+            console.say("first: half of it")
+            console.say("second")
+        return stream.getvalue()
+
+    assert shown(Terminal(), TERM="xterm").count("\n") == 2
+    for plain in (shown(io.StringIO(), TERM="xterm"), shown(Terminal(), TERM="dumb")):
+        assert plain.count("\n") == 3
+        assert "\x1b" not in plain
+    assert os.environ["TERM"] == "dumb"
