@@ -31,7 +31,7 @@ class Policy:
     """
 
     model: PreTrainedModel
-    head: nn.Parameter | Tensor
+    head: nn.Parameter
     head_bias: Tensor | None
     head_dtype: torch.dtype
     softcap: float | None
