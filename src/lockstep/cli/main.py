@@ -1,6 +1,7 @@
 """``lockstep``: the entry point. Exit codes: 0 pass, 1 parity FAIL, 2 usage or configuration, 3 could not run."""
 
 import sys
+import traceback
 
 import typer
 
@@ -34,9 +35,11 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own errors, whose class has no public name
-            raise
-        code = _wrong_usage(error, as_json)
+        if hasattr(error, "format_message"):  # typer's own errors, whose class has no public name
+            code = _wrong_usage(error, as_json)
+        else:  # a bug of ours: Python's own exit code, 1, would read as a parity FAIL
+            traceback.print_exc()
+            code = LockstepError.exit_code
     sys.exit(code or 0)
 
 

@@ -14,7 +14,17 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.errors import EngineError
@@ -91,7 +101,7 @@ class TransformersEngine(Engine):
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=_generation_config(sampling),
-                logits_processor=LogitsProcessorList([taken]),
+                logits_processor=LogitsProcessorList([*_processors(sampling), taken]),
             )
         logprobs = taken.finish(output).cpu()  # [n, steps]
         tokens = output[:, len(prompt) :].cpu()
@@ -178,22 +188,33 @@ class _TakeLogprobs(LogitsProcessor):
 
 
 def _generation_config(sampling: SamplingParams) -> GenerationConfig:
-    greedy = sampling.temperature == 0.0
-    drawn = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    if not greedy and sampling.min_p > 0.0:
-        drawn["min_p"] = sampling.min_p
+    return GenerationConfig(
+        do_sample=sampling.temperature > 0.0,
+        top_k=0,  # the default is 50
+        max_new_tokens=sampling.max_tokens,
+        eos_token_id=list(sampling.stop_token_ids) or None,
+        pad_token_id=sampling.stop_token_ids[0] if sampling.stop_token_ids else 0,
+    )
+
+
+def _processors(sampling: SamplingParams) -> LogitsProcessorList:
+    """What vLLM does to the logits, in vLLM's order. ``generate`` would apply its own after ours, unseen by what is appended."""
     if sampling.presence_penalty or sampling.frequency_penalty:
         raise EngineError(
             "engine, sample", got="a presence or frequency penalty", expected="none", hint="transformers has neither"
         )
-    return GenerationConfig(
-        do_sample=not greedy,
-        max_new_tokens=sampling.max_tokens,
-        eos_token_id=list(sampling.stop_token_ids) or None,
-        pad_token_id=sampling.stop_token_ids[0] if sampling.stop_token_ids else 0,
-        repetition_penalty=sampling.repetition_penalty,
-        **drawn,
-    )
+    found = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0.0:
+        found.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.min_p > 0.0:
+            found.append(MinPLogitsWarper(sampling.min_p))
+        if sampling.top_k > 0:
+            found.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            found.append(TopPLogitsWarper(sampling.top_p))
+    return found
 
 
 def _raise_head(model: torch.nn.Module, dtype: torch.dtype) -> None:

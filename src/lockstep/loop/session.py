@@ -1,6 +1,7 @@
 """Bring both sides up: model, task, trainer and engine, checked in the order in which a mistake is cheapest to find."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,16 +44,19 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
     _refuse_long_prompt(recipe, task, renderer)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        starting = pool.submit(start, choice, _spec(recipe, model_path, directory, engine_log))
-        stack.callback(_close_when_started, starting)
-        # The trainer is loaded while the engine starts: torch alone takes seconds to import.
+        spec = _spec(recipe, model_path, directory, engine_log)
+        # An engine of its own process starts while the trainer is loaded; one in this process would load beside it, and
+        # transformers' loading is not safe in two threads.
+        starting = pool.submit(start, choice, spec) if choice.environment else None
+        if starting is not None:
+            stack.callback(_close_when_started, starting)
         from lockstep.policy.model import load_policy
 
         policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
         publisher = WeightPublisher(policy.model, directory)
-        stack.callback(publisher.close)
-        engine: Engine = starting.result()
+        engine: Engine = start(choice, spec) if starting is None else starting.result()
         say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
         choices = {
             "engine": (_named(choice), choice.reason),

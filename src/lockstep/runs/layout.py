@@ -1,13 +1,13 @@
 """What lies where in a run directory.
 
-    runs/<id>/
-      manifest.json       what ran: recipe, versions, resolved engine configuration, hardware, the catalog of figures
-      certificate.json    which pair passed which layers; written only on PASS
-      verdicts.jsonl      every verdict, in order, over all starts of the run
-      metrics.jsonl       one line a training step
-      rollouts/           step-000007.parquet; one row a completion
-      checkpoints/        step-000010/: a Hugging Face directory plus optimizer state
-      engine.log          the engine's own output
+runs/<id>/
+  manifest.json       what ran: recipe, versions, resolved engine configuration, hardware, the catalog of figures
+  certificate.json    which pair passed which layers; written only on PASS
+  verdicts.jsonl      every verdict, in order, over all starts of the run
+  metrics.jsonl       one line a training step
+  rollouts/           step-000007.parquet; one row a completion
+  checkpoints/        step-000010/: a Hugging Face directory plus optimizer state
+  engine.log          the engine's own output
 """
 
 import os
@@ -73,7 +73,10 @@ def new_run(out: Path | None) -> RunLayout:
     root = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if (root / "manifest.json").exists():
         raise RunError(
-            f"run directory {root}", got="a run that is already there", expected="an empty place", hint=f"lockstep train --resume {root}"
+            f"run directory {root}",
+            got="a run that is already there",
+            expected="an empty place",
+            hint=f"lockstep train --resume {root}",
         )
     (root / "rollouts").mkdir(parents=True, exist_ok=True)
     os.chmod(root, 0o700)

@@ -62,7 +62,9 @@ def read_recipe(path: Path) -> Recipe:
     """
     table: dict[str, Any] = json.decode(path.read_bytes())
     if table.get("schema") != "lockstep.manifest/1":
-        raise RunError(f"manifest {path}", got=f"schema {table.get('schema')}", expected="lockstep.manifest/1", hint="upgrade lockstep")
+        raise RunError(
+            f"manifest {path}", got=f"schema {table.get('schema')}", expected="lockstep.manifest/1", hint="upgrade lockstep"
+        )
     return json.decode(json.encode(table["recipe"]), type=Recipe)
 
 

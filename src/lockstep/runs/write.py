@@ -29,7 +29,9 @@ def strict(value: Any) -> Any:
 
 def plain(record: Any) -> Any:
     """A record as strict JSON types; numpy scalars become numbers, paths text."""
-    return strict(msgspec.to_builtins(record, enc_hook=lambda value: value.item() if isinstance(value, np.generic) else str(value)))
+    return strict(
+        msgspec.to_builtins(record, enc_hook=lambda value: value.item() if isinstance(value, np.generic) else str(value))
+    )
 
 
 def append_metrics(path: Path, step: int, version: int, figures: Mapping[str, float]) -> None:

@@ -12,7 +12,6 @@ The header has a fixed length, so that stamping rewrites a few bytes::
 import json
 import mmap
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -44,7 +43,7 @@ class WeightPublisher:
 
     Args:
         model: its parameters and persistent buffers are published under their checkpoint names; tied ones once.
-        directory: from :func:`weights_directory`; removed by :meth:`close`.
+        directory: from :func:`weights_directory`. It may be removed at any time: the parameters live as long as the map.
     """
 
     def __init__(self, model: nn.Module, directory: Path) -> None:
@@ -79,10 +78,6 @@ class WeightPublisher:
             shared.copy_(tensor)
         self._map[self._stamp_at : self._stamp_at + 12] = b"%012d" % version
         return WeightUpdate(version=version, path=str(self.path))
-
-    def close(self) -> None:
-        """Remove the file. The parameters stay usable: their pages live as long as the map."""
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ file means that the trainer is gone, however it died; the worker then ends its w
 
 import asyncio
 import os
+import shutil
 import socket
 import struct
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -73,14 +74,18 @@ class BadRequestError(Exception):
     """A request or an option that is the user's to mend. ``args``: message, expected, hint."""
 
 
-def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]]) -> None:
-    """Start the engine and serve it until a Shutdown, the trainer's end, or the engine's death."""
-    asyncio.run(_run(listener_fd, lifeline_fd, start))
+def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]) -> None:
+    """Start the engine and serve it until a Shutdown, the trainer's end, or the engine's death.
+
+    Args:
+        scratch: directories to remove when the trainer is gone and cannot.
+    """
+    asyncio.run(_run(listener_fd, lifeline_fd, start, scratch))
 
 
-async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]]) -> None:
+async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]) -> None:
     loop = asyncio.get_running_loop()
-    loop.add_reader(lifeline_fd, end_process_group)
+    loop.add_reader(lifeline_fd, end_with_trainer, scratch)
     listener = socket.socket(fileno=listener_fd)
     try:
         engine = await start()
@@ -102,6 +107,13 @@ async def _refuse(listener: socket.socket, failure: Failure) -> None:
     body = encode(failure)
     await asyncio.get_running_loop().sock_sendall(peer, _LENGTH.pack(len(body)) + body)
     peer.close()
+
+
+def end_with_trainer(scratch: Sequence[str]) -> None:
+    """The trainer is gone: remove what it left, then end."""
+    for directory in scratch:
+        shutil.rmtree(directory, ignore_errors=True)
+    end_process_group()
 
 
 def end_process_group() -> None:

@@ -238,7 +238,7 @@ def main() -> None:
     """Entry point of the worker process."""
     listener_fd, lifeline_fd, config_path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     config = msgspec.json.decode(config_path.read_bytes(), type=Config)
-    run(listener_fd, lifeline_fd, Engine(config).start)
+    run(listener_fd, lifeline_fd, Engine(config).start, scratch=(config.weights_dir, str(config_path.parent)))
 
 
 if __name__ == "__main__":
