@@ -1,7 +1,7 @@
 """This loop beside TRL's ``GRPOTrainer``: same model, task, prompts a step, group size, completion length, dtype, machine, run.
 
     pip install -r requirements-bench.lock      # TRL, in the trainer's environment
-    python benchmarks/rl_loop.py [--steps 5] [--rounds 2] [--json]
+    python benchmarks/rl_loop.py [--steps 3] [--rounds 2] [--prompts 8] [--json]
 
 Each side runs in a process of its own, in turn (ours, TRL, ours, TRL …), so that neither keeps memory or threads while the
 other is timed. Counted are the steps after the first two of each process; a step is sampling, rewards, training, and for us
@@ -26,12 +26,19 @@ TARGET = 3.0
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
 
-def run_ours(steps):
+def run_ours(steps, prompts):
     """Seconds of each counted step of ``lockstep train``, and samples a step."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         command = [sys.executable, "-m", "lockstep.cli.main", "train", str(RECIPE), "--out", str(run)]
-        command += ["--set", f"training.steps={steps + WARM_STEPS}", "--set", "training.checkpoint_every=1000"]
+        command += [
+            "--set",
+            f"training.steps={steps + WARM_STEPS}",
+            "--set",
+            f"training.prompts_per_step={prompts}",
+            "--set",
+            "training.checkpoint_every=1000",
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         rows = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["step_s"] for row in rows[WARM_STEPS:]], rows[0]["n_samples"]
@@ -64,7 +71,7 @@ def trl_config(recipe, steps, output):
     )
 
 
-def run_trl(steps):
+def run_trl(steps, prompts):
     """The same of ``GRPOTrainer``; the body of a process of its own."""
     import torch
     from datasets import Dataset
@@ -75,7 +82,7 @@ def run_trl(steps):
     from lockstep.policy.pretrained import resolve_model
     from lockstep.rollout.tasks import Task, exact_match
 
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, [f"training.prompts_per_step={prompts}"])
     path = resolve_model(recipe.model.path)
     task = Task(recipe.task, recipe.training.seed)
     n_prompts, group = recipe.training.prompts_per_step, recipe.training.group_size
@@ -112,21 +119,22 @@ def run_trl(steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each process")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts a step, of 8 samples each")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--trl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trl:
-        times, samples = run_trl(args.steps)
+        times, samples = run_trl(args.steps, args.prompts)
         print(json.dumps({"times": times, "samples": samples}))
         return
     ours, trl, samples = [], [], 0
     for _ in range(args.rounds):
-        times, samples = run_ours(args.steps)
+        times, samples = run_ours(args.steps, args.prompts)
         ours.append(times)
         child = subprocess.run(
-            [sys.executable, __file__, "--trl", "--steps", str(args.steps)],
+            [sys.executable, __file__, "--trl", "--steps", str(args.steps), "--prompts", str(args.prompts)],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
