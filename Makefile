@@ -25,7 +25,7 @@ endif
 .DEFAULT_GOAL := quickstart
 
 quickstart: prepared
-	$(BIN)/lockstep train recipes/quickstart.toml $(TRAIN_FLAGS)
+	$(BIN)/lockstep train recipes/quickstart.toml --continue $(TRAIN_FLAGS)
 
 test: prepared
 	$(BIN)/python -m pytest

@@ -87,4 +87,4 @@ def fail(error: LockstepError, *, as_json: bool) -> None:
     if as_json:
         fields = {name: getattr(error, name) for name in ("boundary", "got", "expected", "hint", "exit_code")}
         emit("error", {"error": {"type": type(error).__name__, **fields}})
-    print(f"error: {error}", file=sys.stderr)
+    print("\n\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.errors import LockstepError, UsageError
 
 if TYPE_CHECKING:
     from lockstep.config.recipe import Recipe
@@ -26,14 +27,13 @@ def train(
 ) -> None:
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
     from lockstep.cli.common import recipe_of
-    from lockstep.errors import UsageError
     from lockstep.parity.faults import planted
     from lockstep.runs.layout import existing_run, new_run
-    from lockstep.runs.manifest import read_recipe
+    from lockstep.runs.manifest import read_recipe, unfinished_run
 
     faults = planted(plant or [])
     if resume is not None:
-        if recipe is not None or set_ or engine or out:
+        if recipe is not None or set_ or engine or out or go_on:
             raise UsageError(
                 "lockstep train",
                 got="--resume with a recipe or its flags",
@@ -51,14 +51,15 @@ def train(
         )
     else:
         loaded = recipe_of(recipe, set_, engine)
-        layout = None
+        layout = unfinished_run(loaded, Path("runs")) if go_on and out is None else None
     from lockstep.loop.session import preflight
 
     preflight(loaded)
+    resumed = layout is not None
     layout = layout or new_run(out)
-    with Console() as console:
-        console.say(f"run directory {layout.root}")
-        _train(loaded, layout, console.say, faults, resumed=resume is not None)
+    with Console() as console, layout.held():
+        console.say(f"run directory {layout.root}{', which goes on' if resumed else ''}")
+        _train(loaded, layout, console.say, faults, resumed=resumed)
     from lockstep.report import summarise, summary_table
 
     summary = summarise(layout)
@@ -78,4 +79,9 @@ def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], fa
 
         if not resumed:
             write_manifest(layout.manifest, session.manifest)
-        run_steps(Run(session, layout, MasterAdamW(session.pair.policy.model, recipe.optimizer), say), resumed=resumed)
+        optimizer = MasterAdamW(session.pair.policy.model, recipe.optimizer)
+        try:
+            run_steps(Run(session, layout, optimizer, say), resumed=resumed)
+        except LockstepError as error:
+            error.add_note(f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}")
+            raise

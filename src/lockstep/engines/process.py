@@ -163,8 +163,7 @@ class WorkerProcess:
             "engine process",
             got=f"its end (exit status {self.popen.poll()})",
             expected="a running engine",
-            hint=f"lockstep train --resume RUN goes on from the last checkpoint; the engine's log is {self.log_path}"
-            + self._tail_text(),
+            hint=f"the engine's log is {self.log_path}{self._tail_text()}",
         )
 
     def _tail_text(self) -> str:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from lockstep.engines.base import Engine, EngineSpec
-from lockstep.errors import EngineError
+from lockstep.errors import EngineError, UsageError
 from lockstep.records.messages import Ready
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadReceipt, VersionSpan, WeightUpdate
@@ -44,7 +44,7 @@ class TransformersEngine(Engine):
         options = DEFAULTS | spec.options
         unknown = sorted(options.keys() - DEFAULTS.keys())
         if unknown:
-            raise EngineError("engine.options", got=unknown[0], expected=f"one of {', '.join(DEFAULTS)}", hint="edit the recipe")
+            raise UsageError("engine.options", got=unknown[0], expected=f"one of {', '.join(DEFAULTS)}", hint="edit the recipe")
         self.model = AutoModelForCausalLM.from_pretrained(
             spec.model_path,
             dtype=DTYPES[spec.dtype],

@@ -10,13 +10,16 @@ runs/<id>/
   engine.log          the engine's own output
 """
 
+import contextlib
+import fcntl
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.errors import RunError
+from lockstep.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,25 @@ class RunLayout:
     """Paths of one run."""
 
     root: Path
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from going on with this run at the same time; the lock ends with its process.
+
+        Raises:
+            UsageError: when one is at it.
+        """
+        with (self.root / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"run directory {self.root}",
+                    got="another process that is at it",
+                    expected="a run that nobody is at",
+                    hint="wait for it, or give --out another directory",
+                ) from None
+            yield
 
     @property
     def manifest(self) -> Path:
@@ -68,11 +90,11 @@ def new_run(out: Path | None) -> RunLayout:
     """Create a run directory, private to the user: ``out``, or ``runs/<date>-<random>``.
 
     Raises:
-        RunError: when ``out`` already holds a run.
+        UsageError: when ``out`` already holds a run.
     """
     root = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if (root / "manifest.json").exists():
-        raise RunError(
+        raise UsageError(
             f"run directory {root}",
             got="a run that is already there",
             expected="an empty place",
@@ -87,8 +109,8 @@ def existing_run(root: Path) -> RunLayout:
     """Open a run directory.
 
     Raises:
-        RunError: when there is no run in it.
+        UsageError: when there is no run in it.
     """
     if not (root / "manifest.json").is_file():
-        raise RunError(f"run directory {root}", got="no manifest.json", expected="a run", hint="ls runs/")
+        raise UsageError(f"run directory {root}", got="no manifest.json", expected="a run", hint="ls runs/")
     return RunLayout(root)

@@ -1,5 +1,6 @@
 """The manifest: everything that could move a log-probability, as it was resolved, with the reason where there was a choice."""
 
+import contextlib
 import os
 import platform
 from importlib import metadata
@@ -10,9 +11,11 @@ from msgspec import Struct, json
 
 import lockstep
 from lockstep.config.recipe import Recipe
-from lockstep.errors import RunError
+from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
 from lockstep.records.messages import Ready
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.read import read_lines
 from lockstep.runs.write import write_atomically
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "msgspec", "reasoning-gym")
@@ -66,6 +69,18 @@ def read_recipe(path: Path) -> Recipe:
             f"manifest {path}", got=f"schema {table.get('schema')}", expected="lockstep.manifest/1", hint="upgrade lockstep"
         )
     return json.decode(json.encode(table["recipe"]), type=Recipe)
+
+
+def unfinished_run(recipe: Recipe, runs: Path) -> RunLayout | None:
+    """The newest run under ``runs``, if it is of this very recipe, has steps left, and nobody is at it."""
+    manifests = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not manifests:
+        return None
+    layout = RunLayout(manifests[-1].parent)
+    steps = len(read_lines(layout.metrics))
+    with contextlib.suppress(LockstepError), layout.held():
+        return layout if read_recipe(layout.manifest) == recipe and steps < recipe.training.steps else None
+    return None
 
 
 def _version(name: str) -> str:
