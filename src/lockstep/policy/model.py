@@ -18,6 +18,8 @@ from lockstep.policy.logprobs import TokenScores, token_logprobs
 from lockstep.policy.packing import Group, Packed, pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EAGER = "eager"
+"""Where packed attention does not fit: transformers' own definition. Its faster paths leave out soft-capped scores."""
 SELF_TEST_ATOL = 1e-3
 """Logits through our path against the model's own forward, relative to the largest logit: far above fp32 rounding over a few
 dozen layers (1e-5), far below the effect of a forgotten scale, cap or mask (1e-1)."""
@@ -160,7 +162,7 @@ _PROBE = torch.tensor([[3, 11, 7, 5, 2, 13]])
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel) -> Float[Tensor, "T V"]:
-    with _attention(model, "sdpa"):
+    with _attention(model, EAGER):
         return model(input_ids=_PROBE, use_cache=False).logits[0].float()
 
 
@@ -170,7 +172,7 @@ def _self_test(policy: Policy, expected: Float[Tensor, "T V"]) -> float:
 
     Two completions share a prompt, so that a model that ignores the blocks is found out.
     """
-    policy.model.set_attn_implementation(attention.NAME if policy.share_prompts else "sdpa")
+    policy.model.set_attn_implementation(attention.NAME if policy.share_prompts else EAGER)
     ids = _PROBE[0].numpy()
     group = Group(ids[:2], [ids[2:4][::-1].copy(), ids[2:]])
     try:
