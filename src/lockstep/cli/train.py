@@ -20,6 +20,9 @@ def train(
     engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; runs/<date>-<random> if not given.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that was interrupted.")] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Resume the newest run of this recipe if it was interrupted.")
+    ] = False,
     plant: Annotated[
         list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
     ] = None,
