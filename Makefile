@@ -34,7 +34,7 @@ test-unit: setup
 	$(BIN)/python -m pytest tests/unit
 
 faults: prepared
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/e2e/test_ladder.py -k "planted or clean"
 
 check: setup
 	$(BIN)/ruff check .

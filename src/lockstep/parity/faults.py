@@ -1,6 +1,6 @@
 """Planted faults: ways to break a real backend on purpose, each with the layer and the cause that must be named for it.
 
-A check that cannot fail is no check; ``tests/faults/`` plants every one of these in a real engine.
+A check that cannot fail is no check; ``tests/e2e/test_ladder.py`` plants every one of these in a real engine.
 """
 
 from msgspec import Struct
