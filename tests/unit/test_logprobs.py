@@ -16,7 +16,7 @@ BACKWARD_ATOL = 1e-5  # gradients are of order 1 and sums of at most T = 200 rou
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(logprobs, "BLOCK_BYTES", 4 * 16 * 501)  # 16 rows: sizes below do not divide it
+    monkeypatch.setattr(logprobs, "BLOCK_BYTES", 4 * 16 * 501)  # 16 rows (more than half the width): sizes below do not divide it
 
 
 def data(n=37, vocabulary=501, width=24, dtype=torch.float32):

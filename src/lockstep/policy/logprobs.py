@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK_BYTES = 48 * 1024 * 1024
-"""Size of a block of logits: large enough for the matrix product, small enough to stay near the cache."""
+BLOCK_BYTES = 112 * 1024 * 1024
+"""Least size of a block of logits: large enough for the matrix product to run at full speed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
         operand = head.to(head_dtype if wide == torch.float32 else wide)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs) if with_entropy else None
-        for rows in _blocks(len(hidden), len(head)):
+        for rows in _blocks(len(hidden), head):
             logits = _logits(hidden[rows], operand, bias, temperature, softcap, wide)
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
@@ -100,7 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=normaliser.dtype) if wants_head else None
         grad_bias = torch.zeros_like(bias, dtype=normaliser.dtype) if wants_bias else None
-        for rows in _blocks(len(hidden), len(head)):
+        for rows in _blocks(len(hidden), head):
             logits = _logits(hidden[rows], operand, bias, temperature, softcap, normaliser.dtype)
             slope = None if softcap is None else 1.0 - (logits * (temperature / softcap)).square_()
             scale = grad_logprobs[rows, None] / temperature
@@ -120,8 +120,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _blocks(n_rows: int, n_vocab: int) -> list[slice]:
-    size = max(16, BLOCK_BYTES // (4 * n_vocab))
+def _blocks(n_rows: int, head: Tensor) -> list[slice]:
+    # The head's gradient is read and written once a block, so a block is at least half as large.
+    size = max(16, BLOCK_BYTES // (4 * head.shape[0]), head.shape[1] // 2)
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
