@@ -40,6 +40,7 @@ def summarise(layout: RunLayout) -> dict[str, Any]:
         "training_s": sum(row["step_s"] for row in timed),
         "syncs": len(syncs),
         "syncs_proven": sum(v["status"] == "PASS" for v in syncs),
+        "syncs_too_small_to_prove": sum(v["status"] == "NOT_RUN" for v in syncs),
     }
 
 
@@ -64,7 +65,11 @@ def summary_table(summary: dict[str, Any]) -> str:
             f"{s['tokens_per_s']:.0f} tokens/s, {s['samples_per_s']:.1f} samples/s, {s['seconds_per_step']:.1f} s a step",
         ),
         ("training time", f"{s['training_s']:.0f} s for {s['steps']} steps"),
-        ("weight syncs proven", f"{s['syncs_proven']} of {s['syncs']}"),
+        ("weight syncs proven", f"{s['syncs_proven']} of {s['syncs']}{_too_small(s['syncs_too_small_to_prove'])}"),
         ("files", s["run"]),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in rows)
+
+
+def _too_small(n: int) -> str:
+    return f"; {n} moved the canary less than the noise, and the way was proven by a perturbation instead" if n else ""

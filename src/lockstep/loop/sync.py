@@ -25,7 +25,7 @@ from lockstep.parity import layer3_weights
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.certificate import issue
 from lockstep.parity.ladder import SEED, LadderResult, climb
-from lockstep.parity.pair import Pair, draw
+from lockstep.parity.pair import Pair, Sampled, draw
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 from lockstep.rollout import collect, store
@@ -51,6 +51,8 @@ class Run:
     optimizer: MasterAdamW
     say: Say
     canary: Canary | None = None
+    unproven: int = 0
+    """Syncs since the last proof whose update was too small for the canary to miss."""
 
     @property
     def pair(self) -> Pair:
@@ -121,6 +123,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         append_metrics(run.layout.metrics, step, step + 1, figures)
         run.say(_line(step, run.recipe.training.steps, figures))
         if (step + 1) % run.recipe.training.checkpoint_every == 0 or step + 1 == run.recipe.training.steps:
+            prove_transport(run, step + 1)
             save_checkpoint(run.layout.checkpoints, step + 1, run.pair.policy, run.optimizer, run.session.model_path)
 
 
@@ -175,6 +178,31 @@ def sync(run: Run, version: int) -> dict[str, float]:
     result = run.canary.measure(run.pair)
     verdict = _sync_verdict(run, result, version)
     append_verdict(run.layout.verdicts, verdict, f"after sync {version}")
+    _refuse(verdict, version)
+    run.unproven += verdict.status != "PASS"
+    return {
+        "canary_gap_abs_max_nats": result.gap_abs_max_nats,
+        "canary_shift_abs_mean_nats": result.shift_abs_mean_nats,
+        "sync_s": loaded - began,
+        "canary_s": time.perf_counter() - loaded,
+    }
+
+
+def prove_transport(run: Run, version: int) -> None:
+    """Where updates were too small for the canary, layer 3's perturbation proves their way into the engine before a checkpoint.
+
+    Raises:
+        WeightSyncError: when it is refuted.
+    """
+    if run.unproven:
+        assert run.canary is not None
+        verdict = layer3_weights.judge(run.pair, run.canary, _neutral(run), SEED)
+        append_verdict(run.layout.verdicts, verdict, f"before checkpoint {version}")
+        _refuse(verdict, version)
+        run.unproven = 0
+
+
+def _refuse(verdict: Verdict, version: int) -> None:
     if verdict.status == "FAIL":
         found = verdict.findings[0]
         raise WeightSyncError(
@@ -183,12 +211,12 @@ def sync(run: Run, version: int) -> dict[str, float]:
             expected="engine and trainer to agree on the canary",
             hint=found.fix,
         )
-    return {
-        "canary_gap_abs_max_nats": result.gap_abs_max_nats,
-        "canary_shift_abs_mean_nats": result.shift_abs_mean_nats,
-        "sync_s": loaded - began,
-        "canary_s": time.perf_counter() - loaded,
-    }
+
+
+def _neutral(run: Run) -> Sampled:
+    """A few tokens after the canary's first ones, for layer 3's look at the prefix cache."""
+    assert run.canary is not None
+    return draw(run.pair, [ids.prompt for ids in run.canary.groups], SamplingParams(max_tokens=8), SEED)
 
 
 def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
@@ -200,11 +228,19 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
             summary=f"version {version} is served: {agreement}",
             n_tokens=result.n_tokens,
         )
+    if not result.refuted:
+        return Verdict(
+            layer="weights",
+            status="NOT_RUN",
+            summary=f"version {version} is not refuted: {agreement}",
+            n_tokens=result.n_tokens,
+            reason=f"the update moved the canary by {result.shift_abs_mean_nats:.1e} nats, less than the limit: "
+            "had it been lost, this would not have shown",
+        )
     # One stale tensor moves little in one step; layer 3 moves every tensor far enough to name it.
     run.say(f"canary: {agreement}; looking for the cause")
     assert run.canary is not None
-    neutral = draw(run.pair, [ids.prompt for ids in run.canary.groups], SamplingParams(max_tokens=8), SEED)
-    named = layer3_weights.judge(run.pair, Canary(run.canary.groups), neutral, SEED)
+    named = layer3_weights.judge(run.pair, Canary(run.canary.groups), _neutral(run), SEED)
     findings = named.findings
     if named.status != "FAIL":
         cause = "not_delivered" if result.not_delivered else "unexplained_weights"

@@ -24,6 +24,8 @@ class Canary:
     groups: list[Group]
     scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The trainer's scores at T = 1 under the weights of the last measurement, float32 [T]."""
+    served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """The engine's scores of that measurement, float32 [T]."""
     clean_gap_nats: float = 0.0
     """Mean |trainer − engine| that the ladder measured."""
 
@@ -51,6 +53,7 @@ class Canary:
         """Score on both sides now, and remember the trainer's scores for the next time."""
         engine, trainer = self.engine_scores(pair), self.trainer_scores(pair)
         before, self.scores = self.scores, trainer
+        served, self.served = self.served, engine
         gap = trainer - engine
         shift = np.abs(trainer - before) if before.size else np.full(1, np.nan)
         return CanaryResult(
@@ -58,6 +61,7 @@ class Canary:
             gap_abs_max_nats=float(np.abs(gap).max()),
             shift_abs_mean_nats=float(shift.mean()),
             gap_to_previous_abs_mean_nats=float(np.abs(before - engine).mean()) if before.size else float("nan"),
+            engine_moved=not served.size or not np.array_equal(served, engine),
             limit_nats=CANARY_MULTIPLE * max(self.clean_gap_nats, CANARY_FLOOR),
             n_tokens=gap.size,
         )
@@ -73,15 +77,23 @@ class CanaryResult:
     """How far the trainer's own scores moved since the last measurement: what an engine that missed the update would show."""
     gap_to_previous_abs_mean_nats: float
     """Mean |engine − trainer before the update|: small when the update was not delivered at all."""
+    engine_moved: bool
+    """False when the engine gives every token the very number it gave before the update."""
     limit_nats: float
     n_tokens: int
 
     @property
+    def refuted(self) -> bool:
+        """True when the engine does not serve the weights that it was sent; a NaN anywhere refutes."""
+        stuck = self.shift_abs_mean_nats > 0.0 and not self.engine_moved
+        return stuck or not self.gap_abs_mean_nats <= self.limit_nats
+
+    @property
     def proven(self) -> bool:
-        """True when the engine serves the weights that it was sent; a NaN anywhere proves nothing."""
-        return self.gap_abs_mean_nats <= self.limit_nats
+        """True when it does, and a missing update would have shown: it would have moved the canary past the limit."""
+        return not self.refuted and self.shift_abs_mean_nats > self.limit_nats
 
     @property
     def not_delivered(self) -> bool:
         """True when the engine matches the weights before the update better than those after it."""
-        return self.gap_to_previous_abs_mean_nats < self.gap_abs_mean_nats
+        return not self.engine_moved or self.gap_to_previous_abs_mean_nats < self.gap_abs_mean_nats
