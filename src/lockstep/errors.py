@@ -9,7 +9,8 @@ LockstepError                exit 3   could not run
 ├── ParityError              exit 1   a layer of the ladder failed
 │   └── WeightSyncError               the engine does not serve the weights that it was sent
 ├── EngineError              exit 3   the engine answered with an error
-│   └── EngineDied                    the engine's process is gone
+│   ├── EngineDied                    the engine's process is gone
+│   └── CapabilityError               the engine cannot do what was asked of it, and says why
 ├── ProtocolError            exit 3   a frame that is not a message of the worker protocol
 ├── InstallError             exit 3   an environment could not be built
 ├── RunError                 exit 3   a run directory that cannot be read or continued
@@ -67,6 +68,10 @@ class EngineError(LockstepError):
 
 
 class EngineDied(EngineError):
+    pass
+
+
+class CapabilityError(EngineError):
     pass
 
 

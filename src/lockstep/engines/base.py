@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
+from lockstep.errors import CapabilityError
+from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.tokens import Completion, SamplingParams
@@ -45,20 +47,35 @@ class Engine(ABC):
             ``sum(p.n for p in params)`` completions in prompt order, then sample order.
         """
 
-    @abstractmethod
-    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The engine's own log-probabilities of given tokens at T = 1 (score B), with no cache in the way.
+    def score(self, sequences: Sequence[np.ndarray], temperature: float = 1.0) -> list[np.ndarray]:
+        """The engine's own log-probabilities of given tokens (score B), with no cache in the way.
 
         Args:
             sequences: int32 [L] each, L ≥ 2.
+            temperature: another than 1 needs the capability ``rescore_at_temperature``.
 
         Returns:
             float32 [L − 1] each; NaN where the engine gave none.
+
+        Raises:
+            CapabilityError: when this engine cannot; nothing else is returned in place of what was asked for.
         """
+        self.need("rescore")
+        if temperature != 1.0:
+            self.need("rescore_at_temperature")
+        return self._score(sequences, temperature)
+
+    @abstractmethod
+    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """What :meth:`score` does where it can be done."""
 
     @abstractmethod
     def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
         """Replace the weights at an engine boundary: no completion spans the switch, and no cache survives it."""
+
+    @abstractmethod
+    def abort(self) -> int:
+        """End every sample in flight: each returns what it has, its ``finish_reason`` is ``abort``. Returns how many requests."""
 
     @abstractmethod
     def close(self) -> None:
@@ -67,6 +84,21 @@ class Engine(ABC):
     def semantics(self, sampling: SamplingParams) -> LogprobSemantics:
         """Which distribution the log-probabilities of ``sampling`` are *declared* to be of. Layer 1 tests the declaration."""
         return LogprobSemantics.of(self.ready.distribution, sampling)
+
+    def need(self, capability: str) -> None:
+        """Refuse to go on without ``capability``.
+
+        Raises:
+            CapabilityError: with the engine's own reason.
+        """
+        found = self.ready.capabilities[capability]
+        if not found.supported:
+            raise CapabilityError(
+                f"engine {self.ready.engine} {self.ready.version}, {capability}",
+                got=found.how,
+                expected=CAPABILITIES[capability],
+                hint="lockstep engines describe shows what each engine can do",
+            )
 
     @abstractmethod
     def fix(self, cause: str) -> str:

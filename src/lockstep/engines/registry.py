@@ -1,11 +1,17 @@
 """From a recipe's ``[engine]`` to a running engine. Adapters are imported only when they are chosen."""
 
+import importlib
 from dataclasses import dataclass
 
 from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.environments.locate import Environment, find, installed
-from lockstep.errors import NotInstalledError
+
+ADAPTERS = {
+    ("vllm", "V0"): "lockstep.engines.vllm.v0:VllmV0",
+    ("vllm", "V1"): "lockstep.engines.vllm.v1:VllmV1",
+}
+"""Of engines with an environment of their own, by name and generation."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +33,17 @@ def choose(config: EngineConfig) -> Choice:
         return Choice("transformers", None, "asked for")
     if config.name == "vllm":
         return Choice("vllm", find("vllm", config.version or None), "asked for")
-    newest = max((e for e in installed() if e.name == "vllm"), key=lambda e: _order(e.version), default=None)
-    if newest is not None:
-        return Choice("vllm", newest, "auto: the newest installed vLLM")
+    vllms = [environment for environment in installed() if environment.name == "vllm"]
+    if vllms:
+        return Choice("vllm", vllms[-1], "auto: the newest installed vLLM")
     return Choice("transformers", None, "auto: no vLLM environment is installed")
 
 
 def start(choice: Choice, spec: EngineSpec) -> Engine:
     """Start the chosen engine; returns when it can sample."""
-    if choice.name == "transformers":
+    if choice.environment is None:
         from lockstep.engines.transformers import TransformersEngine
 
         return TransformersEngine(spec)
-    assert choice.environment is not None
-    if choice.environment.generation != "V1":
-        raise NotInstalledError(
-            f"engine vllm {choice.environment.version}",
-            got=f"generation {choice.environment.generation}",
-            expected="V1, the one generation this version of lockstep drives",
-            hint="lockstep engines install vllm==0.32.0",
-        )
-    from lockstep.engines.vllm.v1 import VllmV1
-
-    return VllmV1(spec, choice.environment)
-
-
-def _order(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    module, name = ADAPTERS[choice.environment.name, choice.environment.generation].split(":")
+    return getattr(importlib.import_module(module), name)(spec, choice.environment)

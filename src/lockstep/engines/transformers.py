@@ -4,6 +4,7 @@ The embedded default where no vLLM is installed, and a second opinion everywhere
 scores that tokens were drawn from (``output_scores``: after temperature and truncation, before softmax), one step at a time.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -28,12 +30,32 @@ from transformers import (
 
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.errors import EngineError, UsageError
+from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadReceipt, VersionSpan, WeightUpdate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {"attn_implementation": "sdpa", "max_batch_size": 128}
+
+_SYNCHRONOUS = "requests are not held: generate is one call"
+CAN = {
+    "rescore": Capability(True, "a forward pass, no cache"),
+    "rescore_at_temperature": Capability(True, "the same pass, logits divided"),
+    "load": Capability(True, "in place, between requests"),
+    "pause_wait": Capability(True, "a load waits for generate to return"),
+    "pause_abort": Capability(True, "a stopping criterion ends generate after the present token"),
+    "pause_keep": Capability(False, _SYNCHRONOUS),
+    "version_spans": Capability(True, "no load overlaps a request, so that each completion has one version"),
+    "resolved_config": Capability(True, "the model is in this process"),
+    "per_request_seed": Capability(True, "one for each prompt, shared by its samples' batch"),
+    "native_fp32_head": Capability(True, "the last product is replaced by one in the dtype asked for"),
+    "trace_replay": Capability(False, "generate samples; score is the replay"),
+    "sampling_mask": Capability(False, "generate does not return it"),
+    "logit_bias": Capability(True, "a logits processor"),
+    "penalties": Capability(False, "repetition only: transformers has no presence and no frequency penalty"),
+    "nccl_weights": Capability(False, "the engine is in the trainer's process"),
+}
 
 
 class TransformersEngine(Engine):
@@ -56,6 +78,7 @@ class TransformersEngine(Engine):
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would edit every request silently
         self.max_batch_size, self.max_model_len = int(options["max_batch_size"]), spec.max_model_len
         self.weights_dir, self.version = spec.weights_dir, 0
+        self._busy, self._aborting = threading.Lock(), threading.Event()
         resolved = {
             "worker.parameter_dtype": str(self.model.dtype),
             "worker.head_dtype": f"torch.{spec.head_dtype}",
@@ -66,21 +89,26 @@ class TransformersEngine(Engine):
             generation="generate",
             distribution="sampler",
             resolved=resolved | {"versions.torch": str(torch.__version__), "max_model_len": spec.max_model_len},
-            capabilities={
-                "rescore": "a forward pass, no cache",
-                "load": "in place, between requests",
-                "seed": "per prompt",
-            },
+            capabilities=CAN,
             start_s=time.perf_counter() - began,
         )
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`. One prompt at a time, its samples as one batch: nothing is padded."""
+        with self._busy:
+            self._aborting.clear()
+            return self._sample(prompts, params)
+
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         found: list[list[Completion]] = [[] for _ in prompts]
         for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            if not len(prompt):
+                raise UsageError(
+                    f"engine, prompt {number}", got="no token", expected="at least one token", hint="begin with a BOS token"
+                )
             if len(prompt) + sampling.max_tokens > self.max_model_len:
-                raise EngineError(
+                raise UsageError(
                     f"engine, prompt {number}",
                     got=f"{len(prompt)} tokens and {sampling.max_tokens} to come",
                     expected=f"at most engine.max_model_len = {self.max_model_len}",
@@ -102,6 +130,7 @@ class TransformersEngine(Engine):
                 attention_mask=torch.ones_like(ids),
                 generation_config=_generation_config(sampling),
                 logits_processor=LogitsProcessorList([*_processors(sampling), taken]),
+                stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full(ids.shape[:1], self._aborting.is_set())]),
             )
         logprobs = taken.finish(output).cpu()  # [n, steps]
         tokens = output[:, len(prompt) :].cpu()
@@ -118,18 +147,18 @@ class TransformersEngine(Engine):
             sample_index=sample,
             token_ids=pack_ids(ids[:stop]),
             logprobs=pack_logprobs(values),
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if stopped else ("abort" if stop < sampling.max_tokens else "length"),
             version_spans=(VersionSpan(0, stop, self.version),),
             missing=values.count(None),
         )
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """See :meth:`Engine.score`."""
+    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         found = []
         for sequence in sequences:
             ids = torch.from_numpy(sequence.astype(np.int64)).to(self.model.device)
-            logprobs = self.model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+            logits = self.model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
+            logprobs = (logits / temperature).log_softmax(-1)
             found.append(logprobs.gather(1, ids[1:, None])[:, 0].cpu().numpy().astype(FLOAT32))
         return found
 
@@ -151,6 +180,13 @@ class TransformersEngine(Engine):
                 weights[name].copy_(file.get_tensor(name))
         self.version = update.version
         return LoadReceipt(update.version, len(names), time.perf_counter() - began, (), cache_cleared=True)
+
+    def abort(self) -> int:
+        """See :meth:`Engine.abort`. From another thread: ``sample`` holds its own."""
+        busy = self._busy.locked()
+        if busy:
+            self._aborting.set()
+        return int(busy)
 
     def close(self) -> None:
         """See :meth:`Engine.close`. There is no process to end."""
@@ -187,6 +223,16 @@ class _TakeLogprobs(LogitsProcessor):
         return torch.stack(self._taken, dim=1)
 
 
+class _Bias(LogitsProcessor):
+    """Adds to chosen logits, before penalties, as vLLM does."""
+
+    def __init__(self, bias: dict[int, float]) -> None:
+        self._ids, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_add(1, self._ids.to(scores.device), self._values.to(scores).expand(len(scores), -1))
+
+
 def _generation_config(sampling: SamplingParams) -> GenerationConfig:
     return GenerationConfig(
         do_sample=sampling.temperature > 0.0,
@@ -204,6 +250,8 @@ def _processors(sampling: SamplingParams) -> LogitsProcessorList:
             "engine, sample", got="a presence or frequency penalty", expected="none", hint="transformers has neither"
         )
     found = LogitsProcessorList()
+    if sampling.logit_bias:
+        found.append(_Bias(sampling.logit_bias))
     if sampling.repetition_penalty != 1.0:
         found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature > 0.0:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from lockstep.records.capabilities import Capability
 from lockstep.records.semantics import Distribution
 from lockstep.records.tokens import Completion, SamplingParams, Scores
 from lockstep.records.versions import LoadReceipt, WeightUpdate
@@ -33,6 +34,8 @@ class Score(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     id: int
     sequences: list[bytes]
     """int32 token ids of each sequence, at least two tokens."""
+    temperature: float = 1.0
+    """Another than 1 needs the capability ``rescore_at_temperature``."""
 
 
 class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -44,13 +47,19 @@ class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Planted faults (``parity/faults.py``); empty outside tests."""
 
 
+class Abort(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """End every sample in flight; their completions hold what there is. Answered by :class:`Aborted`."""
+
+    id: int
+
+
 class Shutdown(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """End the engine. Answered by the end of the stream."""
 
     id: int
 
 
-Request = Sample | Score | Load | Shutdown
+Request = Sample | Score | Load | Abort | Shutdown
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -62,8 +71,8 @@ class Ready(Struct, frozen=True, tag=True):
     distribution: Distribution
     resolved: dict[str, Any]
     """The engine's *resolved* configuration, read back from it, by ``section.key``."""
-    capabilities: dict[str, str]
-    """Name of each thing this engine can do → one sentence about how."""
+    capabilities: dict[str, Capability]
+    """By the names of :data:`lockstep.records.capabilities.CAPABILITIES`."""
     start_s: float
     pids: tuple[int, ...] = ()
 
@@ -89,6 +98,13 @@ class Loaded(Struct, frozen=True, tag=True):
     receipt: LoadReceipt
 
 
+class Aborted(Struct, frozen=True, tag=True):
+    """Answer to :class:`Abort`."""
+
+    id: int
+    n_requests: int
+
+
 class Failure(Struct, frozen=True, tag=True):
     """The request could not be done. ``usage`` is true when the request or the configuration is at fault, not the engine."""
 
@@ -100,7 +116,7 @@ class Failure(Struct, frozen=True, tag=True):
     fatal: bool = False
 
 
-Reply = Ready | Sampled | Scored | Loaded | Failure
+Reply = Ready | Sampled | Scored | Loaded | Aborted | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

@@ -56,6 +56,8 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    """Token id → what is added to its logit."""
     stop_token_ids: tuple[int, ...] = ()
     """Sampling stops after any of these; the stop token is kept in the completion."""
     seed: int | None = None
@@ -69,8 +71,13 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def penalises(self) -> bool:
-        """True when a token's logit depends on how often it has occurred."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        """True when logits are edited: by how often a token has occurred, or by a bias."""
+        return (
+            bool(self.logit_bias)
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 class Completion(Struct, frozen=True):

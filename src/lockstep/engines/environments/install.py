@@ -19,10 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from lockstep.config.cache import locked
 from lockstep.engines.environments.locate import MARKER, Environment, complete, path_of, scrubbed_env
+from lockstep.engines.environments.mends import MENDS
 from lockstep.engines.environments.recipes import EnvironmentRecipe, recipe_for
+from lockstep.engines.environments.smoke import drives, smoke_test
 from lockstep.errors import InstallError, NotInstalledError
 
 BUILD_NOTES = "lockstep-build.json"
@@ -96,23 +99,28 @@ class _Build:
                 continue
             self._step(number, step.title, [str(self.python), *PIP, *step.pip_args])
             self._note(done := [*done, step.title])
-        smoke = self._step(self.n_steps, "smoke test", [str(self.python), "-c", self.recipe.smoke])
-        return self._finish(smoke.strip().splitlines()[-1])
+        mends = {name: MENDS[name](self.path) for name in self.recipe.mends}
+        imported = self._step(self.n_steps, "smoke test", [str(self.python), "-c", self.recipe.smoke])
+        environment = self._environment(imported.strip().splitlines()[-1], mends)
+        if drives(environment):
+            self.say(f"{self._title(self.n_steps, 'smoke test')}: a tiny model, sampled and scored")
+            environment = replace(environment, smoke=f"{environment.smoke}, {smoke_test(environment, self.log)}")
+        _write_whole(self.path / MARKER, environment)
+        return environment
 
-    def _finish(self, smoke: str) -> Environment:
-        environment = Environment(
+    def _environment(self, smoke: str, mends: dict[str, str]) -> Environment:
+        return Environment(
             name=self.recipe.name,
             version=self.recipe.version,
             generation=self.recipe.generation,
             flavour=self.recipe.flavour,
             digest=self.recipe.digest,
             smoke=smoke,
+            mends=mends,
             size_bytes=_size_bytes(self.path),
             built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             path=str(self.path),
         )
-        _write_whole(self.path / MARKER, environment)
-        return environment
 
     def _done(self) -> list[str]:
         try:

@@ -32,7 +32,9 @@ class Environment(Struct, frozen=True, kw_only=True):
     digest: str
     """Of the recipe that it was built from."""
     smoke: str
-    """What the smoke test printed."""
+    """What the smoke test found."""
+    mends: dict[str, str] = {}
+    """What each mend of the recipe found and did."""
     size_bytes: int
     built: str
     """UTC, ISO 8601."""

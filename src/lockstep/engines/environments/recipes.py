@@ -1,8 +1,10 @@
 """Environment recipes: one TOML file per version range, and one lock file beside it with the exact closure."""
 
 import hashlib
+import re
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -58,6 +60,10 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     facts: dict[str, str]
     preload: tuple[str, ...] = ()
     """Libraries for ``LD_PRELOAD``, relative to the environment; those that are not there are left out."""
+    mends: tuple[str, ...] = ()
+    """What is done to the environment after its packages are in (``mends.py``)."""
+    checkpoint_form: Literal["current", "transformers-4"] = "current"
+    """``transformers-4``: its config reader knows only the keys of transformers 4 (``vllm/older_form.py``)."""
 
     @property
     def spec(self) -> str:
@@ -67,7 +73,7 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def digest(self) -> str:
         """Changes with what is installed; an environment of another digest is not this recipe's."""
-        content = [self.spec, self.flavour, *(step.content for step in self.steps)]
+        content = [self.spec, self.flavour, *(step.content for step in self.steps), *self.mends]
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
@@ -79,7 +85,12 @@ def read_recipe(path: Path) -> EnvironmentRecipe:
 def all_recipes() -> list[EnvironmentRecipe]:
     """Every recipe, oldest version first."""
     recipes = [read_recipe(path) for path in RECIPES.glob("*.toml")]
-    return sorted(recipes, key=lambda recipe: (recipe.name, [int(part) for part in recipe.version.split(".")]))
+    return sorted(recipes, key=lambda recipe: (recipe.name, version_order(recipe.version)))
+
+
+def version_order(version: str) -> tuple[int, ...]:
+    """A key that sorts versions: the numbers in ``0.8.5.post2``."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def recipe_for(spec: str) -> EnvironmentRecipe:

@@ -25,6 +25,8 @@ import msgspec
 from lockstep.engines.worker.group import end_group
 from lockstep.records.messages import (
     MAX_FRAME_BYTES,
+    Abort,
+    Aborted,
     Failure,
     Load,
     Loaded,
@@ -63,6 +65,10 @@ class ServedEngine(Protocol):
 
     async def load(self, request: Load) -> LoadReceipt:
         """Replace the weights; nothing samples meanwhile."""
+        ...
+
+    async def abort(self) -> int:
+        """End every sample in flight; returns how many requests that were."""
         ...
 
     def close(self) -> None:
@@ -185,6 +191,8 @@ class _Server:
                     if self._sampling:
                         await asyncio.wait(self._sampling)
                     return Loaded(request.id, await self.engine.load(request))
+            case Abort():
+                return Aborted(request.id, await self.engine.abort())
             case Shutdown():
                 self.ended.set()
                 return None

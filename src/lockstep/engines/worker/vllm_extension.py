@@ -1,8 +1,9 @@
-"""What runs inside vLLM's own worker process, next to the model (``worker_extension_cls``).
+"""What runs inside vLLM's own worker process, next to the model (``worker_extension_cls``), on V0 and V1.
 
-On a CPU, vLLM packs linear weights for oneDNN when a model is loaded (vllm/model_executor/layers/utils.py,
+On a CPU, vLLM V1 packs linear weights for oneDNN when a model is loaded (vllm/model_executor/layers/utils.py,
 ``dispatch_cpu_unquantized_gemm``). ``reload_weights`` packs again what it streams, but the head of a tied-embedding model is
 not streamed: its closure goes on multiplying by the old copy while ``lm_head.weight`` compares equal to the new weights.
+V0 packs nothing; there the tensors are overwritten in place.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class WeightsExtension:
-    """Mixed into ``vllm.v1.worker.*.Worker``: ``self`` is the worker, and methods are called by ``collective_rpc``.
+    """Mixed into vLLM's ``Worker``: ``self`` is the worker, and methods are called by ``collective_rpc``.
 
     The two annotations name what the worker brings; vLLM refuses an extension that defines an attribute of the worker's.
     """
@@ -26,22 +27,24 @@ class WeightsExtension:
 
     def lockstep_describe(self) -> dict[str, Any]:
         """What the model runner really holds, for the manifest. Also ties this process's life to its parent's."""
-        if os.uname().sysname == "Linux":
+        own_process = os.getpid() != os.getpgrp()  # the group's leader is the worker, which has the lifeline
+        if own_process and os.uname().sysname == "Linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         model = self.model_runner.get_model()
-        head = _head(model)
+        head, sampler = _head(model), getattr(self.model_runner, "sampler", None) or getattr(model, "sampler", None)
         return {
             "pid": os.getpid(),
             "model_class": type(model).__name__,
             "model_runner": type(self.model_runner).__module__,
             "parameter_dtype": str(next(model.parameters()).dtype),
             "head_class": type(head).__name__,
-            "head_dtype": str(getattr(model.logits_processor, "head_dtype", None)),
+            "head_dtype": str(_head_product(model).dtype),
             "head_tied": bool(getattr(model.config, "tie_word_embeddings", False)),
             "head_packed": hasattr(head, "cpu_linear"),
-            "logprobs_mode": str(getattr(self.model_runner.sampler, "logprobs_mode", None)),
+            "logprobs_mode": str(getattr(sampler, "logprobs_mode", None)),
             "plugin_active": is_active(),
-            "sampler": type(self.model_runner.sampler).__module__,
+            "sampler": type(sampler).__module__,
+            "flashinfer_sampler": _flashinfer(),
         }
 
     def lockstep_load(self, path: str, version: int, faults: list[str]) -> dict[str, Any]:
@@ -58,7 +61,11 @@ class WeightsExtension:
                 raise ValueError(f"weights file {path} holds version {found}, announced was {version}")
             names = list(file.keys())
             if "not_delivered" not in faults:
-                self.reload_weights(weights_iterator=((name, file.get_tensor(name)) for name in names))
+                tensors = ((name, file.get_tensor(name)) for name in names)
+                if hasattr(self, "reload_weights"):
+                    self.reload_weights(weights_iterator=tensors)
+                else:
+                    self.model_runner.get_model().load_weights(tensors)
         head = _head(self.model_runner.get_model())
         repacked = []
         if "stale_head" not in faults and "not_delivered" not in faults and hasattr(head, "cpu_linear"):
@@ -69,3 +76,22 @@ class WeightsExtension:
 
 def _head(model: Any) -> Any:
     return getattr(model, "lm_head", None)
+
+
+def _head_product(model: Any) -> Any:
+    """The logits of one hidden state: what the last product computes in is seen, not read off a setting."""
+    import torch
+
+    weight = next(model.parameters())
+    hidden = torch.ones(1, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+    with torch.inference_mode():
+        return model.logits_processor(model.lm_head, hidden)
+
+
+def _flashinfer() -> bool:
+    """True when V0's sampler leaves truncation to FlashInfer, which does not show in the log-probabilities."""
+    try:
+        from vllm.model_executor.layers import sampler as v0
+    except ImportError:
+        return False
+    return getattr(v0, "flashinfer_top_k_top_p_sampling", None) is not None

@@ -1,39 +1,79 @@
 """What every vLLM process loads at its start (entry point group ``vllm.general_plugins``), core and workers alike.
 
-vLLM's processes wait for each other by spinning on shared memory for a second before they sleep
+*Waiting.* vLLM's processes wait for each other by spinning on shared memory for a second before they sleep
 (vllm/distributed/device_communicators/shm_broadcast.py, ``SpinCondition``). On a machine where trainer and engine take turns on
 the same cores, an idle engine that spins takes a core from the trainer, and a waiting core process takes one from its own
 worker. They are told to spin briefly only; after that a message costs a wake-up, some 50 µs.
+
+*The head.* Before 0.28 vLLM computes the last matrix product in the model's dtype. Where ``LOCKSTEP_HEAD_DTYPE`` is set, it is
+computed in that dtype instead, as 0.28 does (vllm/model_executor/layers/logits_processor.py, ``_apply_head``): both operands are
+cast at every step. No copy of the weights is kept, so none can be stale.
 """
 
+import os
 from typing import Any
 
 SPIN_S = 0.02
 """Not 0: the notification that ends a sleep is dropped when the one before it is not sent yet, and the sleeper then waits out
 its time-out of 5 s. Within this time the reader looks for itself."""
 
+HEAD_DTYPE = "LOCKSTEP_HEAD_DTYPE"
+
 ENTRY_POINTS = "[vllm.general_plugins]\nlockstep = lockstep.engines.worker.vllm_plugin:register\n"
 METADATA = "Metadata-Version: 2.1\nName: lockstep-engine\nVersion: 0\n"
 
 
 def register() -> None:
-    """Make every wait of this process sleep after ``SPIN_S`` instead of a second."""
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    """Apply both to this process; once."""
+    _wait_patiently()
+    if HEAD_DTYPE in os.environ:
+        _raise_head(os.environ[HEAD_DTYPE])
 
-    original = SpinCondition.__init__
-    if getattr(original, "lockstep", False):
+
+def is_active() -> bool:
+    """True when everything that was asked of this process is in force; probed in the worker, shown in the manifest."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    condition = _spin_condition()
+    waits = condition is None or getattr(condition.__init__, "lockstep", False)
+    return waits and (HEAD_DTYPE not in os.environ or hasattr(LogitsProcessor._get_logits, "lockstep"))
+
+
+def _spin_condition() -> Any:
+    """The class, or None in a version without it."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    return getattr(shm_broadcast, "SpinCondition", None)
+
+
+def _wait_patiently() -> None:
+    condition = _spin_condition()
+    if condition is None or getattr(condition.__init__, "lockstep", False):
         return
+    original = condition.__init__
 
     def patient(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.busy_loop_s = SPIN_S
 
     patient.lockstep = True  # type: ignore[attr-defined]
-    SpinCondition.__init__ = patient
+    condition.__init__ = patient
 
 
-def is_active() -> bool:
-    """True when the waits of this process are patient; probed in the worker, shown in the manifest."""
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+def _raise_head(name: str) -> None:
+    import torch
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    return getattr(SpinCondition.__init__, "lockstep", False)
+    original, dtype = LogitsProcessor._get_logits, getattr(torch, name)
+    if hasattr(original, "lockstep"):
+        return
+
+    def raised(self: Any, hidden_states: Any, lm_head: Any, embedding_bias: Any) -> Any:
+        if not lm_head.weight.is_floating_point():
+            raise ValueError(f"LOCKSTEP_HEAD_DTYPE={name} needs an unquantised lm_head, this one holds {lm_head.weight.dtype}")
+        bias = None if embedding_bias is None else embedding_bias.to(dtype)
+        logits = self._gather_logits(torch.nn.functional.linear(hidden_states.to(dtype), lm_head.weight.to(dtype), bias))
+        return None if logits is None else logits[..., : self.org_vocab_size]
+
+    raised.lockstep = name  # type: ignore[attr-defined]
+    LogitsProcessor._get_logits = raised

@@ -1,0 +1,110 @@
+"""A vLLM of any version, in a process and an environment of its own: what the adapters of its generations share."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.environments.locate import Environment
+from lockstep.engines.environments.recipes import recipe_for
+from lockstep.engines.process import WorkerProcess
+from lockstep.engines.vllm.older_form import older_form
+from lockstep.records.messages import Abort, Aborted, Load, Loaded, Sample, Sampled, Score, Scored
+from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
+from lockstep.records.versions import LoadReceipt, WeightUpdate
+
+START_TIMEOUT_S = 600.0
+CPU_BATCHED_TOKENS = 2048
+
+RL_DEFAULTS = {
+    "generation_config": "vllm",
+    "seed": 0,
+    "skip_tokenizer_init": True,
+    "trust_remote_code": False,
+}
+"""vLLM's own default for ``generation_config`` is ``auto``, which applies a checkpoint's generation_config.json silently."""
+
+FIXES = {
+    "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
+    "penalties_unmodelled": "sampling.repetition_penalty = 1.0, presence_penalty = 0.0, frequency_penalty = 0.0, no logit_bias",
+    "prefix_cache": "engine.options.enable_prefix_caching = false",
+    "stale_prefix_cache": "engine.options.enable_prefix_caching = false",
+    "head_precision": 'model.head_dtype = "float32" with engine.head_dtype = "float32"',
+    "body_precision": "engine.dtype = model.dtype",
+    "batch_composition": "engine.options.max_num_seqs = 1 isolates it; then look for the kernel",
+}
+UNKNOWN_FIX = "lockstep check RECIPE names the layer; no flag of this engine is known to mend it"
+
+
+class VllmEngine(Engine):
+    """The trainer's end of a vLLM worker. A generation says which worker it is and what it needs by default."""
+
+    worker: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]]
+    cpu_defaults: ClassVar[dict[str, Any]]
+    fixes: ClassVar[dict[str, str]]
+
+    def __init__(self, spec: EngineSpec, environment: Environment) -> None:
+        self._scratch: Path | None = None
+        model_path = spec.model_path
+        if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
+            self._scratch = Path(tempfile.mkdtemp(prefix="lockstep-model-"))
+            model_path = older_form(spec.model_path, self._scratch)
+        args: dict[str, Any] = self.defaults | (self.cpu_defaults if environment.flavour == "cpu" else {})
+        args |= {"model": str(model_path), "dtype": spec.dtype, "max_model_len": spec.max_model_len}
+        if environment.flavour == "cpu":
+            args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)
+        args |= spec.options
+        config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
+        env = environment.launch_env() | {"HF_HUB_OFFLINE": "1"}
+        try:
+            self._process = WorkerProcess(environment.python, self.worker, msgspec.json.encode(config), env, spec.log_path)
+            self.ready = self._process.wait_ready(START_TIMEOUT_S)
+        except BaseException:
+            self._forget_scratch()
+            raise
+
+    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """See :meth:`Engine.sample`."""
+        reply = self._process.request(Sample, [_packed(prompt) for prompt in prompts], list(params))
+        assert isinstance(reply, Sampled)
+        return reply.completions
+
+    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        reply = self._process.request(Score, [_packed(sequence) for sequence in sequences], temperature)
+        assert isinstance(reply, Scored)
+        return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
+
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
+        """See :meth:`Engine.load`."""
+        reply = self._process.request(Load, update, faults)
+        assert isinstance(reply, Loaded)
+        return reply.receipt
+
+    def abort(self) -> int:
+        """See :meth:`Engine.abort`."""
+        reply = self._process.request(Abort)
+        assert isinstance(reply, Aborted)
+        return reply.n_requests
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        self._process.close()
+        self._forget_scratch()
+
+    def fix(self, cause: str) -> str:
+        """See :meth:`Engine.fix`."""
+        return (FIXES | self.fixes).get(cause, UNKNOWN_FIX)
+
+    def _forget_scratch(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _packed(ids: np.ndarray) -> bytes:
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()

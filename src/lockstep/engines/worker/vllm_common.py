@@ -1,0 +1,231 @@
+"""What the workers of vLLM's V0 and V1 engines share. Each function holds for every version that a recipe covers."""
+
+import dataclasses
+import difflib
+import enum
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from lockstep.engines.worker.server import BadRequestError
+from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
+from lockstep.records.capabilities import Capability
+from lockstep.records.messages import Load
+from lockstep.records.tokens import Completion, SamplingParams, Scores, pack_ids, pack_logprobs
+from lockstep.records.versions import VersionSpan
+
+CLAMPED_LOGPROB = -9999.0
+"""What vLLM's servers put in the place of −inf and NaN; no honest log-probability is as low."""
+
+EXTENSION = "lockstep.engines.worker.vllm_extension.WeightsExtension"
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the adapter asks for."""
+
+    args: dict[str, Any]
+    """Keyword arguments of ``AsyncEngineArgs``."""
+    weights_dir: str
+    """The only directory that weights are read from."""
+    head_dtype: str
+    """Of the last matrix product; another than ``args["dtype"]`` takes vLLM's ``head_dtype`` or, before 0.28, the plugin."""
+
+
+def engine_config(config: Config) -> Any:
+    """vLLM's own resolved configuration of what was asked for.
+
+    Raises:
+        BadRequestError: for an option that this version does not know, or a value that it does not accept.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    for option in config.args:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            guess = f"{near[0]!r} perhaps" if near else "an argument of vLLM's AsyncEngineArgs"
+            raise BadRequestError(f"engine.options.{option}, which is no engine argument", guess, "python -m vllm serve --help")
+    args = dict(config.args)
+    if config.head_dtype != args["dtype"]:
+        if has_native_head_dtype():
+            args["hf_overrides"] = {"head_dtype": config.head_dtype} | args.get("hf_overrides", {})
+        else:
+            os.environ[HEAD_DTYPE] = config.head_dtype  # read by the plugin, here and in every process that vLLM starts
+    try:
+        return AsyncEngineArgs(**args, worker_extension_cls=EXTENSION).create_engine_config()
+    except (ValueError, TypeError) as error:
+        raise BadRequestError(
+            str(error)[:2000], "engine options that vLLM accepts", "change engine.options in the recipe"
+        ) from error
+
+
+def has_native_head_dtype() -> bool:
+    """True from 0.28 on, where ``head_dtype`` in ``hf_overrides`` holds for generating models too."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    return hasattr(LogitsProcessor, "_apply_head")
+
+
+def refuse_other_head(config: Config, inside: dict[str, Any]) -> None:
+    """Believe the head's precision only when it was measured.
+
+    Raises:
+        BadRequestError: when the head's product came out in another dtype than was asked for.
+    """
+    if inside["head_dtype"] != f"torch.{config.head_dtype}":
+        raise BadRequestError(
+            f"an lm_head that computes in {inside['head_dtype']}",
+            f"torch.{config.head_dtype}: the recipe's engine.head_dtype",
+            "is the plugin group vllm.general_plugins shut off (VLLM_PLUGINS)?",
+        )
+
+
+def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the running engine resolved to, by ``section.key``."""
+    import torch
+    import transformers
+
+    resolved = flatten(config) | {f"worker.{key}": value for key, value in inside.items()}
+    resolved |= {f"env.{key}": value for key, value in os.environ.items() if key.startswith(("VLLM_", "OMP_", "LOCKSTEP_"))}
+    return resolved | {"versions.torch": str(torch.__version__), "versions.transformers": transformers.__version__}
+
+
+def common_capabilities(sampling_fields: Iterable[str]) -> dict[str, Capability]:
+    """What can be seen without a running engine."""
+    fields, native = set(sampling_fields), has_native_head_dtype()
+    plugin = "not in this version: Lockstep's plugin computes the last product in the dtype asked for, and is probed"
+    return {
+        "native_fp32_head": Capability(native, 'hf_overrides = {"head_dtype": "float32"}' if native else plugin),
+        "per_request_seed": Capability(True, "each request and sample has a generator of its own"),
+        "trace_replay": _field("trace_decode_token_ids", fields, "forces given tokens; needs the V2 model runner, hence a GPU"),
+        "sampling_mask": _field("return_sampling_mask", fields, "returns the kept ids; needs the V2 model runner, hence a GPU"),
+    }
+
+
+def _field(name: str, fields: set[str], how: str) -> Capability:
+    runs = name in fields and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    return Capability(runs, how if name in fields else f"this version's SamplingParams has no {name}")
+
+
+def sampling_params(params: SamplingParams, **extra: Any) -> Any:
+    """The request in vLLM's terms, less what this version has no field for."""
+    from vllm import SamplingParams as VllmParams
+
+    fields = msgspec.structs.asdict(params)
+    fields["stop_token_ids"] = list(fields["stop_token_ids"])
+    fields["logit_bias"] = fields["logit_bias"] or None
+    fields["top_k"] = fields["top_k"] or -1  # 0 means all tokens since V1 only; -1 does in every version
+    fields |= {"logprobs": 0, "detokenize": False, "ignore_eos": True} | extra
+    try:
+        return VllmParams(**fields)
+    except ValueError as error:
+        raise BadRequestError(str(error)[:2000], "sampling that vLLM accepts", "change [sampling]") from error
+
+
+def checked_prompts(prompts: list[list[int]], params: list[SamplingParams], max_model_len: int) -> None:
+    """Refuse what the engine would: versions differ in what they do with it.
+
+    Raises:
+        BadRequestError: for an empty or an over-long prompt.
+    """
+    if len(params) != len(prompts):
+        raise BadRequestError(f"{len(params)} params", f"one for each of {len(prompts)} prompts", "repeat them")
+    for number, (ids, asked) in enumerate(zip(prompts, params, strict=True)):
+        needed = len(ids) + asked.max_tokens
+        if not ids:
+            raise BadRequestError(f"prompt {number}, which is empty", "at least one token", "begin with a BOS token")
+        if needed > max_model_len:
+            raise BadRequestError(
+                f"prompt {number}: {len(ids)} tokens and {asked.max_tokens} to come",
+                f"at most max_model_len = {max_model_len}",
+                f"--set engine.max_model_len={needed}",
+            )
+
+
+def checked_path(config: Config, request: Load) -> Path:
+    """The file to load.
+
+    Raises:
+        BadRequestError: for one outside the weights directory.
+    """
+    path = Path(request.update.path).resolve()
+    if path.parent != Path(config.weights_dir).resolve() or path.suffix != ".safetensors":
+        raise BadRequestError(f"weights at {path}", f"a .safetensors file in {config.weights_dir}", "use the run's publisher")
+    return path
+
+
+def completions_of(outputs: list[Any], version: int) -> list[Completion]:
+    """vLLM's request outputs, in prompt order, then sample order."""
+    return [
+        completion_of(index, output, version)
+        for index, request_output in enumerate(outputs)
+        for output in sorted(request_output.outputs, key=lambda output: output.index)
+    ]
+
+
+def completion_of(prompt_index: int, output: Any, version: int) -> Completion:
+    """A vLLM ``CompletionOutput`` as a :class:`Completion`. The log-probability is looked up by the sampled token's id."""
+    ids = list(output.token_ids)
+    logprobs = logprobs_of(ids, output.logprobs)
+    return Completion(
+        prompt_index=prompt_index,
+        sample_index=output.index,
+        token_ids=pack_ids(ids),
+        logprobs=pack_logprobs(logprobs),
+        finish_reason=output.finish_reason if output.finish_reason in ("stop", "length") else "abort",
+        version_spans=(VersionSpan(start=0, stop=len(ids), version=version),) if ids else (),
+        missing=logprobs.count(None),
+    )
+
+
+def scores_of(ids: list[int], prompt_logprobs: Any) -> Scores:
+    """vLLM's prompt log-probabilities, whose first position is empty, as :class:`Scores`."""
+    logprobs = logprobs_of(ids, prompt_logprobs)[1:]
+    return Scores(logprobs=pack_logprobs(logprobs), missing=logprobs.count(None))
+
+
+def logprobs_of(ids: list[int], found: Any) -> list[float | None]:
+    """The log-probability of each of ``ids``; None where it is absent, non-finite or clamped.
+
+    Args:
+        found: vLLM's ``FlatLogprobs``, or before it a list with a dict for each position.
+    """
+    if found is None or len(found) != len(ids):
+        return [None] * len(ids)
+    if hasattr(found, "start_indices"):
+        values = [_flat_value(found, at, token) for at, token in enumerate(ids)]
+    else:
+        values = [entry[token].logprob if entry and token in entry else None for entry, token in zip(found, ids, strict=True)]
+    return [v if v is not None and math.isfinite(v) and v > CLAMPED_LOGPROB else None for v in values]
+
+
+def _flat_value(flat: Any, at: int, token: int) -> float | None:
+    for i in range(flat.start_indices[at], flat.end_indices[at]):
+        if flat.token_ids[i] == token:
+            return flat.logprobs[i]
+    return None
+
+
+def flatten(config: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
+    """A nested dataclass as ``{"section.key": plain value}``; what is no plain value is named by its type."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, None)
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value) and depth < 2:
+            flat |= flatten(value, f"{key}.", depth + 1)
+        elif isinstance(value, enum.Enum):
+            flat[key] = value.name
+        elif value is None or isinstance(value, bool | int | float | str):
+            flat[key] = value
+        elif isinstance(value, list | tuple | dict | set):
+            flat[key] = repr(value)[:200]
+        else:
+            text = str(value)
+            flat[key] = text if text.startswith("torch.") else type(value).__name__
+    return flat

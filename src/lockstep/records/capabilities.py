@@ -1,0 +1,29 @@
+"""What an engine can do, said by the running engine. What it cannot do is NOT_RUN with the reason, never done otherwise."""
+
+from msgspec import Struct
+
+CAPABILITIES = {
+    "rescore": "score given token ids, past every cache",
+    "rescore_at_temperature": "score them at the sampler's temperature, not only at T = 1",
+    "load": "take new weights while it runs",
+    "pause_wait": "let requests end before a load",
+    "pause_abort": "end requests at a load and give back what they have",
+    "pause_keep": "hold requests over a load and go on with them",
+    "version_spans": "say which weights sampled which tokens of one completion",
+    "resolved_config": "read back what it resolved to",
+    "per_request_seed": "a seed for each request",
+    "native_fp32_head": "compute the last matrix product in fp32 under a bf16 body",
+    "trace_replay": "force given tokens through decoding, with real log-probabilities",
+    "sampling_mask": "return the ids that top-k, top-p and min-p kept",
+    "logit_bias": "add to chosen logits",
+    "penalties": "repetition, presence and frequency penalties",
+    "nccl_weights": "take new weights over NCCL",
+}
+"""Every capability that an engine may be asked for."""
+
+
+class Capability(Struct, frozen=True):
+    """Whether an engine can, and how, or why not."""
+
+    supported: bool
+    how: str
