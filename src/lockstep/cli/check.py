@@ -16,6 +16,7 @@ def check(
         list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
+    audit_only: Annotated[bool, typer.Option("--audit-only", help="Only the engine's settings, as engines audit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Prove that engine and trainer are the same policy, or name what is not.
@@ -24,6 +25,10 @@ def check(
     """
     import tempfile
 
+    if audit_only:
+        from lockstep.cli.audit import run_audit
+
+        raise typer.Exit(run_audit(recipe, None, "0.8.5", set_, engine, as_json=as_json))
     from lockstep.cli.common import recipe_of, show_ladder
     from lockstep.parity.faults import planted
 

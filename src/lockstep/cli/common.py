@@ -3,24 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from lockstep.config.recipe import Recipe, load_recipe
 from lockstep.errors import UsageError
 from lockstep.records.verdicts import Verdict
 
-ENGINES = ("auto", "vllm", "transformers")
+ENGINES = ("auto", "vllm", "transformers", "openai")
 
 
 def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Recipe:
-    """The recipe with ``--set`` and ``--engine`` applied. A change of engine drops the other engine's options and version."""
-    recipe = load_recipe(path, overrides)
-    if engine is None or engine == recipe.engine.name:
-        return recipe
-    if engine not in ENGINES:
+    """The recipe with ``--engine`` and then ``--set`` applied."""
+    if engine is not None and engine not in ENGINES:
         raise UsageError("flag --engine", got=repr(engine), expected=f"one of {', '.join(ENGINES)}", hint="--engine transformers")
-    changed = msgspec.structs.replace(recipe.engine, name=engine, version="", options={})
-    return msgspec.structs.replace(recipe, engine=changed)
+    return load_recipe(path, overrides, engine)
 
 
 def show_ladder(verdicts: Sequence[Verdict]) -> None:

@@ -1,5 +1,6 @@
 """``lockstep engines``: engine environments."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,58 @@ def remove(spec: Spec, as_json: Json = False) -> None:
     delete(spec, Console().say)
     if as_json:
         emit("engines.remove", {"removed": spec})
+
+
+@app.command("describe")
+def describe(spec: Spec, as_json: Json = False) -> None:
+    """Show what is known of an engine version: its environment, its facts, what it can do."""
+    from lockstep.engines.environments.locate import complete, path_of, state
+    from lockstep.engines.environments.recipes import recipe_for
+
+    recipe = recipe_for(spec)
+    environment = complete(recipe)
+    if as_json:
+        emit("engines.describe", {"recipe": recipe, "state": state(recipe), "environment": environment})
+        return
+    python = " to ".join(".".join(map(str, version)) for version in (recipe.python_min, recipe.python_max))
+    print(f"{recipe.spec}  {recipe.generation} engine, {recipe.flavour}, Python {python}, {' or '.join(recipe.machines)}")
+    print(f"state     {state(recipe)}, {path_of(recipe)}")
+    if environment is not None:
+        print(f"size      {environment.size_bytes / 1e9:.1f} GB, built {environment.built}\nsmoke     {environment.smoke}")
+        _section("mends", environment.mends)
+        _section("can", {name: c.how for name, c in environment.capabilities.items() if c.supported})
+        _section("cannot", {name: c.how for name, c in environment.capabilities.items() if not c.supported})
+    else:
+        print(f"install   lockstep engines install {recipe.spec}")
+    _section("needs", recipe.system_needs)
+    _section("left out", recipe.left_out)
+    _section("runs with", recipe.env)
+    _section("facts", recipe.facts)
+
+
+def _section(title: str, entries: dict[str, str]) -> None:
+    if entries:
+        print(title)
+        for name, value in entries.items():
+            print(f"  {name:<34} {value}")
+
+
+@app.command("audit")
+def audit(
+    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe; its engine is started.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server instead.")] = None,
+    before: Annotated[str, typer.Option("--from", help="The vLLM version you come from.")] = "0.8.5",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold what an engine resolved to against what online RL needs: the migration checklist.
+
+    Exit code: 0 when nothing has to change, 1 when something has, 3 when something could not be read.
+    """
+    from lockstep.cli.audit import run_audit
+
+    raise typer.Exit(run_audit(recipe, url, before.removeprefix("vllm=="), set_, engine, as_json=as_json))
 
 
 @app.command("list")

@@ -38,8 +38,8 @@ class Model(_Section, frozen=True):
 class Engine(_Section, frozen=True):
     """What samples tokens."""
 
-    name: Literal["auto", "vllm", "transformers"] = "auto"
-    """``auto``: the newest installed vLLM, else transformers beside the trainer."""
+    name: Literal["auto", "vllm", "transformers", "openai"] = "auto"
+    """``auto``: the newest installed vLLM, else transformers. ``openai``: the server at ``options.base_url``."""
     version: str = ""
     """Empty: the newest installed."""
     dtype: Dtype | None = None
@@ -130,12 +130,13 @@ class Recipe(_Section, frozen=True):
     parity: Parity = Parity()
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a TOML recipe and apply ``--set`` overrides.
+def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> Recipe:
+    """Read a TOML recipe and apply ``--engine`` and ``--set`` overrides.
 
     Args:
         path: the file.
         overrides: ``section.key=value`` strings; the value is read as TOML, and as a plain string where it is none.
+        engine: in place of the recipe's ``engine.name``; another engine's options and version are dropped, overrides are not.
 
     Raises:
         RecipeError: for a file that is not there or no TOML, an unknown key (the nearest is named), a value of the wrong
@@ -152,6 +153,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path}", got=str(error), expected="valid TOML", hint=f"open {path} there") from error
+    if engine is not None:
+        section = table.setdefault("engine", {})
+        if isinstance(section, dict) and section.get("name", "auto") != engine:
+            section = {key: value for key, value in section.items() if key not in ("version", "options")}
+        table["engine"] = section | {"name": engine} if isinstance(section, dict) else section
     for override in overrides or []:
         _apply(table, override)
     return parse_recipe(table, str(path))

@@ -34,6 +34,8 @@ class Engine(ABC):
 
     ready: Ready
     """Who it is and what it resolved to, read back from the running engine."""
+    asked: dict[str, Any]
+    """What it was asked for, by the names of its own arguments."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:

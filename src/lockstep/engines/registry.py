@@ -1,11 +1,18 @@
 """From a recipe's ``[engine]`` to a running engine. Adapters are imported only when they are chosen."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.environments.locate import Environment, find, installed
+
+EMBEDDED = {
+    "transformers": "lockstep.engines.transformers:TransformersEngine",
+    "openai": "lockstep.engines.openai_http:connect",
+}
+"""Engines that need no environment: one in this process, one behind a URL."""
 
 ADAPTERS = {
     ("vllm", "V0"): "lockstep.engines.vllm.v0:VllmV0",
@@ -29,8 +36,8 @@ def choose(config: EngineConfig) -> Choice:
     Raises:
         NotInstalledError: when the engine asked for is not installed; the hint is the install line.
     """
-    if config.name == "transformers":
-        return Choice("transformers", None, "asked for")
+    if config.name in EMBEDDED:
+        return Choice(config.name, None, "asked for")
     if config.name == "vllm":
         return Choice("vllm", find("vllm", config.version or None), "asked for")
     vllms = [environment for environment in installed() if environment.name == "vllm"]
@@ -42,8 +49,10 @@ def choose(config: EngineConfig) -> Choice:
 def start(choice: Choice, spec: EngineSpec) -> Engine:
     """Start the chosen engine; returns when it can sample."""
     if choice.environment is None:
-        from lockstep.engines.transformers import TransformersEngine
+        return _made_by(EMBEDDED[choice.name])(spec)
+    return _made_by(ADAPTERS[choice.environment.name, choice.environment.generation])(spec, choice.environment)
 
-        return TransformersEngine(spec)
-    module, name = ADAPTERS[choice.environment.name, choice.environment.generation].split(":")
-    return getattr(importlib.import_module(module), name)(spec, choice.environment)
+
+def _made_by(name: str) -> Callable[..., Engine]:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -67,6 +67,7 @@ class TransformersEngine(Engine):
         unknown = sorted(options.keys() - DEFAULTS.keys())
         if unknown:
             raise UsageError("engine.options", got=unknown[0], expected=f"one of {', '.join(DEFAULTS)}", hint="edit the recipe")
+        self.asked = options | {"dtype": spec.dtype, "head_dtype": spec.head_dtype}
         self.model = AutoModelForCausalLM.from_pretrained(
             spec.model_path,
             dtype=DTYPES[spec.dtype],

@@ -67,6 +67,27 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
         yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted), manifest, model_path)
 
 
+@contextlib.contextmanager
+def open_engine(recipe: Recipe, engine_log: Path, say: Say) -> Iterator[Engine]:
+    """The engine alone, for a look at what it resolves to.
+
+    Raises:
+        UsageError, EngineError: as :func:`open_session`.
+    """
+    choice = choose(recipe.engine)
+    model_path = Path() if choice.name == "openai" else resolve_model(recipe.model.path)
+    say(f"starting {_named(choice)}")
+    directory = weights_directory()
+    try:
+        engine = start(choice, _spec(recipe, model_path, directory, engine_log))
+        try:
+            yield engine
+        finally:
+            engine.close()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def preflight(recipe: Recipe) -> tuple[Choice, Path]:
     """What can be wrong before anything is started or written: the engine's environment and the model.
 

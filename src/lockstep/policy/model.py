@@ -58,6 +58,12 @@ class Policy:
         """Log-probability of every target at ``temperature``, differentiable; nats, fp32 [T]."""
         return self._project(self.hidden(row), row.targets, temperature, with_entropy=with_entropy)
 
+    def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        """Whole distributions, fp32, for the few tokens that a hypothesis needs them for; training never does."""
+        z = hidden.to(self.head_dtype) @ self.head.to(self.head_dtype).T
+        z = z.float() if self.head_bias is None else z.float() + self.head_bias
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
     def rows(self, groups: Sequence[Group], max_tokens: int) -> list[Packed]:
         """Pack groups the way this model can take them."""
         return pack(groups, max_tokens if self.share_prompts else 0, share_prompts=self.share_prompts)

@@ -104,7 +104,8 @@ class _Build:
         environment = self._environment(imported.strip().splitlines()[-1], mends)
         if drives(environment):
             self.say(f"{self._title(self.n_steps, 'smoke test')}: a tiny model, sampled and scored")
-            environment = replace(environment, smoke=f"{environment.smoke}, {smoke_test(environment, self.log)}")
+            said, capabilities = smoke_test(environment, self.log)
+            environment = replace(environment, smoke=f"{environment.smoke}, {said}", capabilities=capabilities)
         _write_whole(self.path / MARKER, environment)
         return environment
 

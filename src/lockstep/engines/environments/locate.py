@@ -14,6 +14,7 @@ from msgspec import Struct
 from lockstep.config.cache import cache_root
 from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for
 from lockstep.errors import NotInstalledError
+from lockstep.records.capabilities import Capability
 
 MARKER = "lockstep-environment.json"
 LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD", "PYTHONDONTWRITEBYTECODE")
@@ -35,6 +36,8 @@ class Environment(Struct, frozen=True, kw_only=True):
     """What the smoke test found."""
     mends: dict[str, str] = {}
     """What each mend of the recipe found and did."""
+    capabilities: dict[str, Capability] = {}
+    """What the engine said of itself in the smoke test."""
     size_bytes: int
     built: str
     """UTC, ISO 8601."""

@@ -10,6 +10,7 @@ from lockstep.engines.base import EngineSpec
 from lockstep.engines.environments import tiny_model
 from lockstep.engines.environments.locate import Environment
 from lockstep.errors import InstallError
+from lockstep.records.capabilities import Capability
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 
 PROMPTS = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 17)]
@@ -24,8 +25,8 @@ def drives(environment: Environment) -> bool:
     return (environment.name, environment.generation) in ADAPTERS
 
 
-def smoke_test(environment: Environment, log: Path) -> str:
-    """Sample at T = 1 and score the same tokens; one sentence about what came of it.
+def smoke_test(environment: Environment, log: Path) -> tuple[str, dict[str, Capability]]:
+    """Sample at T = 1 and score the same tokens; one sentence about what came of it, and what the engine says it can do.
 
     Raises:
         InstallError: when a log-probability is missing, or sampling and scoring disagree.
@@ -62,4 +63,4 @@ def smoke_test(environment: Environment, log: Path) -> str:
             expected=f"at most {AGREEMENT_NATS:g}",
             hint=f"the log is {log}",
         )
-    return f"{sampled.size} tokens sampled and scored alike to {largest:.0e} nats"
+    return f"{sampled.size} tokens sampled and scored alike to {largest:.0e} nats", engine.ready.capabilities

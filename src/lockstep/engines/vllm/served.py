@@ -26,8 +26,12 @@ RL_DEFAULTS = {
     "seed": 0,
     "skip_tokenizer_init": True,
     "trust_remote_code": False,
+    "disable_cascade_attn": True,
 }
 """vLLM's own default for ``generation_config`` is ``auto``, which applies a checkpoint's generation_config.json silently."""
+
+LOCAL = {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+"""Nothing is fetched, and what torch.distributed listens on is the loopback."""
 
 FIXES = {
     "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
@@ -60,8 +64,9 @@ class VllmEngine(Engine):
         if environment.flavour == "cpu":
             args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)
         args |= spec.options
+        self.asked = args | {"head_dtype": spec.head_dtype}
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
-        env = environment.launch_env() | {"HF_HUB_OFFLINE": "1"}
+        env = environment.launch_env() | LOCAL
         try:
             self._process = WorkerProcess(environment.python, self.worker, msgspec.json.encode(config), env, spec.log_path)
             self.ready = self._process.wait_ready(START_TIMEOUT_S)

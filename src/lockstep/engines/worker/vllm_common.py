@@ -212,12 +212,11 @@ def _flat_value(flat: Any, at: int, token: int) -> float | None:
 
 
 def flatten(config: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """A nested dataclass as ``{"section.key": plain value}``; what is no plain value is named by its type."""
+    """A nested configuration as ``{"section.key": plain value}``; what is no plain value is named by its type."""
     flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name, None)
-        key = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value) and depth < 2:
+    for name, value in _fields(config):
+        key = f"{prefix}{name}"
+        if depth < 2 and _fields(value):
             flat |= flatten(value, f"{key}.", depth + 1)
         elif isinstance(value, enum.Enum):
             flat[key] = value.name
@@ -229,3 +228,12 @@ def flatten(config: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
             text = str(value)
             flat[key] = text if text.startswith("torch.") else type(value).__name__
     return flat
+
+
+def _fields(value: Any) -> list[tuple[str, Any]]:
+    """The settings of a configuration object; none for anything else. In 0.8.5 some are no dataclasses."""
+    if dataclasses.is_dataclass(value):
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    if type(value).__module__ == "vllm.config":
+        return [(name, item) for name, item in vars(value).items() if not name.startswith("_")]
+    return []

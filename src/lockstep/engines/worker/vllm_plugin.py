@@ -8,9 +8,13 @@ worker. They are told to spin briefly only; after that a message costs a wake-up
 *The head.* Before 0.28 vLLM computes the last matrix product in the model's dtype. Where ``LOCKSTEP_HEAD_DTYPE`` is set, it is
 computed in that dtype instead, as 0.28 does (vllm/model_executor/layers/logits_processor.py, ``_apply_head``): both operands are
 cast at every step. No copy of the weights is kept, so none can be stale.
+
+*Ports.* torch.distributed is set up for a single process too, through a TCP store that listens on every interface
+(vllm/v1/executor/uniproc_executor.py). A world of one meets in a file instead.
 """
 
 import os
+import tempfile
 from typing import Any
 
 SPIN_S = 0.02
@@ -24,19 +28,22 @@ METADATA = "Metadata-Version: 2.1\nName: lockstep-engine\nVersion: 0\n"
 
 
 def register() -> None:
-    """Apply both to this process; once."""
+    """Apply all of it to this process; once."""
     _wait_patiently()
+    _meet_in_a_file()
     if HEAD_DTYPE in os.environ:
         _raise_head(os.environ[HEAD_DTYPE])
 
 
 def is_active() -> bool:
     """True when everything that was asked of this process is in force; probed in the worker, shown in the manifest."""
+    import torch.distributed
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
     condition = _spin_condition()
     waits = condition is None or getattr(condition.__init__, "lockstep", False)
-    return waits and (HEAD_DTYPE not in os.environ or hasattr(LogitsProcessor._get_logits, "lockstep"))
+    meets = hasattr(torch.distributed.init_process_group, "lockstep")
+    return waits and meets and (HEAD_DTYPE not in os.environ or hasattr(LogitsProcessor._get_logits, "lockstep"))
 
 
 def _spin_condition() -> Any:
@@ -58,6 +65,23 @@ def _wait_patiently() -> None:
 
     patient.lockstep = True  # type: ignore[attr-defined]
     condition.__init__ = patient
+
+
+def _meet_in_a_file() -> None:
+    import torch.distributed
+
+    original = torch.distributed.init_process_group
+    if hasattr(original, "lockstep"):
+        return
+
+    def private(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("world_size") == 1 and str(kwargs.get("init_method", "")).startswith("tcp://"):
+            directory = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.mkdtemp(prefix="lockstep-meet-")
+            kwargs["init_method"] = f"file://{directory}/meet-{os.getpid()}"
+        original(*args, **kwargs)
+
+    private.lockstep = True  # type: ignore[attr-defined]
+    torch.distributed.init_process_group = private
 
 
 def _raise_head(name: str) -> None:

@@ -1,0 +1,200 @@
+"""One suite, every engine. Each is started once, and the trainer that they are compared with is loaded once."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import pytest
+
+from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.registry import Choice, start
+from lockstep.engines.worker.group import end_group
+from lockstep.errors import LockstepError
+from lockstep.policy.packing import Group
+from lockstep.records.tokens import FLOAT32, INT32, Completion
+from lockstep.weights.publish import WeightPublisher, weights_directory
+
+ENGINES = ["vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0", "transformers", "http:vllm==0.18.1", "http:vllm==0.32.0"]
+MODEL = "smollm2-135m-instruct"
+MAX_MODEL_LEN = 512
+API_KEY = "a-key-of-the-contract-suite"
+RESULTS = pytest.StashKey[dict[tuple[str, str], str]]()
+
+
+@dataclass(eq=False)
+class Side:
+    """An engine under test and what it is compared with."""
+
+    name: str
+    engine: Engine
+    policy: object
+    publisher: WeightPublisher
+    pids: list[int]
+    """The engine's first process; none where it is this one."""
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of the engine, or NOT_RUN where it has none of its own."""
+        if not self.pids:
+            pytest.skip("NOT_RUN: the engine is no process of its own")
+        first = psutil.Process(self.pids[0])
+        return [first, *first.children(recursive=True)]
+
+    def trainer(self, groups: list[Group], temperature: float = 1.0) -> list[np.ndarray]:
+        """Score C of each completion."""
+        return self.policy.score(groups, temperature)
+
+
+def groups_of(prompts: list[np.ndarray], completions: list[Completion]) -> list[Group]:
+    """Each completion behind the prompt that it says it is of."""
+    return [Group(prompts[c.prompt_index], [ids_of(c)]) for c in completions]
+
+
+def ids_of(completion: Completion) -> np.ndarray:
+    return np.frombuffer(completion.token_ids, INT32)
+
+
+def logprobs_of(completions: list[Completion]) -> np.ndarray:
+    return np.frombuffer(b"".join(c.logprobs for c in completions), FLOAT32)
+
+
+def spec_of(publisher, log, **changes) -> EngineSpec:
+    from lockstep.policy.pretrained import resolve_model
+
+    settings = {
+        "model_path": resolve_model(MODEL),
+        "dtype": "float32",
+        "head_dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "options": {},
+        "weights_dir": publisher.directory,
+        "log_path": log,
+    }
+    return EngineSpec(**(settings | changes))
+
+
+def choice_of(name: str) -> Choice:
+    """The engine of that name. What is not installed is NOT_RUN, with its reason; what is installed must run."""
+    from lockstep.engines.environments.locate import find
+
+    if name == "transformers":
+        return Choice("transformers", None, "contract suite")
+    try:
+        environment = find("vllm", name.partition("==")[2])
+    except LockstepError as error:
+        pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
+    return Choice("vllm", environment, "contract suite")
+
+
+@dataclass(eq=False)
+class Server:
+    """``vllm serve``, as a user starts it."""
+
+    process: subprocess.Popen
+    url: str
+
+
+SERVER_FLAGS = {
+    "0.18.1": [],  # raw log-probabilities, as this version serves them by default
+    "0.32.0": ["--logprobs-mode", "processed_logprobs"],
+}
+
+
+@contextlib.contextmanager
+def served(environment, log) -> Iterator[Server]:
+    """A vLLM server of that environment on the loopback, with an API key; ended on the way out."""
+    from lockstep.engines.vllm.older_form import older_form
+    from lockstep.policy.pretrained import resolve_model
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    model = older_form(resolve_model(MODEL), log.parent)
+    flags = "--host 127.0.0.1 --dtype float32 --generation-config vllm --enforce-eager --block-size 32"
+    flags += f" --no-enable-chunked-prefill --max-num-batched-tokens 2048 --max-model-len {MAX_MODEL_LEN} --port {port}"
+    command = [environment.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags.split()]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [*command, *SERVER_FLAGS[environment.version]],
+            env=environment.launch_env() | {"VLLM_API_KEY": API_KEY},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        _wait_for(process, port, log)
+        yield Server(process, f"http://127.0.0.1:{port}")
+    finally:
+        end_group(process.pid)
+        process.wait()
+
+
+def _wait_for(process, port, log):
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"no server in 180 s: {log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def trainer():
+    """The trainer's model in fp32, in published memory."""
+    from lockstep.policy.model import load_policy
+    from lockstep.policy.pretrained import resolve_model
+
+    try:
+        path = resolve_model(MODEL)
+    except LockstepError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
+    policy = load_policy(path, "float32", "float32")
+    return policy, WeightPublisher(policy.model, weights_directory())
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
+    """One engine, running, with the trainer's weights."""
+    os.environ["LOCKSTEP_API_KEY"] = API_KEY
+    name, log = request.param, tmp_path_factory.mktemp("engine") / "engine.log"
+    choice = choice_of(name.removeprefix("http:"))
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(served(choice.environment, log)) if name.startswith("http:") else None
+        asked = {"options": {"base_url": server.url}} if server else {}
+        engine = start(Choice("openai", None, "over HTTP") if server else choice, spec_of(trainer[1], log, **asked))
+        stack.callback(engine.close)
+        pids = [server.process.pid] if server else list(engine.ready.pids[:1])
+        yield Side(name, engine, *trainer, pids)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or "side" not in callspec.params or not (report.when == "call" or report.outcome != "passed"):
+        return
+    rest = item.name.split("[")[1].rstrip("]").replace(callspec.params["side"], "").strip("-")
+    check = item.originalname.removeprefix("test_").replace("_", " ") + (f", {rest}" if rest else "")
+    outcome = {"passed": "PASS", "failed": "FAIL", "skipped": "NOT_RUN"}[report.outcome]
+    item.config.stash.setdefault(RESULTS, {})[check, callspec.params["side"]] = outcome
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The contract as a table: a row for each check, a column for each engine."""
+    results = config.stash.get(RESULTS, {})
+    if results:
+        terminalreporter.section("engine contract")
+        checks = list(dict.fromkeys(check for check, _ in results))
+        width = max(map(len, checks)) + 2
+        terminalreporter.write_line(" " * width + "  ".join(f"{name:<17}" for name in ENGINES))
+        for check in checks:
+            row = "  ".join(f"{results.get((check, name), '-'):<17}" for name in ENGINES)
+            terminalreporter.write_line(f"{check:<{width}}{row}")

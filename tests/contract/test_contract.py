@@ -1,0 +1,266 @@
+"""What every engine owes the trainer, proven on the real engine: its numbers against the trainer's own for the same ids."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tests.contract.conftest import MAX_MODEL_LEN, groups_of, ids_of, logprobs_of
+
+from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
+from lockstep.parity.hypotheses import fits
+from lockstep.policy.packing import Group
+from lockstep.records.capabilities import CAPABILITIES
+from lockstep.records.tokens import SamplingParams
+
+EXACT_NATS = 2e-4
+"""fp32 on both sides, tokens that the engine drew."""
+GIVEN_NATS = 1e-3
+"""Random ids, whose log-probabilities go down to −30: their logits are larger, and so is the rounding."""
+APART_NATS = 0.05
+"""What another row or another distribution differs by, at least."""
+
+SETTINGS = {
+    "T=1": {},
+    "T=0.7": {"temperature": 0.7},
+    "T=1.4": {"temperature": 1.4},
+    "greedy": {"temperature": 0.0},
+    "top-k 8": {"top_k": 8},
+    "top-p 0.8": {"top_p": 0.8},
+    "min-p 0.1": {"min_p": 0.1},
+    "top-k 20, top-p 0.9, T=0.8": {"top_k": 20, "top_p": 0.9, "temperature": 0.8},
+    "repetition 1.4": {"repetition_penalty": 1.4},
+    "presence 1.5": {"presence_penalty": 1.5},
+    "frequency 1.5": {"frequency_penalty": 1.5},
+    "bias": {"logit_bias": {260: 4.0, 265: -6.0}},
+    "repetition 1.3, T=0.7, top-p 0.9": {"repetition_penalty": 1.3, "temperature": 0.7, "top_p": 0.9},
+    "greedy, repetition 1.4": {"temperature": 0.0, "repetition_penalty": 1.4},
+}
+
+
+def prompts_of(n, seed=0, low=3, high=24):
+    """Rows that differ from token 0 on."""
+    rng = np.random.default_rng(seed)
+    firsts = rng.choice(40_000, n, replace=False)
+    return [np.r_[first, rng.integers(300, 40_000, rng.integers(low, high))].astype(np.int32) for first in firsts]
+
+
+def draw(side, prompts, **sampling):
+    params = [SamplingParams(**({"max_tokens": 12, "seed": row} | sampling)) for row in range(len(prompts))]
+    return side.engine.sample(prompts, params)
+
+
+def test_capabilities_are_all_declared(side):
+    assert set(side.engine.ready.capabilities) == set(CAPABILITIES)
+    assert all(capability.how for capability in side.engine.ready.capabilities.values())
+
+
+def test_tokens_and_logprobs_line_up(side):
+    prompts = prompts_of(6)
+    found = draw(side, prompts, n=2, max_tokens=9)
+    assert [(c.prompt_index, c.sample_index) for c in found] == [(p, s) for p in range(6) for s in range(2)]
+    assert all(len(ids_of(c)) == 9 and len(c.logprobs) == 36 and c.missing == 0 for c in found)
+    assert {c.finish_reason for c in found} == {"length"}
+    assert len({c.token_ids for c in found}) == 12, "samples of one prompt differ"
+    gap = np.concatenate(side.trainer(groups_of(prompts, found))) - logprobs_of(found)
+    assert np.abs(gap).max() <= EXACT_NATS
+
+
+def test_version_spans_tile_each_completion(side):
+    if not side.engine.ready.capabilities["version_spans"].supported:
+        pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['version_spans'].how}")
+    version = draw(side, prompts_of(1))[0].version_spans[0].version
+    for completion in draw(side, prompts_of(3), max_tokens=5):
+        assert [(s.start, s.stop, s.version) for s in completion.version_spans] == [(0, 5, version)]
+
+
+def test_a_stop_token_ends_and_is_kept(side):
+    prompts = prompts_of(4, seed=1)
+    for at, whole in enumerate(draw(side, prompts, temperature=0.0)):
+        ids = ids_of(whole).tolist()
+        stop = next(i for i in range(2, len(ids)) if ids[i] not in ids[:i])
+        (cut,) = draw(side, [prompts[at]], temperature=0.0, stop_token_ids=(ids[stop],))
+        assert ids_of(cut).tolist() == ids[: stop + 1]
+        assert cut.finish_reason == "stop"
+        assert len(cut.logprobs) == 4 * (stop + 1)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_semantics(side, setting):
+    """What the adapter declares is what measurement identifies."""
+    asked = SETTINGS[setting]
+    unable = {"presence_penalty", "frequency_penalty"} & asked.keys() and not side.engine.ready.capabilities[
+        "penalties"
+    ].supported
+    if unable:
+        with pytest.raises(EngineError):
+            draw(side, prompts_of(1), **asked)
+        pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['penalties'].how}")
+    prompts = prompts_of(8, seed=2)
+    found = draw(side, prompts, max_tokens=16, **asked)
+    sampling = SamplingParams(max_tokens=16, **asked)
+    ranked = fits(side.policy, groups_of(prompts, found), logprobs_of(found), sampling)
+    declared, best = side.engine.semantics(sampling), ranked[0]
+    assert (best.semantics.temperature, best.semantics.truncated, best.semantics.penalised) == (
+        declared.temperature,
+        declared.truncated,
+        declared.penalised,
+    ), ranked
+    assert best.largest <= EXACT_NATS, ranked
+    if len(ranked) > 1:
+        assert ranked[1].p50 > 10 * best.p50 or ranked[1].largest > APART_NATS, ranked
+
+
+def test_prompt_logprobs_are_what_they_are_declared_to_be(side):
+    sequences = prompts_of(5, seed=3, low=20)
+    groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
+    gap = np.concatenate(side.engine.score(sequences)) - np.concatenate(side.trainer(groups))
+    assert np.abs(gap).max() <= GIVEN_NATS
+    capability = side.engine.ready.capabilities["rescore_at_temperature"]
+    if not capability.supported:
+        with pytest.raises(CapabilityError):
+            side.engine.score(sequences, temperature=0.5)
+        return
+    gap = np.concatenate(side.engine.score(sequences, temperature=0.5)) - np.concatenate(side.trainer(groups, 0.5))
+    assert np.abs(gap).max() <= 2 * GIVEN_NATS
+
+
+def test_decode_and_prefill_agree(side):
+    prompts = prompts_of(6, seed=4)
+    found = draw(side, prompts)
+    groups = groups_of(prompts, found)
+    scored = side.engine.score([np.r_[g.prompt, g.completions[0]] for g in groups])
+    again = np.concatenate([s[len(g.prompt) - 1 :] for s, g in zip(scored, groups, strict=True)])
+    assert np.abs(again - logprobs_of(found)).max() <= EXACT_NATS
+
+
+def test_a_seed_repeats_its_completion(side):
+    prompts = prompts_of(3, seed=5)
+    first, second = (draw(side, prompts, max_tokens=8) for _ in range(2))
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+
+
+@pytest.mark.parametrize("bad", ["empty", "over-long"])
+def test_a_prompt_that_cannot_be_is_refused(side, bad):
+    prompt = np.arange(0 if bad == "empty" else MAX_MODEL_LEN, dtype=np.int32) + 400
+    with pytest.raises(UsageError, match="token"):
+        draw(side, [prompt])
+    assert len(draw(side, prompts_of(1))) == 1, "the engine goes on"
+
+
+def test_one_token_completions(side):
+    prompts = prompts_of(20, seed=6)
+    found = draw(side, prompts, max_tokens=1)
+    assert [len(ids_of(c)) for c in found] == [1] * 20
+    assert np.abs(np.concatenate(side.trainer(groups_of(prompts, found))) - logprobs_of(found)).max() <= EXACT_NATS
+
+
+def test_200_concurrent_requests_come_back_to_their_callers(side):
+    prompts = prompts_of(200, seed=7, low=2, high=12)
+    callers = [prompts[start : start + 10] for start in range(0, 200, 10)]
+    with ThreadPoolExecutor(len(callers)) as pool:
+        answers = list(pool.map(lambda rows: draw(side, rows, max_tokens=4), callers))
+    found = [completion for answer in answers for completion in answer]
+    own = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts, found, strict=True)]
+    assert np.abs(np.concatenate(side.trainer(own)) - logprobs_of(found)).max() <= EXACT_NATS
+    swapped = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts[10:] + prompts[:10], found, strict=True)]
+    gaps = np.abs(np.concatenate(side.trainer(swapped)) - logprobs_of(found)).reshape(200, -1).mean(1)
+    assert gaps.min() > APART_NATS, "content tells the rows apart"
+
+
+def test_abort_gives_back_what_there_is(side):
+    found, prompts = [], prompts_of(3, seed=8)
+    thread = threading.Thread(target=lambda: found.extend(draw(side, prompts, max_tokens=MAX_MODEL_LEN - 40)))
+    thread.start()
+    time.sleep(2.0)
+    assert side.engine.abort() >= 1
+    thread.join(30)
+    assert not thread.is_alive()
+    assert "abort" in {c.finish_reason for c in found}
+    assert all(len(c.logprobs) == len(c.token_ids) < 4 * (MAX_MODEL_LEN - 40) for c in found)
+    kept = [c for c in found if c.token_ids]
+    assert kept or not side.engine.ready.capabilities["pause_abort"].supported
+    if kept:
+        assert np.abs(np.concatenate(side.trainer(groups_of(prompts, kept))) - logprobs_of(kept)).max() <= EXACT_NATS
+    assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
+
+
+def test_parity_over_5000_tokens(side):
+    prompts = prompts_of(8, seed=9)
+    found = draw(side, prompts, n=8, max_tokens=80, temperature=0.7)
+    temperature = side.engine.semantics(SamplingParams(max_tokens=1, temperature=0.7)).temperature
+    gap = np.concatenate(side.trainer(groups_of(prompts, found), temperature)) - logprobs_of(found)
+    assert gap.size >= 5000
+    print(f"{side.name}: |gap| max {np.abs(gap).max():.1e} over {gap.size} tokens")
+    assert np.abs(gap).max() <= EXACT_NATS
+
+
+def test_a_weight_update_is_proven_by_scoring(side):
+    if not side.engine.ready.capabilities["load"].supported:
+        pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['load'].how}")
+    sequences = prompts_of(4, seed=10, low=16)
+    groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
+    parameters = list(side.policy.model.parameters())
+    saved, old = [p.detach().clone() for p in parameters], np.concatenate(side.trainer(groups))
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.02 * p.square().mean().sqrt())
+        new = np.concatenate(side.trainer(groups))
+        assert np.abs(new - old).mean() > APART_NATS
+        if side.engine.ready.resolved.get("worker.head_packed"):
+            side.engine.load(side.publisher.publish(6), ("stale_head",))
+            stale = np.concatenate(side.engine.score(sequences))
+            assert np.abs(stale - new).mean() > APART_NATS, "without the mend the head stays old"
+            assert np.abs(stale - old).mean() > APART_NATS, "and the body is new"
+        receipt = side.engine.load(side.publisher.publish(7))
+        assert receipt.version == 7
+        assert np.abs(np.concatenate(side.engine.score(sequences)) - new).max() <= GIVEN_NATS
+        found = draw(side, sequences, max_tokens=4)
+        assert {c.version_spans[0].version for c in found} == {7}
+        assert np.abs(np.concatenate(side.trainer(groups_of(sequences, found))) - logprobs_of(found)).max() <= EXACT_NATS
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, saved, strict=True):
+                p.copy_(value)
+        side.engine.load(side.publisher.publish(0))
+    assert np.abs(np.concatenate(side.engine.score(sequences)) - old).max() <= GIVEN_NATS
+
+
+def test_no_port_is_open_to_others(side):
+    """The worker opens none; torch.distributed inside vLLM listens on the loopback, of which the adapter sees to it."""
+    if side.name.startswith("http:"):
+        pytest.skip("NOT_RUN: what a server listens on is its owner's affair")
+    family = side.family()
+    listening = [c for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}, listening
+
+
+def test_the_death_of_the_engine_is_told_at_once(side):
+    """Last: the engine is gone after it."""
+    family = side.family()
+    raised = []
+
+    def sample():
+        try:
+            draw(side, prompts_of(2), max_tokens=MAX_MODEL_LEN - 40)
+        except EngineError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    time.sleep(1.0)
+    family[-1].kill()
+    began = time.monotonic()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert time.monotonic() - began < 10
+    assert isinstance(raised[0], EngineDied)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    with pytest.raises(EngineDied):
+        draw(side, prompts_of(1))
