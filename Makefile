@@ -21,7 +21,7 @@ ifeq ($(filter $(PLATFORM),Linux-x86_64 Linux-aarch64),)
 TRAIN_FLAGS := --engine transformers
 endif
 
-.PHONY: quickstart test test-unit check faults bench setup prepared engine model lock clean
+.PHONY: quickstart test test-unit check faults bench setup prepared engine engines model lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: prepared
@@ -57,6 +57,9 @@ ifdef TRAIN_FLAGS
 else
 	@$(BIN)/lockstep engines install $(ENGINE)
 endif
+
+engines: setup  # every vLLM that a recipe covers; make test then holds each of them to the contract
+	@for version in 0.8.5 0.18.1 0.32.0; do $(BIN)/lockstep engines install vllm==$$version || exit 1; done
 
 model: $(READY)
 	@$(BIN)/lockstep models install $(MODEL)

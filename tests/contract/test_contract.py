@@ -1,5 +1,7 @@
 """What every engine owes the trainer, proven on the real engine: its numbers against the trainer's own for the same ids."""
 
+import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,8 @@ from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
 from lockstep.parity.hypotheses import fits
 from lockstep.policy.packing import Group
 from lockstep.records.capabilities import CAPABILITIES
-from lockstep.records.tokens import SamplingParams
+from lockstep.records.messages import MAX_FRAME_BYTES, Score, decode_reply, encode
+from lockstep.records.tokens import SamplingParams, pack_ids
 
 EXACT_NATS = 2e-4
 """fp32 on both sides, tokens that the engine drew."""
@@ -189,8 +192,8 @@ def test_abort_gives_back_what_there_is(side):
 
 
 def test_parity_over_5000_tokens(side):
-    prompts = prompts_of(8, seed=9)
-    found = draw(side, prompts, n=8, max_tokens=80, temperature=0.7)
+    prompts = prompts_of(2, seed=9)
+    found = draw(side, prompts, n=32, max_tokens=80, temperature=0.7)
     temperature = side.engine.semantics(SamplingParams(max_tokens=1, temperature=0.7)).temperature
     gap = np.concatenate(side.trainer(groups_of(prompts, found), temperature)) - logprobs_of(found)
     assert gap.size >= 5000
@@ -229,6 +232,37 @@ def test_a_weight_update_is_proven_by_scoring(side):
                 p.copy_(value)
         side.engine.load(side.publisher.publish(0))
     assert np.abs(np.concatenate(side.engine.score(sequences)) - old).max() <= GIVEN_NATS
+
+
+def test_the_worker_outlives_10000_malformed_frames(side):
+    process = getattr(side.engine, "_process", None)
+    if process is None:
+        pytest.skip("NOT_RUN: no worker")
+    assert process.directory.stat().st_mode & 0o777 == 0o700
+    rng = np.random.default_rng(0)
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(str(process.directory / "engine.sock"))
+    stream = peer.makefile("rwb")
+
+    def reply():
+        (length,) = struct.unpack("<I", stream.read(4))
+        return decode_reply(stream.read(length))
+
+    assert type(reply()).__name__ == "Ready"
+    for _ in range(10_000):
+        frame = rng.bytes(rng.integers(0, 40))
+        stream.write(struct.pack("<I", len(frame)) + frame)
+        stream.flush()
+        assert type(reply()).__name__ == "Failure"
+    good = encode(Score(7, [pack_ids([5, 6, 7])]))
+    stream.write(struct.pack("<I", len(good)) + good)
+    stream.flush()
+    assert len(reply().scores[0].logprobs) == 8
+    stream.write(struct.pack("<I", MAX_FRAME_BYTES + 1))
+    stream.flush()
+    assert stream.read(1) == b""
+    peer.close()
+    assert len(side.engine.score([np.array([5, 6, 7], np.int32)])[0]) == 2
 
 
 def test_no_port_is_open_to_others(side):

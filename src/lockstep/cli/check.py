@@ -6,14 +6,21 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.errors import UsageError
 
 
 def check(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
     plant: Annotated[
         list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
+    ] = None,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="Logged rollouts of any framework (.parquet, .jsonl) in place of an engine.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that logged rollouts were drawn from, where no recipe names it.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
     audit_only: Annotated[bool, typer.Option("--audit-only", help="Only the engine's settings, as engines audit.")] = False,
@@ -25,6 +32,14 @@ def check(
     """
     import tempfile
 
+    if rollouts is not None:
+        from lockstep.cli.logged import check_logged
+
+        raise typer.Exit(check_logged(rollouts, recipe, model, set_, as_json=as_json))
+    if recipe is None:
+        raise UsageError(
+            "check", got="no recipe", expected="RECIPE, or --rollouts FILE --model PATH", hint="lockstep check --help"
+        )
     if audit_only:
         from lockstep.cli.audit import run_audit
 

@@ -4,6 +4,7 @@ A run is reproduced by its recipe alone, so no default depends on the machine; w
 engine's own defaults) goes into the manifest with its reason.
 """
 
+import copy
 import difflib
 import tomllib
 from pathlib import Path
@@ -47,6 +48,8 @@ class Engine(_Section, frozen=True):
     head_dtype: Dtype | None = None
     """None: the model's."""
     max_model_len: Positive = 1024
+    weights: Literal["shared_memory", "nccl"] = "shared_memory"
+    """What carries weights to it. ``nccl``: trainer and engine each on GPUs of their own."""
     options: dict[str, Any] = {}
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
@@ -161,6 +164,18 @@ def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | No
     for override in overrides or []:
         _apply(table, override)
     return parse_recipe(table, str(path))
+
+
+def parse_overrides(table: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """A recipe from a table in code and ``--set`` overrides; the table is left as it was.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    own = copy.deepcopy(table)
+    for override in overrides:
+        _apply(own, override)
+    return parse_recipe(own, source)
 
 
 def parse_recipe(table: dict[str, Any], source: str) -> Recipe:

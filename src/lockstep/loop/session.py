@@ -16,7 +16,7 @@ from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
 from lockstep.runs.manifest import Manifest, build_manifest
-from lockstep.weights.publish import WeightPublisher, weights_directory
+from lockstep.weights.publish import Publisher, WeightPublisher, weights_directory
 
 Say = Callable[[str], None]
 
@@ -55,8 +55,10 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
         from lockstep.policy.model import load_policy
 
         policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
-        publisher = WeightPublisher(policy.model, directory)
+        publisher = _publisher(recipe, policy.model, directory)
         engine: Engine = start(choice, spec) if starting is None else starting.result()
+        if recipe.engine.weights == "nccl":
+            engine.need("nccl_weights")
         say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
         choices = {
             "engine": (_named(choice), choice.reason),
@@ -97,6 +99,14 @@ def preflight(recipe: Recipe) -> tuple[Choice, Path]:
     return choose(recipe.engine), resolve_model(recipe.model.path)
 
 
+def _publisher(recipe: Recipe, model, directory: Path) -> Publisher:
+    if recipe.engine.weights == "shared_memory":
+        return WeightPublisher(model, directory)
+    from lockstep.weights.nccl import NcclPublisher
+
+    return NcclPublisher(model, directory)
+
+
 def _close_when_started(starting) -> None:
     with contextlib.suppress(Exception):
         starting.result().close()
@@ -112,7 +122,8 @@ def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path) -> Engin
         dtype=recipe.engine.dtype or recipe.model.dtype,
         head_dtype=recipe.engine.head_dtype or recipe.model.head_dtype,
         max_model_len=recipe.engine.max_model_len,
-        options=recipe.engine.options,
+        options=recipe.engine.options
+        | ({"weight_transfer_config": {"backend": "nccl"}} if recipe.engine.weights == "nccl" else {}),
         weights_dir=directory,
         log_path=log.resolve(),
     )

@@ -42,7 +42,9 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
     scored = [candidate_logprobs(policy, group, sampling, candidates) for group in groups]
     found = []
     for at, semantics in enumerate(candidates):
-        gap = np.abs(np.concatenate([scores[at] for scores in scored]) - engine)
+        with np.errstate(invalid="ignore"):
+            gap = np.abs(np.concatenate([scores[at] for scores in scored]) - engine)
+        gap[np.isnan(gap)] = np.inf
         found.append(Fit(semantics, float(np.median(gap)), float(gap.max())))
     return sorted(found, key=lambda fit: (fit.p50, fit.largest))
 

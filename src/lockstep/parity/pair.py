@@ -15,7 +15,7 @@ from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
-from lockstep.weights.publish import WeightPublisher
+from lockstep.weights.publish import Publisher
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Pair:
 
     engine: Engine
     policy: Policy
-    publisher: WeightPublisher
+    publisher: Publisher
     renderer: Renderer
     task: Task
     recipe: Recipe
@@ -46,6 +46,7 @@ class Pair:
     def sync(self, version: int) -> None:
         """Publish the trainer's weights and have the engine load them."""
         self.engine.load(self.publisher.publish(version), self.planted)
+        self.publisher.settle()
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ adds up the gradients of the head. That is one matrix product in four more than 
 reading and writing [T, V].
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 BLOCK_BYTES = 112 * 1024 * 1024
 """Least size of a block of logits: large enough for the matrix product to run at full speed."""
+KEPT_BLOCKS = 2
+"""Blocks at the end that the forward pass keeps for the backward one, which begins with them: their product is saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +81,18 @@ class _TokenLogprobs(torch.autograd.Function):
         operand = head.to(head_dtype if wide == torch.float32 else wide)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs) if with_entropy else None
-        for rows in _blocks(len(hidden), head):
+        blocks, ctx.kept = _blocks(len(hidden), head), []
+        keep_from = len(blocks) - KEPT_BLOCKS if softcap is None and any(ctx.needs_input_grad[:3]) else len(blocks)
+        for at, rows in enumerate(blocks):
             logits = _logits(hidden[rows], operand, bias, temperature, softcap, wide)
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
             if entropy is not None:
                 logits.sub_(normaliser[rows, None])
                 entropy[rows] = -torch.linalg.vecdot(logits.exp(), logits)
+            if at >= keep_from:
+                ctx.kept.append(logits if entropy is not None else logits.sub_(normaliser[rows, None]))
+            del logits  # before the next block is made
         ctx.save_for_backward(hidden, head, bias, targets, normaliser)
         ctx.settings = temperature, softcap, operand.dtype
         if entropy is not None:
@@ -100,12 +108,17 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=normaliser.dtype) if wants_head else None
         grad_bias = torch.zeros_like(bias, dtype=normaliser.dtype) if wants_bias else None
-        for rows in _blocks(len(hidden), head):
-            logits = _logits(hidden[rows], operand, bias, temperature, softcap, normaliser.dtype)
-            slope = None if softcap is None else 1.0 - (logits * (temperature / softcap)).square_()
+        for rows in reversed(_blocks(len(hidden), head)):
+            slope = None
+            if ctx.kept:
+                grad = ctx.kept.pop()
+            else:
+                grad = _logits(hidden[rows], operand, bias, temperature, softcap, normaliser.dtype)
+                slope = None if softcap is None else 1.0 - (grad * (temperature / softcap)).square_()
+                grad.sub_(normaliser[rows, None])
             scale = grad_logprobs[rows, None] / temperature
             # d logprob / d logits = (onehot(target) − softmax) / temperature, written over the logits.
-            grad = logits.sub_(normaliser[rows, None]).exp_().mul_(-scale)
+            grad.exp_().mul_(-scale)
             grad.scatter_add_(1, targets[rows, None], scale)
             if slope is not None:
                 grad.mul_(slope)
@@ -115,6 +128,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_head.addmm_(grad.T, hidden[rows].to(grad.dtype))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del grad
         # bf16 parameters get bf16 gradients, added up in fp32.
         grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype), grad_bias)
         return *grads, None, None, None, None, None
@@ -122,7 +136,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _blocks(n_rows: int, head: Tensor) -> list[slice]:
     # The head's gradient is read and written once a block, so a block is at least half as large.
-    size = max(16, BLOCK_BYTES // (4 * head.shape[0]), head.shape[1] // 2)
+    largest = max(16, BLOCK_BYTES // (4 * head.shape[0]), head.shape[1] // 2)
+    size = math.ceil(n_rows / math.ceil(n_rows / largest)) if n_rows else 1
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 

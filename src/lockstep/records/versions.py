@@ -11,6 +11,18 @@ class VersionSpan(Struct, frozen=True):
     version: int
 
 
+class NcclBroadcast(Struct, frozen=True):
+    """Tensors that the trainer, rank 0, broadcasts one after the other in this order."""
+
+    unique_id: bytes
+    """128 bytes of ``ncclGetUniqueId``: the same for all updates of one communicator."""
+    world_size: int
+    names: tuple[str, ...]
+    dtype_names: tuple[str, ...]
+    """``float32``, ``bfloat16`` …"""
+    shapes: tuple[tuple[int, ...], ...]
+
+
 class WeightUpdate(Struct, frozen=True):
     """Where an engine finds the weights of one version.
 
@@ -18,8 +30,10 @@ class WeightUpdate(Struct, frozen=True):
     """
 
     version: int
-    path: str
+    path: str = ""
     """A safetensors file inside the directory that the engine was told of at start; nothing outside is read."""
+    nccl: NcclBroadcast | None = None
+    """In place of a file."""
 
 
 class LoadReceipt(Struct, frozen=True):

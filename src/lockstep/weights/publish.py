@@ -14,6 +14,7 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,20 @@ def weights_directory() -> Path:
     shared = Path("/dev/shm")
     root = shared if shared.is_dir() and os.access(shared, os.W_OK) else None
     return Path(tempfile.mkdtemp(prefix="lockstep-weights-", dir=root))
+
+
+class Publisher(Protocol):
+    """The trainer's side of a sync, whatever carries the tensors."""
+
+    directory: Path
+
+    def publish(self, version: int) -> WeightUpdate:
+        """Make the present weights available as ``version``. They must not change until :meth:`settle` has returned."""
+        ...
+
+    def settle(self) -> None:
+        """Called after every engine's load."""
+        ...
 
 
 class WeightPublisher:
@@ -78,6 +93,9 @@ class WeightPublisher:
             shared.copy_(tensor)
         self._map[self._stamp_at : self._stamp_at + 12] = b"%012d" % version
         return WeightUpdate(version=version, path=str(self.path))
+
+    def settle(self) -> None:
+        """Nothing is under way: an engine has read the file when its load returns."""
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

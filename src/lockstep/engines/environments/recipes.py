@@ -12,6 +12,8 @@ from msgspec import Struct
 from lockstep.errors import NotInstalledError
 
 RECIPES = Path(__file__).parent
+DRIVER = Path("/proc/driver/nvidia/version")
+Flavour = Literal["cpu", "cuda"]
 
 
 class Step(Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,7 +44,7 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     """The one that is installed."""
     generation: str
-    flavour: str
+    flavour: Flavour
     python_min: tuple[int, int]
     python_max: tuple[int, int]
     systems: tuple[str, ...]
@@ -82,9 +84,14 @@ def read_recipe(path: Path) -> EnvironmentRecipe:
     return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), EnvironmentRecipe)
 
 
+def machine_flavour() -> Flavour:
+    """``cuda`` where there is an NVIDIA driver, else ``cpu``."""
+    return "cuda" if DRIVER.exists() else "cpu"
+
+
 def all_recipes() -> list[EnvironmentRecipe]:
-    """Every recipe, oldest version first."""
-    recipes = [read_recipe(path) for path in RECIPES.glob("*.toml")]
+    """Every recipe of this machine's flavour, oldest version first."""
+    recipes = [recipe for path in RECIPES.glob("*.toml") if (recipe := read_recipe(path)).flavour == machine_flavour()]
     return sorted(recipes, key=lambda recipe: (recipe.name, version_order(recipe.version)))
 
 

@@ -1,4 +1,4 @@
-"""Writes a two-layer Llama with random weights. Run as a file by the interpreter of an engine's environment: ``… DIRECTORY``.
+"""Writes a two-layer Llama with random weights. Run as a file by an engine's interpreter: ``… DIRECTORY [untied]``.
 
 Its config.json has the keys of transformers 4 and 5 both, for every engine version reads it.
 """
@@ -32,9 +32,10 @@ CONFIG = {
 }
 
 
-def shapes():
+def shapes(tied):
     """Checkpoint name → shape of every tensor."""
-    found = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    found = {} if tied else {"lm_head.weight": (VOCABULARY, WIDTH)}
+    found |= {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         found |= {
@@ -57,11 +58,11 @@ def main():
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    out = Path(sys.argv[1])
+    out, tied = Path(sys.argv[1]), "untied" not in sys.argv[2:]
     out.mkdir(parents=True)
-    tensors = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.1 for name, shape in shapes().items()}
+    tensors = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.1 for name, shape in shapes(tied).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(CONFIG))
+    (out / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": tied}))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class VllmEngine(Engine):
         args |= {"model": str(model_path), "dtype": spec.dtype, "max_model_len": spec.max_model_len}
         if environment.flavour == "cpu":
             args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)
-        args |= spec.options
+        args = {name: value for name, value in (args | spec.options).items() if value is not None}  # None: vLLM's own default
         self.asked = args | {"head_dtype": spec.head_dtype}
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
         env = environment.launch_env() | LOCAL

@@ -98,7 +98,7 @@ class Engine:
 
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        path = common.checked_path(self.config, request)
+        path = common.checked_path(self.config, request)  # refuses an NCCL update too: it has no path
         began = time.perf_counter()
         loaded = self._rpc("lockstep_load", str(path), request.update.version, list(request.faults))
         cleared = self.llm.engine.reset_prefix_cache()

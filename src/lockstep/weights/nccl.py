@@ -1,0 +1,77 @@
+"""Publish weights over NCCL, for an engine on other GPUs than the trainer's: behind the same two calls as the shared file.
+
+vLLM receives through its own weight-transfer API (vllm/distributed/weight_transfer/nccl_engine.py, read at 0.18.1 and 0.32.0),
+one broadcast a tensor. The communicator's unique id travels to the worker as bytes in the update; the trainer pickles nothing.
+After ``ncclCommInitRank`` vLLM's side issues a one-element all-reduce, and this side must match it before anything else.
+
+Read from the source, held to vLLM's signatures by the contract suite, and not run: Lockstep's own machines have no GPU.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.cuda import nccl
+
+from lockstep.errors import UsageError
+from lockstep.records.versions import NcclBroadcast, WeightUpdate
+from lockstep.weights.publish import named_weights
+
+
+class NcclPublisher:
+    """The trainer's side of a sync, rank 0 of ``world_size``.
+
+    Args:
+        directory: kept for the engine's start only; no file is written.
+        n_receivers: the engine's model workers.
+    """
+
+    def __init__(self, model: nn.Module, directory: Path, n_receivers: int = 1) -> None:
+        self.directory = directory
+        self.tensors = named_weights(model)
+        elsewhere = next((name for name, tensor in self.tensors.items() if not tensor.is_cuda), None)
+        if elsewhere is not None:
+            raise UsageError(
+                "recipe, key engine.weights",
+                got=f"nccl, and {elsewhere} is not on a GPU",
+                expected="a trainer on a GPU of its own",
+                hint="--set engine.weights=shared_memory",
+            )
+        self._offer = NcclBroadcast(
+            unique_id=nccl.unique_id(),
+            world_size=n_receivers + 1,
+            names=tuple(self.tensors),
+            dtype_names=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()),
+            shapes=tuple(tuple(tensor.shape) for tensor in self.tensors.values()),
+        )
+        self._comm: Any = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nccl-publisher")
+        self._sending: Future[None] | None = None
+
+    def publish(self, version: int) -> WeightUpdate:
+        """Start sending the present weights as ``version``; the engine's load receives them."""
+        self.settle()
+        self._sending = self._pool.submit(self._send)
+        return WeightUpdate(version=version, nccl=self._offer)
+
+    def settle(self) -> None:
+        """Wait until everything that was published is sent; after that the weights may change.
+
+        Raises:
+            RuntimeError: NCCL's, when a receiver is gone.
+        """
+        if self._sending is not None:
+            self._sending.result()
+            self._sending = None
+
+    def _send(self) -> None:
+        device = next(iter(self.tensors.values())).device
+        with torch.cuda.device(device):
+            if self._comm is None:
+                self._comm = nccl.init_rank(self._offer.world_size, self._offer.unique_id, 0)
+                nccl.all_reduce([torch.zeros(1, device=device)], comms=[self._comm])
+            for tensor in self.tensors.values():
+                nccl.broadcast([tensor.detach().contiguous()], root=0, comms=[self._comm])
+            torch.cuda.synchronize(device)
