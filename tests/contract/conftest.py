@@ -103,6 +103,7 @@ SERVER_FLAGS = {
     "0.18.1": [],  # raw log-probabilities, as this version serves them by default
     "0.32.0": ["--logprobs-mode", "processed_logprobs"],
 }
+SERVER_ENV = {"0.18.1": {}, "0.32.0": {"VLLM_SERVER_DEV_MODE": "1"}}
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ def served(environment, log) -> Iterator[Server]:
     with log.open("ab") as out:
         process = subprocess.Popen(
             [*command, *SERVER_FLAGS[environment.version]],
-            env=environment.launch_env() | {"VLLM_API_KEY": API_KEY},
+            env=environment.launch_env() | {"VLLM_API_KEY": API_KEY} | SERVER_ENV[environment.version],
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -184,7 +185,8 @@ def pytest_runtest_makereport(item, call):
     rest = item.name.split("[")[1].rstrip("]").replace(callspec.params["side"], "").strip("-")
     check = item.originalname.removeprefix("test_").replace("_", " ") + (f", {rest}" if rest else "")
     outcome = {"passed": "PASS", "failed": "FAIL", "skipped": "NOT_RUN"}[report.outcome]
-    item.config.stash.setdefault(RESULTS, {})[check, callspec.params["side"]] = outcome
+    note = dict(item.user_properties).get("note", "")
+    item.config.stash.setdefault(RESULTS, {})[check, callspec.params["side"]] = f"{outcome} {note}".strip()
 
 
 def pytest_terminal_summary(terminalreporter, config):

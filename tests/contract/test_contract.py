@@ -12,6 +12,8 @@ import pytest
 import torch
 from tests.contract.conftest import MAX_MODEL_LEN, groups_of, ids_of, logprobs_of
 
+from lockstep.config.recipe import Model, Recipe, Task, Training
+from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
 from lockstep.parity.hypotheses import fits
 from lockstep.policy.packing import Group
@@ -59,6 +61,27 @@ def draw(side, prompts, **sampling):
 def test_capabilities_are_all_declared(side):
     assert set(side.engine.ready.capabilities) == set(CAPABILITIES)
     assert all(capability.how for capability in side.engine.ready.capabilities.values())
+
+
+def test_the_audit_reads_what_the_engine_resolved_to(side):
+    recipe = Recipe(
+        model=Model(path=""),
+        task=Task(name=""),
+        sampling=SamplingParams(max_tokens=1, temperature=0.7),
+        training=Training(steps=1),
+    )
+    rows = {row.knob: row for row in audit(side.engine, recipe, "0.8.5")}
+    verdicts = {row.verdict for row in rows.values()}
+    if side.name == "http:vllm==0.18.1":  # tells nothing, and its default mode was found out by scoring
+        assert rows["log-probability mode"].verdict == "change"
+        assert rows["generation_config"].verdict == "unknown"
+    elif side.name == "http:vllm==0.32.0":  # in development mode
+        assert rows["log-probability mode"].verdict == "ok"
+        assert (rows["prefix cache"].resolved, rows["generation_config"].resolved) == ("True", "vllm")
+        assert rows["head precision"].verdict == "unknown"
+    else:
+        assert verdicts <= {"ok", "watch"}, rows
+        assert rows["head precision"].resolved == "torch.float32"
 
 
 def test_tokens_and_logprobs_line_up(side):
@@ -165,7 +188,7 @@ def test_200_concurrent_requests_come_back_to_their_callers(side):
     prompts = prompts_of(200, seed=7, low=2, high=12)
     callers = [prompts[start : start + 10] for start in range(0, 200, 10)]
     with ThreadPoolExecutor(len(callers)) as pool:
-        answers = list(pool.map(lambda rows: draw(side, rows, max_tokens=4), callers))
+        answers = list(pool.map(lambda rows: draw(side, rows, max_tokens=2), callers))
     found = [completion for answer in answers for completion in answer]
     own = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts, found, strict=True)]
     assert np.abs(np.concatenate(side.trainer(own)) - logprobs_of(found)).max() <= EXACT_NATS
@@ -191,13 +214,15 @@ def test_abort_gives_back_what_there_is(side):
     assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
 
 
-def test_parity_over_5000_tokens(side):
+def test_parity_when_tempered(side, record_property):
+    """Over 5,120 tokens on each vLLM; over 1,280 where every token costs more, or was proven without HTTP."""
+    n = 32 if side.name.startswith("vllm") else 8
     prompts = prompts_of(2, seed=9)
-    found = draw(side, prompts, n=32, max_tokens=80, temperature=0.7)
+    found = draw(side, prompts, n=n, max_tokens=80, temperature=0.7)
     temperature = side.engine.semantics(SamplingParams(max_tokens=1, temperature=0.7)).temperature
     gap = np.concatenate(side.trainer(groups_of(prompts, found), temperature)) - logprobs_of(found)
-    assert gap.size >= 5000
-    print(f"{side.name}: |gap| max {np.abs(gap).max():.1e} over {gap.size} tokens")
+    assert gap.size == 160 * n
+    record_property("note", f"{np.abs(gap).max():.1e}")
     assert np.abs(gap).max() <= EXACT_NATS
 
 

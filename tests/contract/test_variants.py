@@ -61,7 +61,7 @@ def test_an_untied_head_in_fp32_is_the_trainers(name, trainer, tmp_path):
     from lockstep.policy.model import load_policy
 
     choice = choice_of(name)
-    changes = tiny(choice, tmp_path, "untied")
+    changes = tiny(choice, tmp_path, "untied", "still")
     engine = start(choice, spec_of(trainer[1], tmp_path / "engine.log", **changes))
     sequences = [np.random.default_rng(row).integers(0, 512, 40).astype(np.int32) for row in range(8)]
     try:
@@ -74,7 +74,7 @@ def test_an_untied_head_in_fp32_is_the_trainers(name, trainer, tmp_path):
         policy = load_policy(changes["model_path"], "bfloat16", head)
         own = np.concatenate(policy.score(groups_of_sequences(sequences), 1.0))
         means[head] = float(np.abs(own - scored).mean())
-    assert means["float32"] < 0.7 * means["bfloat16"], means
+    assert means["float32"] < 0.1 * means["bfloat16"], means
 
 
 def groups_of_sequences(sequences):
@@ -92,7 +92,7 @@ def test_an_inactive_plugin_is_an_error(name, trainer, tmp_path, monkeypatch):
 
 
 RENDEZVOUS = """
-import base64, dataclasses, json, sys, threading
+import base64, json, os
 from lockstep.engines.worker import vllm_nccl
 from lockstep.records.versions import NcclBroadcast
 from vllm.distributed.device_communicators.pynccl_wrapper import ncclUniqueId
@@ -107,7 +107,8 @@ if getattr(info, "nccl_unique_id_b64", None):
 else:
     group = StatelessProcessGroup.create(host=info.master_address, port=info.master_port, rank=info.rank_offset, world_size=2)
     got = bytes(group.broadcast_obj(ncclUniqueId(), src=0))
-print(json.dumps([got == offer.unique_id, info.rank_offset, info.world_size, update.names, update.shapes]))
+print(json.dumps([got == offer.unique_id, info.rank_offset, info.world_size, update.names, update.shapes]), flush=True)
+os._exit(0)  # a store whose socket is closed before it, as at an interpreter's end, aborts
 """
 
 

@@ -286,7 +286,8 @@ def test_pip_installs_again_what_it_was_killed_in_the_middle_of(toy):
         ({"system": "Plan9"}, NotInstalledError, "--engine transformers"),
         ({"machine": "vax"}, NotInstalledError, "--engine transformers"),
         ({"disk_gb": 1e9}, InstallError, "GB free"),
-        ({"needs": 'no-such-tool = "the package nosuch"'}, InstallError, "the package nosuch"),
+        ({"needs": 'no-such-tool = "the package nosuch"'}, InstallError, "apt-get install nosuch"),
+        ({"needs": '"libnosuch.so.1" = "the package libnosuch1"'}, InstallError, r"no libnosuch\.so\.1 here"),
     ],
 )
 def test_what_the_machine_lacks_is_said_before_anything_is_built(toy, changes, error, says):

@@ -27,7 +27,10 @@ def lockstep(*args):
     return subprocess.run([*LOCKSTEP, *args], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["check"], ["engines"], ["models"], ["engines", "install"]])
+VERBS = [[], ["train"], ["check"], ["engines"], ["models"], ["engines", "install"], ["engines", "audit"]]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_imports_nothing_heavy(verb):
     code = (
         f"import sys; sys.argv = ['lockstep', *{verb!r}, '--help']\n"
@@ -39,6 +42,16 @@ def test_help_imports_nothing_heavy(verb):
     assert done.returncode == 0
     assert "Usage" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+def test_describe_tells_the_facts_of_an_engine_that_is_not_installed():
+    done = lockstep("engines", "describe", "vllm==0.18.1")
+    assert done.returncode == 0
+    for needle in ("V1 engine", "not installed", "lockstep engines install vllm==0.18.1", "stale_head", "g++"):
+        assert needle in done.stdout
+    report = json.loads(lockstep("engines", "describe", "vllm==0.8.5", "--json").stdout)
+    assert report["schema"] == "lockstep.engines.describe/1"
+    assert (report["recipe"]["generation"], report["environment"]) == ("V0", None)
 
 
 def test_help_answers_at_once():
@@ -67,6 +80,11 @@ def test_wrong_usage_is_exit_code_2(args):
         (["engines", "install", "vlm"], "engine vlm", "lockstep engines install vllm==0.32.0"),
         (["engines", "install", "vllm==0.0.1"], "engine vllm==0.0.1", "lockstep engines install vllm==0.32.0"),
         (["train", "absent.toml"], "recipe absent.toml", "recipes/"),
+        (["engines", "describe", "vllm==0.9"], "engine vllm==0.9", "lockstep engines install vllm==0.32.0"),
+        (["engines", "audit"], "engines audit", "lockstep engines audit recipes/quickstart.toml"),
+        (["engines", "audit", "--url", "http://127.0.0.1:9", "--from", "0.7"], "flag --from", "--from 0.8.5"),
+        (["check"], "check", "lockstep check --help"),
+        (["check", "--rollouts", "absent.parquet"], "check --rollouts", "--model PATH"),
     ],
 )
 def test_an_error_names_the_boundary_and_the_next_command_for_people_and_for_programs(args, boundary, hint):

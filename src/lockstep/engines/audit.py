@@ -230,7 +230,7 @@ def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> Row:
     resolved = engine.ready.resolved
     key = next((key for key in knob.keys if key in resolved), None)
     if key is None:
-        verdict, why = _absent(engine)
+        verdict, why = _absent(knob, engine)
         value = "-"
     else:
         value = str(resolved[key])
@@ -239,7 +239,9 @@ def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> Row:
     return Row(knob.name, str(asked), value, knob.defaults[before], verdict, why, knob.flag)
 
 
-def _absent(engine: Engine) -> tuple[Finding, str]:
+def _absent(knob: Knob, engine: Engine) -> tuple[Finding, str]:
     """A setting that is not in the resolved configuration: there is none in this version, or the engine does not tell."""
     can = engine.ready.capabilities["resolved_config"]
-    return ("ok", "this engine has no such setting") if can.supported else ("unknown", can.how)
+    if can.supported and not knob.keys[0].startswith("worker."):  # what every worker of ours measures
+        return "ok", "this engine has no such setting"
+    return "unknown", can.how if not can.supported else "seen from inside the engine's worker only"

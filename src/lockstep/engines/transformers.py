@@ -83,6 +83,9 @@ class TransformersEngine(Engine):
         resolved = {
             "worker.parameter_dtype": str(self.model.dtype),
             "worker.head_dtype": f"torch.{spec.head_dtype}",
+            "worker.logprobs_mode": "processed_logprobs",
+            "worker.model_runner": "transformers.generate",
+            "worker.flashinfer_sampler": False,
         } | options
         self.ready = Ready(
             engine="transformers",

@@ -163,7 +163,9 @@ def _fail(cause: str, effects: np.ndarray, part: Logged, fix: str, evidence: str
 def _worst(verdicts: Sequence[Verdict]) -> Verdict:
     """The first that failed, or a PASS over all tokens."""
     failed = next((verdict for verdict in verdicts if verdict.status == "FAIL"), None)
-    return failed or replace(verdicts[0], n_tokens=sum(verdict.n_tokens for verdict in verdicts))
+    if failed is not None:
+        return failed
+    return replace(verdicts[0], n_tokens=sum(verdict.n_tokens for verdict in verdicts))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ pip inherits the lock: when only this process is killed, pip ends its step and t
 pip is killed too, the step is run again, and what pip had not finished unpacking is installed anew.
 """
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -227,11 +228,22 @@ def _refuse_machine(recipe: EnvironmentRecipe) -> None:
         )
 
 
+def _has(need: str) -> bool:
+    """A program on the path, or a library that the loader finds."""
+    if ".so" not in need:
+        return shutil.which(need) is not None
+    try:
+        ctypes.CDLL(need)
+    except OSError:
+        return False
+    return True
+
+
 def _refuse_system(recipe: EnvironmentRecipe, path: Path) -> None:
     boundary = f"engine {recipe.spec}"
-    for tool, package in recipe.system_needs.items():
-        if shutil.which(tool) is None:
-            raise InstallError(boundary, got=f"no {tool} here", expected=package, hint=f"apt-get install {tool}")
+    for need, package in recipe.system_needs.items():
+        if not _has(need):
+            raise InstallError(boundary, got=f"no {need} here", expected=package, hint=f"apt-get install {package.split()[2]}")
     if importlib.util.find_spec("ensurepip") is None:
         wanted = "a Python that can make virtual environments (the package python3-venv)"
         raise InstallError(boundary, got="no ensurepip here", expected=wanted, hint="apt-get install python3-venv")

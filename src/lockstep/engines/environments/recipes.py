@@ -56,7 +56,7 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     left_out: dict[str, str]
     """Package → why it is not installed although the engine declares it."""
     system_needs: dict[str, str]
-    """Tool → the system package that brings it."""
+    """Program or shared library → the system package that brings it: ``the package NAME``, and why."""
     env: dict[str, str]
     """Variables to run with; ``{all_cores}`` becomes the cores of this process, comma-separated."""
     facts: dict[str, str]

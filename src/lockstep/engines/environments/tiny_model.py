@@ -1,4 +1,6 @@
-"""Writes a two-layer Llama with random weights. Run as a file by an engine's interpreter: ``… DIRECTORY [untied]``.
+"""Writes a two-layer Llama with random weights. Run as a file by an engine's interpreter: ``… DIRECTORY [untied] [still]``.
+
+``still``: the layers add nothing, so that only the last product is left to round.
 
 Its config.json has the keys of transformers 4 and 5 both, for every engine version reads it.
 """
@@ -61,6 +63,8 @@ def main():
     out, tied = Path(sys.argv[1]), "untied" not in sys.argv[2:]
     out.mkdir(parents=True)
     tensors = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.1 for name, shape in shapes(tied).items()}
+    if "still" in sys.argv[2:]:
+        tensors = {name: t * 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else t for name, t in tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": tied}))
 

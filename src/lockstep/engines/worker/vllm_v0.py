@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from lockstep.engines.worker import vllm_common as common
+from lockstep.engines.worker import vllm_terms as terms
 from lockstep.engines.worker.server import run
-from lockstep.engines.worker.vllm_common import Config
+from lockstep.engines.worker.vllm_terms import Config
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready, Sample, Score
 from lockstep.records.tokens import Completion, SamplingParams, Scores, unpack_ids
@@ -37,10 +37,10 @@ class Engine:
         began = time.perf_counter()
         from vllm.engine.async_llm_engine import AsyncLLMEngine
 
-        self.vllm_config = common.engine_config(self.config)
+        self.vllm_config = terms.engine_config(self.config)
         self.llm = AsyncLLMEngine.from_vllm_config(self.vllm_config, disable_log_stats=True, disable_log_requests=True)
         self.inside = self._rpc("lockstep_describe")
-        common.refuse_other_head(self.config, self.inside)
+        terms.refuse_other_head(self.config, self.inside)
         self.start_s = time.perf_counter() - began
         return self
 
@@ -54,7 +54,7 @@ class Engine:
             generation="V0",
             # FlashInfer's sampler would not truncate what it reports (vllm/model_executor/layers/sampler.py, line 273).
             distribution="sampler_untruncated" if self.inside["flashinfer_sampler"] else "sampler",
-            resolved=common.read_back(self.vllm_config, self.inside),
+            resolved=terms.read_back(self.vllm_config, self.inside),
             capabilities=self._capabilities(),
             start_s=self.start_s,
             pids=(os.getpid(),),
@@ -64,7 +64,7 @@ class Engine:
         from vllm import SamplingParams as VllmParams
 
         drains = "requests drain before a load, so that each completion has one version"
-        return common.common_capabilities(VllmParams.__struct_fields__) | {
+        return terms.common_capabilities(VllmParams.__struct_fields__) | {
             "rescore": Capability(True, "prompt log-probabilities of a request that no prefix cache serves"),
             "rescore_at_temperature": Capability(
                 True, "prompt log-probabilities are of the request's temperature, as V1's are not"
@@ -83,22 +83,22 @@ class Engine:
     async def sample(self, request: Sample) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
-        common.checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
+        terms.checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
         jobs = [self._generate(ids, _params(params)) for ids, params in zip(prompts, request.params, strict=True)]
-        return common.completions_of(await asyncio.gather(*jobs), version)
+        return terms.completions_of(await asyncio.gather(*jobs), version)
 
     async def score(self, request: Score) -> list[Scores]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         asked = SamplingParams(max_tokens=1, temperature=request.temperature)
         sequences = [unpack_ids(sequence) for sequence in request.sequences]
-        common.checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
+        terms.checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
         params = _params(asked, prompt_logprobs=0, logprobs=None)
         outputs = await asyncio.gather(*[self._generate(ids, params) for ids in sequences])
-        return [common.scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
+        return [terms.scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
 
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        path = common.checked_path(self.config, request)  # refuses an NCCL update too: it has no path
+        path = terms.checked_path(self.config, request)  # refuses an NCCL update too: it has no path
         began = time.perf_counter()
         loaded = self._rpc("lockstep_load", str(path), request.update.version, list(request.faults))
         cleared = self.llm.engine.reset_prefix_cache()
@@ -146,7 +146,7 @@ def _params(params: SamplingParams, **extra: Any) -> Any:
 
     processors = [partial(_add_bias, params.logit_bias)] if params.logit_bias else None
     plain = msgspec.structs.replace(params, logit_bias={})
-    return common.sampling_params(plain, output_kind=RequestOutputKind.CUMULATIVE, logits_processors=processors, **extra)
+    return terms.sampling_params(plain, output_kind=RequestOutputKind.CUMULATIVE, logits_processors=processors, **extra)
 
 
 def _add_bias(bias: dict[int, float], token_ids: list[int], logits: Any) -> Any:

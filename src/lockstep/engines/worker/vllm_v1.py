@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from lockstep.engines.worker import vllm_common as common
+from lockstep.engines.worker import vllm_terms as terms
 from lockstep.engines.worker.server import run
-from lockstep.engines.worker.vllm_common import Config
 from lockstep.engines.worker.vllm_nccl import NcclReceiver
+from lockstep.engines.worker.vllm_terms import Config
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready, Sample, Score
 from lockstep.records.tokens import Completion, SamplingParams, Scores, unpack_ids
@@ -37,11 +37,11 @@ class Engine:
         began = time.perf_counter()
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        vllm_config = common.engine_config(self.config)
+        vllm_config = terms.engine_config(self.config)
         self.llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True, enable_log_requests=False)
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
-        common.refuse_other_head(self.config, self.inside)
+        terms.refuse_other_head(self.config, self.inside)
         self.start_s = time.perf_counter() - began
         return self
 
@@ -55,7 +55,7 @@ class Engine:
             version=vllm.__version__,
             generation="V1",
             distribution="model" if mode.startswith("raw") else "sampler",
-            resolved=common.read_back(self.llm.vllm_config, self.inside),
+            resolved=terms.read_back(self.llm.vllm_config, self.inside),
             capabilities=self._capabilities(),
             start_s=self.start_s,
             pids=(os.getpid(), int(self.inside["pid"])),
@@ -67,7 +67,7 @@ class Engine:
         pauses = "mode" in inspect.signature(self.llm.pause_generation).parameters
         transfer = hasattr(self.llm, "init_weight_transfer_engine")
         drains = "requests drain before a load, so that each completion has one version"
-        return common.common_capabilities(VllmParams.__struct_fields__) | {
+        return terms.common_capabilities(VllmParams.__struct_fields__) | {
             "rescore": Capability(True, "prompt log-probabilities; such requests read no prefix cache"),
             "rescore_at_temperature": Capability(False, "prompt log-probabilities are of the raw logits, T = 1, in every mode"),
             "load": Capability(True, "reload_weights from a mapped safetensors file, then the head's packed copy is rebuilt"),
@@ -87,23 +87,23 @@ class Engine:
     async def sample(self, request: Sample) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
-        common.checked_prompts(prompts, request.params, self.llm.vllm_config.model_config.max_model_len)
+        terms.checked_prompts(prompts, request.params, self.llm.vllm_config.model_config.max_model_len)
         jobs = [self._generate(ids, self._params(params)) for ids, params in zip(prompts, request.params, strict=True)]
-        return common.completions_of(await asyncio.gather(*jobs), version)
+        return terms.completions_of(await asyncio.gather(*jobs), version)
 
     async def score(self, request: Score) -> list[Scores]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         asked = SamplingParams(max_tokens=1, temperature=0.0)
         sequences = [unpack_ids(sequence) for sequence in request.sequences]
-        common.checked_prompts(sequences, [asked] * len(sequences), self.llm.vllm_config.model_config.max_model_len)
+        terms.checked_prompts(sequences, [asked] * len(sequences), self.llm.vllm_config.model_config.max_model_len)
         params = self._params(asked, prompt_logprobs=0, logprobs=None)
         outputs = await asyncio.gather(*[self._generate(ids, params) for ids in sequences])
-        return [common.scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
+        return [terms.scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
 
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         offer = request.update.nccl
-        path = None if offer else common.checked_path(self.config, request)
+        path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
         await self.llm.pause_generation(mode="wait", clear_cache=True)
         try:
@@ -142,7 +142,7 @@ class Engine:
     def _params(self, params: SamplingParams, **extra: Any) -> Any:
         from vllm.sampling_params import RequestOutputKind
 
-        return common.sampling_params(params, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **extra)
+        return terms.sampling_params(params, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **extra)
 
     async def _generate(self, ids: list[int], params: Any) -> Any:
         self._requests += 1

@@ -1,4 +1,4 @@
-"""What the workers of vLLM's V0 and V1 engines share. Each function holds for every version that a recipe covers."""
+"""Requests, results and configurations in vLLM's terms and back, for V0 and V1: each function holds for every version covered."""
 
 import dataclasses
 import difflib
