@@ -5,22 +5,30 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from tests.contract.conftest import MAX_MODEL_LEN, groups_of, ids_of, logprobs_of
+from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, logprobs_of
 
-from lockstep.config.recipe import Model, Recipe, Task, Training
+from lockstep.config.recipe import Model, Recipe, Training, load_recipe
+from lockstep.config.recipe import Task as TaskConfig
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
 from lockstep.parity.hypotheses import fits
+from lockstep.parity.ladder import climb
+from lockstep.parity.pair import Pair
 from lockstep.policy.packing import Group
+from lockstep.policy.pretrained import resolve_model
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import MAX_FRAME_BYTES, Score, decode_reply, encode
 from lockstep.records.tokens import SamplingParams, pack_ids
+from lockstep.rendering import Renderer
+from lockstep.rollout.tasks import Task
 
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 EXACT_NATS = 2e-4
 """fp32 on both sides, tokens that the engine drew."""
 GIVEN_NATS = 1e-3
@@ -66,7 +74,7 @@ def test_capabilities_are_all_declared(side):
 def test_the_audit_reads_what_the_engine_resolved_to(side):
     recipe = Recipe(
         model=Model(path=""),
-        task=Task(name=""),
+        task=TaskConfig(name=""),
         sampling=SamplingParams(max_tokens=1, temperature=0.7),
         training=Training(steps=1),
     )
@@ -257,6 +265,18 @@ def test_a_weight_update_is_proven_by_scoring(side):
                 p.copy_(value)
         side.engine.load(side.publisher.publish(0))
     assert np.abs(np.concatenate(side.engine.score(sequences)) - old).max() <= GIVEN_NATS
+
+
+def test_the_ladder_over_http_judges_what_it_can(side):
+    """The workers' ladders are climbed end to end in tests/e2e."""
+    if side.name != "http:vllm==0.32.0":
+        pytest.skip("NOT_RUN: one server will do")
+    sets = ["parity.probe_prompts=6", "parity.probe_tokens=12", "sampling.temperature=0.7", "engine.max_model_len=512"]
+    recipe, model = load_recipe(QUICKSTART, sets), resolve_model(MODEL)
+    pair = Pair(side.engine, side.policy, side.publisher, Renderer(model), Task(recipe.task, 0), recipe)
+    verdicts = climb(pair).verdicts
+    assert [v.status for v in verdicts] == ["PASS", "PASS", "NOT_RUN", "PASS", "PASS"], verdicts
+    assert "takes no weights" in verdicts[2].reason
 
 
 def test_the_worker_outlives_10000_malformed_frames(side):

@@ -103,6 +103,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         ParityError, WeightSyncError: when a proof fails.
         RewardError, DivergenceError, EngineError: as they say; everything sampled so far is on disk.
     """
+    run.pair.engine.need("load")
     first = catch_up(run) if resumed else 0
     if resumed:
         run.pair.version = first

@@ -72,11 +72,15 @@ def climb(pair: Pair, on_layer: Callable[[LayerName], None] = lambda layer: None
         "numerics": lambda done: layer4_numerics.judge(pair, sample, done[1]),
         "objective": lambda done: layer5_objective.judge(pair, SEED),
     }
+    # What the engine cannot do is NOT_RUN with its own reason, and does not keep the layers after it from being judged.
+    load = pair.engine.ready.capabilities["load"]
+    unable = {} if load.supported else {"weights": f"{pair.engine.ready.engine} takes no weights: {load.how}"}
     verdicts: list[Verdict] = []
     for layer in LAYERS:
-        if verdicts and verdicts[-1].status != "PASS":
-            stopped = next(v.layer for v in verdicts if v.status != "PASS")
-            verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=f"layer {stopped} did not pass"))
+        stopped = next((v.layer for v in verdicts if v.status != "PASS" and v.layer not in unable), None)
+        reason = unable.get(layer, "") if stopped is None else f"layer {stopped} did not pass"
+        if reason:
+            verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=reason))
             continue
         if layer != "semantics":
             on_layer(layer)

@@ -31,7 +31,7 @@ COLUMNS = {
 """Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 CLAMPED_LOGPROB = -9999.0
-NEEDS_ENGINE = "needs a live engine: lockstep check RECIPE, or --engine-url"
+NEEDS_ENGINE = "needs a live engine: lockstep check RECIPE"
 
 
 @dataclass(eq=False)

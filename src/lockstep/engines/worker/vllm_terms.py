@@ -1,23 +1,27 @@
 """Requests, results and configurations in vLLM's terms and back, for V0 and V1: each function holds for every version covered."""
 
+import asyncio
 import dataclasses
 import difflib
 import enum
 import math
 import os
-from collections.abc import Iterable
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from lockstep.engines.worker.server import BadRequestError
+from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
-from lockstep.records.messages import Load
-from lockstep.records.tokens import Completion, SamplingParams, Scores, pack_ids, pack_logprobs
-from lockstep.records.versions import VersionSpan
+from lockstep.records.messages import Load, Sample, Score
+from lockstep.records.tokens import Completion, SamplingParams, Scores, pack_ids, pack_logprobs, unpack_ids
+from lockstep.records.versions import LoadReceipt, VersionSpan
 
 CLAMPED_LOGPROB = -9999.0
 """What vLLM's servers put in the place of −inf and NaN; no honest log-probability is as low."""
@@ -34,6 +38,74 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """The only directory that weights are read from."""
     head_dtype: str
     """Of the last matrix product; another than ``args["dtype"]`` takes vLLM's ``head_dtype`` or, before 0.28, the plugin."""
+
+
+class VllmEngine(ABC):
+    """Requests, the same on every generation. Version spans are whole completions: the server lets no sample overlap a load."""
+
+    vllm_config: Any
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.version = 0
+        self._requests = 0
+        self.in_flight: set[str] = set()
+
+    @abstractmethod
+    async def start(self) -> "VllmEngine":
+        """Build the engine; ends when it can sample."""
+
+    @abstractmethod
+    def params(self, params: SamplingParams, **extra: Any) -> Any:
+        """A request's sampling in this generation's terms."""
+
+    @abstractmethod
+    async def generate(self, name: str, ids: list[int], params: Any) -> Any:
+        """The last output of one request."""
+
+    async def sample(self, request: Sample) -> list[Completion]:
+        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
+        prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
+        checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
+        asked = [self.params(params) for params in request.params]
+        outputs = await asyncio.gather(*[self._named(ids, p) for ids, p in zip(prompts, asked, strict=True)])
+        return completions_of(outputs, version)
+
+    async def score(self, request: Score) -> list[Scores]:
+        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
+        # Greedy where it scores at T = 1 anyway: a seedless request that draws would cost the batch its seeds on some versions.
+        asked = SamplingParams(max_tokens=1, temperature=0.0 if request.temperature == 1.0 else request.temperature)
+        sequences = [unpack_ids(sequence) for sequence in request.sequences]
+        checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
+        params = self.params(asked, prompt_logprobs=0, logprobs=None)
+        outputs = await asyncio.gather(*[self._named(ids, params) for ids in sequences])
+        return [scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
+
+    async def _named(self, ids: list[int], params: Any) -> Any:
+        self._requests += 1
+        name = f"r{self._requests}"
+        self.in_flight.add(name)
+        try:
+            return await self.generate(name, ids, params)
+        finally:
+            self.in_flight.discard(name)
+
+    def receipt(self, loaded: dict[str, Any], cleared: bool, began: float) -> LoadReceipt:
+        """What was loaded, as ``version``, since ``began`` on the performance counter."""
+        return LoadReceipt(
+            version=self.version,
+            n_tensors=loaded["n_tensors"],
+            load_s=time.perf_counter() - began,
+            repacked=tuple(loaded["repacked"]),
+            cache_cleared=cleared,
+        )
+
+
+def serve(engine: Callable[[Config], Any]) -> None:
+    """The entry point of a worker process: ``LISTENER_FD LIFELINE_FD CONFIG.json``."""
+    listener_fd, lifeline_fd, config_path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    config = msgspec.json.decode(config_path.read_bytes(), type=Config)
+    run(listener_fd, lifeline_fd, engine(config).start, scratch=(config.weights_dir, str(config_path.parent)))
 
 
 def engine_config(config: Config) -> Any:

@@ -3,42 +3,29 @@
 Run as ``python -m lockstep.engines.worker.vllm_v1 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the engine's environment.
 """
 
-import asyncio
 import inspect
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from lockstep.engines.worker import vllm_terms as terms
-from lockstep.engines.worker.server import run
 from lockstep.engines.worker.vllm_nccl import NcclReceiver
-from lockstep.engines.worker.vllm_terms import Config
 from lockstep.records.capabilities import Capability
-from lockstep.records.messages import Load, Ready, Sample, Score
-from lockstep.records.tokens import Completion, SamplingParams, Scores, unpack_ids
+from lockstep.records.messages import Load, Ready
+from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadReceipt
 
 
-class Engine:
-    """One ``AsyncLLM``. Version spans are whole completions, for the server lets no sample overlap a load."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.version = 0
-        self._requests = 0
-        self._in_flight: set[str] = set()
+class Engine(terms.VllmEngine):
+    """One ``AsyncLLM``."""
 
     async def start(self) -> "Engine":
         """Build the engine; ends when it can sample."""
         began = time.perf_counter()
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        vllm_config = terms.engine_config(self.config)
-        self.llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True, enable_log_requests=False)
+        self.llm = AsyncLLM.from_vllm_config(terms.engine_config(self.config), disable_log_stats=True, enable_log_requests=False)
+        self.vllm_config = self.llm.vllm_config
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         terms.refuse_other_head(self.config, self.inside)
@@ -49,13 +36,13 @@ class Engine:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         import vllm
 
-        mode = self.llm.vllm_config.model_config.logprobs_mode
+        mode = self.vllm_config.model_config.logprobs_mode
         return Ready(
             engine="vllm",
             version=vllm.__version__,
             generation="V1",
             distribution="model" if mode.startswith("raw") else "sampler",
-            resolved=terms.read_back(self.llm.vllm_config, self.inside),
+            resolved=terms.read_back(self.vllm_config, self.inside),
             capabilities=self._capabilities(),
             start_s=self.start_s,
             pids=(os.getpid(), int(self.inside["pid"])),
@@ -79,26 +66,10 @@ class Engine:
             "logit_bias": Capability(True, "SamplingParams.logit_bias; processed modes include it"),
             "penalties": Capability(True, "processed modes include them, raw modes do not"),
             "nccl_weights": Capability(
-                transfer and self.llm.vllm_config.device_config.device_type == "cuda",
+                transfer and self.vllm_config.device_config.device_type == "cuda",
                 "vLLM's weight-transfer engine; it needs a GPU" if transfer else "this version has no weight-transfer engine",
             ),
         }
-
-    async def sample(self, request: Sample) -> list[Completion]:
-        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
-        terms.checked_prompts(prompts, request.params, self.llm.vllm_config.model_config.max_model_len)
-        jobs = [self._generate(ids, self._params(params)) for ids, params in zip(prompts, request.params, strict=True)]
-        return terms.completions_of(await asyncio.gather(*jobs), version)
-
-    async def score(self, request: Score) -> list[Scores]:
-        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        asked = SamplingParams(max_tokens=1, temperature=0.0)
-        sequences = [unpack_ids(sequence) for sequence in request.sequences]
-        terms.checked_prompts(sequences, [asked] * len(sequences), self.llm.vllm_config.model_config.max_model_len)
-        params = self._params(asked, prompt_logprobs=0, logprobs=None)
-        outputs = await asyncio.gather(*[self._generate(ids, params) for ids in sequences])
-        return [terms.scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
 
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
@@ -121,17 +92,11 @@ class Engine:
         finally:
             await self.llm.resume_generation()
         self.version = request.update.version
-        return LoadReceipt(
-            version=self.version,
-            n_tensors=loaded["n_tensors"],
-            load_s=time.perf_counter() - began,
-            repacked=tuple(loaded["repacked"]),
-            cache_cleared=cleared is not False,
-        )
+        return self.receipt(loaded, cleared is not False, began)
 
     async def abort(self) -> int:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        in_flight = list(self._in_flight)
+        in_flight = list(self.in_flight)
         await self.llm.abort(in_flight)
         return len(in_flight)
 
@@ -139,29 +104,19 @@ class Engine:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         self.llm.shutdown()
 
-    def _params(self, params: SamplingParams, **extra: Any) -> Any:
+    def params(self, params: SamplingParams, **extra: Any) -> Any:
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
         from vllm.sampling_params import RequestOutputKind
 
         return terms.sampling_params(params, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **extra)
 
-    async def _generate(self, ids: list[int], params: Any) -> Any:
-        self._requests += 1
-        name, last = f"r{self._requests}", None
-        self._in_flight.add(name)
-        try:
-            async for output in self.llm.generate({"prompt_token_ids": ids}, params.clone(), name):
-                last = output
-        finally:
-            self._in_flight.discard(name)
+    async def generate(self, name: str, ids: list[int], params: Any) -> Any:
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
+        last = None
+        async for output in self.llm.generate({"prompt_token_ids": ids}, params.clone(), name):
+            last = output
         return last
 
 
-def main() -> None:
-    """Entry point of the worker process."""
-    listener_fd, lifeline_fd, config_path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    config = msgspec.json.decode(config_path.read_bytes(), type=Config)
-    run(listener_fd, lifeline_fd, Engine(config).start, scratch=(config.weights_dir, str(config_path.parent)))
-
-
 if __name__ == "__main__":
-    main()
+    terms.serve(Engine)
