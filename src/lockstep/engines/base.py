@@ -13,7 +13,7 @@ from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.tokens import Completion, SamplingParams
-from lockstep.records.versions import LoadReceipt, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
 
 class EngineSpec(Struct, frozen=True, kw_only=True):
@@ -72,8 +72,13 @@ class Engine(ABC):
         """What :meth:`score` does where it can be done."""
 
     @abstractmethod
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
-        """Replace the weights at an engine boundary: no completion spans the switch, and no cache survives it."""
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+        """Replace the weights at an engine boundary.
+
+        Args:
+            mode: ``wait``: no completion spans the switch, and no cache survives it. The others need the capability
+                ``pause_keep``; a completion's version spans then say where the switch was.
+        """
 
     @abstractmethod
     def abort(self) -> int:

@@ -28,7 +28,7 @@ from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import Distribution
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
-from lockstep.records.versions import LoadReceipt, VersionSpan, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 T = TypeVar("T")
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -218,7 +218,7 @@ class OpenAIHttpEngine(Engine):
         ]
         return np.frombuffer(pack_logprobs(found), FLOAT32)
 
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
         self.need("load")
         raise AssertionError("unreachable: no server has this capability")

@@ -33,7 +33,7 @@ from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
-from lockstep.records.versions import LoadReceipt, VersionSpan, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = {"attn_implementation": "sdpa", "max_batch_size": 128}
@@ -167,8 +167,10 @@ class TransformersEngine(Engine):
         return found
 
     @torch.no_grad()
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`. ``stale_head`` cannot be planted here: nothing is packed."""
+        if mode != "wait":
+            self.need("pause_keep")
         began = time.perf_counter()
         if Path(update.path).resolve().parent != self.weights_dir.resolve():
             raise EngineError(

@@ -40,6 +40,8 @@ class Policy:
     share_prompts: bool
     reason: str
     """Why ``share_prompts`` is what it is; shown in the manifest."""
+    alone: bool = False
+    """One sequence a row: what a suspected leak between packed sequences is judged against."""
 
     @property
     def tied(self) -> bool:
@@ -56,7 +58,7 @@ class Policy:
 
     def scores(self, row: Packed, temperature: float, *, with_entropy: bool = False) -> TokenScores:
         """Log-probability of every target at ``temperature``, differentiable; nats, fp32 [T]."""
-        return self._project(self.hidden(row), row.targets, temperature, with_entropy=with_entropy)
+        return self.project(self.hidden(row), row.targets, temperature, with_entropy=with_entropy)
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Whole distributions, fp32, for the few tokens that a hypothesis needs them for; training never does."""
@@ -66,7 +68,8 @@ class Policy:
 
     def rows(self, groups: Sequence[Group], max_tokens: int) -> list[Packed]:
         """Pack groups the way this model can take them."""
-        return pack(groups, max_tokens if self.share_prompts else 0, share_prompts=self.share_prompts)
+        share = self.share_prompts and not self.alone
+        return pack(groups, max_tokens if share else 0, share_prompts=share)
 
     @torch.no_grad()
     def score(self, groups: Sequence[Group], temperature: float, max_tokens: int = 4096) -> list[np.ndarray]:
@@ -93,12 +96,12 @@ class Policy:
             row = row.to(self.head.device)
             hidden = self.hidden(row)
             for at, temperature in enumerate(temperatures):
-                logprobs = self._project(hidden, row.targets, temperature, head=head).logprobs.numpy(force=True)
+                logprobs = self.project(hidden, row.targets, temperature, head=head).logprobs.numpy(force=True)
                 for number, span in zip(row.completions, row.spans, strict=True):
                     found[at][number] = logprobs[span]
         return found
 
-    def _project(
+    def project(
         self,
         hidden: Tensor,
         targets: Tensor,
@@ -107,6 +110,7 @@ class Policy:
         with_entropy: bool = False,
         head: Tensor | None = None,
     ) -> TokenScores:
+        """From hidden states that predict ``targets`` to scores, through the model's head or another."""
         return token_logprobs(
             hidden,
             self.head if head is None else head,
@@ -168,7 +172,7 @@ _PROBE = torch.tensor([[3, 11, 7, 5, 2, 13]])
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel) -> Float[Tensor, "T V"]:
-    with _attention(model, EAGER):
+    with attention_of(model, EAGER):
         return model(input_ids=_PROBE, use_cache=False).logits[0].float()
 
 
@@ -191,7 +195,8 @@ def _self_test(policy: Policy, expected: Float[Tensor, "T V"]) -> float:
 
 
 @contextlib.contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model with another implementation of its attention."""
     before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(name)
     yield

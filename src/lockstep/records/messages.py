@@ -12,7 +12,7 @@ from msgspec import Struct
 from lockstep.records.capabilities import Capability
 from lockstep.records.semantics import Distribution
 from lockstep.records.tokens import Completion, SamplingParams, Scores
-from lockstep.records.versions import LoadReceipt, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 """A frame announced larger than this drops the peer: no honest message is that large."""
@@ -39,12 +39,13 @@ class Score(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Pause, load the weights, re-pack, clear the caches, resume. Answered by :class:`Loaded`."""
+    """Pause, load the weights, re-pack, clear the caches (but in mode ``keep``), resume. Answered by :class:`Loaded`."""
 
     id: int
     update: WeightUpdate
     faults: tuple[str, ...] = ()
     """Planted faults (``parity/faults.py``); empty outside tests."""
+    mode: LoadMode = "wait"
 
 
 class Abort(Struct, frozen=True, tag=True, forbid_unknown_fields=True):

@@ -1,6 +1,12 @@
 """Weight versions: integers counted by the trainer, 0 for the weights that the run started from."""
 
+from typing import Literal
+
 from msgspec import Struct
+
+LoadMode = Literal["wait", "keep", "recompute"]
+"""What becomes of requests in flight at a load. ``wait``: they end first. ``keep``: they go on over the cache they have.
+``recompute``: they go on, and their cache is computed anew under the new weights."""
 
 
 class VersionSpan(Struct, frozen=True):

@@ -16,7 +16,7 @@ from lockstep.engines.process import WorkerProcess
 from lockstep.engines.vllm.older_form import older_form
 from lockstep.records.messages import Abort, Aborted, Load, Loaded, Sample, Sampled, Score, Scored
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
-from lockstep.records.versions import LoadReceipt, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
 START_TIMEOUT_S = 600.0
 CPU_BATCHED_TOKENS = 2048
@@ -85,9 +85,11 @@ class VllmEngine(Engine):
         assert isinstance(reply, Scored)
         return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
 
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = ()) -> LoadReceipt:
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
-        reply = self._process.request(Load, update, faults)
+        if mode != "wait":
+            self.need("pause_keep")
+        reply = self._process.request(Load, update, faults, mode)
         assert isinstance(reply, Loaded)
         return reply.receipt
 

@@ -4,7 +4,8 @@
             ◄──Reply────                                        ◄──
 
 One task reads frames and starts one task per request, so that a long sample does not hold up a score. ``Load`` waits for
-every sample in flight and holds up those that come after it: no completion spans two weight versions.
+every sample in flight and holds up those that come after it, so that no completion spans two weight versions; in its other modes
+it does not wait, and the engine says which tokens each version drew.
 
 The trainer passes the listening socket and the read end of a *lifeline* pipe as inherited descriptors. The pipe's end of
 file means that the trainer is gone, however it died; the worker then ends its whole process group, so nothing is orphaned.
@@ -188,7 +189,7 @@ class _Server:
                 return Scored(request.id, await self._tracked(self.engine.score(request)))
             case Load():
                 async with self._loading:
-                    if self._sampling:
+                    if self._sampling and request.mode == "wait":
                         await asyncio.wait(self._sampling)
                     return Loaded(request.id, await self.engine.load(request))
             case Abort():

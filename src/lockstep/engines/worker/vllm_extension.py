@@ -71,7 +71,13 @@ class WeightsExtension:
         if "stale_head" not in faults and "not_delivered" not in faults and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
             repacked.append("lm_head")
-        return {"n_tensors": len(names), "repacked": repacked}
+        # V1 alone loads under requests in flight; there each has the tokens that were drawn under the weights until now.
+        requests = getattr(self.model_runner, "requests", {})
+        return {
+            "n_tensors": len(names),
+            "repacked": repacked,
+            "in_flight": {name: len(request.output_token_ids) for name, request in requests.items()},
+        }
 
 
 def _head(model: Any) -> Any:

@@ -6,6 +6,7 @@ import difflib
 import enum
 import math
 import os
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -41,7 +42,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VllmEngine(ABC):
-    """Requests, the same on every generation. Version spans are whole completions: the server lets no sample overlap a load."""
+    """Requests, the same on every generation. A completion has one version unless a load that did not wait met it."""
 
     vllm_config: Any
 
@@ -50,6 +51,7 @@ class VllmEngine(ABC):
         self.version = 0
         self._requests = 0
         self.in_flight: set[str] = set()
+        self._switches: dict[tuple[str, int], list[VersionSpan]] = {}
 
     @abstractmethod
     async def start(self) -> "VllmEngine":
@@ -68,8 +70,19 @@ class VllmEngine(ABC):
         prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
         checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
         asked = [self.params(params) for params in request.params]
-        outputs = await asyncio.gather(*[self._named(ids, p) for ids, p in zip(prompts, asked, strict=True)])
-        return completions_of(outputs, version)
+        named = await asyncio.gather(*[self._named(ids, p) for ids, p in zip(prompts, asked, strict=True)])
+        return [
+            completion_of(index, output, spans(self._switches.pop((name, output.index), []), version, len(output.token_ids)))
+            for index, (name, request_output) in enumerate(named)
+            for output in sorted(request_output.outputs, key=lambda output: output.index)
+        ]
+
+    def switched(self, tokens: dict[str, int]) -> None:
+        """The weights are :attr:`version` now. ``tokens``: how many each request in flight has, by vLLM's own name for it."""
+        for internal, n in tokens.items():
+            found = INTERNAL.fullmatch(internal)
+            if found and found[2] in self.in_flight:
+                self._switches.setdefault((found[2], int(found[1] or 0)), []).append(VersionSpan(n, n, self.version))
 
     async def score(self, request: Score) -> list[Scores]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
@@ -79,14 +92,14 @@ class VllmEngine(ABC):
         checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
         params = self.params(asked, prompt_logprobs=0, logprobs=None)
         outputs = await asyncio.gather(*[self._named(ids, params) for ids in sequences])
-        return [scores_of(ids, output.prompt_logprobs) for ids, output in zip(sequences, outputs, strict=True)]
+        return [scores_of(ids, output.prompt_logprobs) for ids, (_, output) in zip(sequences, outputs, strict=True)]
 
-    async def _named(self, ids: list[int], params: Any) -> Any:
+    async def _named(self, ids: list[int], params: Any) -> tuple[str, Any]:
         self._requests += 1
         name = f"r{self._requests}"
         self.in_flight.add(name)
         try:
-            return await self.generate(name, ids, params)
+            return name, await self.generate(name, ids, params)
         finally:
             self.in_flight.discard(name)
 
@@ -231,16 +244,24 @@ def checked_path(config: Config, request: Load) -> Path:
     return path
 
 
-def completions_of(outputs: list[Any], version: int) -> list[Completion]:
-    """vLLM's request outputs, in prompt order, then sample order."""
-    return [
-        completion_of(index, output, version)
-        for index, request_output in enumerate(outputs)
-        for output in sorted(request_output.outputs, key=lambda output: output.index)
-    ]
+INTERNAL = re.compile(r"(?:(\d+)_)?(r\d+)(?:-.*)?")
+"""vLLM's own name of a request: the sample's number before it where n > 1, a random part behind it in later versions."""
 
 
-def completion_of(prompt_index: int, output: Any, version: int) -> Completion:
+def spans(switches: list[VersionSpan], version: int, n: int) -> tuple[VersionSpan, ...]:
+    """Version spans that tile [0, n).
+
+    Args:
+        switches: where the weights changed and to which version, in order.
+        version: the one that sampling began under.
+    """
+    starts = [VersionSpan(0, 0, version), *switches]
+    ends = [*(switch.start for switch in switches), n]
+    tiled = (VersionSpan(s.start, min(end, n), s.version) for s, end in zip(starts, ends, strict=True))
+    return tuple(span for span in tiled if span.start < span.stop)
+
+
+def completion_of(prompt_index: int, output: Any, version_spans: tuple[VersionSpan, ...]) -> Completion:
     """A vLLM ``CompletionOutput`` as a :class:`Completion`. The log-probability is looked up by the sampled token's id."""
     ids = list(output.token_ids)
     logprobs = logprobs_of(ids, output.logprobs)
@@ -250,7 +271,7 @@ def completion_of(prompt_index: int, output: Any, version: int) -> Completion:
         token_ids=pack_ids(ids),
         logprobs=pack_logprobs(logprobs),
         finish_reason=output.finish_reason if output.finish_reason in ("stop", "length") else "abort",
-        version_spans=(VersionSpan(start=0, stop=len(ids), version=version),) if ids else (),
+        version_spans=version_spans,
         missing=logprobs.count(None),
     )
 

@@ -53,15 +53,14 @@ class Engine(terms.VllmEngine):
 
         pauses = "mode" in inspect.signature(self.llm.pause_generation).parameters
         transfer = hasattr(self.llm, "init_weight_transfer_engine")
-        drains = "requests drain before a load, so that each completion has one version"
         return terms.common_capabilities(VllmParams.__struct_fields__) | {
             "rescore": Capability(True, "prompt log-probabilities; such requests read no prefix cache"),
             "rescore_at_temperature": Capability(False, "prompt log-probabilities are of the raw logits, T = 1, in every mode"),
             "load": Capability(True, "reload_weights from a mapped safetensors file, then the head's packed copy is rebuilt"),
             "pause_wait": Capability(pauses, "pause_generation(mode='wait')"),
             "pause_abort": Capability(True, "abort, which gives back what was sampled, then load"),
-            "pause_keep": Capability(False, f"vLLM has it, Lockstep does not use it: {drains}"),
-            "version_spans": Capability(True, drains),
+            "pause_keep": Capability(pauses, "pause_generation(mode='keep'), its cache kept or computed anew"),
+            "version_spans": Capability(True, "counted by the worker at each load: how many tokens a request in flight had"),
             "resolved_config": Capability(True, "VllmConfig as the running engine holds it, and what the worker's model is"),
             "logit_bias": Capability(True, "SamplingParams.logit_bias; processed modes include it"),
             "penalties": Capability(True, "processed modes include them, raw modes do not"),
@@ -76,7 +75,8 @@ class Engine(terms.VllmEngine):
         offer = request.update.nccl
         path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
-        await self.llm.pause_generation(mode="wait", clear_cache=True)
+        keep = request.mode == "keep" or "keep_cache" in request.faults
+        await self.llm.pause_generation(mode="wait" if request.mode == "wait" else "keep", clear_cache=not keep)
         try:
             if offer is not None:
                 loaded: dict[str, Any] = {
@@ -87,11 +87,12 @@ class Engine(terms.VllmEngine):
                 (loaded,) = await self.llm.collective_rpc(
                     "lockstep_load", args=(str(path), request.update.version, list(request.faults))
                 )
-            cleared = await self.llm.reset_prefix_cache()
+            cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
+            self.version = request.update.version
+            self.switched(loaded.get("in_flight", {}))
         finally:
             await self.llm.resume_generation()
-        self.version = request.update.version
         return self.receipt(loaded, cleared is not False, began)
 
     async def abort(self) -> int:

@@ -1,0 +1,65 @@
+"""Scores of a completion that was sampled across a change of weights, piece by piece.
+
+    prompt  t0 t1 t2 │ t3 t4        the switch came after t2 was drawn
+    ╰── old weights ╯ ╰ new ╯
+    cache: prompt t0 t1 (old)  │  t2 is the first token that the new weights read
+
+The key that the engine has of t2 is computed by the new weights, for a token's cache entry is made when the next one is drawn.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lockstep.policy.model import EAGER, Policy, attention_of
+
+
+@contextmanager
+def weights(values: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Parameters at other values, put back exactly."""
+    now = {parameter: parameter.detach().clone() for parameter in values}
+    _assign(values)
+    try:
+        yield
+    finally:
+        _assign(now)
+
+
+@torch.no_grad()
+def _assign(values: dict[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def kept_cache_logprobs(
+    policy: Policy, pieces: Sequence[tuple[np.ndarray, np.ndarray, int]], old: dict[Tensor, Tensor], temperature: float
+) -> list[np.ndarray]:
+    """Log-probabilities of the tokens after the switch, over a cache that the old weights filled; nats, float32 [T − n] each.
+
+    The policy holds the new weights.
+
+    Args:
+        pieces: prompt int32 [P], completion int32 [T], and n ≥ 1: how many of its tokens were drawn before the switch.
+        old: each parameter's value before the switch.
+    """
+    caches, found = [], []
+    with attention_of(policy.model, EAGER):
+        with weights(old):
+            for prompt, tokens, n in pieces:
+                cache, ids = DynamicCache(), _ids(policy, np.r_[prompt, tokens[: n - 1]])
+                policy.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+                caches.append(cache)
+        for cache, (_, tokens, n) in zip(caches, pieces, strict=True):
+            ids = _ids(policy, tokens[n - 1 : -1])
+            hidden = policy.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
+            found.append(policy.project(hidden, _ids(policy, tokens[n:]), temperature).logprobs.numpy(force=True))
+    return found
+
+
+def _ids(policy: Policy, ids: np.ndarray) -> Tensor:
+    return torch.as_tensor(ids.astype(np.int64), device=policy.head.device)
