@@ -33,8 +33,8 @@ test: prepared
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit
 
-faults: prepared
-	$(BIN)/python -m pytest tests/e2e/test_ladder.py -k "planted or clean"
+faults: prepared  # every planted fault in the real engine, and eight clean checks
+	$(BIN)/lockstep faults recipes/quickstart.toml $(TRAIN_FLAGS)
 
 check: setup
 	$(BIN)/ruff check .

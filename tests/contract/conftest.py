@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -157,8 +158,9 @@ def trainer():
         if os.environ.get("CI"):
             raise
         pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
-    policy = load_policy(path, "float32", "float32")
-    return policy, WeightPublisher(policy.model, weights_directory())
+    policy, directory = load_policy(path, "float32", "float32"), weights_directory()
+    yield policy, WeightPublisher(policy.model, directory)
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module", params=ENGINES)

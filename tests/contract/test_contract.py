@@ -20,6 +20,7 @@ from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
 from lockstep.parity.hypotheses import fits
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair
+from lockstep.parity.replay import replay
 from lockstep.policy.packing import Group
 from lockstep.policy.pretrained import resolve_model
 from lockstep.records.capabilities import CAPABILITIES
@@ -277,6 +278,19 @@ def test_the_ladder_over_http_judges_what_it_can(side):
     verdicts = climb(pair).verdicts
     assert [v.status for v in verdicts] == ["PASS", "PASS", "NOT_RUN", "PASS", "PASS"], verdicts
     assert "takes no weights" in verdicts[2].reason
+
+
+def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
+    capability = side.engine.ready.capabilities["pause_keep"]
+    if not capability.supported:
+        pytest.skip(f"NOT_RUN: {capability.how}")
+    recipe, model = load_recipe(QUICKSTART, ["engine.max_model_len=512"]), resolve_model(MODEL)
+    pair = Pair(side.engine, side.policy, side.publisher, Renderer(model), Task(recipe.task, 0), recipe)
+    for mode in ("keep", "recompute"):
+        found = replay(pair, mode)
+        assert found.n_spanning >= 3
+        assert max(found.before.max(), found.right.max()) <= 1e-4
+        assert found.wrong.max() > 1e-2
 
 
 def test_the_worker_outlives_10000_malformed_frames(side):

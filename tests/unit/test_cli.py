@@ -27,7 +27,17 @@ def lockstep(*args):
     return subprocess.run([*LOCKSTEP, *args], capture_output=True, text=True, timeout=60)
 
 
-VERBS = [[], ["train"], ["check"], ["engines"], ["models"], ["engines", "install"], ["engines", "audit"]]
+VERBS = [
+    [],
+    ["train"],
+    ["check"],
+    ["diagnose"],
+    ["faults"],
+    ["engines"],
+    ["models"],
+    ["engines", "install"],
+    ["engines", "audit"],
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -162,3 +172,66 @@ def test_a_terminal_shows_one_line_a_step_and_a_pipe_plain_lines(monkeypatch):
         assert plain.count("\n") == 3
         assert "\x1b" not in plain
     assert os.environ["TERM"] == "dumb"
+
+
+def test_a_check_needs_both_sides():
+    done = lockstep("check")
+    assert done.returncode == 2
+    assert "--engine-url URL --model PATH" in done.stderr
+    assert lockstep("check", "--engine-url", "http://127.0.0.1:9").returncode == 2
+    done = lockstep("check", "recipes/quickstart.toml", "--depth", "deep")
+    assert done.returncode == 2
+    assert "quick, standard, full" in done.stderr
+
+
+def test_a_check_of_a_server_and_a_model_takes_both():
+    from lockstep.cli.sides import recipe_of_sides
+
+    recipe = recipe_of_sides(None, "a-model", "http://127.0.0.1:9", ["sampling.temperature=0.7"], None)
+    assert (recipe.model.path, recipe.engine.name, recipe.sampling.temperature) == ("a-model", "openai", 0.7)
+    assert recipe.engine.options == {"base_url": "http://127.0.0.1:9"}
+
+
+def test_the_faults_are_listed_and_an_unknown_one_is_refused():
+    done = lockstep("faults", "--list")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) >= 24
+    assert "stale_head" in done.stdout
+    done = lockstep("faults", "--only", "stale_heat")
+    assert done.returncode == 2
+    assert "stale_head" in done.stderr
+
+
+def test_the_confusion_matrix_counts_every_outcome():
+    from lockstep.cli.faults import confusion, show_matrix
+    from lockstep.loop.campaign import Outcome
+
+    def outcome(planted, found, *, cause="x", statuses=("PASS", "FAIL"), not_run=""):
+        return Outcome(
+            name="n",
+            planted_layer=planted,
+            planted_cause="x" if planted else "",
+            found_layer=found,
+            found_cause=cause if found else "",
+            effect_nats=0.0,
+            statuses=statuses,
+            seconds=0.0,
+            evidence="",
+            not_run=not_run,
+        )
+
+    outcomes = [
+        outcome("path", "path"),
+        outcome("path", "path", cause="y"),
+        outcome("path", "semantics", statuses=("FAIL",)),
+        outcome("path", "", statuses=("PASS",) * 5),
+        outcome("weights", "", statuses=(), not_run="no such engine"),
+        outcome("", "", statuses=("PASS",) * 5),
+        outcome("", "numerics"),
+    ]
+    assert [o.hit for o in outcomes] == [True, False, False, False, False, True, False]
+    matrix = confusion(outcomes)
+    assert matrix["path"] == {"path": 1, "other cause": 1, "semantics": 1, "none": 1}
+    assert matrix["weights"] == {"not run": 1}
+    assert matrix["none"] == {"none": 1, "numerics": 1}
+    assert len(show_matrix(matrix).splitlines()) == 4

@@ -72,7 +72,7 @@ def test_numbers_one_token_late_are_named(tmp_path, policy):
         row["logprobs"] = [-0.1, *row["logprobs"][:-1]]
     first = verdicts_of(tmp_path, policy, rows, "sampling.temperature=0.7")[0]
     assert first.findings[0].cause == "shifted_logprobs"
-    assert "late" in first.findings[0].fix
+    assert "late" in first.findings[0].evidence
 
 
 def test_another_models_numbers_are_unexplained(tmp_path, policy):

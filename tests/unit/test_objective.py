@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.config.recipe import parse_recipe
+from lockstep.errors import RecipeError
 from lockstep.objectives.base import LossInputs
+from lockstep.objectives.corrections import truncated_importance_weights
 from lockstep.objectives.grpo import group_advantages, grpo, token_weights
 
 LOW, HIGH = 0.2, 0.3
@@ -48,3 +51,21 @@ def test_token_weights_sum_to_one_and_differ_as_they_say():
     lengths = np.array([1, 3])
     np.testing.assert_allclose(token_weights(lengths, "token"), [0.25] * 4)
     np.testing.assert_allclose(token_weights(lengths, "sequence"), [0.5, 1 / 6, 1 / 6, 1 / 6], rtol=1e-6)
+
+
+def test_the_correction_is_one_on_agreement_truncated_above_and_without_gradient():
+    engine = torch.tensor([-1.0, -1.0, -3.0, -1.0])
+    trainer = torch.tensor([-1.0, -1.5, -1.0, -0.9], requires_grad=True)
+    weights = truncated_importance_weights(trainer, engine, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, np.exp(-0.5), 2.0, np.exp(0.1)], dtype=torch.float32))
+    assert not weights.requires_grad
+
+
+def test_a_correction_beside_the_engines_own_old_logprobs_is_refused():
+    from lockstep.config.recipe import with_sets
+
+    table = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+    recipe = parse_recipe(table, "test")
+    assert with_sets(recipe, ["objective.correction=tis"]).objective.correction == "tis"
+    with pytest.raises(RecipeError, match=r"objective\.correction"):
+        with_sets(recipe, ["objective.correction=tis", "objective.old_logprobs=engine"])

@@ -1,26 +1,40 @@
 """``lockstep check``: the ladder alone."""
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lockstep.cli.console import Console, emit
 from lockstep.errors import UsageError
 
+if TYPE_CHECKING:
+    from lockstep.config.recipe import Recipe
+    from lockstep.loop.session import Say, Session
+    from lockstep.parity.ladder import LadderResult
+
+DEPTHS = ("quick", "standard", "full")
+QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16")
+
 
 def check(
     recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
+    depth: Annotated[
+        str, typer.Option(help="quick: fewer probes. full: also updates in flight, and engines started for one factor each.")
+    ] = "standard",
     plant: Annotated[
         list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
     ] = None,
+    engine_url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server in place of an engine.")] = None,
     rollouts: Annotated[
         Path | None, typer.Option(help="Logged rollouts of any framework (.parquet, .jsonl) in place of an engine.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model that logged rollouts were drawn from, where no recipe names it.")
+    model: Annotated[str | None, typer.Option(help="The trainer's model, in place of a recipe or of the recipe's.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Only say whether this certificate still holds for the recipe's pair.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
     audit_only: Annotated[bool, typer.Option("--audit-only", help="Only the engine's settings, as engines audit.")] = False,
@@ -30,42 +44,81 @@ def check(
 
     Exit code: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run.
     """
-    import tempfile
-
+    if depth not in DEPTHS:
+        raise UsageError("flag --depth", got=repr(depth), expected=f"one of {', '.join(DEPTHS)}", hint="--depth quick")
     if rollouts is not None:
         from lockstep.cli.logged import check_logged
 
         raise typer.Exit(check_logged(rollouts, recipe, model, set_, as_json=as_json))
-    if recipe is None:
-        raise UsageError(
-            "check", got="no recipe", expected="RECIPE, or --rollouts FILE --model PATH", hint="lockstep check --help"
-        )
-    if audit_only:
+    if audit_only and recipe is not None:
         from lockstep.cli.audit import run_audit
 
-        raise typer.Exit(run_audit(recipe, None, "0.8.5", set_, engine, as_json=as_json))
-    from lockstep.cli.common import recipe_of, show_ladder
+        raise typer.Exit(run_audit(recipe, engine_url, "0.8.5", set_, engine, as_json=as_json))
+    from lockstep.cli.sides import recipe_of_sides
     from lockstep.parity.faults import planted
 
-    loaded, faults = recipe_of(recipe, set_, engine), planted(plant or [])
+    loaded, faults = recipe_of_sides(recipe, model, engine_url, set_, engine), planted(plant or [])
+    if depth == "quick":
+        from lockstep.config.recipe import with_sets
+
+        loaded = with_sets(loaded, QUICK)
+    if certificate is not None:
+        raise typer.Exit(_holds(certificate, loaded, as_json=as_json))
+    with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
+        directory = out or Path(scratch)
+        directory.mkdir(parents=True, exist_ok=True)
+        result = _climb(loaded, directory, depth, faults, console.say)
+    if as_json:
+        emit("check", {"verdict": result.status, "depth": depth, "layers": result.verdicts})
+    else:
+        from lockstep.cli.common import show_ladder
+
+        show_ladder(result.verdicts)
+        if out is not None and result.passed:
+            print(f"certificate: {out / 'certificate.json'}")
+    raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
+
+
+def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say") -> "LadderResult":
     from lockstep.loop.session import open_session
     from lockstep.parity.certificate import issue
     from lockstep.parity.ladder import climb
     from lockstep.runs.write import append_verdict
 
-    with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
-        directory = out or Path(scratch)
-        directory.mkdir(parents=True, exist_ok=True)
-        with open_session(loaded, directory / "engine.log", console.say, faults) as session:
-            result = climb(session.pair, lambda layer: console.say(f"ladder: {layer}"))
-            for verdict in result.verdicts:
-                append_verdict(directory / "verdicts.jsonl", verdict, "check")
-            if result.passed:
-                issue(session.pair, result.verdicts, directory / "certificate.json")
+    with open_session(recipe, directory / "engine.log", say, faults) as session:
+        deeper = _deeper(session, say) if depth == "full" else {}
+        result = climb(session.pair, lambda layer: say(f"ladder: {layer}"), deeper)
+        for verdict in result.verdicts:
+            append_verdict(directory / "verdicts.jsonl", verdict, "check")
+        if result.passed:
+            issue(session.pair, result.verdicts, directory / "certificate.json")
+    return result
+
+
+def _deeper(session: "Session", say: "Say") -> dict:
+    from lockstep.loop import factors
+    from lockstep.parity import in_flight
+
+    return {
+        "path": lambda verdict: factors.deepen(session.pair, say, verdict),
+        "weights": lambda verdict: in_flight.deepen(session.pair, verdict),
+    }
+
+
+def _holds(path: Path, recipe: "Recipe", *, as_json: bool) -> int:
+    """Compare a certificate with the pair as it is now. Returns the exit code: 0 while it holds, 1 when anything changed."""
+    from lockstep.loop.session import open_session
+    from lockstep.parity.certificate import changes, read_certificate
+
+    issued = read_certificate(path)
+    with (
+        Console() as console,
+        tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch,
+        open_session(recipe, Path(scratch) / "engine.log", console.say) as session,
+    ):
+        changed = changes(issued, session.pair)
     if as_json:
-        emit("check", {"verdict": result.status, "layers": result.verdicts})
+        emit("certificate", {"holds": not changed, "issued": issued.issued, "changes": changed})
     else:
-        show_ladder(result.verdicts)
-        if out is not None and result.passed:
-            print(f"certificate: {out / 'certificate.json'}")
-    raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
+        print("\n".join([f"void: {change}" for change in changed]) or f"holds, as issued {issued.issued}")
+    return 1 if changed else 0

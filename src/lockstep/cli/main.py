@@ -5,7 +5,7 @@ import traceback
 
 import typer
 
-from lockstep.cli import check, engines, models, train
+from lockstep.cli import check, diagnose, engines, faults, models, train
 from lockstep.cli.console import fail
 from lockstep.errors import LockstepError, UsageError
 
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("check")(check.check)
+app.command("diagnose")(diagnose.diagnose)
+app.command("faults")(faults.faults)
 app.add_typer(engines.app, name="engines")
 app.add_typer(models.app, name="models")
 

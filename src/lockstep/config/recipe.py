@@ -7,6 +7,7 @@ engine's own defaults) goes into the manifest with its reason.
 import copy
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,6 +82,9 @@ class Objective(_Section, frozen=True):
     """Mean over all tokens of the batch (DAPO), or over each sequence first (GRPO)."""
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     """Denominator of the policy ratio. ``engine`` skips the trainer's own pass: the dividend of a passing certificate."""
+    correction: Literal["none", "tis"] = "none"
+    """Weights on tokens for the mismatch that a proven backend still has. ``tis``: its ratio, truncated at ``correction_cap``."""
+    correction_cap: PositiveFloat = 2.0
 
 
 class Optimizer(_Section, frozen=True):
@@ -116,8 +120,10 @@ class Parity(_Section, frozen=True):
     probe_prompts: Annotated[int, Meta(ge=4)] = 16
     probe_tokens: Annotated[int, Meta(ge=4)] = 32
     """Sampled per probe prompt and pass."""
-    canary_tokens: Annotated[int, Meta(ge=16)] = 64
+    canary_tokens: Annotated[int, Meta(ge=16)] = 16
     """Known tokens that engine and trainer score after every weight sync."""
+    seed: int = 20_260_101
+    """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
 
 
 class Recipe(_Section, frozen=True):
@@ -178,6 +184,15 @@ def parse_overrides(table: dict[str, Any], overrides: list[str], source: str) ->
     return parse_recipe(own, source)
 
 
+def with_sets(recipe: Recipe, sets: Sequence[str]) -> Recipe:
+    """A recipe with ``--set`` overrides.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    return parse_overrides(msgspec.to_builtins(recipe), list(sets), "--set")
+
+
 def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     """Build a :class:`Recipe` from a nested dict, naming ``source`` in errors."""
     _refuse_unknown_keys(table, Recipe, source, ())
@@ -210,6 +225,13 @@ def _refuse_untrainable(recipe: Recipe, source: str) -> None:
             got="0 (greedy)",
             expected="a positive temperature: greedy samples of a group are all alike, so every advantage is 0",
             hint="--set sampling.temperature=1.0",
+        )
+    if recipe.objective.correction != "none" and recipe.objective.old_logprobs == "engine":
+        raise RecipeError(
+            f"recipe {source}, key objective.correction",
+            got=f"{recipe.objective.correction!r} with objective.old_logprobs = 'engine'",
+            expected="one of them: the engine's numbers as old log-probabilities hold the mismatch ratio already",
+            hint="--set objective.old_logprobs=trainer",
         )
     groups, parts = recipe.training.prompts_per_step, recipe.training.minibatches
     if groups % parts:

@@ -23,9 +23,11 @@ from lockstep.loop.session import Session
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity import layer3_weights
 from lockstep.parity.canary import Canary, CanaryResult
+from lockstep.parity.causes import finding
 from lockstep.parity.certificate import issue
-from lockstep.parity.ladder import SEED, LadderResult, climb
-from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
+from lockstep.parity.pair import Pair, draw
+from lockstep.parity.probes import probe_prompts
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 from lockstep.rollout import collect, store
@@ -38,6 +40,7 @@ from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.step import train
 
 Say = Callable[[str], None]
+PROOF_PROMPTS = 8
 REPLAY_RTOL = 1e-4
 """A replayed step must give the recorded loss: the same rollouts, weights and code. Threads may sum in another order."""
 
@@ -196,8 +199,7 @@ def prove_transport(run: Run, version: int) -> None:
         WeightSyncError: when it is refuted.
     """
     if run.unproven:
-        assert run.canary is not None
-        verdict = layer3_weights.judge(run.pair, run.canary, _neutral(run), SEED)
+        verdict = _prove(run)
         append_verdict(run.layout.verdicts, verdict, f"before checkpoint {version}")
         _refuse(verdict, version)
         run.unproven = 0
@@ -214,10 +216,13 @@ def _refuse(verdict: Verdict, version: int) -> None:
         )
 
 
-def _neutral(run: Run) -> Sampled:
-    """A few tokens after the canary's first ones, for layer 3's look at the prefix cache."""
+def _prove(run: Run) -> Verdict:
+    """Layer 3 on fresh tokens, against the gap that the ladder measured."""
     assert run.canary is not None
-    return draw(run.pair, [ids.prompt for ids in run.canary.groups], SamplingParams(max_tokens=8), SEED)
+    sample = draw(run.pair, probe_prompts(run.pair, PROOF_PROMPTS, run.pair.seed), SamplingParams(max_tokens=8), run.pair.seed)
+    proof = Canary.of(sample, PROOF_TOKENS)
+    proof.clean_gap_nats = run.canary.clean_gap_nats
+    return layer3_weights.judge(run.pair, proof, sample)
 
 
 def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
@@ -241,11 +246,12 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
     # One stale tensor moves little in one step; layer 3 moves every tensor far enough to name it.
     run.say(f"canary: {agreement}; looking for the cause")
     assert run.canary is not None
-    named = layer3_weights.judge(run.pair, Canary(run.canary.groups), _neutral(run), SEED)
+    named = _prove(run)
     findings = named.findings
     if named.status != "FAIL":
         cause = "not_delivered" if result.not_delivered else "unexplained_weights"
-        findings = (layer3_weights.finding(run.pair, cause, result.gap_abs_mean_nats, result.n_tokens, agreement),)
+        size = np.full(result.n_tokens, result.gap_abs_mean_nats)
+        findings = (finding(cause, size, np.arange(size.size), agreement, run.pair.engine.fix(cause)),)
     return Verdict(
         layer="weights",
         status="FAIL",

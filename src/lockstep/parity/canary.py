@@ -13,6 +13,9 @@ from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
 from lockstep.policy.packing import Group
 
+SEQUENCE_TOKENS = 8
+"""Scored in each of the canary's sequences: context enough for every part of the model to matter."""
+
 
 @dataclass(eq=False)
 class Canary:
@@ -31,9 +34,9 @@ class Canary:
 
     @classmethod
     def of(cls, sampled: Sampled, n_tokens: int) -> "Canary":
-        """The last tokens of sampled sequences, about ``n_tokens`` in all, evenly from each."""
-        length = max(2, n_tokens // min(len(sampled.sequences), 8) + 1)
-        chosen = [ids[-length:] for ids in sampled.sequences[: max(1, n_tokens // (length - 1))]]
+        """The last tokens of sampled sequences, about ``n_tokens`` in all, from as few as hold :data:`SEQUENCE_TOKENS` each."""
+        n = min(len(sampled.sequences), max(1, n_tokens // SEQUENCE_TOKENS))
+        chosen = [ids[-(n_tokens // n + 1) :] for ids in sampled.sequences[:n]]
         return cls([Group(ids[:1], [ids[1:]]) for ids in chosen])
 
     @property

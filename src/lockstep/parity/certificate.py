@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+import lockstep
 from lockstep.errors import RunError
 from lockstep.parity.pair import Pair
-from lockstep.policy.fingerprint import tokenizer_digest, weights_digest
+from lockstep.policy.fingerprint import config_digest, tokenizer_digest, weights_digest
 from lockstep.records.verdicts import Verdict
+from lockstep.runs.manifest import processor
 from lockstep.runs.write import plain, write_atomically
 
 VOLATILE = ("worker.pid", "instance_id", "env.VLLM_RPC_BASE_PATH", "port", "path", "ip", "rank")
@@ -33,7 +35,10 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
     """Everything that, when it changes, voids a certificate."""
     ready = pair.engine.ready
     return {
+        "lockstep": lockstep.__version__,
+        "hardware": {"processor": processor(), "trainer_device": str(pair.policy.head.device)},
         "weights_sha256": weights_digest(pair.policy.model),
+        "model_config_sha256": config_digest(pair.policy.model),
         "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
         "engine": f"{ready.engine} {ready.version} ({ready.generation})",
         "engine_resolved": {k: v for k, v in sorted(ready.resolved.items()) if not any(part in k.lower() for part in VOLATILE)},
@@ -43,10 +48,29 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
             "model_class": type(pair.policy.model).__name__,
             "dtype": str(pair.policy.model.dtype),
             "head_dtype": str(pair.policy.head_dtype),
-            "device": str(pair.policy.head.device),
             "share_prompts": pair.policy.share_prompts,
         },
     }
+
+
+def changes(certificate: Certificate, pair: Pair) -> list[str]:
+    """What is no longer as it was certified, ``name: then → now``; empty while the certificate holds."""
+    then, now = _flat(certificate.pair), _flat(plain(describe_pair(pair)))
+    return [
+        f"{name}: {then.get(name, 'nothing')} → {now.get(name, 'nothing')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def issue(pair: Pair, verdicts: list[Verdict], path: Path) -> Certificate:

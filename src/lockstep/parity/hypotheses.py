@@ -39,7 +39,8 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
         engine: what the engine reported, float32 [T].
     """
     candidates = candidates_of(sampling)
-    scored = [candidate_logprobs(policy, group, sampling, candidates) for group in groups]
+    hidden = hidden_of(policy, groups)
+    scored = [candidate_logprobs(policy, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)]
     found = []
     for at, semantics in enumerate(candidates):
         with np.errstate(invalid="ignore"):
@@ -65,12 +66,26 @@ def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:
 
 
 @torch.no_grad()
+def hidden_of(policy: Policy, groups: Sequence[Group]) -> list[Float[Tensor, "T D"]]:
+    """The trainer's hidden states for each completion's tokens, one completion a group."""
+    found: dict[int, Tensor] = {}
+    for row in policy.rows(groups, 4096):
+        hidden = policy.hidden(row.to(policy.head.device))
+        found |= {number: hidden[span] for number, span in zip(row.completions, row.spans, strict=True)}
+    return [found[number] for number in range(len(groups))]
+
+
+@torch.no_grad()
 def candidate_logprobs(
-    policy: Policy, group: Group, sampling: SamplingParams, candidates: Sequence[LogprobSemantics]
+    policy: Policy,
+    group: Group,
+    sampling: SamplingParams,
+    candidates: Sequence[LogprobSemantics],
+    hidden: Float[Tensor, "T D"] | None = None,
 ) -> list[np.ndarray]:
     """The completion's log-probabilities under each candidate, float32 [T] each."""
-    (row,) = policy.rows([group], 1 << 20)
-    hidden = policy.hidden(row.to(policy.head.device))
+    if hidden is None:
+        (hidden,) = hidden_of(policy, [group])
     ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
     found: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(ids), CHUNK):

@@ -1,25 +1,24 @@
 """Run the layers in order and stop at the first that does not hold: a semantic error looks like noise further down.
 
-sample at the recipe's T ─┐
-sample at T = 1 ──────────┼─► 1 semantics ─► 2 path ─► 3 weights ─► 4 numerics ─► 5 objective ─► certificate
-sample at T ≠ 1 ──────────┘
+own, neutral, telling ──► 1 semantics ─► 2 path ─► 3 weights ─► 4 numerics ─► 5 objective ─► certificate
+    (evidence.py)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-
-from msgspec.structs import replace
+from types import MappingProxyType
 
 from lockstep.parity import layer1_semantics, layer2_path, layer3_weights, layer4_numerics, layer5_objective
 from lockstep.parity.canary import Canary
-from lockstep.parity.pair import Pair, Sampled, draw
-from lockstep.parity.probes import probe_prompts
-from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE
-from lockstep.records.tokens import SamplingParams
+from lockstep.parity.evidence import gather, steadied
+from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
 
-SEED = 20_260_101
-"""Of the probes: the same tokens are compared whatever the recipe's seed is."""
+PROOF_TOKENS = 64
+"""Of layer 3: more than the canary has, so that a tensor can be named."""
+STEADIED: tuple[LayerName, ...] = ("semantics", "path", "weights")
+"""Layers that do not judge the trainer's own noise, which is layer 4's."""
 
 
 @dataclass(eq=False)
@@ -46,31 +45,26 @@ class LadderResult:
         return next((verdict for verdict in self.verdicts if verdict.status == "FAIL"), None)
 
 
-def climb(pair: Pair, on_layer: Callable[[LayerName], None] = lambda layer: None) -> LadderResult:
+def climb(
+    pair: Pair,
+    on_layer: Callable[[LayerName], None] = lambda layer: None,
+    deeper: Mapping[LayerName, Callable[[Verdict], Verdict]] = MappingProxyType({}),
+) -> LadderResult:
     """Run the ladder on a live pair.
 
     Args:
         on_layer: told of each layer before it runs.
+        deeper: what else is measured once a layer has passed; returns that layer's verdict anew.
     """
-    n = pair.recipe.parity.probe_prompts
-    prompts = probe_prompts(pair, n, SEED)
-    neutral_sampling = SamplingParams(max_tokens=pair.recipe.parity.probe_tokens)
-    own = replace(pair.recipe.sampling, max_tokens=pair.recipe.parity.probe_tokens, stop_token_ids=())
     on_layer("semantics")
-    sample = draw(pair, prompts, own, SEED)
-    neutral = sample if own == neutral_sampling else draw(pair, prompts, neutral_sampling, SEED)
-    telling = _telling(pair, sample)
-    missing = sum(s.missing for s in (sample, neutral, telling))
-    told = layer1_semantics.identify(pair, telling, telling.rescored(pair.engine))
-    canary = Canary.of(neutral, pair.recipe.parity.canary_tokens)
-    compared = sample.engine_logprobs.size + telling.engine_logprobs.size
-    rescored = neutral.rescored(pair.engine)
+    evidence = gather(pair)
+    proof = Canary.of(evidence.neutral, PROOF_TOKENS)
     steps: dict[LayerName, Callable[[list[Verdict]], Verdict]] = {
-        "semantics": lambda done: layer1_semantics.judge(pair, told, sample, compared, missing),
-        "path": lambda done: layer2_path.judge(pair, neutral, rescored, SEED),
-        "weights": lambda done: layer3_weights.judge(pair, canary, neutral, SEED),
-        "numerics": lambda done: layer4_numerics.judge(pair, sample, done[1]),
-        "objective": lambda done: layer5_objective.judge(pair, SEED),
+        "semantics": lambda done: layer1_semantics.judge(pair, evidence),
+        "path": lambda done: layer2_path.judge(pair, evidence),
+        "weights": lambda done: layer3_weights.judge(pair, proof, evidence.neutral),
+        "numerics": lambda done: layer4_numerics.judge(pair, evidence, done[1]),
+        "objective": lambda done: layer5_objective.judge(pair, pair.seed),
     }
     # What the engine cannot do is NOT_RUN with its own reason, and does not keep the layers after it from being judged.
     load = pair.engine.ready.capabilities["load"]
@@ -84,15 +78,9 @@ def climb(pair: Pair, on_layer: Callable[[LayerName], None] = lambda layer: None
             continue
         if layer != "semantics":
             on_layer(layer)
-        verdicts.append(steps[layer](verdicts))
+        with steadied(pair, evidence.floors) if layer in STEADIED else nullcontext():
+            verdict = steps[layer](verdicts)
+            verdicts.append(deeper[layer](verdict) if verdict.status == "PASS" and layer in deeper else verdict)
+    canary = Canary.of(evidence.neutral, pair.recipe.parity.canary_tokens)
+    canary.clean_gap_nats = canary.measure(pair).gap_abs_mean_nats
     return LadderResult(verdicts, canary)
-
-
-def _telling(pair: Pair, sample: Sampled) -> Sampled:
-    """A sample on which raw and tempered differ: the recipe's own, or a smaller one at another temperature."""
-    sampling = sample.sampling
-    if sampling.temperature != 1.0 and not sampling.truncates and not sampling.penalises:
-        return sample
-    temperature = sampling.temperature if sampling.temperature != 1.0 else DISTINGUISHING_TEMPERATURE
-    half = sample.prompts[: max(4, len(sample.prompts) // 2)]
-    return draw(pair, half, SamplingParams(max_tokens=sampling.max_tokens, temperature=temperature), SEED + 1)

@@ -1,135 +1,187 @@
 """Layer 1: which distribution are the engine's log-probabilities of, and is it the one the trainer scores?
 
-The engine's numbers are identified by measurement on tokens drawn at T ≠ 1, where the hypotheses differ:
+In this order, each only when those before it found nothing:
 
-* *raw*: A equals B, the same engine's re-score of the same tokens, which is always of the raw logits. The trainer has no part
-  in this comparison, so wrong weights or coarse arithmetic further down cannot disturb it.
-* *tempered*: A equals the trainer's scores at that temperature, to within what trainer and engine differ by at T = 1 anyway.
+1. every token has a finite number;
+2. the numbers stand beside their own tokens, and the tokens are those that were drawn (``alignment.py``);
+3. one hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up;
+4. that is what the recipe asked for, and what the trainer scores;
+5. the tokens are drawn from the distribution that the numbers are of (``sampler.py``).
 
-Whether what the engine *is* matters depends on the recipe: at T = 1 without truncation or penalties, raw is what it should be.
+What B and C differ by, at T = 1, where all hypotheses coincide, is the *ground*: it is no matter of semantics, so wrong weights
+or coarse arithmetic further down disturb nothing here. Nor does an engine that disagrees with itself at T = 1: that is layer 2's.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.metrics.reduce import bootstrap_mean_ci95
-from lockstep.parity.pair import Pair, Sampled, trainer_hidden_by_row
+from lockstep.parity.alignment import doubled_bos, dropped_stop, examine
+from lockstep.parity.causes import finding
+from lockstep.parity.evidence import Evidence
+from lockstep.parity.hypotheses import Fit, fits, hidden_of
+from lockstep.parity.pair import Pair
+from lockstep.parity.sampler import examine_draws, hidden_settings, likeliest_temperature
 from lockstep.parity.tolerances import SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
+from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.verdicts import Finding, Verdict
 
 
 @dataclass(frozen=True)
 class Identified:
-    """What an engine's log-probabilities are of: ``raw``, ``tempered`` or ``unexplained``; with the fits that say so."""
+    """Which candidate explains the engine's numbers on the telling sample."""
 
-    name: str
-    fit_raw: float
-    """median |A − B|, nats."""
-    fit_tempered: float
-    """median |trainer at T − A|, nats."""
+    ranked: list[Fit]
     ground: float
-    """median |trainer at 1 − B|: what the two sides differ by anyway, nats."""
+    """median |B − C| at T = 1, nats."""
+    limit: float
+    """A candidate explains the numbers when its median miss is at most this, nats."""
+
+    @property
+    def best(self) -> LogprobSemantics | None:
+        """The candidate that explains them, if one does."""
+        return self.ranked[0].semantics if self.ranked[0].p50 <= self.limit else None
+
+    @property
+    def margin(self) -> float:
+        """How many times worse the runner-up fits; infinite where the sampling tells no two candidates apart."""
+        return self.ranked[1].p50 / max(self.ranked[0].p50, 1e-9) if len(self.ranked) > 1 else float("inf")
 
     def evidence(self) -> str:
         """The fits, for people."""
-        return (
-            f"raw fits to {self.fit_raw:.1e} nats, tempered to {self.fit_tempered:.1e} (medians); "
-            f"at T=1 the two sides differ by {self.ground:.1e}"
-        )
+        told = "; ".join(f"{named(fit.semantics)} fits to {fit.p50:.1e} nats" for fit in self.ranked[:2])
+        return f"{told} (medians); at T=1 the two sides differ by {self.ground:.1e}"
 
 
-def identify(pair: Pair, telling: Sampled, rescored: np.ndarray) -> Identified:
-    """Decide between the hypotheses.
-
-    Args:
-        telling: drawn at T ≠ 1, not truncated, not penalised.
-        rescored: score B of its tokens.
-    """
-    at_one, at_t = (np.concatenate(s) for s in pair.policy.score_at(telling.groups, (1.0, telling.sampling.temperature)))
-    engine = telling.engine_logprobs
-    fit_raw, fit_tempered = float(np.median(np.abs(engine - rescored))), float(np.median(np.abs(at_t - engine)))
-    ground = float(np.median(np.abs(at_one - rescored)))
-    if fit_raw <= pair.noise.p50 and fit_raw < fit_tempered:
-        name = "raw"
-    elif fit_tempered <= max(pair.noise.p50, SEMANTICS_MARGIN * ground) and fit_tempered < fit_raw:
-        name = "tempered"
-    else:
-        name = "unexplained"
-    return Identified(name, fit_raw, fit_tempered, ground)
+def named(semantics: LogprobSemantics) -> str:
+    """``raw``, ``tempered``, ``truncated``, ``penalised``, or what of them applies."""
+    parts = {"tempered": semantics.temperature != 1.0, "truncated": semantics.truncated, "penalised": semantics.penalised}
+    return ", ".join(name for name, applies in parts.items() if applies) or "raw"
 
 
-def judge(pair: Pair, told: Identified, recipe_sample: Sampled, n_tokens: int, missing: int) -> Verdict:
-    """The verdict of layer 1.
+def identify(pair: Pair, evidence: Evidence) -> Identified:
+    """Fit every candidate."""
+    telling = evidence.telling
+    ranked = fits(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling)
+    ground = float(np.median(np.abs(evidence.rescored - evidence.trainer)))
+    told = Identified(ranked, ground, max(pair.noise.p50, SEMANTICS_MARGIN * ground))
+    if ground > pair.noise.p50 and told.margin < SEMANTICS_MARGIN:
+        told = _by_the_engine_alone(pair, evidence, told)
+    return told
 
-    Args:
-        told: what the engine reports.
-        recipe_sample: drawn with the recipe's own sampling; effects are measured on it.
-        n_tokens: how many tokens the identification and the effects rest on.
-        missing: how many of them have no finite log-probability.
-    """
-    sampling = recipe_sample.sampling
-    declared = pair.engine.semantics(sampling).describe()
-    figures = {
-        "identified": told.name,
-        "declared": declared,
-        "fit_raw_p50_nats": told.fit_raw,
-        "fit_tempered_p50_nats": told.fit_tempered,
+
+def _by_the_engine_alone(pair: Pair, evidence: Evidence, told: Identified) -> Identified:
+    """Where the trainer's scores are too far off to tell, the engine's own re-score says whether its numbers are raw."""
+    telling = evidence.telling
+    if not pair.engine.ready.capabilities["rescore"].supported:
+        return told
+    fit = float(np.median(np.abs(telling.engine_logprobs - telling.rescored(pair.engine))))
+    raw = fit <= pair.noise.p50
+    first = [f for f in told.ranked if (named(f.semantics) == "raw") == raw]
+    rest = [f for f in told.ranked if (named(f.semantics) == "raw") != raw]
+    return Identified([*first, *rest], told.ground, max(told.limit, first[0].p50)) if first else told
+
+
+def judge(pair: Pair, evidence: Evidence) -> Verdict:
+    """The verdict of layer 1."""
+    missing = sum(sample.missing for sample in evidence.samples)
+    n, sampling = evidence.n_tokens, evidence.own.sampling
+    figures = {"missing_logprobs": missing, "declared": pair.engine.semantics(sampling).describe()}
+    if missing:
+        evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
+        return _fail(pair, evidence, "missing_logprobs", evidence_text, figures, np.full(1, np.nan))
+    mangled = doubled_bos(pair) or examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)
+    if mangled is not None:
+        size = np.abs(evidence.neutral.engine_logprobs - evidence.trainer)
+        return _fail(pair, evidence, mangled.cause, mangled.evidence, figures, size)
+    told = identify(pair, evidence)
+    figures |= {
+        "identified": named(told.ranked[0].semantics) if told.best is not None else "unexplained",
+        "runner_up": named(told.ranked[1].semantics) if len(told.ranked) > 1 else "none",
+        "margin": told.margin,
+        "fit_p50_nats": told.ranked[0].p50,
         "ground_p50_nats": told.ground,
-        "missing_logprobs": missing,
+        "minimal_detectable_effect_nats": told.limit,
     }
-    found = _finding(pair, told, recipe_sample, n_tokens, missing)
-    if found is not None:
-        summary = _SUMMARIES[found.cause].format(t=sampling.temperature, missing=missing, n=n_tokens)
-        return Verdict(layer="semantics", status="FAIL", summary=summary, n_tokens=n_tokens, findings=(found,), figures=figures)
-    note = " (raw, which is the same at T=1)" if told.name == "raw" else ""
+    failed = _distribution(pair, evidence, told) or _draws(pair, evidence, told, figures)
+    if failed is not None:
+        return Verdict(
+            layer="semantics",
+            status="FAIL",
+            summary=_summary(failed.cause, evidence),
+            n_tokens=n,
+            findings=(failed,),
+            figures=figures,
+        )
+    note = " (raw, which is the same at T=1)" if figures["identified"] == "raw" else ""
+    margin = f"; the runner-up fits {told.margin:.0f} times worse" if np.isfinite(told.margin) else ""
+    summary = f"the engine reports what the trainer scores: the {figures['declared']}{note}{margin}"
+    return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
+
+
+def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, size: np.ndarray) -> Verdict:
+    owners = evidence.neutral.owners if size.size == evidence.neutral.engine_logprobs.size else np.zeros(size.size, int)
+    found = finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens)
+    summary = _summary(cause, evidence) if cause != "missing_logprobs" else text
     return Verdict(
-        layer="semantics",
-        status="PASS",
-        summary=f"the engine reports what the trainer scores: the {declared}{note}",
-        n_tokens=n_tokens,
-        figures=figures,
+        layer="semantics", status="FAIL", summary=summary, n_tokens=evidence.n_tokens, findings=(found,), figures=figures
     )
 
 
-_SUMMARIES = {
-    "missing_logprobs": "{missing} of {n} tokens came without a finite log-probability",
-    "unexplained_semantics": "no hypothesis explains the engine's log-probabilities",
-    "raw_logprobs": "the engine reports raw log-probabilities (T=1) of tokens that it drew at T={t:g}",
-    "truncation_unmodelled": "tokens are drawn from a truncated distribution, the trainer scores the whole one",
-    "penalties_unmodelled": "tokens are drawn under penalties that the trainer does not apply",
-}
+def _summary(cause: str, evidence: Evidence) -> str:
+    t = evidence.own.sampling.temperature
+    return {
+        "raw_logprobs": f"the engine reports raw log-probabilities (T=1) of tokens that it drew at T={t:g}",
+        "truncation_unmodelled": "tokens are drawn from a truncated distribution, the trainer scores the whole one",
+        "penalties_unmodelled": "tokens are drawn under penalties that the trainer does not apply",
+        "unexplained_semantics": "no hypothesis explains the engine's log-probabilities",
+        "draws_differ": "the tokens are not drawn from the distribution that their numbers are of",
+        "generation_config_applied": "the engine applies the checkpoint's generation_config.json to every request",
+    }.get(cause, cause.replace("_", " "))
 
 
-def _finding(pair: Pair, told: Identified, sample: Sampled, n_tokens: int, missing: int) -> Finding | None:
-    sampling = sample.sampling
-    if missing:
-        cause, effects = "missing_logprobs", np.full(1, np.nan)
-    elif told.name == "unexplained":
-        cause, effects = "unexplained_semantics", _gap(pair, sample)
-    elif told.name == "raw" and sampling.temperature != 1.0:
-        cause, effects = "raw_logprobs", _gap(pair, sample)
-    elif sampling.truncates:
-        hidden = trainer_hidden_by_row(pair, sample.groups)
+def _distribution(pair: Pair, evidence: Evidence, told: Identified) -> Finding | None:
+    """Is what explains the numbers what was asked for, and what the trainer scores?"""
+    own, asked = evidence.own, evidence.own.sampling
+    size, text = np.abs(evidence.own_trainer - own.engine_logprobs), told.evidence()
+    if told.best is None:
+        telling = evidence.telling
+        hidden = hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
+        if hidden is not None:
+            cause, text = hidden.cause, f"{hidden.name} fits to {hidden.p50:.1e} nats; of what was asked for, {text}"
+        elif told.ranked[0].p50 <= SEMANTICS_MARGIN * np.median(np.abs(evidence.neutral.engine_logprobs - evidence.rescored)):
+            return None  # no worse than the engine disagrees with itself at T = 1: for layer 2 to judge
+        else:
+            cause = "unexplained_semantics"
+    elif asked.truncates:
         cause = "truncation_unmodelled"
-        effects = np.concatenate([-kept_log_mass(h, pair.policy.head, sampling).numpy(force=True) for h in hidden])
-    elif sampling.penalises:
-        cause, effects = "penalties_unmodelled", _gap(pair, sample)
+        parts = [kept_log_mass(h, pair.policy.head, asked) for h in hidden_of(pair.policy, own.groups)]
+        size = np.concatenate([-part.numpy(force=True) for part in parts])
+    elif asked.penalises:
+        cause = "penalties_unmodelled"
+    elif told.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
+        cause = "raw_logprobs"
     else:
         return None
-    interval = bootstrap_mean_ci95(effects, sample.owners) if not missing else (float("nan"), float("nan"))
-    return Finding(
-        cause=cause,
-        effect_nats=float(effects.mean()),
-        ci95=interval,
-        n_tokens=n_tokens,
-        fix=pair.engine.fix(cause),
-        evidence=told.evidence(),
-    )
+    return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
 
 
-def _gap(pair: Pair, sample: Sampled) -> np.ndarray:
-    """|what the trainer scores − what the engine reports| for each token of the recipe's own sampling."""
-    trainer = np.concatenate(pair.policy.score(sample.groups, sample.sampling.temperature))
-    return np.abs(trainer - sample.engine_logprobs)
+def _draws(pair: Pair, evidence: Evidence, told: Identified, figures: dict) -> Finding | None:
+    """Are the tokens drawn from what the numbers are of? Judged where the two sides agree at all."""
+    at_one = np.median(np.abs(evidence.neutral.engine_logprobs - evidence.trainer))
+    if not max(told.ground, at_one) <= pair.noise.p50:
+        return None
+    for name, sample in (("own", evidence.own), ("neutral", evidence.neutral)):
+        draws = examine_draws(pair.policy, sample.groups, sample.sampling)
+        figures |= {f"draws_z_{name}": draws.z, f"draws_excess_{name}_nats": draws.excess_nats}
+        if draws.oddity():
+            likeliest = likeliest_temperature(pair.policy, sample.groups, sample.sampling)
+            text = (
+                f"over {draws.n_tokens} tokens {draws.oddity()}; "
+                f"the draws look like T={likeliest:.2g}, asked was {sample.sampling.temperature:g}"
+            )
+            return finding("draws_differ", draws.sizes, sample.owners, text, pair.engine.fix("draws_differ"), evidence.n_tokens)
+        if evidence.own is evidence.neutral:
+            break
+    return None

@@ -1,134 +1,182 @@
 """Layer 3: does the engine serve the weights it is sent?
 
 Perturb → sync → prove. Every tensor of the trainer gets noise, the weights are published and loaded, and both sides score
-known tokens. The residue is explained by the hypothesis that fits best: all tensors new; none delivered; the head old under a
-new body; the body old under a new head. Then the weights are put back, exactly, and proven again. Prompts that were in the
-prefix cache before the update are drawn from after it: a stale cache shows there, and only there.
+known tokens. Where they differ by more than they did before, the residue is explained by the hypothesis that fits: nothing
+delivered; the head old under a new body; one or some tensors old (``attribution.py``). Then the weights are put back, exactly,
+and proven again. Prompts that were in the prefix cache before the update are drawn from after it, to show a stale cache.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from lockstep.metrics.reduce import bootstrap_mean_ci95
+from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
+from lockstep.parity.causes import finding
 from lockstep.parity.pair import Pair, Sampled, draw
-from lockstep.parity.tolerances import PERTURBATION, PERTURBATION_OVER_NOISE
+from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, PERTURBATION, PERTURBATION_OVER_NOISE
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import Finding, Verdict
+from lockstep.records.verdicts import Verdict
 
 PROBE_VERSION = 10**9
 """Version number of perturbed weights: no training run counts as far."""
 CACHE_TOKENS = 2
 CACHE_PROMPTS = 4
 
-CAUSES = {"head old": "stale_head", "none delivered": "not_delivered", "body old": "stale_body"}
+
+@dataclass(eq=False)
+class Measured:
+    """Scores around one perturbation; float32 [T] of the canary's tokens."""
+
+    limit: float
+    """Mean |gap| that a delivered update may leave, nats."""
+
+    ground: np.ndarray
+    """|engine − trainer| before anything was synced."""
+    old: np.ndarray
+    """The trainer under the old weights."""
+    new: np.ndarray
+    """The trainer under the perturbed weights."""
+    engine: np.ndarray
+    """The engine after the perturbed weights were loaded."""
+    old_head: np.ndarray
+    """The trainer's new body with the old head."""
+    cached: Sampled
+    """Drawn after the update from prompts that were cached before it."""
+    cache_gap: np.ndarray
+    named: attribution.Named | None = None
+    """Tensors that were not delivered."""
+    back: np.ndarray = None  # type: ignore[assignment]
+    """The engine after the old weights were loaded again."""
+
+    def residue(self, scores: np.ndarray) -> float:
+        """mean |engine − scores|, nats."""
+        return float(np.abs(self.engine - scores).mean())
 
 
-def judge(pair: Pair, canary: Canary, neutral: Sampled, seed: int) -> Verdict:
-    """The verdict of layer 3. Leaves trainer and engine with the weights they had, and the canary with its clean gap."""
-    cached = _cache_prompts(neutral)
-    one = SamplingParams(max_tokens=CACHE_TOKENS)
-    draw(pair, cached, one, seed)  # fills the prefix cache under the old weights
-    old = canary.trainer_scores(pair)
-    with perturbed(pair, seed) as before:
-        pair.sync(PROBE_VERSION)
-        engine = canary.engine_scores(pair)
-        old_head = before[pair.policy.head]
-        fits = {
-            "all new": canary.trainer_scores(pair),
-            "none delivered": old,
-            "head old": canary.trainer_scores(pair, head=old_head),
-        }
-        after = draw(pair, cached, one, seed)
-        cache_gap = np.concatenate(pair.policy.score(after.groups, 1.0)) - after.engine_logprobs
-        with restored_body(pair, before):
-            fits["body old"] = canary.trainer_scores(pair)
-    pair.sync(pair.version)
+def judge(pair: Pair, canary: Canary, sample: Sampled) -> Verdict:
+    """The verdict of layer 3. Leaves trainer and engine with the weights they had, and the canary with its clean gap.
+
+    Args:
+        sample: drawn under the weights that both sides are meant to hold.
+    """
+    measured = _measure(pair, canary, sample)
     restored = canary.measure(pair)
-    residues = {name: np.abs(scores - engine) for name, scores in fits.items()}
-    figures = {f"residue_{name.replace(' ', '_')}_abs_mean_nats": float(r.mean()) for name, r in residues.items()}
-    figures |= {
-        "shift_abs_mean_nats": float(np.abs(fits["all new"] - old).mean()),
+    figures: dict[str, Any] = {
+        "before_sync_abs_mean_nats": float(measured.ground.mean()),
+        "residue_all_new_abs_mean_nats": measured.residue(measured.new),
+        "residue_none_delivered_abs_mean_nats": measured.residue(measured.old),
+        "residue_head_old_abs_mean_nats": measured.residue(measured.old_head),
+        "shift_abs_mean_nats": float(np.abs(measured.new - measured.old).mean()),
         "after_restore_abs_max_nats": restored.gap_abs_max_nats,
-        "cache_abs_max_nats": float(np.abs(cache_gap).max()),
+        "cache_abs_max_nats": float(np.abs(measured.cache_gap).max()),
+        "minimal_detectable_effect_nats": measured.limit,
     }
-    return _verdict(pair, canary, residues, (cache_gap, after.owners), restored.gap_abs_mean_nats, figures)
-
-
-def _verdict(
-    pair: Pair,
-    canary: Canary,
-    residues: dict[str, np.ndarray],
-    cache: tuple[np.ndarray, np.ndarray],
-    clean: float,
-    figures: dict,
-) -> Verdict:
-    n = len(canary.scores) * 2 + cache[0].size
-    shift, new = figures["shift_abs_mean_nats"], float(residues["all new"].mean())
-    if not shift >= PERTURBATION_OVER_NOISE * pair.noise.p50:
-        reason = f"the perturbation moved the canary by {shift:.1e} nats only: no stale weight could be seen"
+    if not figures["shift_abs_mean_nats"] >= PERTURBATION_OVER_NOISE * pair.noise.p50:
+        reason = (
+            f"the perturbation moved the canary by {figures['shift_abs_mean_nats']:.1e} nats only: no stale weight could be seen"
+        )
         return Verdict(layer="weights", status="NOT_RUN", summary="nothing proven", reason=reason, figures=figures)
-    delivered = new <= pair.noise.p50 * 2
-    if not delivered or not clean <= pair.noise.p50 * 2:
-        best = min(residues, key=lambda name: residues[name].mean())
-        cause = CAUSES.get(best, "unexplained_weights") if not delivered else "unexplained_weights"
-        named = {"stale_head": "the engine's lm_head is stale: its packed copy holds the old weights"}
-        summary = f"after a sync the engine does not serve the weights it was sent: {named.get(cause, cause.replace('_', ' '))}"
-        evidence = ", ".join(f"{name}: {r.mean():.1e}" for name, r in sorted(residues.items(), key=lambda kv: kv[1].mean()))
-        return _fail(
-            pair,
-            cause,
-            summary,
-            residues["all new"],
-            canary.owners,
-            f"mean |engine − trainer|, nats, by hypothesis: {evidence}",
-            n,
-            figures,
+    failed = _failed(pair, canary, sample, measured, restored.gap_abs_mean_nats)
+    if failed is not None:
+        cause, summary, size, owners, text = failed
+        found = finding(cause, size, owners, text, pair.engine.fix(cause), 2 * canary.scores.size + measured.cache_gap.size)
+        return Verdict(
+            layer="weights", status="FAIL", summary=summary, n_tokens=found.n_tokens, findings=(found,), figures=figures
         )
-    if not np.abs(cache[0]).max() <= pair.noise.p999:
-        summary = "after a sync the engine answers from a prefix cache of the old weights"
-        evidence = (
-            f"tokens drawn over prompts that were cached before the update are off by up to {np.abs(cache[0]).max():.1e} nats"
-        )
-        return _fail(pair, "stale_prefix_cache", summary, np.abs(cache[0]), cache[1], evidence, n, figures)
-    canary.clean_gap_nats = clean
-    summary = f"a change of {shift:.2f} nats arrived to within {new:.1e}, and back again; no stale head, body or prefix cache"
+    canary.clean_gap_nats = restored.gap_abs_mean_nats
+    new = figures["residue_all_new_abs_mean_nats"]
+    summary = (
+        f"a change of {figures['shift_abs_mean_nats']:.2f} nats arrived to within {new:.1e}, and back again; "
+        "no stale tensor, head or prefix cache"
+    )
+    n = 2 * canary.scores.size + measured.cache_gap.size
     return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n, figures=figures)
 
 
-def _fail(
-    pair: Pair, cause: str, summary: str, size: np.ndarray, owners: np.ndarray, evidence: str, n: int, figures: dict
-) -> Verdict:
-    found = finding(pair, cause, float(size.mean()), size.size, evidence, bootstrap_mean_ci95(size, owners))
-    return Verdict(layer="weights", status="FAIL", summary=summary, n_tokens=n, findings=(found,), figures=figures)
+def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
+    cached = sorted(sample.prompts, key=len)[-CACHE_PROMPTS:]  # the longest fill blocks of the prefix cache
+    few = SamplingParams(max_tokens=CACHE_TOKENS)
+    draw(pair, cached, few, pair.seed)  # fills the prefix cache under the old weights
+    old = canary.trainer_scores(pair)
+    ground = np.abs(canary.engine_scores(pair) - old)
+    limit = CANARY_MULTIPLE * max(canary.clean_gap_nats or float(ground.mean()), CANARY_FLOOR)
+    with perturbed(pair, pair.seed) as before:
+        pair.sync(PROBE_VERSION)
+        engine, new = canary.engine_scores(pair), canary.trainer_scores(pair)
+        after = draw(pair, cached, few, pair.seed)
+        cache_gap = np.concatenate(pair.policy.score(after.groups, 1.0)) - after.engine_logprobs
+        old_head = canary.trainer_scores(pair, head=before[pair.policy.head])
+        measured = Measured(limit, ground, old, new, engine, old_head, after, cache_gap)
+        plain = (measured.residue(scores) for scores in (new, old, old_head))
+        if not min(plain) <= measured.limit:
+            measured.named = attribution.stale(pair, canary, before, engine, measured.limit)
+            if measured.named is None:
+                measured.named = attribution.scaled(pair, canary, engine, measured.limit)
+    pair.sync(pair.version)
+    measured.back = canary.engine_scores(pair)
+    return measured
 
 
-def finding(
-    pair: Pair,
-    cause: str,
-    effect_nats: float,
-    n_tokens: int,
-    evidence: str,
-    ci95: tuple[float, float] = (float("nan"), float("nan")),
-) -> Finding:
-    """A cause of this layer, with this engine's mend."""
-    return Finding(
-        cause=cause,
-        effect_nats=effect_nats,
-        ci95=ci95,
-        n_tokens=n_tokens,
-        fix=pair.engine.fix(cause),
-        evidence=evidence,
+def _failed(
+    pair: Pair, canary: Canary, sample: Sampled, measured: Measured, restored: float
+) -> tuple[str, str, np.ndarray, np.ndarray, str] | None:
+    """Cause, summary, effect per token, owners and evidence of what is wrong; None when nothing is."""
+    size, owners, limit = np.abs(measured.engine - measured.new), canary.owners, measured.limit
+    told = ", ".join(
+        f"{name}: {measured.residue(scores):.1e}"
+        for name, scores in {"all new": measured.new, "none delivered": measured.old, "head old": measured.old_head}.items()
     )
+    text = f"mean |engine − trainer|, nats, by hypothesis: {told}"
+    served = "after a sync the engine does not serve the weights it was sent: "
+    if not measured.residue(measured.new) <= limit:
+        if measured.residue(measured.old) <= limit:
+            behind = float(np.abs(measured.back - measured.new).mean()) <= limit
+            cause = "one_version_behind" if behind else "not_delivered"
+            return cause, served + cause.replace("_", " "), size, owners, text
+        if measured.residue(measured.old_head) <= limit:
+            summary = served + "its lm_head is stale: a packed copy holds the old weights"
+            return "stale_head", summary, size, owners, text
+        if measured.named is not None:
+            named = measured.named
+            if named.factor != 1.0:
+                text = f"in the engine {named.label} is times {named.factor:.4g} (then it agrees to {named.miss:.1e}); {text}"
+                return "altered_on_load", f"{served}{named.label} is scaled", size, owners, text
+            text = f"old in the engine: {named.label} (then it agrees to {named.miss:.1e}); {text}"
+            return "stale_tensors", f"{served}{named.label} is old", size, owners, text
+        return "unexplained_weights", served + "no mixture of old and new explains it", size, owners, text
+    wrong = _wrong_version(pair, sample, pair.version) or _wrong_version(pair, measured.cached, PROBE_VERSION)
+    if wrong:
+        return "version_tag", wrong, np.zeros(owners.size), owners, wrong
+    if not np.abs(measured.cache_gap).max() <= max(pair.noise.p999, CANARY_MULTIPLE * measured.ground.max()):
+        largest = np.abs(measured.cache_gap).max()
+        text = f"tokens drawn over prompts that were cached before the update are off by up to {largest:.1e} nats"
+        summary = "after a sync the engine answers from a prefix cache of the old weights"
+        return "stale_prefix_cache", summary, np.abs(measured.cache_gap), measured.cached.owners, text
+    if not restored <= limit:
+        return "unexplained_weights", "weights that were put back did not arrive", np.full(owners.size, restored), owners, text
+    first = not canary.clean_gap_nats
+    if first and measured.ground.mean() > max(CANARY_MULTIPLE * max(restored, CANARY_FLOOR), 2 * pair.noise.p50):
+        summary = "before the first sync the engine held other weights than the trainer"
+        return "checkpoint_differs", summary, measured.ground, owners, f"a sync brought the gap to {restored:.1e} nats"
+    return None
+
+
+def _wrong_version(pair: Pair, sample: Sampled, version: int) -> str:
+    if not pair.engine.ready.capabilities["version_spans"].supported:
+        return ""
+    said = {span.version for completion in sample.completions for span in completion.version_spans}
+    return "" if said <= {version} else f"completions of version {version} say that they are of {sorted(said)}"
 
 
 @contextmanager
-def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.nn.Parameter, torch.Tensor]]:
+def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
     """Noise on every parameter of the trainer, in place; yields each parameter's old value and puts it back exactly."""
-    before = {parameter: parameter.detach().clone() for parameter in pair.policy.model.parameters()}
+    before: dict[torch.Tensor, torch.Tensor] = {p: p.detach().clone() for p in pair.policy.model.parameters()}
     generator = torch.Generator(device=pair.policy.head.device).manual_seed(seed)
     try:
         with torch.no_grad():
@@ -138,26 +186,6 @@ def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.nn.Parameter, torch.
                 parameter.add_(noise.to(value.dtype))
         yield before
     finally:
-        _put_back(before)
-
-
-@contextmanager
-def restored_body(pair: Pair, before: dict[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """All parameters but the head at their old values; with tied embeddings the input embedding stays new with the head."""
-    now = {parameter: parameter.detach().clone() for parameter in before}
-    _put_back({p: value for p, value in before.items() if p is not pair.policy.head})
-    try:
-        yield
-    finally:
-        _put_back(now)
-
-
-@torch.no_grad()
-def _put_back(values: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-    for parameter, value in values.items():
-        parameter.copy_(value)
-
-
-def _cache_prompts(neutral: Sampled) -> list[np.ndarray]:
-    """The longest prompts: those that fill at least a block of the prefix cache."""
-    return sorted(neutral.prompts, key=len)[-CACHE_PROMPTS:]
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)

@@ -14,14 +14,15 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.errors import UsageError
-from lockstep.metrics.reduce import bootstrap_mean_ci95
+from lockstep.parity.causes import CAUSES, finding
 from lockstep.parity.hypotheses import Fit, fits
 from lockstep.parity.layer4_numerics import judge_gap
+from lockstep.parity.sampler import hidden_settings
 from lockstep.parity.tolerances import noise_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import LAYERS, Finding, Verdict
+from lockstep.records.verdicts import LAYERS, Verdict
 
 COLUMNS = {
     "prompt": ("prompt_token_ids", "prompt_ids", "input_ids", "prompts"),
@@ -31,6 +32,11 @@ COLUMNS = {
 """Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 CLAMPED_LOGPROB = -9999.0
+UNEXPLAINED = (
+    "unexplained_numerics",
+    "nothing is known of the engine that drew them",
+    "say what the engine ran in: --set engine.dtype=bfloat16; then compare head and body precision",
+)
 NEEDS_ENGINE = "needs a live engine: lockstep check RECIPE"
 
 
@@ -94,10 +100,7 @@ def judge(logged: Sequence[Logged], policy: Policy, recipe: Recipe) -> list[Verd
             gaps = [np.concatenate(policy.score(part.groups, part.sampling.temperature)) - part.logprobs for part in logged]
             owners = np.cumsum([0, *(len(part.groups) for part in logged)])
             all_owners = np.concatenate([part.owners + start for part, start in zip(logged, owners, strict=False)])
-            fix = "say what the engine ran in: --set engine.dtype=bfloat16; then compare head and body precision"
-            verdicts.append(
-                judge_gap(np.concatenate(gaps), all_owners, noise, recipe.objective, ("unexplained_numerics", fix), {})
-            )
+            verdicts.append(judge_gap(np.concatenate(gaps), all_owners, noise, recipe.objective, lambda: UNEXPLAINED, {}))
         else:
             verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=NEEDS_ENGINE))
     return verdicts
@@ -114,8 +117,13 @@ def _semantics(part: Logged, policy: Policy, noise: float) -> Verdict:
     trainer = np.concatenate(policy.score(part.groups, part.sampling.temperature))
     gap = np.abs(trainer - part.logprobs)
     if not best.p50 <= noise:
-        cause, fix = _misaligned(trainer, part, noise)
-        return _fail(cause, gap, part, fix, evidence, figures)
+        cause, told = _misaligned(trainer, part, noise)
+        hidden = hidden_settings(policy, part.groups, part.logprobs, part.sampling, noise) if not told else None
+        if hidden is not None:
+            cause, told = hidden.cause, f"{hidden.name} fits to {hidden.p50:.1e} nats"
+        return _fail(
+            cause, gap, part, CAUSES[cause].mend, f"{told}; of what was asked for, {evidence}" if told else evidence, figures
+        )
     found = best.semantics
     if found.penalised:
         return _fail("penalties_unmodelled", gap, part, "sample without penalties", evidence, figures)
@@ -132,12 +140,12 @@ def _semantics(part: Logged, policy: Policy, noise: float) -> Verdict:
 
 
 def _misaligned(trainer: np.ndarray, part: Logged, noise: float) -> tuple[str, str]:
-    """Numbers that fit one token away are shifted; else nothing explains them."""
+    """Cause and evidence: numbers that fit one token away are shifted; else nothing is known."""
     inside = np.flatnonzero(part.owners[1:] == part.owners[:-1])
     for shift, (ours, theirs) in {1: (inside, inside + 1), -1: (inside + 1, inside)}.items():
         if inside.size and np.median(np.abs(trainer[ours] - part.logprobs[theirs])) <= noise:
             return "shifted_logprobs", f"the log-probabilities are {abs(shift)} token {'late' if shift > 0 else 'early'}"
-    return "unexplained_semantics", "is this the model and the version that sampled? are prompts and completions whole?"
+    return "unexplained_semantics", ""
 
 
 def _evidence(ranked: Sequence[Fit]) -> str:
@@ -145,18 +153,11 @@ def _evidence(ranked: Sequence[Fit]) -> str:
 
 
 def _fail(cause: str, effects: np.ndarray, part: Logged, fix: str, evidence: str, figures: dict[str, Any]) -> Verdict:
-    interval = bootstrap_mean_ci95(effects, part.owners) if effects.size == part.logprobs.size else (float("nan"), float("nan"))
-    finding = Finding(
-        cause=cause,
-        effect_nats=float(effects.mean()),
-        ci95=interval,
-        n_tokens=part.logprobs.size,
-        fix=fix,
-        evidence=evidence,
-    )
+    owners = part.owners if effects.size == part.logprobs.size else np.zeros(effects.size, int)
+    found = finding(cause, effects, owners, evidence, fix, part.logprobs.size)
     summary = f"{cause.replace('_', ' ')}, in completions drawn at T={part.sampling.temperature:g}"
     return Verdict(
-        layer="semantics", status="FAIL", summary=summary, n_tokens=part.logprobs.size, findings=(finding,), figures=figures
+        layer="semantics", status="FAIL", summary=summary, n_tokens=part.logprobs.size, findings=(found,), figures=figures
     )
 
 

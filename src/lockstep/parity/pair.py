@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
@@ -13,6 +12,7 @@ from lockstep.parity.tolerances import Tolerance, noise_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
+from lockstep.records.versions import LoadMode
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
 from lockstep.weights.publish import Publisher
@@ -43,9 +43,14 @@ class Pair:
         """What arithmetic alone may bring between the two sides."""
         return noise_of(self.engine_dtype, str(self.policy.model.dtype))
 
-    def sync(self, version: int) -> None:
+    @property
+    def seed(self) -> int:
+        """Of the probes: what they are, how tokens are drawn after them, and the noise of layer 3."""
+        return self.recipe.parity.seed
+
+    def sync(self, version: int, mode: LoadMode = "wait") -> None:
         """Publish the trainer's weights and have the engine load them."""
-        self.engine.load(self.publisher.publish(version), self.planted)
+        self.engine.load(self.publisher.publish(version), self.planted, mode)
         self.publisher.settle()
 
 
@@ -78,13 +83,18 @@ class Sampled:
         return np.repeat(np.arange(len(self.completions)), [len(c.token_ids) // 4 for c in self.completions])
 
     @property
+    def positions(self) -> np.ndarray:
+        """How many tokens of its completion come before each token, int [T]."""
+        return np.concatenate([np.arange(len(c.token_ids) // 4) for c in self.completions])
+
+    @property
     def missing(self) -> int:
         """Tokens without a finite log-probability."""
         return sum(c.missing for c in self.completions)
 
-    def rescored(self, engine: Engine) -> np.ndarray:
+    def rescored(self, engine: Engine, temperature: float = 1.0) -> np.ndarray:
         """Score B of the completions' tokens, float32 [T]."""
-        scores = engine.score(self.sequences)
+        scores = engine.score(self.sequences, temperature)
         return np.concatenate([s[len(p) - 1 :] for s, p in zip(scores, self.prompts, strict=True)])
 
 
@@ -92,9 +102,3 @@ def draw(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams, se
     """One completion for each prompt; the seed differs by row, so that no two rows are alike."""
     params = [replace(sampling, n=1, seed=seed + row) for row in range(len(prompts))]
     return Sampled(list(prompts), pair.engine.sample(prompts, params), sampling)
-
-
-def trainer_hidden_by_row(pair: Pair, groups: Sequence[Group]) -> list[torch.Tensor]:
-    """The trainer's hidden states for each target, rows in order, for a hypothesis that needs whole distributions."""
-    with torch.no_grad():
-        return [pair.policy.hidden(row.to(pair.policy.head.device)) for row in pair.policy.rows(groups, 4096)]

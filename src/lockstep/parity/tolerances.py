@@ -33,10 +33,32 @@ DISTINGUISHING_TEMPERATURE = 0.7
 """Where the recipe samples at T = 1, raw and tempered log-probabilities coincide; this probe tells them apart by 0.15 nats in
 the mean on SmolLM2."""
 
+LOG_CHANCE = -21.0
+"""Draws are not of their distribution when what was seen has a chance of e^−21 = 8e-10 or less. A hidden top-p of 0.9 over 500
+tokens has 0.9^500 = e^−53."""
+
+DRAWS_Z = 6.0
+"""The same chance in standard errors of Σ(log p + H), whose sum over some hundred bounded terms is close to normal."""
+
+REPLAY_WRONG_MULTIPLE = 3.0
+"""The assumption about the cache that is not in force must miss by this multiple of the one that is: else nothing was told apart.
+In fp32 it missed by 0.15 nats in the mean against 1e-5 (SmolLM2, vLLM 0.32.0)."""
+
+ABSURD_NATS = 5.0
+"""A token is absurd when the engine gave it 150 times the probability of a re-score. fp32 and bf16 pairs measured 1e-4 and 0.3 at
+most."""
+
+CORRUPTED_AT_MOST = 0.5
+"""Share of completions: corruption strikes some of them. What strikes most is a fault of the whole path."""
+
 PHANTOM_CLIP_FRACTION = 0.05
 """Share of tokens that the objective may clip because of the mismatch alone. Such a token has no gradient on one side of its
 advantage, so this bounds the lost signal at a twentieth. bf16 on both sides with fp32 heads measured 1.3 % outside [0.8, 1.2]
 at T = 0.7 (SmolLM2, CPU), and pairs of that kind train; a public report of a collapse had 45 %."""
+
+PRECISION_MULTIPLE = 3.0
+"""A difference of dtype explains a gap of at most this multiple of what the trainer's own model shows between the two: another
+kernel rounds in other places, and both sides' roundings add up."""
 
 POLICY_RATIO_AT_LAG_0 = 0.0
 """At lag 0 the trainer's log-probabilities are compared with themselves, bit for bit."""

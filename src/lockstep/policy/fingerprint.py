@@ -1,9 +1,13 @@
 """Digests of what a log-probability depends on: every byte of the weights, and the tokenizer."""
 
 import hashlib
+import json
 
 import torch
 from torch import nn
+
+PATHS = ("_name_or_path", "transformers_version", "_attn_implementation_internal", "attn_implementation")
+"""Of a configuration: where it was read from and by what, and what Lockstep sets itself."""
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -15,11 +19,19 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def config_digest(model) -> str:
+    """SHA-256 over the model's configuration: rotary base, norm epsilon and whatever else its code reads."""
+    table = {key: value for key, value in model.config.to_dict().items() if key not in PATHS}
+    return hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def tokenizer_digest(tokenizer) -> str:
-    """SHA-256 over the vocabulary, the special tokens and the chat template."""
+    """SHA-256 over the vocabulary, merges and normalisation where there are any, the special tokens and the chat template."""
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{number} {token}\n".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update(backend.to_str().encode() if backend is not None else b"")
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
     digest.update((tokenizer.chat_template or "").encode())
     return digest.hexdigest()

@@ -46,7 +46,7 @@ def build_manifest(recipe: Recipe, engine: Ready, choices: dict[str, tuple[str, 
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         machine={
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         },
     )
@@ -90,7 +90,8 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

@@ -12,6 +12,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.errors import DivergenceError
 from lockstep.metrics.reduce import mismatch_figures, policy_figures
 from lockstep.objectives.base import LossInputs
+from lockstep.objectives.corrections import truncated_importance_weights
 from lockstep.objectives.grpo import grpo
 from lockstep.policy.model import Policy
 from lockstep.rollout.collect import Rollouts
@@ -20,7 +21,7 @@ from lockstep.training.optimizer import MasterAdamW
 
 
 @dataclass
-class _Tokens:
+class Tokens:
     """Per-token values of a step, gathered as the microbatches go by."""
 
     gap: list[np.ndarray] = field(default_factory=list)
@@ -51,7 +52,7 @@ def train(
     parts = minibatches(rollouts, policy, recipe)
     if recipe.objective.old_logprobs == "trainer":
         score_under_sampling_weights(parts[1:], policy, recipe.sampling.temperature)
-    tokens, loss, norms = _Tokens(), 0.0, []
+    tokens, loss, norms = Tokens(), 0.0, []
     for number, part in enumerate(parts):
         loss += accumulate(part, policy, recipe, tokens, on_sampling_weights=number == 0)
         if number == 0:
@@ -78,7 +79,7 @@ def score_under_sampling_weights(parts: list[Minibatch], policy: Policy, tempera
             micro.sampling_logprobs = policy.scores(micro.row, temperature).logprobs
 
 
-def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: _Tokens, *, on_sampling_weights: bool) -> float:
+def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, *, on_sampling_weights: bool) -> float:
     """Forward and backward over a minibatch; gradients add up in the parameters. Returns the loss.
 
     Args:
@@ -93,7 +94,7 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: _Tokens,
             micro.sampling_logprobs = now
             tokens.gap.append((now - micro.engine_logprobs).numpy(force=True))
         old = _old_logprobs(micro, recipe)
-        inputs = LossInputs(scores.logprobs, old, micro.advantages, micro.token_weights)
+        inputs = LossInputs(scores.logprobs, old, micro.advantages, micro.token_weights * _correction(micro, recipe))
         outputs = grpo(inputs, recipe.objective.clip_low, recipe.objective.clip_high)
         loss = float(outputs.loss.detach())
         if not np.isfinite(loss):
@@ -110,6 +111,13 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: _Tokens,
         assert scores.entropy is not None
         tokens.entropy.append(scores.entropy.numpy(force=True))
     return total
+
+
+def _correction(micro: Microbatch, recipe: Recipe) -> Tensor | float:
+    if recipe.objective.correction == "none":
+        return 1.0
+    assert micro.sampling_logprobs is not None
+    return truncated_importance_weights(micro.sampling_logprobs, micro.engine_logprobs, recipe.objective.correction_cap)
 
 
 def _old_logprobs(micro: Microbatch, recipe: Recipe) -> Tensor:

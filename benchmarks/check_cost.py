@@ -1,0 +1,110 @@
+"""What the proof costs, on the quick start's recipe: seconds of each depth on a running engine, and the canary's share of a step.
+
+Quick and standard climb on one engine, warmed up by one climb, ``--repeats`` times each in turn; full is one climb with the
+engine starts that its factors need. The canary's share is of real training steps: the median of ``canary_s / step_s``.
+
+    python benchmarks/check_cost.py [--repeats 3] [--steps 4] [--no-full] [--json]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lockstep.cli.check import QUICK
+from lockstep.config.recipe import Recipe, load_recipe, with_sets
+from lockstep.loop import factors
+from lockstep.loop.session import Session, open_session
+from lockstep.loop.sync import Run, run_steps
+from lockstep.parity import in_flight
+from lockstep.parity.ladder import climb
+from lockstep.runs.layout import new_run
+from lockstep.runs.manifest import processor, write_manifest
+from lockstep.runs.read import number, read_lines
+from lockstep.training.optimizer import MasterAdamW
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+TARGETS = {"quick_s": 20.0, "standard_s": 60.0, "full_s": 300.0, "canary_share_of_step": 0.015}
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--no-full", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    flags = parser.parse_args()
+    recipe = load_recipe(QUICKSTART, [f"training.steps={flags.steps}"])
+    with (
+        tempfile.TemporaryDirectory(prefix="lockstep-bench-") as scratch,
+        open_session(recipe, Path(scratch) / "engine.log", say) as session,
+    ):
+        found = depths(session, recipe, flags.repeats)
+        if not flags.no_full:
+            found["full_s"] = [full(session)]
+        found["canary_share_of_step"] = shares(session, Path(scratch) / "run")
+    report(found, as_json=flags.json)
+    return 0
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def depths(session: Session, recipe: Recipe, repeats: int) -> dict[str, list[float]]:
+    """Seconds of quick and standard climbs, in turn."""
+    climb(session.pair)
+    found: dict[str, list[float]] = {"quick_s": [], "standard_s": []}
+    for _ in range(repeats):
+        for name, sets in (("quick_s", QUICK), ("standard_s", ())):
+            session.pair.recipe = with_sets(recipe, sets)
+            found[name].append(_timed(session, {}))
+            say(f"{name} {found[name][-1]:.1f}")
+    session.pair.recipe = recipe
+    return found
+
+
+def full(session: Session) -> float:
+    """Seconds of one full climb."""
+    deeper = {
+        "path": lambda verdict: factors.deepen(session.pair, say, verdict),
+        "weights": lambda verdict: in_flight.deepen(session.pair, verdict),
+    }
+    return _timed(session, deeper)
+
+
+def _timed(session: Session, deeper: dict) -> float:
+    began = time.perf_counter()
+    result = climb(session.pair, deeper=deeper)
+    assert result.passed, [verdict.summary for verdict in result.verdicts]
+    return time.perf_counter() - began
+
+
+def shares(session: Session, root: Path) -> list[float]:
+    """canary_s / step_s of each step of a short run; the first step warms up."""
+    layout = new_run(root)
+    write_manifest(layout.manifest, session.manifest)
+    run_steps(Run(session, layout, MasterAdamW(session.pair.policy.model, session.pair.recipe.optimizer), say), resumed=False)
+    rows = [row["metrics"] for row in read_lines(layout.metrics)]
+    return [number(row["canary_s"]) / number(row["step_s"]) for row in rows[1:]]
+
+
+def report(found: dict[str, list[float]], *, as_json: bool) -> None:
+    """Medians with their spread, beside the targets."""
+    if as_json:
+        print(json.dumps({"machine": processor(), "targets": TARGETS, "measured": found}, indent=1))
+        return
+    print(f"machine: {processor()}")
+    for name, values in found.items():
+        middle, met = statistics.median(values), statistics.median(values) <= TARGETS[name]
+        spread = f"{min(values):.4g} to {max(values):.4g}, n = {len(values)}"
+        print(f"{name:<22} {middle:8.4g}  ({spread})  target {TARGETS[name]:g}: {'met' if met else 'missed'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

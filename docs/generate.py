@@ -1,0 +1,67 @@
+"""Write docs/reference/ from the code: ``python docs/generate.py`` (``--check``: only say whether it is up to date)."""
+
+import sys
+from pathlib import Path
+
+from lockstep.parity.causes import CAUSES
+from lockstep.parity.faults import FAULTS
+from lockstep.records.verdicts import LAYERS
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def causes() -> str:
+    """Every cause that the ladder can name."""
+    parts = [
+        "# Causes",
+        "Every cause that `lockstep check` can name, in the order of the layers. A fix that an engine's adapter knows for its "
+        "own version is shown by the check itself. Made by `docs/generate.py`.",
+    ]
+    for layer in LAYERS:
+        parts.append(f"## {layer}")
+        for name, cause in CAUSES.items():
+            if cause.layer == layer:
+                planted = [f"`{fault.name}`" for fault in FAULTS.values() if fault.cause == name]
+                parts.append(
+                    f"### {name}\n\n{cause.means}\n\n*Found by:* {cause.found_by}\n\n*Mend:* {cause.mend}"
+                    + (f"\n\n*Planted as:* {', '.join(planted)}" if planted else "")
+                )
+    return "\n\n".join(parts) + "\n"
+
+
+def faults() -> str:
+    """Every fault that can be planted."""
+    lines = [
+        "# Planted faults",
+        "",
+        "What `lockstep faults` plants in a real engine and a real trainer, and what must be named for it. "
+        "Made by `docs/generate.py`.",
+        "",
+        "| fault | layer | cause | how | engine generations |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {f.name} | {f.layer} | {f.cause} | {f.how} | {', '.join(f.generations)} |" for f in FAULTS.values()]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"causes.md": causes, "faults.md": faults}
+
+
+def main() -> int:
+    """Write, or compare."""
+    stale = [name for name, page in PAGES.items() if not _same(REFERENCE / name, page())]
+    if "--check" in sys.argv:
+        print(f"out of date: {', '.join(stale)}; run python docs/generate.py" if stale else "docs/reference is up to date")
+        return 1 if stale else 0
+    REFERENCE.mkdir(exist_ok=True)
+    for name, page in PAGES.items():
+        (REFERENCE / name).write_text(page(), encoding="utf-8")
+    return 0
+
+
+def _same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""``lockstep diagnose``: which of a recipe's settings make up the gap, and how much each."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lockstep.cli.console import Console, emit
+
+
+def diagnose(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe whose check fails.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="vllm==VERSION", help="An engine version that is known to be good; the last factor.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Mend one setting at a time, measure again each time, and show what each is worth. Effects and rest sum to the total.
+
+    Exit code: 0 when the settings explain the gap down to what arithmetic brings, 1 when something is left unexplained.
+    """
+    from lockstep.cli.common import recipe_of
+
+    loaded = recipe_of(recipe, set_, engine)
+    from lockstep.loop.ablation import ablate
+    from lockstep.parity.tolerances import noise_of
+
+    with Console() as console:
+        found = ablate(loaded, against.partition("==")[2] if against else None, console.say)
+    explained = found.unexplained_nats <= noise_of(f"torch.{loaded.engine.dtype or loaded.model.dtype}").p50
+    if as_json:
+        emit("diagnose", {"explained": explained, "ablation": found})
+    else:
+        low, high = found.ci95
+        print(f"mean |trainer − engine| {found.total_nats:.5f} nats per token (95 % {low:.5f} to {high:.5f})\n")
+        print(f"{'factor':<52} {'effect':>9} {'alone':>9}  mend")
+        for factor in found.factors:
+            print(f"{factor.name:<52} {factor.effect_nats:>9.5f} {factor.alone_nats:>9.5f}  {factor.flag}")
+        rest = "what arithmetic brings" if explained else "unexplained: lockstep check names the layer"
+        print(f"{'left':<52} {found.unexplained_nats:>9.5f} {'':>9}  {rest}")
+    raise typer.Exit(0 if explained else 1)

@@ -1,0 +1,104 @@
+"""``lockstep faults``: plant faults in a real engine and a real trainer, and show what the ladder named."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lockstep.cli.console import Console, emit
+from lockstep.errors import UsageError
+
+DEFAULT = Path("recipes/quickstart.toml")
+
+
+def faults(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe whose model and engine they are planted in.")] = DEFAULT,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Just these.")] = None,
+    clean: Annotated[bool, typer.Option(help="Climb eight clean configurations too: none may fail.")] = True,
+    list_: Annotated[bool, typer.Option("--list", help="Only say what there is to plant.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where the engine's log goes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Plant each fault, climb the ladder, and print the confusion matrix.
+
+    Exit code: 0 when every fault was named and no clean check failed, 1 otherwise, 2 usage or configuration, 3 could not run.
+    """
+    import tempfile
+
+    from lockstep.cli.common import recipe_of
+    from lockstep.parity.faults import FAULTS
+
+    chosen = [FAULTS[name] for name in only or FAULTS if name in FAULTS]
+    if len(chosen) != len(only or FAULTS):
+        unknown = next(name for name in only or () if name not in FAULTS)
+        raise UsageError("flag --only", got=repr(unknown), expected=f"one of {', '.join(FAULTS)}", hint="lockstep faults --list")
+    if list_:
+        for fault in chosen:
+            print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
+        return
+    loaded = recipe_of(recipe, set_, engine)
+    from lockstep.loop.campaign import run_campaign
+
+    total = len(chosen) + (8 if clean else 0)
+    with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-faults-") as scratch:
+        done: list[Any] = []
+
+        def tell(outcome: Any) -> None:
+            done.append(outcome)
+            console.say(f"{len(done)}/{total} {_line(outcome)}")
+
+        log = (out or Path(scratch)) / "engine.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        outcomes = run_campaign(loaded, chosen, log, console.say, clean=clean, on_outcome=tell)
+    missed = [outcome for outcome in outcomes if not outcome.hit and not outcome.not_run]
+    matrix = confusion(outcomes)
+    if as_json:
+        emit(
+            "faults", {"hits": sum(o.hit for o in outcomes), "missed": len(missed), "outcomes": _rows(outcomes), "matrix": matrix}
+        )
+    else:
+        print(show_matrix(matrix))
+        for outcome in missed:
+            print(_line(outcome))
+    raise typer.Exit(1 if missed else 0)
+
+
+def confusion(outcomes: list[Any]) -> dict[str, dict[str, int]]:
+    """Planted layer → found layer → how many; a right layer with a wrong cause counts under ``other cause``."""
+    found: dict[str, dict[str, int]] = {}
+    for o in outcomes:
+        if o.not_run:
+            column = "not run"
+        elif not o.found_layer:
+            column = "none" if o.statuses and set(o.statuses) == {"PASS"} else "not judged"
+        else:
+            column = o.found_layer if o.hit or o.found_layer != o.planted_layer else "other cause"
+        row = found.setdefault(o.planted_layer or "none", {})
+        row[column] = row.get(column, 0) + 1
+    return found
+
+
+def show_matrix(matrix: dict[str, dict[str, int]]) -> str:
+    """Rows: what was planted. Columns: what was named."""
+    from lockstep.records.verdicts import LAYERS
+
+    columns = [*LAYERS, "none", "other cause", "not judged", "not run"]
+    lines = ["planted \\ named".ljust(16) + "".join(name.rjust(13) for name in columns)]
+    planted = [name for name in [*LAYERS, "none"] if name in matrix]
+    rows = [name.ljust(16) + "".join(str(matrix[name].get(c, "·")).rjust(13) for c in columns) for name in planted]
+    return "\n".join([*lines, *rows])
+
+
+def _rows(outcomes: list[Any]) -> list[dict[str, Any]]:
+    import msgspec
+
+    return [msgspec.to_builtins(outcome) | {"hit": outcome.hit} for outcome in outcomes]
+
+
+def _line(outcome: Any) -> str:
+    if outcome.not_run:
+        return f"{outcome.name}: NOT_RUN, {outcome.not_run}"
+    named = f"{outcome.found_layer}, {outcome.found_cause.replace('_', ' ')}" if outcome.found_layer else "nothing"
+    return f"{outcome.name}: named {named} ({'as planted' if outcome.hit else 'MISS'}, {outcome.seconds:.0f} s)"

@@ -1,0 +1,201 @@
+"""Which tensors explain a gap? Named by gradients, proven by a re-score.
+
+To first order, the trainer's log-probability of a token moves by ⟨∇ log p, ΔW⟩ when tensor W moves by ΔW. For the tokens with the
+largest gaps one backward pass each gives that product for *every* tensor at once; a set of tensors is a hypothesis when its sum
+fits the gaps. The best few are then held by the trainer for real, and only one whose re-score agrees with the engine is named.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.parity.canary import Canary
+from lockstep.parity.pair import Pair
+from lockstep.weights.publish import named_weights
+
+TOKENS = 24
+"""Backward passes: the tokens with the largest gaps."""
+VERIFIED = 8
+"""Hypotheses that are re-scored."""
+REFINED = 4
+"""Re-scores of a hypothesis whose factor is fitted: the first is a linear guess."""
+GREEDY = 4
+"""Tensors that are added one at a time where no natural set fits."""
+ALIKE = 1.5
+"""Hypotheses that miss by less than this times the best are named beside it: some edits cannot be told apart by any score."""
+_LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Engines hold these as one tensor."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """Tensors that explain a gap."""
+
+    label: str
+    miss: float
+    """mean |engine − trainer with those tensors changed|, nats."""
+    alike: tuple[str, ...] = ()
+    """Other sets that explain it as well."""
+    factor: float = 1.0
+    """What they are multiplied by, where that is the hypothesis."""
+
+
+def stale(pair: Pair, canary: Canary, before: dict[Tensor, Tensor], engine: np.ndarray, limit: float) -> Named | None:
+    """Tensors that the engine still holds at their old values.
+
+    Args:
+        before: the old value of each parameter; the trainer holds the new ones.
+        engine: score B of the canary, float32 [T].
+        limit: a hypothesis is proven when it misses by at most this in the mean, nats.
+    """
+    tensors = named_weights(pair.policy.model)
+    names = [name for name, tensor in tensors.items() if tensor in before]
+
+    @contextmanager
+    def held(chosen: tuple[str, ...], factor: float) -> Iterator[None]:
+        now = {name: tensors[name].detach().clone() for name in chosen}
+        _assign(tensors, {name: before[tensors[name]] for name in chosen})
+        try:
+            yield
+        finally:
+            _assign(tensors, now)
+
+    slopes, gap = _slopes(pair, canary, engine, names, lambda name: before[tensors[name]] - tensors[name])
+    ranked = _ranked(slopes, gap, names, free=False)
+    return _proven(pair, canary, engine, ranked, held, limit)
+
+
+def scaled(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
+    """Tensors that the engine holds multiplied by a constant. Arguments as :func:`stale`."""
+    tensors = named_weights(pair.policy.model)
+    names = list(tensors)
+
+    @contextmanager
+    def held(chosen: tuple[str, ...], factor: float) -> Iterator[None]:
+        now = {name: tensors[name].detach().clone() for name in chosen}
+        _assign(tensors, {name: now[name] * factor for name in chosen})
+        try:
+            yield
+        finally:
+            _assign(tensors, now)
+
+    slopes, gap = _slopes(pair, canary, engine, names, lambda name: tensors[name])
+    ranked = _ranked(slopes, gap, names, free=True)
+    return _proven(pair, canary, engine, ranked, held, limit)
+
+
+@torch.no_grad()
+def _assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+def _slopes(
+    pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], direction: Callable[[str], Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """⟨∇ log p, direction⟩ of each chosen token and tensor, float64 [tokens, tensors], and engine − trainer of those tokens."""
+    policy, tensors = pair.policy, named_weights(pair.policy.model)
+    gap = engine - canary.trainer_scores(pair)
+    chosen = np.argsort(-np.abs(gap))[:TOKENS]
+    starts = np.searchsorted(canary.owners, np.arange(len(canary.groups)))
+    parameters = [tensors[name] for name in names]
+    moves = [direction(name).detach().float() for name in names]
+    rows = []
+    with torch.enable_grad():
+        for number in sorted(set(canary.owners[chosen].tolist())):
+            (row,) = policy.rows([canary.groups[number]], 1 << 20)
+            logprobs = policy.scores(row.to(policy.head.device), 1.0).logprobs
+            for token in chosen[canary.owners[chosen] == number]:
+                at = logprobs[int(token - starts[number])]
+                grads = torch.autograd.grad(at, parameters, retain_graph=True, allow_unused=True)
+                products = [0.0 if g is None else float((g.float() * m).sum()) for g, m in zip(grads, moves, strict=True)]
+                rows.append((int(token), products))
+    return np.array([products for _, products in rows]), np.array([gap[token] for token, _ in rows], np.float64)
+
+
+def _ranked(slopes: np.ndarray, gap: np.ndarray, names: list[str], *, free: bool) -> list[tuple[tuple[str, ...], float]]:
+    """Sets of tensors by how well they fit, the best first, each with its factor.
+
+    Args:
+        free: the size of the move is fitted (a factor), and not 1.
+    """
+    column = {name: slopes[:, at] for at, name in enumerate(names)}
+    found = {}
+    for chosen in [*_sets(names), _greedy(column, gap, names)]:
+        move = sum((column[name] for name in chosen), start=np.zeros(len(gap)))
+        size = float(gap @ move / max(move @ move, 1e-30)) if free else 1.0
+        found[chosen] = (float(np.abs(gap - size * move).mean()), 1.0 + size if free else 1.0)
+    ordered = sorted(found, key=lambda chosen: found[chosen][0])
+    return [(chosen, found[chosen][1]) for chosen in ordered[:VERIFIED]]
+
+
+def _sets(names: list[str]) -> Iterator[tuple[str, ...]]:
+    """Each tensor; the fused ones of a layer; a whole layer; a kind over all layers, and two kinds, as an adapter has them."""
+    layers: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        yield (name,)
+        found = _LAYER.match(name)
+        if found:
+            layers.setdefault(found[1] + found[2], []).append(name)
+            kinds.setdefault(found[3], []).append(name)
+    for members in layers.values():
+        yield tuple(members)
+        for fused in FUSED:
+            yield tuple(name for name in members if name.split(".")[-2] in fused)
+    ordered = list(kinds.values())
+    for at, members in enumerate(ordered):
+        yield tuple(members)
+        yield from (tuple(members + other) for other in ordered[at + 1 :])
+
+
+def _greedy(column: dict[str, np.ndarray], gap: np.ndarray, names: list[str]) -> tuple[str, ...]:
+    chosen: list[str] = []
+    rest = gap.copy()
+    for _ in range(GREEDY):
+        best = min((n for n in names if n not in chosen), key=lambda n: np.abs(rest - column[n]).mean(), default=None)
+        if best is None or np.abs(rest - column[best]).mean() >= np.abs(rest).mean():
+            break
+        chosen.append(best)
+        rest = rest - column[best]
+    return tuple(chosen)
+
+
+def _proven(pair: Pair, canary: Canary, engine: np.ndarray, ranked, held, limit: float) -> Named | None:
+    """The hypothesis whose re-score agrees with the engine, with those that do so as well."""
+    misses: dict[tuple[tuple[str, ...], float], float] = {}
+    gap = engine - canary.trainer_scores(pair)
+    for chosen, factor in ranked:
+        for _ in range(1 if factor == 1.0 or not chosen else REFINED):
+            with held(chosen, factor):
+                left = engine - canary.trainer_scores(pair)
+            misses[chosen, factor] = float(np.abs(left).mean())
+            moved = gap - left  # what the factor did to each token; the line through it meets the gap at the next factor
+            factor = 1.0 + (factor - 1.0) * float(gap @ moved / max(moved @ moved, 1e-30))
+    if not misses or not min(misses.values()) <= limit:
+        return None
+    best = {chosen: min((miss, factor) for (c, factor), miss in misses.items() if c == chosen) for chosen, _ in misses}
+    # Of sets that explain alike, the smallest is named.
+    least = min(miss for miss, _ in best.values())
+    alike: list[tuple[str, ...]] = sorted((c for c, (miss, _) in best.items() if miss <= max(ALIKE * least, limit / 10)), key=len)
+    miss, factor = best[alike[0]]
+    return Named(label(alike[0]), miss, tuple(label(other) for other in alike[1:] if len(other) == len(alike[0])), factor)
+
+
+def label(names: tuple[str, ...]) -> str:
+    """A set of tensors for people."""
+    found = [_LAYER.match(name) for name in names]
+    if len(names) > 1 and all(found):
+        layers = sorted({int(f[2]) for f in found if f})
+        kinds = sorted({f[3].strip(".") for f in found if f})
+        if len(layers) == 1:
+            return f"layer {layers[0]}: {', '.join(kinds)}"
+        if len(names) == len(layers) * len(kinds):
+            return f"{' and '.join(kinds)} of layers {layers[0]} to {layers[-1]}"
+    return ", ".join(names)

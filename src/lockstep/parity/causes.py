@@ -1,0 +1,287 @@
+"""Every cause that the ladder can name: what it means, how it is found, how to mend it.
+
+No torch: ``docs/reference/causes.md`` is generated from here.
+"""
+
+import numpy as np
+from msgspec import Struct
+
+from lockstep.metrics.reduce import bootstrap_mean_ci95
+from lockstep.records.verdicts import Finding, LayerName
+
+
+class Cause(Struct, frozen=True):
+    """One named cause."""
+
+    layer: LayerName
+    means: str
+    found_by: str
+    mend: str
+    """For any engine; an adapter that knows its engine's flag says that instead."""
+
+
+def _of(layer: LayerName, rows: dict[str, tuple[str, str, str]]) -> dict[str, Cause]:
+    return {name: Cause(layer, *row) for name, row in rows.items()}
+
+
+CAUSES: dict[str, Cause] = _of(
+    "semantics",
+    {
+        "missing_logprobs": (
+            "Tokens came without a finite log-probability: absent, NaN, infinite, or the −9999 of a server that clamps.",
+            "They are counted. Nothing is filled in.",
+            "Ask the engine for log-probabilities of the drawn token; find what makes the model's logits non-finite.",
+        ),
+        "shifted_logprobs": (
+            "The log-probabilities are right, and stand beside the token before or after their own.",
+            "The engine's own re-score agrees with them one place further, and not in place.",
+            "Align them where they are read: the first generated token's is predicted by the last token of the prompt.",
+        ),
+        "rows_swapped": (
+            "Completions, or their log-probabilities, are returned to another request than the one they were drawn for.",
+            "They agree with the scores of another row, and not with those of their own. No two probes are alike.",
+            "Match replies by request id and not by position.",
+        ),
+        "tokens_edited": (
+            "The token ids returned are not those that were drawn: re-tokenised, stripped or merged on the way.",
+            "From one place on in most completions the engine's re-score no longer agrees; before it, it does.",
+            "Carry token ids end to end (vLLM: return_token_ids); never re-tokenise text.",
+        ),
+        "stop_token_dropped": (
+            "A completion that ended at a stop token comes without it: ending is then never trained.",
+            "Completions with finish reason stop do not end in one of the stop tokens asked for.",
+            "Keep the stop token (vLLM: include_stop_str_in_output or token ids); compare lengths with the engine's count.",
+        ),
+        "bos_doubled": (
+            "The prompt begins with two BOS tokens: the template adds one and the tokenizer or the server another.",
+            "The rendered prompts are looked at; and the trainer agrees with the engine once a BOS is put before its prompts.",
+            "Tokenise the rendered template with add_special_tokens=False; send token ids.",
+        ),
+        "prompt_edited": (
+            "The engine scores after another prompt than the one that was sent.",
+            "The trainer agrees with the engine once its own prompts are edited alike; the evidence names the edit.",
+            "Send token ids, and switch off what edits prompts (truncation, templates, system prompts of the server).",
+        ),
+        "raw_logprobs": (
+            "The engine reports log-probabilities of the raw logits (T = 1) for tokens that it drew at another temperature.",
+            "Raw explains its numbers and tempered does not, on tokens where the two differ.",
+            "Have the engine report processed log-probabilities.",
+        ),
+        "temperature_altered": (
+            "The engine used another temperature than it was asked for: clamped, or overridden by a default.",
+            "The temperature is fitted; the one found explains the numbers, the one asked for does not.",
+            "Look for a clamp, or a default that wins over the request (generation_config.json).",
+        ),
+        "truncation_unmodelled": (
+            "Tokens are drawn with top-k, top-p or min-p, the trainer scores the whole distribution: biased by log(kept mass).",
+            "The recipe truncates; the kept mass is computed from the trainer's own logits.",
+            "Sample without top-k, top-p and min-p.",
+        ),
+        "hidden_truncation": (
+            "The engine truncates although it was not asked to.",
+            "Its numbers are higher than the whole distribution allows, by a mass that one top-k, top-p or min-p explains.",
+            "Find the server's own sampling defaults (vLLM: --generation-config vllm).",
+        ),
+        "penalties_unmodelled": (
+            "Tokens are drawn under penalties or a logit bias that the trainer does not apply.",
+            "The recipe asks for them.",
+            "sampling.repetition_penalty = 1.0, no presence or frequency penalty, no logit_bias.",
+        ),
+        "generation_config_applied": (
+            "The checkpoint's generation_config.json edits every request.",
+            "The settings in that file explain the engine's numbers, and those asked for do not.",
+            'generation_config = "vllm" in the engine (vLLM: --generation-config vllm).',
+        ),
+        "draws_differ": (
+            "The numbers agree, and the tokens are not drawn from the distribution they are of.",
+            "Over all tokens, the log-probability of what was drawn is too far from minus the entropy for chance.",
+            "Report the distribution that is sampled from: no truncation, penalty or temperature behind the numbers.",
+        ),
+        "unexplained_semantics": (
+            "No hypothesis explains the engine's log-probabilities, although the two sides agree at T = 1.",
+            "Every candidate is fitted; the best is too far off.",
+            "Compare the engine's sampler with the list of candidates in parity/hypotheses.py.",
+        ),
+    },
+)
+
+CAUSES |= _of(
+    "path",
+    {
+        "decode_vs_prefill": (
+            "What the engine reports while it samples differs from its own score of the same tokens.",
+            "Score A against score B at T = 1.",
+            "Look for the decode kernel, the cache's dtype, or a proxy between engine and trainer.",
+        ),
+        "corrupted_completions": (
+            "Some completions hold tokens that the engine was sure of, and that its own re-score finds absurd.",
+            "Outliers of A − B, all in a minority of completions; they are shown with their text.",
+            "Recurrent state or cache slots are mixed up: look for the engine's version notes; try a larger cache.",
+        ),
+        "batch_composition": (
+            "A sequence scored alone and among others gets different numbers.",
+            "B against B′: the same engine, the same tokens, another batch.",
+            "Look for the kernel that depends on the batch; vLLM on GPUs has VLLM_BATCH_INVARIANT=1.",
+        ),
+        "prefix_cache": (
+            "Tokens drawn over a warm prefix cache differ from their own re-score.",
+            "The same prompts are drawn from twice; the second time the cache serves them.",
+            "Switch the prefix cache off.",
+        ),
+        "chunked_prefill": (
+            "A prompt that is prefilled in portions gives other numbers.",
+            "Full depth: the engine is started with a small token budget and compared with itself.",
+            "engine.options.enable_chunked_prefill = false",
+        ),
+        "async_scheduling": (
+            "Overlapping the scheduler with the model gives other numbers.",
+            "Full depth: the engine is started with it and compared with itself.",
+            "engine.options.async_scheduling = false",
+        ),
+        "preemption": (
+            "Requests that are preempted and resumed for lack of cache give other numbers.",
+            "Full depth: the engine is started with a cache that is too small for the batch, and compared with itself.",
+            "A larger KV cache or fewer sequences at a time (engine.options.max_num_seqs).",
+        ),
+    },
+)
+
+CAUSES |= _of(
+    "weights",
+    {
+        "checkpoint_differs": (
+            "The engine was started from other weights than the trainer; a sync mends it, and until then every token is off.",
+            "The two sides disagree before the first sync and agree after one.",
+            "Start both from the same checkpoint.",
+        ),
+        "not_delivered": (
+            "An update is announced as loaded and nothing of it is served.",
+            "After a perturbation of every tensor the engine still agrees with the old weights.",
+            "Look for the worker that swallows the error; check the path that the weights take.",
+        ),
+        "one_version_behind": (
+            "Each sync delivers the weights of the sync before it.",
+            "After the perturbation the engine holds the old weights; after they are put back it holds the perturbed ones.",
+            "Publish after the optimizer step, and wait for the publication before the load.",
+        ),
+        "stale_head": (
+            "Everything is new but the last matrix product: a packed or cached copy of lm_head is left.",
+            "The trainer's body with the old head explains the engine's scores. Comparing tensors would not show it.",
+            "Rebuild the head's copy after a load.",
+        ),
+        "stale_tensors": (
+            "Some tensors are not delivered; the evidence names them.",
+            "The trainer holding just those tensors old explains the engine's scores; named by gradients, proven by a re-score.",
+            "Compare the names the trainer sends with the names the engine loads (fused projections, adapters, ties).",
+        ),
+        "altered_on_load": (
+            "A tensor arrives times a constant; the evidence names it, and others that would look alike.",
+            "The trainer with that tensor scaled explains the engine's scores after a load, and not before it.",
+            "Look for post-processing at load: a scale folded in twice, quantisation, a padded or transposed copy.",
+        ),
+        "in_flight_update": (
+            "Tokens drawn after an update in flight are not those of the new weights over the cache that they should have.",
+            "Full depth: piecewise replay by the trainer, over a kept and over a recomputed cache; the wrong one must not fit.",
+            "Pause at an engine boundary (vLLM: pause_generation(mode='keep')) and say whether the cache is kept.",
+        ),
+        "stale_prefix_cache": (
+            "After an update the engine answers from a prefix cache of the old weights.",
+            "Prompts cached before the update are drawn from after it and differ from the trainer; uncached ones do not.",
+            "Clear the prefix cache with every load (vLLM: reset_prefix_cache), or switch it off.",
+        ),
+        "version_tag": (
+            "Completions say another weight version than the one that drew them.",
+            "Version spans are compared with what was loaded, and the scores say which weights it was.",
+            "Stamp the version where the weights are swapped, not where they are announced.",
+        ),
+        "unexplained_weights": (
+            "After a sync the engine serves neither the weights it was sent nor any mixture that was tried.",
+            "No hypothesis explains its scores.",
+            "Load the checkpoint afresh and compare again; look for quantisation or post-processing at load.",
+        ),
+    },
+)
+
+CAUSES |= _of(
+    "numerics",
+    {
+        "trainer_not_repeatable": (
+            "The trainer gives the same tokens in the same batch other numbers the second time: dropout is on, most often.",
+            "C against C, the same rows twice.",
+            "model.eval(); set every dropout probability to 0.",
+        ),
+        "trainer_batch_dependent": (
+            "The trainer gives a sequence other numbers in the company of others: attention leaks across packed sequences.",
+            "C against C′: packed, and each sequence by itself.",
+            "Check the attention mask and the position ids of packed rows.",
+        ),
+        "body_precision": (
+            "Engine and trainer compute the body in different dtypes, and the objective cannot bear the difference.",
+            "The dtypes read back from both; the gap against the clip range.",
+            "engine.dtype = model.dtype, or a wider clip range.",
+        ),
+        "head_precision": (
+            "Engine and trainer compute the last matrix product in different dtypes. One side in fp32 alone is worse than none.",
+            "The dtype of the head's product, measured on both sides.",
+            'model.head_dtype = "float32" with engine.head_dtype = "float32".',
+        ),
+        "model_config_differs": (
+            "The engine computes the model with another setting: the base of the rotary embedding, the norm's epsilon.",
+            "The trainer agrees with the engine once it takes that setting over.",
+            "Give both sides the same config.json; drop the override. A checkpoint of transformers 5 needs the older keys for 4.",
+        ),
+        "tensor_scaled": (
+            "A tensor of the engine is the trainer's times a constant; the evidence names it and others that would look alike.",
+            "The trainer with that tensor scaled explains the engine's scores; named by gradients, proven by a re-score.",
+            "Look for a scale that is folded in twice, or an edited checkpoint.",
+        ),
+        "unexplained_numerics": (
+            "The two sides compute different functions, and nothing that was tried explains how.",
+            "The gap is beyond what arithmetic explains.",
+            "Compare layer by layer; model code and version are the first suspects.",
+        ),
+    },
+)
+
+CAUSES |= _of(
+    "objective",
+    {
+        "policy_ratio_at_lag_0": (
+            "The training code's own policy ratio is not 1 before the first optimizer step.",
+            "Real rollouts go through the training code at lag 0.",
+            "Score old and new log-probabilities alike: one temperature, one head, one mask, one dtype.",
+        ),
+        "task_tokens_differ": (
+            "The gap on the task's own completions is beyond what the probes showed.",
+            "The recipe's own prompts, group size and stop tokens, against the numerics layer's limits.",
+            "lockstep diagnose RECIPE",
+        ),
+        "loss_not_explained": (
+            "With the engine's numbers as old log-probabilities the loss moves by more than the gaps can bring about.",
+            "Both losses on the same tokens, against the stated bound.",
+            "Look at masks, advantages and normalisation of the loss.",
+        ),
+    },
+)
+
+
+def finding(
+    cause: str, size: np.ndarray, owners: np.ndarray, evidence: str, fix: str = "", n_tokens: int | None = None
+) -> Finding:
+    """A cause with its effect.
+
+    Args:
+        size: float [T], nats: what the cause does to each token.
+        owners: int [T], the completion of each.
+        fix: this engine's own; empty for the cause's general one.
+        n_tokens: what the judgement rests on, where that is more than T.
+    """
+    interval = bootstrap_mean_ci95(size, owners) if np.isfinite(size).all() else (float("nan"), float("nan"))
+    return Finding(
+        cause=cause,
+        effect_nats=float(size.mean()),
+        ci95=interval,
+        n_tokens=size.size if n_tokens is None else n_tokens,
+        fix=fix or CAUSES[cause].mend,
+        evidence=evidence,
+    )

@@ -1,0 +1,53 @@
+"""Layer 2: completions whose tokens the model finds absurd while the engine was sure of them.
+
+Two engine bugs met by AI21 under RL with Jamba looked like this: a request reads another's recurrent state, and one completion
+in a thousand is confident gibberish. Means and medians do not see it; the completions are found one by one and shown.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.tolerances import ABSURD_NATS, CORRUPTED_AT_MOST
+from lockstep.records.tokens import INT32
+
+SHOWN = 2
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """What was found."""
+
+    rows: list[int]
+    n_rows: int
+    n_tokens: int
+    text: str
+    """Of the worst, escaped: it comes from a model."""
+
+    def evidence(self) -> str:
+        """For people."""
+        return (
+            f"{len(self.rows)} of {self.n_rows} completions hold {self.n_tokens} tokens that the engine drew with confidence and "
+            f"that a re-score finds less likely by {ABSURD_NATS:g} nats or more: {self.text}"
+        )
+
+
+def corrupted(pair: Pair, sample: Sampled, other: np.ndarray) -> Corrupted | None:
+    """Completions with absurd tokens, where they are a minority: most rows being off is another cause.
+
+    Args:
+        other: score B (or C) of the sample's tokens, float32 [T].
+    """
+    absurd = ~(sample.engine_logprobs - other <= ABSURD_NATS)
+    rows = np.unique(sample.owners[absurd]).tolist()
+    if not rows or len(rows) > CORRUPTED_AT_MOST * len(sample.completions):
+        return None
+    shown = [_text(pair, sample.completions[row].token_ids) for row in rows[:SHOWN]]
+    return Corrupted(rows, len(sample.completions), int(absurd.sum()), ", ".join(shown))
+
+
+def _text(pair: Pair, token_ids: bytes) -> str:
+    text = pair.renderer.text(np.frombuffer(token_ids, INT32))
+    return ascii(text[:SHOWN_CHARACTERS])

@@ -1,0 +1,124 @@
+"""The tokens that layers 1, 2 and 4 judge, drawn once, and their scores.
+
+=========  ==============================================  =======================================
+sample     drawn with                                      scores at hand
+=========  ==============================================  =======================================
+own        the recipe's own sampling                       A, C at the recipe's temperature
+neutral    T = 1, nothing truncated or penalised           A, B, C at T = 1
+telling    settings under which the hypotheses differ      A (own, or a sample at another T)
+=========  ==============================================  =======================================
+
+On ``neutral`` every hypothesis of layer 1 says the same, so a gap there is none of semantics; and there score B, which V1 engines
+have at T = 1 only, is of the same distribution as A and C.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.metrics.reduce import quantiles_abs
+from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.probes import probe_prompts
+from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE
+from lockstep.records.tokens import SamplingParams
+
+
+@dataclass(eq=False)
+class Floors:
+    """The trainer against itself on ``own``, nats."""
+
+    repeat: np.ndarray
+    """C again, the same rows: float32 [T]."""
+    alone: np.ndarray
+    """C′ of every other sequence, each in a row of its own: float32 [tokens of those]."""
+    half: np.ndarray
+    """Which tokens those are: bool [T]."""
+
+    def steady(self, pair: Pair) -> bool:
+        """True when arithmetic explains both."""
+        return within(pair, self.repeat) and within(pair, self.alone)
+
+
+@dataclass(eq=False)
+class Evidence:
+    """See the module's table. Arrays are float32 [T] of their sample."""
+
+    own: Sampled
+    neutral: Sampled
+    telling: Sampled
+    rescored: np.ndarray
+    """Score B of ``neutral``."""
+    trainer: np.ndarray
+    """Score C of ``neutral`` at T = 1."""
+    own_trainer: np.ndarray
+    """Score C of ``own`` at the recipe's temperature."""
+    floors: Floors
+
+    @property
+    def samples(self) -> list[Sampled]:
+        """Each sample once."""
+        return list({id(s): s for s in (self.own, self.neutral, self.telling)}.values())
+
+    @property
+    def n_tokens(self) -> int:
+        """Over all samples."""
+        return sum(s.engine_logprobs.size for s in self.samples)
+
+
+def gather(pair: Pair) -> Evidence:
+    """Draw and score; a score that the engine did not give is NaN. A trainer that is not steady is steadied for scores C."""
+    parity = pair.recipe.parity
+    prompts = probe_prompts(pair, parity.probe_prompts, pair.seed)
+    plain = SamplingParams(max_tokens=parity.probe_tokens)
+    sampling = replace(pair.recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
+    own = draw(pair, prompts, sampling, pair.seed)
+    neutral = own if sampling == plain else draw(pair, prompts, plain, pair.seed)
+    own_trainer = _scored(pair, own)
+    floors = _floors(pair, own, own_trainer)
+    with steadied(pair, floors):
+        own_trainer = own_trainer if floors.steady(pair) else _scored(pair, own)
+        at_one = own_trainer if own is neutral else _scored(pair, neutral)
+    return Evidence(own, neutral, _telling(pair, own), neutral.rescored(pair.engine), at_one, own_trainer, floors)
+
+
+def _scored(pair: Pair, sample: Sampled) -> np.ndarray:
+    return np.concatenate(pair.policy.score(sample.groups, sample.sampling.temperature))
+
+
+def _floors(pair: Pair, own: Sampled, trainer: np.ndarray) -> Floors:
+    half = own.owners % 2 == 0
+    alone = np.concatenate([s for group in own.groups[::2] for s in pair.policy.score([group], own.sampling.temperature)])
+    return Floors(_scored(pair, own) - trainer, alone - trainer[half], half)
+
+
+@contextmanager
+def steadied(pair: Pair, floors: Floors) -> Iterator[None]:
+    """For the layers before numerics: dropout off and one sequence a row, where the trainer needs that to be steady at all."""
+    if floors.steady(pair):
+        yield
+        return
+    policy, training = pair.policy, pair.policy.model.training
+    policy.model.eval()
+    policy.alone = True
+    try:
+        yield
+    finally:
+        policy.model.train(training)
+        policy.alone = False
+
+
+def within(pair: Pair, gap: np.ndarray) -> bool:
+    """True when arithmetic alone explains ``gap``; a NaN it does not."""
+    quantiles = quantiles_abs(gap)
+    return quantiles["p50"] <= pair.noise.p50 and quantiles["p999"] <= pair.noise.p999
+
+
+def _telling(pair: Pair, own: Sampled) -> Sampled:
+    """The recipe's own sample where raw and sampled differ in it, else a smaller one at another temperature."""
+    if own.sampling.temperature != 1.0 or own.sampling.truncates or own.sampling.penalises:
+        return own
+    half = own.prompts[: max(4, len(own.prompts) // 2)]
+    return draw(pair, half, replace(own.sampling, temperature=DISTINGUISHING_TEMPERATURE), pair.seed + 1)

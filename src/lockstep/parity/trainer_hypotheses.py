@@ -1,0 +1,165 @@
+"""Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried on the trainer.
+
+A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by token. A setting of the
+model (the base of the rotary embedding, the norm's epsilon) or a scaled tensor must make the gap vanish.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lockstep.parity import attribution
+from lockstep.parity.canary import Canary
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.tolerances import PRECISION_MULTIPLE
+from lockstep.policy.model import Policy
+
+ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
+EPSILONS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-4)
+SCALED_TOKENS = 64
+"""Of the sample, for the search for a scaled tensor."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What explains a gap."""
+
+    cause: str
+    evidence: str
+
+
+def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
+    """The first hypothesis that explains a gap of the recipe's own sample.
+
+    Args:
+        gap: trainer − engine, float32 [T].
+    """
+    found = _precision(pair, sample, gap) or _setting(pair, sample) or _scale(pair, sample)
+    return found or Explanation("unexplained_numerics", "no difference of precision, setting or scale that was tried explains it")
+
+
+def in_dtype(policy: Policy, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
+    """A copy of the policy that computes in another precision (score D in fp32)."""
+    model: Any = copy.deepcopy(policy.model)
+    model = model.to(dtype)
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    return replace(policy, model=model, head=head.weight, head_bias=bias, head_dtype=head_dtype)
+
+
+def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:
+    """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
+    policy, temperature = pair.policy, sample.sampling.temperature
+    ours = np.concatenate(policy.score(sample.groups, temperature))
+    body, head = pair.engine_dtype, str(pair.engine.ready.resolved.get("worker.head_dtype"))
+    size = float(np.median(np.abs(gap)))
+    if body != str(policy.model.dtype):
+        as_engine = in_dtype(policy, _dtype(body), policy.head_dtype)
+        expected = np.median(np.abs(np.concatenate(as_engine.score(sample.groups, temperature)) - ours))
+        if size <= PRECISION_MULTIPLE * expected:
+            return Explanation(
+                "body_precision", f"engine {body}, trainer {policy.model.dtype}: alone worth {expected:.1e} nats (median)"
+            )
+    if head not in ("None", str(policy.head_dtype)):
+        as_engine = replace(policy, head_dtype=_dtype(head))
+        expected = np.median(np.abs(np.concatenate(as_engine.score(sample.groups, temperature)) - ours))
+        if size <= PRECISION_MULTIPLE * expected:
+            return Explanation(
+                "head_precision", f"head in {head}, trainer's in {policy.head_dtype}: alone worth {expected:.1e} nats (median)"
+            )
+    return None
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
+
+
+def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
+    """Another rotary base or norm epsilon under which the trainer agrees with the engine."""
+    few = _first(sample, len(sample.prompts) // 2)
+    engine = few.engine_logprobs
+
+    def miss(context) -> float:
+        with context:
+            return float(np.median(np.abs(np.concatenate(pair.policy.score(few.groups, few.sampling.temperature)) - engine)))
+
+    for module in _rotary(pair.policy.model):
+        base = _fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)))
+        left = miss(rotary_base(module, base))
+        if left <= pair.noise.p50:
+            return Explanation("model_config_differs", f"with a rotary base of {base:.4g} the trainer agrees to {left:.1e} nats")
+    for epsilon in EPSILONS:
+        left = miss(norm_epsilon(pair.policy.model, epsilon))
+        if left <= pair.noise.p50:
+            return Explanation(
+                "model_config_differs", f"with a norm epsilon of {epsilon:g} the trainer agrees to {left:.1e} nats"
+            )
+    return None
+
+
+def _first(sample: Sampled, n: int) -> Sampled:
+    return Sampled(sample.prompts[:n], sample.completions[:n], sample.sampling)
+
+
+def _fitted(grid: Sequence[float], miss) -> float:
+    """The best of a grid, refined between its neighbours on a logarithmic scale."""
+    misses = [miss(value) for value in grid]
+    at = int(np.argmin(misses))
+    low, high = np.log(grid[max(at - 1, 0)]), np.log(grid[min(at + 1, len(grid) - 1)])
+    for _ in range(12):
+        third = (high - low) / 3
+        a, b = low + third, high - third
+        low, high = (low, b) if miss(float(np.exp(a))) < miss(float(np.exp(b))) else (a, high)
+    fitted = float(np.exp((low + high) / 2))
+    return min((*grid, fitted, float(f"{fitted:.2g}"), float(f"{fitted:.1g}")), key=miss)
+
+
+def _rotary(model: nn.Module) -> list[Any]:
+    """The module that holds the rotary frequencies, where it is of the default kind."""
+    return [m for m in model.modules() if hasattr(m, "inv_freq") and getattr(m, "rope_type", "default") == "default"][:1]
+
+
+@contextmanager
+def rotary_base(module: Any, base: float) -> Iterator[None]:
+    """The trainer's rotary embedding with another base."""
+    before = module.inv_freq
+    n = before.numel()
+    module.inv_freq = (base ** -(torch.arange(n, device=before.device, dtype=torch.float32) / n)).to(before.dtype)
+    try:
+        yield
+    finally:
+        module.inv_freq = before
+
+
+@contextmanager
+def norm_epsilon(model: nn.Module, epsilon: float) -> Iterator[None]:
+    """The trainer's norms with another epsilon."""
+    norms = [
+        (m, name) for m in model.modules() for name in ("variance_epsilon", "eps") if isinstance(getattr(m, name, None), float)
+    ]
+    before = [getattr(m, name) for m, name in norms]
+    for m, name in norms:
+        setattr(m, name, epsilon)
+    try:
+        yield
+    finally:
+        for (m, name), value in zip(norms, before, strict=True):
+            setattr(m, name, value)
+
+
+def _scale(pair: Pair, sample: Sampled) -> Explanation | None:
+    """A tensor, or a natural set of them, that the engine holds times a constant."""
+    canary = Canary.of(sample, SCALED_TOKENS)
+    ground = pair.noise.p50
+    named = attribution.scaled(pair, canary, canary.engine_scores(pair), ground)
+    if named is None:
+        return None
+    others = f"; {' or '.join(named.alike[:3])} would look the same" if named.alike else ""
+    text = f"with {named.label} times {named.factor:.4g} the trainer agrees to {named.miss:.1e} nats{others}"
+    return Explanation("tensor_scaled", text)

@@ -1,0 +1,61 @@
+"""A whole pair without a download: the tiny model behind the transformers engine, with a tokenizer of 97 words."""
+
+import pytest
+from msgspec.structs import replace
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model_dir, tmp_path_factory):
+    """The tiny model with a tokenizer and a chat template beside it."""
+    import shutil
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", *"0123456789+-=?.", *(f"w{n}" for n in range(79))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(tiny_model_dir, path)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_checkpoint):
+    from lockstep.config.recipe import parse_recipe
+
+    return parse_recipe(
+        {
+            "model": {"path": str(tiny_checkpoint)},
+            "engine": {"name": "transformers", "max_model_len": 128},
+            "task": {
+                "name": "reasoning_gym:basic_arithmetic",
+                "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+            },
+            "sampling": {"max_tokens": 5},
+            "training": {"steps": 1},
+            "parity": {"probe_prompts": 8, "probe_tokens": 16},
+        },
+        "tests/faults",
+    )
+
+
+@pytest.fixture(scope="session")
+def session(recipe, tmp_path_factory):
+    from lockstep.loop.session import open_session
+
+    with open_session(recipe, tmp_path_factory.mktemp("run") / "engine.log", print) as opened:
+        yield opened
+
+
+@pytest.fixture
+def pair(session, recipe):
+    """The session's pair with the plain recipe, and with it again afterwards."""
+    session.pair.recipe = replace(recipe)
+    yield session.pair
+    session.pair.recipe = recipe

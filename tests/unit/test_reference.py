@@ -1,0 +1,32 @@
+"""docs/reference is what the code says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from lockstep.parity.causes import CAUSES
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_reference_is_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_cause_that_the_code_names_is_explained():
+    import re
+
+    named = set()
+    for path in (ROOT / "src" / "lockstep").rglob("*.py"):
+        named |= set(re.findall(r'(?:finding|Explanation|Mangled|Explained)\(\s*"(\w+)"', path.read_text()))
+    assert len(named) > 10
+    assert named <= CAUSES.keys()
+
+
+def test_every_fix_that_an_engine_knows_is_of_a_cause():
+    from lockstep.engines.vllm.served import FIXES
+    from lockstep.engines.vllm.v0 import VllmV0
+    from lockstep.engines.vllm.v1 import VllmV1
+
+    assert FIXES.keys() | VllmV0.fixes.keys() | VllmV1.fixes.keys() <= CAUSES.keys()

@@ -1,0 +1,117 @@
+"""Settings that a sampler used without being asked are fitted from its numbers, and draws that betray one are noticed."""
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from lockstep.parity.hypotheses import hidden_of
+from lockstep.parity.sampler import examine_draws, fitted_temperature, fitted_truncation, hidden_settings
+from lockstep.policy.model import load_policy
+from lockstep.policy.packing import Group
+from lockstep.policy.truncation import kept
+from lockstep.records.tokens import SamplingParams
+
+LIMIT = 1e-4
+PLAIN = SamplingParams(max_tokens=16)
+
+
+def sampled(logits, sampling, seed=0, noise=2e-5):
+    """Ids drawn from, and numbers reported of, processed ``logits`` [N, V]."""
+    z = logits / sampling.temperature
+    if sampling.truncates:
+        z = z.masked_fill(~kept(z.log_softmax(-1), sampling), float("-inf"))
+    logprobs = z.log_softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+    numbers = logprobs.gather(1, ids[:, None])[:, 0]
+    return ids, numbers + noise * torch.randn(len(ids), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def logits():
+    # Zipf-like, as a language model's: some rows sure, some not, a long tail far below the noise.
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(100, 4000, generator=generator) * torch.linspace(1.0, 6.0, 100)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"top_k": 5}, "top-k 5"),
+        ({"top_k": 50}, "top-k 50"),
+        ({"top_p": 0.9}, "top-p 0.9"),
+        ({"top_p": 0.62}, "top-p 0.62"),
+        ({"min_p": 0.1}, "min-p 0.1"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hidden_truncation_is_fitted(logits, setting, name, seed):
+    ids, numbers = sampled(logits, replace(PLAIN, **setting), seed)
+    found = fitted_truncation(logits, ids, numbers, LIMIT)
+    assert found is not None
+    assert found[0].split()[0] == name.split()[0]
+    assert float(found[0].split()[1]) == pytest.approx(float(name.split()[1]), rel=0.05)
+
+
+def test_nothing_is_fitted_where_nothing_is_hidden(logits):
+    ids, numbers = sampled(logits, PLAIN)
+    assert fitted_truncation(logits, ids, numbers, LIMIT) is None
+    ids, numbers = sampled(logits, replace(PLAIN, temperature=0.7))
+    assert fitted_truncation(logits, ids, numbers, LIMIT) is None
+
+
+@pytest.mark.parametrize("temperature", [0.37, 0.9, 1.6])
+def test_the_temperature_is_fitted(logits, temperature):
+    ids, numbers = sampled(logits, replace(PLAIN, temperature=temperature))
+    found, miss = fitted_temperature(logits, ids, numbers)
+    assert found == pytest.approx(temperature, rel=1e-3)
+    assert miss < LIMIT
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_dir):
+    return load_policy(tiny_model_dir, "float32", "float32")
+
+
+SHARP = 2.0
+"""The tiny model's logits are nearly flat; the asked temperature is its inverse."""
+
+
+def drawn(policy, sampling, n=40, seed=0):
+    """Groups whose completions are drawn from the policy itself, all of them one token at a time."""
+    rng = np.random.default_rng(seed)
+    prompts, tokens = [rng.integers(0, 97, 5).astype(np.int32) for _ in range(n)], np.empty((n, 0), np.int32)
+    for _ in range(8):
+        groups = [Group(np.r_[p, t].astype(np.int32), [np.zeros(1, np.int32)]) for p, t in zip(prompts, tokens, strict=True)]
+        with torch.no_grad():
+            z = policy.logits(torch.cat(hidden_of(policy, groups))) * SHARP / sampling.temperature
+        if sampling.truncates:
+            z = z.masked_fill(~kept(z.log_softmax(-1), sampling), float("-inf"))
+        p = z.double().softmax(-1).numpy()
+        new = [rng.choice(97, p=row / row.sum()) for row in p]
+        tokens = np.c_[tokens, new].astype(np.int32)
+    return [Group(prompt, [ids]) for prompt, ids in zip(prompts, tokens, strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_honest_draws_are_not_odd(policy, seed):
+    groups = drawn(policy, PLAIN, seed=seed)
+    assert examine_draws(policy, groups, replace(PLAIN, temperature=1 / SHARP)).oddity() == ""
+
+
+@pytest.mark.parametrize("hidden", [{"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.4}])
+def test_draws_from_another_distribution_are_odd(policy, hidden):
+    groups = drawn(policy, replace(PLAIN, **hidden))
+    assert examine_draws(policy, groups, replace(PLAIN, temperature=1 / SHARP)).oddity()
+
+
+def test_hidden_settings_of_a_whole_policy(policy):
+    groups = drawn(policy, PLAIN, n=12)
+    engine = np.concatenate(policy.score(groups, 0.8))
+    found = hidden_settings(policy, groups, engine, replace(PLAIN, temperature=0.5), LIMIT)
+    assert found is not None
+    assert found.cause == "temperature_altered"
+    assert "0.8" in found.name
+    noise = np.random.default_rng(0).normal(0, 0.1, engine.size).astype(np.float32)
+    assert hidden_settings(policy, groups, engine + noise, replace(PLAIN, temperature=0.5), LIMIT) is None
