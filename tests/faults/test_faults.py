@@ -10,6 +10,7 @@ from lockstep.parity.ladder import climb
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
 REAL_ONLY = {
+    "corrupted_completions",
     "one_norm_not_delivered",
     "fused_projection_not_delivered",
     "one_layer_scaled",
@@ -39,6 +40,17 @@ def test_a_clean_pair_passes(pair, recipe, temperature, seed):
     result = climb(pair)
     assert [v.status for v in result.verdicts] == ["PASS"] * 5, [(v.summary, v.reason) for v in result.verdicts]
     assert all(v.figures["minimal_detectable_effect_nats"] >= 0.0 for v in result.verdicts)
+
+
+def test_an_update_that_is_lost_is_found_even_where_the_sides_differ_anyway(pair, recipe):
+    pair.recipe = recipe
+    with planted(pair, FAULTS["rotary_base_altered"]):
+        sides_differ = climb(pair).verdicts
+        pair.planted = ("not_delivered",)
+        lost = climb(pair).failed
+    assert sides_differ[2].status == "PASS"
+    assert lost is not None
+    assert (lost.layer, lost.findings[0].cause) == ("weights", "not_delivered")
 
 
 def test_every_cause_has_a_planted_fault_or_says_nothing_is_known():
