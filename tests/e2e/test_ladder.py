@@ -46,14 +46,9 @@ def test_a_clean_pair_passes_all_five_layers(pair, tmp_path, temperature):
 
 
 REAL = (
-    "temperature_clamped",
-    "server_default_top_k",
-    "rows_swapped",
     "corrupted_completions",
     "stale_head",
-    "not_delivered",
     "one_norm_not_delivered",
-    "adapter_not_merged",
     "one_layer_scaled",
     "stale_prefix_cache",
 )
@@ -75,8 +70,8 @@ def test_a_planted_fault_is_named_in_its_layer(pair, name):
     assert 0 < low < result.failed.findings[0].effect_nats < high
     if name == "one_norm_not_delivered":
         assert "model.layers.10.input_layernorm.weight" in result.failed.summary
-    if name == "adapter_not_merged":
-        assert "self_attn.q_proj.weight and self_attn.v_proj.weight of layers 0 to 29" in result.failed.summary
+    if name == "one_layer_scaled":
+        assert "layers.14.mlp.down_proj.weight" in result.failed.findings[0].evidence
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])

@@ -19,16 +19,22 @@ from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import Verdict
 
-CLEAN = tuple(
-    (
-        f"clean, {dtype}, T={t:g}, seed {seed}",
-        (f"engine.dtype={dtype}", f"model.dtype={dtype}", f"sampling.temperature={t}", f"parity.seed={seed}"),
-    )
-    for dtype in ("float32", "bfloat16")
-    for t in (1.0, 0.7)
-    for seed in (0, 1)
-)
-"""Configurations on which the ladder must stay silent. The seed is of the probes."""
+
+def clean_configurations(generation: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Name and overrides of configurations on which the ladder must stay silent: dtypes, temperatures, seeds of the probes.
+
+    V0's bf16 is left out: 0.8.5's norms round between their steps, and the gap that makes (0.12 nats in the median on a CPU)
+    is a true finding.
+    """
+    return [
+        (
+            f"clean, {dtype}, T={t:g}, seed {seed}",
+            (f"engine.dtype={dtype}", f"model.dtype={dtype}", f"sampling.temperature={t}", f"parity.seed={seed}"),
+        )
+        for dtype in (("float32",) if generation == "V0" else ("float32", "bfloat16"))
+        for t in (1.0, 0.7)
+        for seed in range(4 if generation == "V0" else 2)
+    ]
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -74,7 +80,7 @@ def run_campaign(
             on_outcome(outcomes[-1])
     faults = [fault for fault in faults if generation in fault.generations]
     planned: list[tuple[str, tuple[str, ...], Fault | None]] = [(fault.name, fault.sets, fault) for fault in faults]
-    planned += [(name, sets, None) for name, sets in (CLEAN if clean else ())]
+    planned += [(name, sets, None) for name, sets in (clean_configurations(generation) if clean else ())]
     starts: dict[tuple[str, ...], list[tuple[str, tuple[str, ...], Fault | None]]] = {}
     for job in planned:
         starts.setdefault(tuple(s for s in job[1] if s.startswith(("engine.", "model."))), []).append(job)

@@ -216,9 +216,10 @@ CAUSES |= _of(
             "Check the attention mask and the position ids of packed rows.",
         ),
         "body_precision": (
-            "Engine and trainer compute the body in different dtypes, and the objective cannot bear the difference.",
-            "The dtypes read back from both; the gap against the clip range.",
-            "engine.dtype = model.dtype, or a wider clip range.",
+            "Engine and trainer compute the body in different dtypes, or in one that the engine rounds more coarsely in, and the "
+            "objective cannot bear the difference.",
+            "The dtypes read back from both; what the trainer's own model shows between them; the gap against the clip range.",
+            "engine.dtype = model.dtype, a wider clip range, or fp32 where the engine's kernels are coarse.",
         ),
         "head_precision": (
             "Engine and trainer compute the last matrix product in different dtypes. One side in fp32 alone is worse than none.",

@@ -5,8 +5,8 @@ model (the base of the rotary embedding, the norm's epsilon) or a scaled tensor 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from lockstep.policy.model import Policy
 
 ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
 EPSILONS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-4)
+IMPROVES = 0.9
+"""A setting that leaves more of the miss than this is not looked at more closely."""
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
@@ -73,7 +75,20 @@ def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | No
             return Explanation(
                 "head_precision", f"head in {head}, trainer's in {policy.head_dtype}: alone worth {expected:.1e} nats (median)"
             )
+    if body == str(policy.model.dtype) != "torch.float32":
+        return _coarser(pair, sample, ours)
     return None
+
+
+def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | None:
+    """One dtype on both sides, and the engine rounds more coarsely in it: it lies farther from fp32 (score D)."""
+    reference = in_dtype(pair.policy, torch.float32, torch.float32)
+    scores = np.concatenate(reference.score(sample.groups, sample.sampling.temperature))
+    trainer, engine = (float(np.median(np.abs(side - scores))) for side in (ours, sample.engine_logprobs))
+    if not trainer < engine <= PRECISION_MULTIPLE * trainer:
+        return None
+    text = f"both in {pair.engine_dtype}; from fp32 the trainer is {trainer:.1e} nats away, the engine {engine:.1e} (medians)"
+    return Explanation("body_precision", text)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -90,8 +105,7 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
             return float(np.median(np.abs(np.concatenate(pair.policy.score(few.groups, few.sampling.temperature)) - engine)))
 
     for module in _rotary(pair.policy.model):
-        base = _fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)))
-        left = miss(rotary_base(module, base))
+        base, left = _fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)), miss(nullcontext()))
         if left <= pair.noise.p50:
             return Explanation("model_config_differs", f"with a rotary base of {base:.4g} the trainer agrees to {left:.1e} nats")
     for epsilon in EPSILONS:
@@ -107,17 +121,20 @@ def _first(sample: Sampled, n: int) -> Sampled:
     return Sampled(sample.prompts[:n], sample.completions[:n], sample.sampling)
 
 
-def _fitted(grid: Sequence[float], miss) -> float:
-    """The best of a grid, refined between its neighbours on a logarithmic scale."""
+def _fitted(grid: Sequence[float], miss: Callable[[float], float], now: float) -> tuple[float, float]:
+    """The best of a grid and its miss, refined between its neighbours on a logarithmic scale where it beats the miss ``now``."""
     misses = [miss(value) for value in grid]
     at = int(np.argmin(misses))
+    if not misses[at] < IMPROVES * now:
+        return grid[at], misses[at]
     low, high = np.log(grid[max(at - 1, 0)]), np.log(grid[min(at + 1, len(grid) - 1)])
     for _ in range(12):
         third = (high - low) / 3
         a, b = low + third, high - third
         low, high = (low, b) if miss(float(np.exp(a))) < miss(float(np.exp(b))) else (a, high)
     fitted = float(np.exp((low + high) / 2))
-    return min((*grid, fitted, float(f"{fitted:.2g}"), float(f"{fitted:.1g}")), key=miss)
+    left, best = min((miss(value), value) for value in (grid[at], fitted, float(f"{fitted:.2g}"), float(f"{fitted:.1g}")))
+    return best, left
 
 
 def _rotary(model: nn.Module) -> list[Any]:
