@@ -44,8 +44,7 @@ def check(
 
     Exit code: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run.
     """
-    if depth not in DEPTHS:
-        raise UsageError("flag --depth", got=repr(depth), expected=f"one of {', '.join(DEPTHS)}", hint="--depth quick")
+    _refuse_contradictions(recipe, engine, engine_url, depth, audit_only=audit_only)
     if rollouts is not None:
         from lockstep.cli.logged import check_logged
 
@@ -77,6 +76,17 @@ def check(
         if out is not None and result.passed:
             print(f"certificate: {out / 'certificate.json'}")
     raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
+
+
+def _refuse_contradictions(recipe: Path | None, engine: str | None, url: str | None, depth: str, *, audit_only: bool) -> None:
+    if depth not in DEPTHS:
+        raise UsageError("flag --depth", got=repr(depth), expected=f"one of {', '.join(DEPTHS)}", hint="--depth quick")
+    if audit_only and recipe is None:
+        expected, hint = "a recipe", "lockstep engines audit --url URL needs none"
+        raise UsageError("check --audit-only", got="no recipe", expected=expected, hint=hint)
+    if engine is not None and url is not None:
+        expected, hint = "one of them: a server is asked over HTTP", "leave --engine out"
+        raise UsageError("check", got="--engine with --engine-url", expected=expected, hint=hint)
 
 
 def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say") -> "LadderResult":

@@ -24,12 +24,15 @@ def diagnose(
     from lockstep.cli.common import recipe_of
 
     loaded = recipe_of(recipe, set_, engine)
-    from lockstep.loop.ablation import ablate
+    from lockstep.loop.ablation import ablate, mended
     from lockstep.parity.tolerances import noise_of
 
     with Console() as console:
-        found = ablate(loaded, against.partition("==")[2] if against else None, console.say)
-    explained = found.unexplained_nats <= noise_of(f"torch.{loaded.engine.dtype or loaded.model.dtype}").p50
+        found = ablate(loaded, against.rpartition("==")[2] if against else None, console.say)
+    good = mended(loaded, None)
+    explained = (
+        found.unexplained_nats <= noise_of(f"torch.{good.engine.dtype or good.model.dtype}", f"torch.{good.model.dtype}").p50
+    )
     if as_json:
         emit("diagnose", {"explained": explained, "ablation": found})
     else:

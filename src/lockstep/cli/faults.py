@@ -23,7 +23,8 @@ def faults(
 ) -> None:
     """Plant each fault, climb the ladder, and print the confusion matrix.
 
-    Exit code: 0 when every fault was named and no clean check failed, 1 otherwise, 2 usage or configuration, 3 could not run.
+    Exit code: 0 when every fault was named and no clean check failed, 1 otherwise, 2 usage or configuration, 3 when none could
+    be planted.
     """
     import tempfile
 
@@ -62,7 +63,7 @@ def faults(
         print(show_matrix(matrix))
         for outcome in missed:
             print(_line(outcome))
-    raise typer.Exit(1 if missed else 0)
+    raise typer.Exit(1 if missed else 0 if any(outcome.hit for outcome in outcomes) else 3)
 
 
 def confusion(outcomes: list[Any]) -> dict[str, dict[str, int]]:

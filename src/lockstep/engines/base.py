@@ -109,4 +109,4 @@ class Engine(ABC):
 
     @abstractmethod
     def fix(self, cause: str) -> str:
-        """The recipe line or flag of this engine and version that mends ``cause``."""
+        """The recipe line or flag of this engine and version that mends ``cause``; empty where it knows none."""

@@ -244,7 +244,7 @@ class OpenAIHttpEngine(Engine):
         return {
             "raw_logprobs": "start the server with --logprobs-mode processed_logprobs",
             "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
-        }.get(cause, "look at how the server was started: lockstep engines audit --url URL")
+        }.get(cause, "")
 
     async def _told(self) -> dict[str, Any]:
         """The resolved configuration, which a server tells in its development mode only (VLLM_SERVER_DEV_MODE=1)."""

@@ -202,7 +202,7 @@ class TransformersEngine(Engine):
         return {
             "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
             "body_precision": "engine.dtype = model.dtype",
-        }.get(cause, "no flag of this engine is known to mend it")
+        }.get(cause, "")
 
 
 class _TakeLogprobs(LogitsProcessor):

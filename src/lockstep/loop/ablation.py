@@ -81,7 +81,7 @@ def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callab
         found.append((Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name)))
     for name in ("head_dtype", "dtype"):
         asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
-        if asked not in (None, own):
+        if asked not in (None, own) or (asked is not None and own != "float32"):
             found.append((Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}"), _engine(name, None)))
     for name in ("head_dtype", "dtype"):
         if getattr(recipe.model, name) != "float32":
@@ -91,6 +91,13 @@ def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callab
         text = f"engine.version={recipe.engine.version or 'newest'}"
         found.append((Factor(name=text, flag=f"--set engine.version={version}"), _engine("version", version)))
     return found
+
+
+def mended(recipe: Recipe, version: str | None) -> Recipe:
+    """The good configuration: every factor mended."""
+    for _, mend in factors_of(recipe, version):
+        recipe = mend(recipe)
+    return recipe
 
 
 def _sampling(name: str, value: Any) -> Callable[[Recipe], Recipe]:

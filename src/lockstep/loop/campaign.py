@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from lockstep.config.recipe import Recipe, with_sets
 from lockstep.engines.registry import Choice, choose
+from lockstep.errors import LockstepError
 from lockstep.loop.session import Say, open_session
 from lockstep.parity.faults import Fault
 from lockstep.parity.ladder import climb
@@ -85,11 +86,20 @@ def run_campaign(
     for job in planned:
         starts.setdefault(tuple(s for s in job[1] if s.startswith(("engine.", "model."))), []).append(job)
     for own, jobs in starts.items():
-        base = with_sets(recipe, own)
-        with open_session(base, log, say) as session:
-            for name, sets, fault in jobs:
-                session.pair.recipe = with_sets(recipe, sets)
-                outcomes.append(_climb(session.pair, name, fault))
+        left = list(jobs)
+        try:
+            with open_session(with_sets(recipe, own), log, say) as session:
+                while left:
+                    name, sets, fault = left[0]
+                    session.pair.recipe = with_sets(recipe, sets)
+                    outcomes.append(_climb(session.pair, name, fault))
+                    on_outcome(outcomes[-1])
+                    del left[0]
+        except LockstepError as error:
+            if not own:
+                raise
+            for name, _, fault in left:
+                outcomes.append(_outcome(name, fault, [], 0.0, f"{error.boundary}: {error.got}"))
                 on_outcome(outcomes[-1])
     return outcomes
 

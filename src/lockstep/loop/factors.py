@@ -8,6 +8,8 @@ The trainer has no part in it, so only engines are started. What an engine canno
 """
 
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lockstep.errors import LockstepError
+from lockstep.errors import EngineDied, LockstepError
 from lockstep.loop.session import Say, open_engine
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.causes import finding
@@ -23,6 +25,7 @@ from lockstep.parity.corruption import corrupted
 from lockstep.parity.evidence import within
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.probes import probe_prompts
+from lockstep.records.messages import Ready
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Finding, Verdict
 
@@ -30,41 +33,55 @@ TOKENS = 16
 PROMPTS = 16
 
 
+SPARE_BLOCKS = 4
+"""Beyond what one request of the full length needs: fewer and the engine refuses to start."""
+
+
 @dataclass(frozen=True)
 class Factor:
     """One way through the engine, by the engine's own options."""
 
     cause: str
-    options: dict[str, Any]
-    generations: tuple[str, ...] = ("V1",)
+    options: Callable[[Ready], dict[str, Any]]
+    """Of the recipe's engine as it resolved."""
+
+
+def _starved(ready: Ready) -> dict[str, Any]:
+    """A cache that holds one request of the full length; the probes together need more, so some are preempted."""
+    block, longest = int(ready.resolved["cache_config.block_size"]), int(ready.resolved["model_config.max_model_len"])
+    return {"num_gpu_blocks_override": -(-longest // block) + SPARE_BLOCKS}
 
 
 FACTORS = (
     # 64 tokens a step: the longer probes are prefilled in two or three portions beside the decodes of the others.
-    Factor("chunked_prefill", {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}),
-    Factor("async_scheduling", {"async_scheduling": True}),
-    # The probes need some 40 blocks at once; with 20, one request of the full length still fits and the others are preempted.
-    Factor("preemption", {"num_gpu_blocks_override": 20}),
+    Factor("chunked_prefill", lambda _: {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}),
+    Factor("async_scheduling", lambda _: {"async_scheduling": True}),
+    Factor("preemption", _starved),
 )
+GENERATIONS = ("V1",)
 
 
 def deepen(pair: Pair, say: Say, path: Verdict) -> Verdict:
     """Layer 2's verdict with every factor measured besides; a failing factor fails it."""
     ready, findings, figures, skipped = pair.engine.ready, list(path.findings), dict(path.figures), []
-    for factor in FACTORS:
-        if ready.engine != "vllm" or ready.generation not in factor.generations:
-            skipped.append(f"{factor.cause}: no such switch in {ready.engine} {ready.version}")
-            continue
+    for factor in FACTORS if ready.generation in GENERATIONS else ():
         say(f"ladder: path: {factor.cause.replace('_', ' ')}")
+        options = factor.options(ready)
         try:
-            sample, rescored = _measure(pair, factor)
-        except LockstepError as error:
-            skipped.append(f"{factor.cause}: {error.got}")
+            measured = _measure(pair, options)
+        except _NotStartedError as error:
+            skipped.append(f"{factor.cause}: {error}")
             continue
-        gap = sample.engine_logprobs - rescored
+        except EngineDied as error:
+            size, text = np.full(1, np.nan), f"the engine died with {options}: {error.got}"
+            findings.append(finding(factor.cause, size, np.zeros(1, int), text, pair.engine.fix(factor.cause)))
+            continue
+        gap = measured[0].engine_logprobs - measured[1]
         figures |= {f"{factor.cause}_abs_{name}_nats": value for name, value in quantiles_abs(gap).items()}
-        found = _judge(pair, factor, sample, rescored)
+        found = _judge(pair, factor, options, *measured)
         findings += [found] if found is not None else []
+    if ready.generation not in GENERATIONS:
+        skipped.append(f"no factor can be switched in {ready.engine} {ready.version}")
     figures["factors_not_run"] = skipped
     told = [factor.cause.replace("_", " ") for factor in FACTORS if f"{factor.cause}_abs_max_nats" in figures]
     summary = f"{path.summary}; {', '.join(told) or 'no factor'} too{'; not run: ' + '; '.join(skipped) if skipped else ''}"
@@ -80,23 +97,32 @@ def deepen(pair: Pair, say: Say, path: Verdict) -> Verdict:
     )
 
 
-def _measure(pair: Pair, factor: Factor) -> tuple[Sampled, np.ndarray]:
+class _NotStartedError(Exception):
+    """The engine does not start with the factor, or ignores it."""
+
+
+def _measure(pair: Pair, options: dict[str, Any]) -> tuple[Sampled, np.ndarray]:
     """A sample and its own re-score on an engine with the factor on. No seeds: vLLM 0.32 cannot chunk a seeded prompt."""
-    recipe = replace(pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | factor.options))
+    recipe = replace(pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | options))
     prompts = probe_prompts(pair, PROMPTS, pair.seed)
     plain = SamplingParams(max_tokens=TOKENS)
-    with (
-        tempfile.TemporaryDirectory(prefix="lockstep-factor-") as scratch,
-        open_engine(recipe, Path(scratch) / "engine.log", lambda text: None) as engine,
-    ):
+    with tempfile.TemporaryDirectory(prefix="lockstep-factor-") as scratch, ExitStack() as stack:
+        try:
+            engine = stack.enter_context(open_engine(recipe, Path(scratch) / "engine.log", lambda text: None))
+        except LockstepError as error:
+            raise _NotStartedError(ascii(error.got)) from error
+        resolved = {key.rpartition(".")[2]: value for key, value in engine.ready.resolved.items()}
+        ignored = [name for name, value in options.items() if resolved.get(name, value) != value]
+        if ignored:
+            raise _NotStartedError(f"{ignored[0]} resolved to {resolved[ignored[0]]}")
         sample = Sampled(prompts, engine.sample(prompts, [plain] * len(prompts)), plain)
         return sample, sample.rescored(engine)
 
 
-def _judge(pair: Pair, factor: Factor, sample: Sampled, rescored: np.ndarray) -> Finding | None:
+def _judge(pair: Pair, factor: Factor, options: dict[str, Any], sample: Sampled, rescored: np.ndarray) -> Finding | None:
     gap = sample.engine_logprobs - rescored
     found = corrupted(pair, sample, rescored)
-    if found is None and within(pair, gap):
+    if found is None and within(pair.engine_noise, gap):
         return None
-    text = found.evidence() if found is not None else f"A − B reaches {np.abs(gap).max():.1e} nats with {factor.options}"
+    text = found.evidence() if found is not None else f"A − B reaches {np.abs(gap).max():.1e} nats with {options}"
     return finding(factor.cause, np.abs(gap), sample.owners, text, pair.engine.fix(factor.cause))

@@ -34,11 +34,12 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     neutral, limit = evidence.neutral, pair.noise.p50
     ours, theirs = _rows(evidence.neutral.engine_logprobs, neutral.owners), _rows(evidence.rescored, neutral.owners)
     trainer = _rows(evidence.trainer, neutral.owners)
-    edited = _edited(ours, theirs, pair.noise.p999)
-    if edited is not None:
-        return edited
-    if np.mean([_off(a, b, limit) for a, b in zip(ours, theirs, strict=True)]) >= MOST:
-        return _shifted(ours, theirs, limit) or _swapped(pair, evidence, ours, theirs, limit) or _prompt(pair, evidence, ours)
+    most_off = np.mean([_off(a, b, limit) for a, b in zip(ours, theirs, strict=True)]) >= MOST
+    found = (_shifted(ours, theirs, limit) if most_off else None) or _edited(ours, theirs, pair.noise.p999, limit)
+    if found is not None:
+        return found
+    if most_off:
+        return _swapped(pair, evidence, ours, theirs, limit) or _prompt(pair, evidence, ours)
     if np.mean([_off(a, c, limit) for a, c in zip(ours, trainer, strict=True)]) >= MOST:
         return _prompt(pair, evidence, ours)
     return None
@@ -83,13 +84,13 @@ def _swapped(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: lis
     return None
 
 
-def _edited(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:
+def _edited(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float, limit: float) -> Mangled | None:
     """From one place on nothing agrees any more: the tokens after it were drawn in another context than the one returned."""
     places = []
     for a, b in zip(ours, theirs, strict=True):
-        off = ~(np.abs(a - b) <= limit)
+        off = ~(np.abs(a - b) <= tail)
         first = int(off.argmax()) if off.any() else len(off)
-        rest = ~(np.abs(a - b) <= limit / 10)[first:]
+        rest = ~(np.abs(a - b) <= limit)[first:]
         if 0 < first < len(off) - 3 and rest.mean() > MOST:
             places.append(first)
     if len(places) >= MOST * len(ours):

@@ -25,7 +25,7 @@ VERIFIED = 8
 REFINED = 4
 """Re-scores of a hypothesis whose factor is fitted: the first is a linear guess."""
 GREEDY = 4
-"""Tensors that are added one at a time where no natural set fits."""
+"""Tensors of the set that is put together one at a time, in case no natural set fits."""
 ALIKE = 1.5
 """Hypotheses that miss by less than this times the best are named beside it: some edits cannot be told apart by any score."""
 _LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
@@ -74,7 +74,7 @@ def stale(pair: Pair, canary: Canary, before: dict[Tensor, Tensor], engine: np.n
 def scaled(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
     """Tensors that the engine holds multiplied by a constant. Arguments as :func:`stale`."""
     tensors = named_weights(pair.policy.model)
-    names = list(tensors)
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
 
     @contextmanager
     def held(chosen: tuple[str, ...], factor: float) -> Iterator[None]:
@@ -127,7 +127,8 @@ def _ranked(slopes: np.ndarray, gap: np.ndarray, names: list[str], *, free: bool
     """
     column = {name: slopes[:, at] for at, name in enumerate(names)}
     found = {}
-    for chosen in [*_sets(names), _greedy(column, gap, names)]:
+    greedy = [] if free else [_greedy(column, gap, names)]
+    for chosen in [candidate for candidate in (*_sets(names), *greedy) if candidate]:
         move = sum((column[name] for name in chosen), start=np.zeros(len(gap)))
         size = float(gap @ move / max(move @ move, 1e-30)) if free else 1.0
         found[chosen] = (float(np.abs(gap - size * move).mean()), 1.0 + size if free else 1.0)
@@ -172,7 +173,7 @@ def _proven(pair: Pair, canary: Canary, engine: np.ndarray, ranked, held, limit:
     misses: dict[tuple[tuple[str, ...], float], float] = {}
     gap = engine - canary.trainer_scores(pair)
     for chosen, factor in ranked:
-        for _ in range(1 if factor == 1.0 or not chosen else REFINED):
+        for _ in range(1 if factor == 1.0 else REFINED):
             with held(chosen, factor):
                 left = engine - canary.trainer_scores(pair)
             misses[chosen, factor] = float(np.abs(left).mean())
@@ -183,7 +184,8 @@ def _proven(pair: Pair, canary: Canary, engine: np.ndarray, ranked, held, limit:
     best = {chosen: min((miss, factor) for (c, factor), miss in misses.items() if c == chosen) for chosen, _ in misses}
     # Of sets that explain alike, the smallest is named.
     least = min(miss for miss, _ in best.values())
-    alike: list[tuple[str, ...]] = sorted((c for c, (miss, _) in best.items() if miss <= max(ALIKE * least, limit / 10)), key=len)
+    close = min(max(ALIKE * least, limit / 10), limit)
+    alike: list[tuple[str, ...]] = sorted((c for c, (miss, _) in best.items() if miss <= close), key=len)
     miss, factor = best[alike[0]]
     return Named(label(alike[0]), miss, tuple(label(other) for other in alike[1:] if len(other) == len(alike[0])), factor)
 

@@ -1,6 +1,7 @@
 """The certificate: which pair passed which layers, with which figures. It is digested; anything that changes voids it."""
 
 import hashlib
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from lockstep.records.verdicts import Verdict
 from lockstep.runs.manifest import processor
 from lockstep.runs.write import plain, write_atomically
 
-VOLATILE = ("worker.pid", "instance_id", "env.VLLM_RPC_BASE_PATH", "port", "path", "ip", "rank")
-"""Parts of resolved names that differ from start to start and cannot move a log-probability."""
+VOLATILE = re.compile(r"(?:^|[._])(?:pid|instance|port|ports|path|ip|rank)(?:$|[._])", re.IGNORECASE)
+"""Words in resolved names that differ from start to start and cannot move a log-probability."""
 
 
 class Certificate(Struct, frozen=True, kw_only=True):
@@ -41,7 +42,7 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
         "model_config_sha256": config_digest(pair.policy.model),
         "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
         "engine": f"{ready.engine} {ready.version} ({ready.generation})",
-        "engine_resolved": {k: v for k, v in sorted(ready.resolved.items()) if not any(part in k.lower() for part in VOLATILE)},
+        "engine_resolved": {k: v for k, v in sorted(ready.resolved.items()) if not VOLATILE.search(k)},
         "sampling": pair.recipe.sampling,
         "objective": pair.recipe.objective,
         "trainer": {

@@ -40,7 +40,7 @@ def corrupted(pair: Pair, sample: Sampled, other: np.ndarray) -> Corrupted | Non
     Args:
         other: score B (or C) of the sample's tokens, float32 [T].
     """
-    absurd = ~(sample.engine_logprobs - other <= ABSURD_NATS)
+    absurd = sample.engine_logprobs - other > ABSURD_NATS  # a NaN is not: it fails the comparison it is in
     rows = np.unique(sample.owners[absurd]).tolist()
     if not rows or len(rows) > CORRUPTED_AT_MOST * len(sample.completions):
         return None

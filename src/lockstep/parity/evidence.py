@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.pair import Pair, Sampled, draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE
+from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE, TELLING_LOG_T, Tolerance
 from lockstep.records.tokens import SamplingParams
 
 
@@ -39,7 +39,7 @@ class Floors:
 
     def steady(self, pair: Pair) -> bool:
         """True when arithmetic explains both."""
-        return within(pair, self.repeat) and within(pair, self.alone)
+        return within(pair.trainer_noise, self.repeat) and within(pair.trainer_noise, self.alone)
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Evidence:
 
 
 def gather(pair: Pair) -> Evidence:
-    """Draw and score; a score that the engine did not give is NaN. A trainer that is not steady is steadied for scores C."""
+    """Draw and score. A trainer that is not steady is steadied for scores C."""
     parity = pair.recipe.parity
     prompts = probe_prompts(pair, parity.probe_prompts, pair.seed)
     plain = SamplingParams(max_tokens=parity.probe_tokens)
@@ -81,7 +81,10 @@ def gather(pair: Pair) -> Evidence:
     with steadied(pair, floors):
         own_trainer = own_trainer if floors.steady(pair) else _scored(pair, own)
         at_one = own_trainer if own is neutral else _scored(pair, neutral)
-    return Evidence(own, neutral, _telling(pair, own), neutral.rescored(pair.engine), at_one, own_trainer, floors)
+    # An engine that cannot re-score is judged by the trainer alone; layers path and weights are then NOT_RUN.
+    rescores = pair.engine.ready.capabilities["rescore"].supported
+    rescored = neutral.rescored(pair.engine) if rescores else at_one
+    return Evidence(own, neutral, _telling(pair, own), rescored, at_one, own_trainer, floors)
 
 
 def _scored(pair: Pair, sample: Sampled) -> np.ndarray:
@@ -110,15 +113,15 @@ def steadied(pair: Pair, floors: Floors) -> Iterator[None]:
         policy.alone = False
 
 
-def within(pair: Pair, gap: np.ndarray) -> bool:
+def within(noise: Tolerance, gap: np.ndarray) -> bool:
     """True when arithmetic alone explains ``gap``; a NaN it does not."""
     quantiles = quantiles_abs(gap)
-    return quantiles["p50"] <= pair.noise.p50 and quantiles["p999"] <= pair.noise.p999
+    return quantiles["p50"] <= noise.p50 and quantiles["p999"] <= noise.p999
 
 
 def _telling(pair: Pair, own: Sampled) -> Sampled:
     """The recipe's own sample where raw and sampled differ in it, else a smaller one at another temperature."""
-    if own.sampling.temperature != 1.0 or own.sampling.truncates or own.sampling.penalises:
+    if abs(np.log(own.sampling.temperature)) >= TELLING_LOG_T or own.sampling.truncates or own.sampling.penalises:
         return own
     half = own.prompts[: max(4, len(own.prompts) // 2)]
     return draw(pair, half, replace(own.sampling, temperature=DISTINGUISHING_TEMPERATURE), pair.seed + 1)

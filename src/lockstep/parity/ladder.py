@@ -69,6 +69,9 @@ def climb(
     # What the engine cannot do is NOT_RUN with its own reason, and does not keep the layers after it from being judged.
     load = pair.engine.ready.capabilities["load"]
     unable = {} if load.supported else {"weights": f"{pair.engine.ready.engine} takes no weights: {load.how}"}
+    rescore = pair.engine.ready.capabilities["rescore"]
+    if not rescore.supported:
+        unable |= dict.fromkeys(("path", "weights"), f"{pair.engine.ready.engine} cannot re-score: {rescore.how}")
     verdicts: list[Verdict] = []
     for layer in LAYERS:
         stopped = next((v.layer for v in verdicts if v.status != "PASS" and v.layer not in unable), None)
@@ -82,5 +85,6 @@ def climb(
             verdict = steps[layer](verdicts)
             verdicts.append(deeper[layer](verdict) if verdict.status == "PASS" and layer in deeper else verdict)
     canary = Canary.of(evidence.neutral, pair.recipe.parity.canary_tokens)
-    canary.clean_gap_nats = canary.measure(pair).gap_abs_mean_nats
+    if rescore.supported:
+        canary.clean_gap_nats = canary.measure(pair).gap_abs_mean_nats
     return LadderResult(verdicts, canary)

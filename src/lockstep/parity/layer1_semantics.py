@@ -15,12 +15,13 @@ or coarse arithmetic further down disturb nothing here. Nor does an engine that 
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from lockstep.parity.alignment import doubled_bos, dropped_stop, examine
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence
 from lockstep.parity.hypotheses import Fit, fits, hidden_of
-from lockstep.parity.pair import Pair
+from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.sampler import examine_draws, hidden_settings, likeliest_temperature
 from lockstep.parity.tolerances import SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
@@ -114,10 +115,19 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
             findings=(failed,),
             figures=figures,
         )
-    note = " (raw, which is the same at T=1)" if figures["identified"] == "raw" else ""
-    margin = f"; the runner-up fits {told.margin:.0f} times worse" if np.isfinite(told.margin) else ""
-    summary = f"the engine reports what the trainer scores: the {figures['declared']}{note}{margin}"
+    summary = _passed(pair, evidence, told)
     return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
+
+
+def _passed(pair: Pair, evidence: Evidence, told: Identified) -> str:
+    if told.best is None:
+        return "nothing but what the engine disagrees with itself about at T = 1, which is the next layer's"
+    declared = pair.engine.semantics(evidence.telling.sampling)
+    said = "" if named(declared) == named(told.best) else f", though it declares the {declared.describe()}"
+    note = ", which is the same at T=1" if named(told.best) == "raw" else ""
+    reported = told.best.describe() if evidence.telling is evidence.own else f"{told.best.distribution} distribution, at T=1 here"
+    margin = f"; the runner-up fits {told.margin:.0f} times worse" if np.isfinite(told.margin) else ""
+    return f"the engine reports what the trainer scores: the {reported}{note}{said}{margin}"
 
 
 def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, size: np.ndarray) -> Verdict:
@@ -145,7 +155,13 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified) -> Finding |
     """Is what explains the numbers what was asked for, and what the trainer scores?"""
     own, asked = evidence.own, evidence.own.sampling
     size, text = np.abs(evidence.own_trainer - own.engine_logprobs), told.evidence()
-    if told.best is None:
+    if asked.truncates:
+        cause = "truncation_unmodelled"
+        parts = [kept_log_mass(h, pair.policy.head, asked) for h in hidden_of(pair.policy, own.groups)]
+        size = np.concatenate([-part.numpy(force=True) for part in parts])
+    elif asked.penalises:
+        cause = "penalties_unmodelled"
+    elif told.best is None:
         telling = evidence.telling
         hidden = hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
         if hidden is not None:
@@ -154,17 +170,19 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified) -> Finding |
             return None  # no worse than the engine disagrees with itself at T = 1: for layer 2 to judge
         else:
             cause = "unexplained_semantics"
-    elif asked.truncates:
-        cause = "truncation_unmodelled"
-        parts = [kept_log_mass(h, pair.policy.head, asked) for h in hidden_of(pair.policy, own.groups)]
-        size = np.concatenate([-part.numpy(force=True) for part in parts])
-    elif asked.penalises:
-        cause = "penalties_unmodelled"
     elif told.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
-        cause = "raw_logprobs"
+        cause, text = _raw(pair, own, text)
     else:
         return None
     return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
+
+
+def _raw(pair: Pair, own: Sampled, text: str) -> tuple[str, str]:
+    """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever it is asked."""
+    asked, at_one = (examine_draws(pair.policy, own.groups, s) for s in (own.sampling, replace(own.sampling, temperature=1.0)))
+    if asked.oddity() and not at_one.oddity():
+        return "temperature_altered", f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}"
+    return "raw_logprobs", text
 
 
 def _draws(pair: Pair, evidence: Evidence, told: Identified, figures: dict) -> Finding | None:

@@ -38,10 +38,10 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
     for cause, (gap, owners) in comparisons.items():
         quantiles = quantiles_abs(gap)
         figures |= {f"{cause}_abs_{name}_nats": value for name, value in quantiles.items()} | {f"{cause}_n_tokens": gap.size}
-        if not within(pair, gap) and not (findings and cause == "decode_vs_prefill"):
+        if not within(pair.engine_noise, gap) and not (findings and cause == "decode_vs_prefill"):
             findings.append(_finding(pair, cause, gap, owners))
     n = sum(gap.size for gap, _ in comparisons.values())
-    figures["minimal_detectable_effect_nats"] = pair.noise.p50
+    figures["minimal_detectable_effect_nats"] = pair.engine_noise.p50
     if findings:
         summary = f"the engine disagrees with itself: {findings[0].cause.replace('_', ' ')}, {findings[0].effect_nats:.1e} nats"
         return Verdict(layer="path", status="FAIL", summary=summary, n_tokens=n, findings=tuple(findings), figures=figures)
@@ -73,7 +73,7 @@ def _decode(pair: Pair, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
 
 def _corruption(pair: Pair, evidence: Evidence) -> list[Finding]:
     known = [(evidence.neutral, evidence.rescored)]
-    if within(pair, evidence.rescored - evidence.trainer):  # else the trainer is no witness against the engine
+    if within(pair.noise, evidence.rescored - evidence.trainer):  # else the trainer is no witness against the engine
         known.append((evidence.own, evidence.own_trainer))
     for sample, other in known:
         found = corrupted(pair, sample, other)
@@ -105,6 +105,6 @@ def _finding(pair: Pair, cause: str, gap: np.ndarray, owners: np.ndarray) -> Fin
     size = np.abs(gap)
     text = (
         f"{int((~np.isfinite(gap)).sum())} non-finite of {gap.size}; largest {size.max():.2e} nats; "
-        f"arithmetic allows {pair.noise.p999:g}"
+        f"arithmetic allows {pair.engine_noise.p999:g}"
     )
     return finding(cause, size, owners, text, pair.engine.fix(cause))

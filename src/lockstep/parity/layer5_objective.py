@@ -12,6 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
+from lockstep.errors import DivergenceError
 from lockstep.metrics.reduce import mismatch_figures, policy_figures
 from lockstep.parity.causes import finding
 from lockstep.parity.pair import Pair
@@ -42,7 +43,12 @@ class AtLag0:
 
 def judge(pair: Pair, seed: int) -> Verdict:
     """The verdict of layer 5."""
-    found = _at_lag_0(pair, seed)
+    try:
+        found = _at_lag_0(pair, seed)
+    except DivergenceError as error:
+        text = f"the training code refuses the engine's numbers: {error.got}"
+        named = finding("task_tokens_differ", np.full(1, np.nan), np.zeros(1, int), text, pair.engine.fix("task_tokens_differ"))
+        return Verdict(layer="objective", status="FAIL", summary=text, n_tokens=1, findings=(named,))
     clip = pair.recipe.objective.clip_low, pair.recipe.objective.clip_high
     figures: dict[str, Any] = mismatch_figures(found.gap, *clip) | policy_figures(found.log_ratio, *clip)
     figures |= {

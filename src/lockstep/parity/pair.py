@@ -44,6 +44,16 @@ class Pair:
         return noise_of(self.engine_dtype, str(self.policy.model.dtype))
 
     @property
+    def engine_noise(self) -> Tolerance:
+        """What arithmetic alone may bring between the engine and itself."""
+        return noise_of(self.engine_dtype)
+
+    @property
+    def trainer_noise(self) -> Tolerance:
+        """What arithmetic alone may bring between the trainer and itself."""
+        return noise_of(str(self.policy.model.dtype))
+
+    @property
     def seed(self) -> int:
         """Of the probes: what they are, how tokens are drawn after them, and the noise of layer 3."""
         return self.recipe.parity.seed

@@ -77,7 +77,7 @@ def other_norm_epsilon(pair: Pair) -> Iterator[None]:
 
 @contextmanager
 def old_logprobs_at_another_temperature(pair: Pair) -> Iterator[None]:
-    """The old-logprob pass leaves the temperature out, and the forward pass does not."""
+    """The old-logprob pass takes 1.1 times the temperature, and the forward pass does not."""
     original = step.score_under_sampling_weights
     step.score_under_sampling_weights = lambda parts, policy, temperature: original(parts, policy, 1.1 * temperature)
     try:
@@ -108,7 +108,7 @@ def batch_misaligned(pair: Pair) -> Iterator[None]:
 
 @contextmanager
 def loss_misscaled(pair: Pair) -> Iterator[None]:
-    """The loss is divided by its tokens once more whenever the ratio moves away from 1 at all."""
+    """The loss is halved, and 1 added to it, as soon as a ratio is not exactly 1."""
     code: Any = step
     original = code.grpo
 

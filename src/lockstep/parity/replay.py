@@ -5,8 +5,8 @@ the switch under the old weights; what lies after it under the new ones, over a 
 over one of their own (mode ``recompute``). The assumption that is *not* in force is scored too: it must not fit.
 """
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,16 +63,14 @@ def replay(pair: Pair, mode: LoadMode) -> Replayed:
     began = time.perf_counter()
     draw(pair, prompts, sampling, pair.seed)
     undisturbed = time.perf_counter() - began
-    found: list[Sampled] = []
-    sampler = threading.Thread(target=lambda: found.append(draw(pair, prompts, sampling, pair.seed + 7)))
-    with perturbed(pair, pair.seed) as before:
-        sampler.start()
-        time.sleep(EARLIEST * undisturbed)
-        pair.sync(PROBE_VERSION, mode)
-        sampler.join()
-        measured = _against(pair, found[0], before, mode)
-    pair.sync(pair.version)
-    return measured
+    try:
+        with perturbed(pair, pair.seed) as before, ThreadPoolExecutor(1) as pool:
+            drawn = pool.submit(draw, pair, prompts, sampling, pair.seed + 7)
+            time.sleep(EARLIEST * undisturbed)
+            pair.sync(PROBE_VERSION, mode)
+            return _against(pair, drawn.result(), before, mode)
+    finally:
+        pair.sync(pair.version)
 
 
 def _against(pair: Pair, sample: Sampled, before: dict, mode: LoadMode) -> Replayed:

@@ -125,7 +125,7 @@ def fitted_truncation(logits: Tensor, ids: Tensor, engine: Tensor, limit: float)
     cut = count < whole.shape[1]
     if not cut.any():
         return None
-    rows, last = torch.arange(len(count))[cut], count[cut] - 1
+    rows, last = torch.arange(len(count), device=count.device)[cut], count[cut] - 1
     # Where the next token's probability is below the noise the count falls short, so the largest is the best guess too.
     ks = {int(count.median()), int(count[cut].max())}
     held, ratio = cumulative[rows, last], ordered[rows, last] / ordered[cut, 0]

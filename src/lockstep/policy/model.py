@@ -199,5 +199,7 @@ def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The model with another implementation of its attention."""
     before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(name)
-    yield
-    model.set_attn_implementation(before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -42,7 +42,6 @@ FIXES = {
     "body_precision": "engine.dtype = model.dtype",
     "batch_composition": "engine.options.max_num_seqs = 1 isolates it; then look for the kernel",
 }
-UNKNOWN_FIX = "lockstep check RECIPE names the layer; no flag of this engine is known to mend it"
 
 
 class VllmEngine(Engine):
@@ -106,7 +105,7 @@ class VllmEngine(Engine):
 
     def fix(self, cause: str) -> str:
         """See :meth:`Engine.fix`."""
-        return (FIXES | self.fixes).get(cause, UNKNOWN_FIX)
+        return (FIXES | self.fixes).get(cause, "")
 
     def _forget_scratch(self) -> None:
         if self._scratch is not None:

@@ -51,7 +51,7 @@ class VllmEngine(ABC):
         self.version = 0
         self._requests = 0
         self.in_flight: set[str] = set()
-        self._switches: dict[tuple[str, int], list[VersionSpan]] = {}
+        self._switches: dict[str, list[tuple[int, VersionSpan]]] = {}
 
     @abstractmethod
     async def start(self) -> "VllmEngine":
@@ -72,9 +72,9 @@ class VllmEngine(ABC):
         asked = [self.params(params) for params in request.params]
         named = await asyncio.gather(*[self._named(ids, p) for ids, p in zip(prompts, asked, strict=True)])
         return [
-            completion_of(index, output, spans(self._switches.pop((name, output.index), []), version, len(output.token_ids)))
-            for index, (name, request_output) in enumerate(named)
-            for output in sorted(request_output.outputs, key=lambda output: output.index)
+            completion_of(index, o, spans([s for at, s in switches if at == o.index], version, len(o.token_ids)))
+            for index, (output, switches) in enumerate(named)
+            for o in sorted(output.outputs, key=lambda o: o.index)
         ]
 
     def switched(self, tokens: dict[str, int]) -> None:
@@ -82,7 +82,7 @@ class VllmEngine(ABC):
         for internal, n in tokens.items():
             found = INTERNAL.fullmatch(internal)
             if found and found[2] in self.in_flight:
-                self._switches.setdefault((found[2], int(found[1] or 0)), []).append(VersionSpan(n, n, self.version))
+                self._switches.setdefault(found[2], []).append((int(found[1] or 0), VersionSpan(n, n, self.version)))
 
     async def score(self, request: Score) -> list[Scores]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
@@ -92,16 +92,18 @@ class VllmEngine(ABC):
         checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
         params = self.params(asked, prompt_logprobs=0, logprobs=None)
         outputs = await asyncio.gather(*[self._named(ids, params) for ids in sequences])
-        return [scores_of(ids, output.prompt_logprobs) for ids, (_, output) in zip(sequences, outputs, strict=True)]
+        return [scores_of(ids, output.prompt_logprobs) for ids, (output, _) in zip(sequences, outputs, strict=True)]
 
-    async def _named(self, ids: list[int], params: Any) -> tuple[str, Any]:
+    async def _named(self, ids: list[int], params: Any) -> tuple[Any, list[tuple[int, VersionSpan]]]:
+        """The last output of a request, and where the weights changed under it: sample and switch."""
         self._requests += 1
         name = f"r{self._requests}"
         self.in_flight.add(name)
         try:
-            return name, await self.generate(name, ids, params)
+            return await self.generate(name, ids, params), self._switches.get(name, [])
         finally:
             self.in_flight.discard(name)
+            self._switches.pop(name, None)
 
     def receipt(self, loaded: dict[str, Any], cleared: bool, began: float) -> LoadReceipt:
         """What was loaded, as ``version``, since ``began`` on the performance counter."""

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from lockstep.engines.worker import vllm_terms as terms
+from lockstep.engines.worker.server import BadRequestError
 from lockstep.engines.worker.vllm_nccl import NcclReceiver
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready
@@ -73,6 +74,8 @@ class Engine(terms.VllmEngine):
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         offer = request.update.nccl
+        if offer is not None and request.mode != "wait":
+            raise BadRequestError("a broadcast update in flight", "mode wait with NCCL", "engine.weights = shared_memory")
         path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
         keep = request.mode == "keep" or "keep_cache" in request.faults
@@ -82,6 +85,7 @@ class Engine(terms.VllmEngine):
                 loaded: dict[str, Any] = {
                     "n_tensors": await self._receiver.receive(offer, request.update.version),
                     "repacked": (),
+                    "in_flight": {},
                 }
             else:
                 (loaded,) = await self.llm.collective_rpc(
@@ -90,7 +94,8 @@ class Engine(terms.VllmEngine):
             cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
             self.version = request.update.version
-            self.switched(loaded.get("in_flight", {}))
+            # A request that waits to be scheduled is not known to the worker yet: it has no token.
+            self.switched(dict.fromkeys(self.llm.output_processor.request_states, 0) | loaded["in_flight"])
         finally:
             await self.llm.resume_generation()
         return self.receipt(loaded, cleared is not False, began)
