@@ -65,8 +65,11 @@ class Measured:
 
     @property
     def blurred(self) -> bool:
-        """True when the sides differed so much before that a lost update would pass for delivered: then moves are compared."""
-        return self.limit >= self.shift
+        """True when the sides differed so much before that scores tell nothing of this update: then moves are compared.
+
+        Either a lost update would pass for delivered, or an earlier one was lost.
+        """
+        return self.limit >= self.shift or float(self.ground.mean()) > self.limit
 
     def residue(self, scores: np.ndarray) -> float:
         """mean |engine − scores|, nats; where that is blurred, of the moves that led there."""
