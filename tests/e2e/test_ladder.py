@@ -15,7 +15,6 @@ from lockstep.parity import certificate
 from lockstep.parity.faults import FAULTS
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import draw
-from lockstep.parity.replay import replay
 from lockstep.records.tokens import INT32, SamplingParams
 from tests.e2e.conftest import QUICKSTART, SMALL
 
@@ -27,9 +26,8 @@ def sampling(pair, **changes):
     pair.recipe = replace(pair.recipe, sampling=replace(pair.recipe.sampling, **changes))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_clean_pair_passes_all_five_layers(pair, tmp_path, temperature):
-    sampling(pair, temperature=temperature)
+def test_a_clean_pair_passes_all_five_layers(pair, tmp_path):
+    sampling(pair, temperature=0.7)
     result = climb(pair)
     assert [v.status for v in result.verdicts] == ["PASS"] * 5, [v.summary for v in result.verdicts]
     assert result.verdicts[0].figures["identified"] == "tempered"
@@ -49,8 +47,6 @@ REAL = (
     "corrupted_completions",
     "stale_head",
     "one_norm_not_delivered",
-    "one_layer_scaled",
-    "stale_prefix_cache",
 )
 """What a tiny model in this process cannot show (``tests/faults`` plants the rest); ``make faults`` plants all, here too."""
 
@@ -71,17 +67,6 @@ def test_a_planted_fault_is_named_in_its_layer(pair, name):
     assert high > 0
     if name == "one_norm_not_delivered":
         assert "model.layers.10.input_layernorm.weight" in result.failed.summary
-    if name == "one_layer_scaled":
-        assert "layers.14.mlp.down_proj.weight" in result.failed.findings[0].evidence
-
-
-@pytest.mark.parametrize("mode", ["keep", "recompute"])
-def test_an_update_in_flight_is_proven_token_by_token(pair, mode):
-    found = replay(pair, mode)
-    assert found.n_spanning >= 3
-    assert min(found.before.size, found.right.size) >= 20
-    assert max(found.before.max(), found.right.max()) <= 1e-4
-    assert found.wrong.max() > 1e-2
 
 
 def test_truncated_sampling_fails_semantics_with_its_bias(pair):
