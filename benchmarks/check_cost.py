@@ -1,7 +1,8 @@
 """What the proof costs, on the quick start's recipe: seconds of each depth on a running engine, and the canary's share of a step.
 
 Quick and standard climb on one engine, warmed up by one climb, ``--repeats`` times each in turn; full is one climb with the
-engine starts that its factors need. The canary's share is of real training steps: the median of ``canary_s / step_s``.
+engine starts that its factors need. The canary costs what a sync with it takes longer than one without, in pairs on the same
+engine, over the median of real training steps: the trainer scores while the engine loads, so neither clock alone would tell.
 
     python benchmarks/check_cost.py [--repeats 3] [--steps 4] [--no-full] [--json]
 """
@@ -18,7 +19,7 @@ from lockstep.cli.check import QUICK
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.loop import factors
 from lockstep.loop.session import Session, open_session
-from lockstep.loop.sync import Run, run_steps
+from lockstep.loop.sync import Run, run_steps, sync
 from lockstep.parity import in_flight
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run
@@ -27,6 +28,7 @@ from lockstep.runs.read import number, read_lines
 from lockstep.training.optimizer import MasterAdamW
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+SYNC_PAIRS = 12
 TARGETS = {"quick_s": 20.0, "standard_s": 60.0, "full_s": 300.0, "canary_share_of_step": 0.015}
 
 
@@ -86,12 +88,20 @@ def _timed(session: Session, deeper: dict) -> float:
 
 
 def shares(session: Session, root: Path) -> list[float]:
-    """canary_s / step_s of each step of a short run; the first step warms up."""
-    layout = new_run(root)
+    """What the canary adds to a sync, over the median step of a short run whose first step warms up; one share for each pair."""
+    layout, pair = new_run(root), session.pair
     write_manifest(layout.manifest, session.manifest)
-    run_steps(Run(session, layout, MasterAdamW(session.pair.policy.model, session.pair.recipe.optimizer), say), resumed=False)
-    rows = [row["metrics"] for row in read_lines(layout.metrics)]
-    return [number(row["canary_s"]) / number(row["step_s"]) for row in rows[1:]]
+    run = Run(session, layout, MasterAdamW(pair.policy.model, pair.recipe.optimizer), say)
+    run_steps(run, resumed=False)
+    step = statistics.median(number(row["metrics"]["step_s"]) for row in read_lines(layout.metrics)[1:])
+    added = []
+    for _ in range(SYNC_PAIRS):
+        began = time.perf_counter()
+        pair.sync(pair.version)
+        between = time.perf_counter()
+        sync(run, pair.version)
+        added.append((time.perf_counter() - between) - (between - began))
+    return [seconds / step for seconds in added]
 
 
 def report(found: dict[str, list[float]], *, as_json: bool) -> None:

@@ -134,8 +134,9 @@ def test_semantics(side, setting):
         with pytest.raises(EngineError):
             draw(side, prompts_of(1), **asked)
         pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['penalties'].how}")
-    prompts = prompts_of(8, seed=2)
-    found = draw(side, prompts, max_tokens=16, **asked)
+    n = 1 if asked.get("temperature") == 0.0 else 3
+    prompts = prompts_of(3, seed=2)
+    found = draw(side, prompts, n=n, max_tokens=16, **asked)
     sampling = SamplingParams(max_tokens=16, **asked)
     ranked = fits(side.policy, groups_of(prompts, found), logprobs_of(found), sampling)
     declared, best = side.engine.semantics(sampling), ranked[0]
@@ -197,7 +198,8 @@ def test_200_concurrent_requests_come_back_to_their_callers(side):
     prompts = prompts_of(200, seed=7, low=2, high=12)
     callers = [prompts[start : start + 10] for start in range(0, 200, 10)]
     with ThreadPoolExecutor(len(callers)) as pool:
-        answers = list(pool.map(lambda rows: draw(side, rows, max_tokens=2), callers))
+        # One token where every request is a pass of its own; two where requests are interleaved.
+        answers = list(pool.map(lambda rows: draw(side, rows, max_tokens=2 if side.pids else 1), callers))
     found = [completion for answer in answers for completion in answer]
     own = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts, found, strict=True)]
     assert np.abs(np.concatenate(side.trainer(own)) - logprobs_of(found)).max() <= EXACT_NATS
@@ -224,13 +226,13 @@ def test_abort_gives_back_what_there_is(side):
 
 
 def test_parity_when_tempered(side, record_property):
-    """Over 5,120 tokens on each vLLM; over 1,280 where every token costs more, or was proven without HTTP."""
-    n = 32 if side.name.startswith("vllm") else 8
+    """Over 5,120 tokens on each vLLM; over 512 where every token costs more, or was proven without HTTP."""
+    n, length = (32, 80) if side.name.startswith("vllm") else (8, 32)
     prompts = prompts_of(2, seed=9)
-    found = draw(side, prompts, n=n, max_tokens=80, temperature=0.7)
+    found = draw(side, prompts, n=n, max_tokens=length, temperature=0.7)
     temperature = side.engine.semantics(SamplingParams(max_tokens=1, temperature=0.7)).temperature
     gap = np.concatenate(side.trainer(groups_of(prompts, found), temperature)) - logprobs_of(found)
-    assert gap.size == 160 * n
+    assert gap.size == 2 * n * length
     record_property("note", f"{np.abs(gap).max():.1e}")
     assert np.abs(gap).max() <= EXACT_NATS
 

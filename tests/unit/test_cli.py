@@ -132,7 +132,9 @@ def test_an_unfinished_environment_is_listed_as_such():
 def test_control_c_is_exit_code_130():
     with locked(cache_root() / "models" / "smollm2-135m-instruct.lock", print):
         command = [*LOCKSTEP, "models", "install", "smollm2-135m-instruct"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # Where the tests run in the background of a shell, the interrupt is ignored from the start.
+        process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
         assert process.stderr is not None
         assert "another process is building smollm2-135m-instruct" in process.stderr.readline()
         process.send_signal(signal.SIGINT)

@@ -18,6 +18,7 @@ from lockstep.errors import RecipeError
 from lockstep.records.tokens import NonNegative, Positive, SamplingParams
 
 Dtype = Literal["float32", "bfloat16"]
+EngineDtype = Literal["float32", "bfloat16", "float16"]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 
@@ -44,7 +45,7 @@ class Engine(_Section, frozen=True):
     """``auto``: the newest installed vLLM, else transformers. ``openai``: the server at ``options.base_url``."""
     version: str = ""
     """Empty: the newest installed."""
-    dtype: Dtype | None = None
+    dtype: EngineDtype | None = None
     """None: the model's."""
     head_dtype: Dtype | None = None
     """None: the model's."""

@@ -35,7 +35,7 @@ from lockstep.records.messages import Ready
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS = {"attn_implementation": "sdpa", "max_batch_size": 128}
 
 _SYNCHRONOUS = "requests are not held: generate is one call"

@@ -5,62 +5,62 @@ re-score, row by row. Where most rows do not agree, each way in which rows are k
 them agree is the cause. Where they do agree and the trainer's do not, the prompt may have been edited on its way to the engine.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
 import numpy as np
 from msgspec.structs import replace
 
-from lockstep.parity.evidence import Evidence
+from lockstep.parity.evidence import Evidence, within
+from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.pair import Pair, draw
+from lockstep.parity.prompt_edits import edited_prompts
+from lockstep.parity.rows import Mangled, off, rows_of
+from lockstep.parity.transforms import transform
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import INT32
 
 MOST = 0.5
 """Of the rows: a mangling concerns at least this share; corruption, which layer 2 looks for, concerns fewer."""
 STOP_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Mangled:
-    """How rows were mangled."""
-
-    cause: str
-    evidence: str
+FARTHEST_SHIFT = 3
+SWAP_TOKENS = 8
+"""Of each completion, held against every row's prompt."""
+NEAREST = 8
+"""Tokens of the right log-probability that are tried in the place of an edited one."""
+MOST_EDITS = 4
+PROVING = 2
+"""Tokens after an edited one that must agree once it is put right."""
+TELLING_NATS = 1e-2
+"""Noise beyond which a log-probability fits too many tokens to tell which one it is of."""
 
 
 def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     """The first explanation that fits, if most rows need one."""
     neutral, limit = evidence.neutral, pair.noise.p50
-    ours, theirs = _rows(evidence.neutral.engine_logprobs, neutral.owners), _rows(evidence.rescored, neutral.owners)
-    trainer = _rows(evidence.trainer, neutral.owners)
-    most_off = np.mean([_off(a, b, limit) for a, b in zip(ours, theirs, strict=True)]) >= MOST
-    found = (_shifted(ours, theirs, limit) if most_off else None) or _edited(ours, theirs, pair.noise.p999, limit)
-    if found is not None:
-        return found
-    if most_off:
-        return _swapped(pair, evidence, ours, theirs, limit) or _prompt(pair, evidence, ours)
-    if np.mean([_off(a, c, limit) for a, c in zip(ours, trainer, strict=True)]) >= MOST:
-        return _prompt(pair, evidence, ours)
-    return None
+    ours, theirs = rows_of(evidence.neutral.engine_logprobs, neutral.owners), rows_of(evidence.rescored, neutral.owners)
+    trainer = rows_of(evidence.trainer, neutral.owners)
+    most_off = np.mean([off(a, b, limit) for a, b in zip(ours, theirs, strict=True)]) >= MOST
+    found = _shifted(ours, theirs, limit) or _swapped(pair, evidence, ours, theirs, limit) if most_off else None
+    found = found or _edited(pair, evidence, ours, theirs)
+    if found is None and np.mean([off(a, c, limit) for a, c in zip(ours, trainer, strict=True)]) >= MOST:
+        found = edited_prompts(pair, evidence, ours)
+    return found
 
 
-def _rows(values: np.ndarray, owners: np.ndarray) -> list[np.ndarray]:
-    return [values[owners == i] for i in np.unique(owners)]
-
-
-def _off(a: np.ndarray, b: np.ndarray, limit: float) -> bool:
-    return not np.median(np.abs(a - b)) <= limit
+def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
+    """Numbers that are a function of the right ones; those are the engine's re-score, where the trainer confirms it."""
+    neutral = evidence.neutral
+    if not within(pair.noise, evidence.rescored - evidence.trainer):
+        return None
+    told = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
+    return None if told is None else Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
 
 
 def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:
-    for place, pairs in {
-        "after": [(a[1:], b[:-1]) for a, b in zip(ours, theirs, strict=True)],
-        "before": [(a[:-1], b[1:]) for a, b in zip(ours, theirs, strict=True)],
-    }.items():
-        gap = np.abs(np.concatenate([a - b for a, b in pairs]))
-        if gap.size and np.median(gap) <= limit:
-            return Mangled("shifted_logprobs", f"each number fits the token {place} it to {np.median(gap):.1e} nats (median)")
+    for by in range(1, FARTHEST_SHIFT + 1):
+        for place, one, other in (("after", theirs, ours), ("before", ours, theirs)):
+            gap = np.abs(np.concatenate([a[:-by] - b[by:] for a, b in zip(one, other, strict=True)]))
+            if gap.size and np.median(gap) <= limit:
+                text = f"each number fits the token {by} {place} it to {np.median(gap):.1e} nats (median)"
+                return Mangled("shifted_logprobs", text)
     return None
 
 
@@ -69,64 +69,69 @@ def _swapped(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: lis
     n = len(ours)
 
     def fits(a: np.ndarray, b: np.ndarray) -> bool:
-        return len(a) == len(b) and not _off(a, b, limit)
+        return len(a) == len(b) and not off(a, b, limit)
 
     elsewhere = sum(any(fits(ours[i], theirs[j]) for j in range(n) if j != i) for i in range(n))
     if elsewhere >= MOST * n:
         return Mangled("rows_swapped", f"the numbers of {elsewhere} of {n} rows are another row's")
     groups = evidence.neutral.groups
-    homes: set[int] = set()
-    for other in (lambda i: (i + 1) % n, lambda i: i - 1, lambda i: min(i ^ 1, n - 1), lambda i: n - 1 - i):
-        moved = pair.policy.score([Group(groups[other(i)].prompt, groups[i].completions) for i in range(n)], 1.0)
-        homes |= {i for i in range(n) if other(i) % n != i and fits(ours[i], moved[i])}
+    heads = [group.completions[0][:SWAP_TOKENS] for group in groups]
+    after = pair.policy.score([Group(group.prompt, heads) for group in groups], 1.0)  # every head after every prompt
+    homes = [i for i in range(n) if any(fits(ours[i][:SWAP_TOKENS], after[j * n + i]) for j in range(n) if j != i)]
     if len(homes) >= MOST * n:
         return Mangled("rows_swapped", f"{len(homes)} of {n} completions were drawn after another row's prompt")
     return None
 
 
-def _edited(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float, limit: float) -> Mangled | None:
-    """From one place on nothing agrees any more: the tokens after it were drawn in another context than the one returned."""
-    places = []
+def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mangled | None:
+    """Rows whose numbers are right once a few of their tokens are others, each of the log-probability that is reported for it."""
+    tail = pair.noise.p999
+    off = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not (np.abs(a - b) <= tail).all()]
+    if pair.noise.p50 > TELLING_NATS:
+        return _no_more_after(ours, theirs, tail)
+    edits = [_edits(pair, ours[i], evidence.neutral.groups[i], tail) for i in off]
+    restored = [n for n in edits if n]
+    if not restored or len(restored) < MOST * len(off):
+        return None
+    text = f"{len(restored)} of {len(off)} rows that are off agree once {sum(restored)} of their tokens are others"
+    return Mangled("tokens_edited", text)
+
+
+def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int:
+    """How many tokens of a row must be others for it to agree with its numbers; 0 when it does not come to agree."""
+    ids = group.completions[0]
+    for edits in range(MOST_EDITS + 1):
+        (hidden,) = hidden_of(pair.policy, [Group(group.prompt, [ids])])
+        logprobs = pair.policy.logits(hidden).log_softmax(-1).numpy(force=True)
+        at = _first_off(numbers, logprobs[np.arange(len(ids)), ids], tail)
+        if at == len(ids):
+            return edits
+        if at + PROVING >= len(ids):  # too few after it to prove that another token is right
+            return 0
+        nearest = np.argsort(np.abs(logprobs[at] - numbers[at]))[:NEAREST]
+        tried = [np.r_[ids[:at], token, ids[at + 1 :]].astype(np.int32) for token in nearest]
+        reach = [_first_off(numbers, scored, tail) for scored in pair.policy.score([Group(group.prompt, tried)], 1.0)]
+        if max(reach) <= at + PROVING:
+            return 0
+        ids = tried[int(np.argmax(reach))]
+    return 0
+
+
+def _first_off(a: np.ndarray, b: np.ndarray, tail: float) -> int:
+    off = ~(np.abs(a - b) <= tail)
+    return int(off.argmax()) if off.any() else len(off)
+
+
+def _no_more_after(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float) -> Mangled | None:
+    """Where a number fits too many tokens: from one place on most of what follows is off by more than arithmetic allows."""
+    places = 0
     for a, b in zip(ours, theirs, strict=True):
-        off = ~(np.abs(a - b) <= tail)
-        first = int(off.argmax()) if off.any() else len(off)
-        rest = ~(np.abs(a - b) <= limit)[first:]
-        if 0 < first < len(off) - 3 and rest.mean() > MOST:
-            places.append(first)
-    if len(places) >= MOST * len(ours):
-        return Mangled("tokens_edited", f"{len(places)} of {len(ours)} rows agree up to a token and hardly after it")
-    return None
-
-
-def _prompt(pair: Pair, evidence: Evidence, ours: list[np.ndarray]) -> Mangled | None:
-    limit = pair.noise.p50
-    for cause, name, edit in _prompt_edits(pair):
-        groups = [Group(edit(group.prompt), group.completions) for group in evidence.neutral.groups if len(group.prompt) > 2]
-        kept = [a for a, group in zip(ours, evidence.neutral.groups, strict=True) if len(group.prompt) > 2]
-        off = [_off(a, c, limit) for a, c in zip(kept, pair.policy.score(groups, 1.0), strict=True)]
-        if np.mean(off) < MOST / 2:
-            return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
-    return None
-
-
-def _prompt_edits(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
-    tokenizer = pair.renderer.tokenizer
-    for role in ("bos_token_id", "eos_token_id"):
-        token = getattr(tokenizer, role)
-        if token is not None:
-            cause = "bos_doubled" if role == "bos_token_id" else "prompt_edited"
-            yield cause, f"{tokenizer.decode([token])!r} put before them", lambda p, t=token: np.r_[t, p].astype(np.int32)
-    yield "prompt_edited", "the first token left out", lambda p: p[1:]
-    yield "prompt_edited", "the last token left out", lambda p: p[:-1]
-
-
-def doubled_bos(pair: Pair) -> Mangled | None:
-    """Looks at the prompts themselves: both sides would agree on a doubled BOS."""
-    bos = pair.renderer.tokenizer.bos_token_id
-    prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(0)))
-    if bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
-        return Mangled("bos_doubled", f"the task's prompts begin with token {bos} twice")
-    return None
+        first = _first_off(a, b, tail)
+        rest = ~(np.abs(a - b) <= tail)[first:]
+        places += 0 < first < len(a) - PROVING - 1 and bool(rest.mean() > MOST)
+    if places < MOST * len(ours):
+        return None
+    return Mangled("tokens_edited", f"{places} of {len(ours)} rows agree up to a token and hardly after it")
 
 
 def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:

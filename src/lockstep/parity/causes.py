@@ -37,6 +37,11 @@ CAUSES: dict[str, Cause] = _of(
             "The engine's own re-score agrees with them one place further, and not in place.",
             "Align them where they are read: the first generated token's is predicted by the last token of the prompt.",
         ),
+        "logprobs_transformed": (
+            "The numbers are a function of the right ones: another base, probabilities, running sums, a floor, coarse rounding.",
+            "The function is applied to the engine's own re-score, and then the two agree; its factor, floor or grid is fitted.",
+            "Read the log-probability of each token itself, in nats and in float32, and do nothing to it.",
+        ),
         "rows_swapped": (
             "Completions, or their log-probabilities, are returned to another request than the one they were drawn for.",
             "They agree with the scores of another row, and not with those of their own. No two probes are alike.",
@@ -87,6 +92,11 @@ CAUSES: dict[str, Cause] = _of(
             "The recipe asks for them.",
             "sampling.repetition_penalty = 1.0, no presence or frequency penalty, no logit_bias.",
         ),
+        "hidden_penalties": (
+            "The engine penalises repetition although it was not asked to.",
+            "Repetition, presence and frequency penalties are fitted; the one found explains the numbers.",
+            "Find the server's own sampling defaults (vLLM: --generation-config vllm).",
+        ),
         "generation_config_applied": (
             "The checkpoint's generation_config.json edits every request.",
             "The settings in that file explain the engine's numbers, and those asked for do not.",
@@ -98,8 +108,8 @@ CAUSES: dict[str, Cause] = _of(
             "Report the distribution that is sampled from: no truncation, penalty or temperature behind the numbers.",
         ),
         "unexplained_semantics": (
-            "No hypothesis explains the engine's log-probabilities, although the two sides agree at T = 1.",
-            "Every candidate is fitted; the best is too far off.",
+            "No hypothesis explains the engine's log-probabilities, although its re-score at T = 1 is the trainer's.",
+            "Every candidate is fitted, and the prompts edited in every known way; the best is too far off.",
             "Compare the engine's sampler with the list of candidates in parity/hypotheses.py.",
         ),
     },
@@ -109,8 +119,9 @@ CAUSES |= _of(
     "path",
     {
         "decode_vs_prefill": (
-            "What the engine reports while it samples differs from its own score of the same tokens.",
-            "Score A against score B at T = 1.",
+            "What the engine reports while it samples differs from its own score of the same tokens, and nothing that was tried "
+            "says why.",
+            "Score A against score B at T = 1, after layer 1 has ruled out what it knows.",
             "Look for the decode kernel, the cache's dtype, or a proxy between engine and trainer.",
         ),
         "corrupted_completions": (

@@ -35,7 +35,7 @@ class Corrupted:
 
 
 def corrupted(pair: Pair, sample: Sampled, other: np.ndarray) -> Corrupted | None:
-    """Completions with absurd tokens, where they are a minority: most rows being off is another cause.
+    """Completions with absurd tokens, where they are a minority and the others agree: most rows being off is another cause.
 
     Args:
         other: score B (or C) of the sample's tokens, float32 [T].
@@ -43,6 +43,9 @@ def corrupted(pair: Pair, sample: Sampled, other: np.ndarray) -> Corrupted | Non
     absurd = sample.engine_logprobs - other > ABSURD_NATS  # a NaN is not: it fails the comparison it is in
     rows = np.unique(sample.owners[absurd]).tolist()
     if not rows or len(rows) > CORRUPTED_AT_MOST * len(sample.completions):
+        return None
+    rest = np.abs(sample.engine_logprobs - other)[~np.isin(sample.owners, rows)]
+    if not np.median(rest) <= pair.noise.p50:
         return None
     shown = [_text(pair, sample.completions[row].token_ids) for row in rows[:SHOWN]]
     return Corrupted(rows, len(sample.completions), int(absurd.sum()), ", ".join(shown))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 from msgspec import Struct
 
 from lockstep.errors import UsageError
@@ -49,13 +50,7 @@ def _kind(*kinds: str) -> Callable[[str], bool]:
 
 
 def _bos(pair: Pair, prompt: Any) -> Any:
-    import numpy as np
-
     return np.r_[pair.renderer.tokenizer.bos_token_id, prompt]
-
-
-def _noise(mean: float) -> Callable[[Any], Any]:
-    return lambda numbers: numbers + mean
 
 
 def _missing(value: float) -> Callable[[Any], Any]:
@@ -106,6 +101,12 @@ _SEMANTICS = (
         proxy=p.edits(edit_requests=p.settings(top_k=50)),
     ),
     Fault(
+        "server_default_penalty",
+        "hidden_penalties",
+        "proxy: every request is drawn with repetition penalty 1.1",
+        proxy=p.edits(edit_requests=p.settings(repetition_penalty=1.1)),
+    ),
+    Fault(
         "generation_config_applied",
         "generation_config_applied",
         "proxy: every request takes the checkpoint's generation_config (T 0.6, top-k 40)",
@@ -144,6 +145,12 @@ _SEMANTICS = (
         proxy=p.edits(edit_requests=p.prompts_edited(lambda pair, prompt: prompt[1:])),
     ),
     Fault(
+        "prompt_kept_in_part",
+        "prompt_edited",
+        "proxy: only the last 12 tokens of every prompt are used",
+        proxy=p.edits(edit_requests=p.prompts_edited(lambda pair, prompt: prompt[-12:])),
+    ),
+    Fault(
         "stop_token_dropped",
         "stop_token_dropped",
         "proxy: the token that ended a completion is cut off",
@@ -154,6 +161,18 @@ _SEMANTICS = (
         "shifted_logprobs",
         "proxy: each number beside the token after its own",
         proxy=p.edits(edit_completions=p.numbers_edited(p.shifted)),
+    ),
+    Fault(
+        "logarithm_to_base_10",
+        "logprobs_transformed",
+        "proxy: every number is a decimal logarithm",
+        proxy=p.edits(edit_completions=p.numbers_edited(lambda numbers: numbers / np.log(10.0))),
+    ),
+    Fault(
+        "logprobs_rounded",
+        "logprobs_transformed",
+        "proxy: every number is rounded to two decimals",
+        proxy=p.edits(edit_completions=p.numbers_edited(lambda numbers: np.round(numbers, 2))),
     ),
     Fault(
         "rows_swapped",
@@ -171,7 +190,13 @@ _SEMANTICS = (
         "tokens_edited",
         "tokens_edited",
         "proxy: the third token of each completion is another",
-        proxy=p.edits(edit_completions=p.one_token_edited),
+        proxy=p.edits(edit_completions=p.token_edited(2)),
+    ),
+    Fault(
+        "first_token_edited",
+        "tokens_edited",
+        "proxy: the first token of each completion is another",
+        proxy=p.edits(edit_completions=p.token_edited(0)),
     ),
     Fault(
         "nan_values",
@@ -189,10 +214,10 @@ _SEMANTICS = (
 
 _PATH = (
     Fault(
-        "bookkeeping_offset",
+        "decode_drifts",
         "decode_vs_prefill",
-        "proxy: every sampled number is 0.1 too low",
-        proxy=p.edits(edit_completions=p.numbers_edited(_noise(-0.1))),
+        "proxy: every number but a completion's first, which comes out of the prefill, is 0.1 too low",
+        proxy=p.edits(edit_completions=p.numbers_edited(lambda numbers: np.r_[numbers[:1], numbers[1:] - 0.1])),
     ),
     Fault(
         "corrupted_completions",
@@ -285,6 +310,12 @@ _NUMERICS = (
         "body_precision",
         "engine flag: bf16 against an fp32 trainer, under a clip range of 2 %",
         sets=("engine.dtype=bfloat16", "objective.clip_low=0.02", "objective.clip_high=0.02"),
+    ),
+    Fault(
+        "fp16_engine_bf16_trainer",
+        "body_precision",
+        "engine flag: fp16 against a bf16 trainer, under a clip range of 2 %",
+        sets=("engine.dtype=float16", "model.dtype=bfloat16", "objective.clip_low=0.02", "objective.clip_high=0.02"),
     ),
     Fault(
         "rotary_base_altered",

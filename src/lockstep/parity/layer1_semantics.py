@@ -2,10 +2,12 @@
 
 In this order, each only when those before it found nothing:
 
-1. every token has a finite number;
-2. the numbers stand beside their own tokens, and the tokens are those that were drawn (``alignment.py``);
-3. one hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up;
-4. that is what the recipe asked for, and what the trainer scores;
+1. every token has a finite number, and no function was applied to the numbers (``transforms.py``);
+2. one hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up; where none
+   does, settings that nobody asked for are fitted (``sampler.py``);
+3. the numbers stand beside their own tokens, the tokens are those that were drawn (``alignment.py``), after the prompt that was
+   sent (``prompt_edits.py``);
+4. what explains them is what the recipe asked for, and what the trainer scores;
 5. the tokens are drawn from the distribution that the numbers are of (``sampler.py``).
 
 What B and C differ by, at T = 1, where all hypotheses coincide, is the *ground*: it is no matter of semantics, so wrong weights
@@ -17,12 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
-from lockstep.parity.alignment import doubled_bos, dropped_stop, examine
+from lockstep.parity.alignment import dropped_stop, examine, transformed
 from lockstep.parity.causes import finding
-from lockstep.parity.evidence import Evidence
+from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.hypotheses import Fit, fits, hidden_of
 from lockstep.parity.pair import Pair, Sampled
-from lockstep.parity.sampler import examine_draws, hidden_settings, likeliest_temperature
+from lockstep.parity.prompt_edits import doubled_bos
+from lockstep.parity.sampler import Explained, examine_draws, hidden_penalty, hidden_settings, likeliest_temperature
 from lockstep.parity.tolerances import SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
 from lockstep.records.semantics import LogprobSemantics
@@ -92,11 +95,18 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
     if missing:
         evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
         return _fail(pair, evidence, "missing_logprobs", evidence_text, figures, np.full(1, np.nan))
-    mangled = doubled_bos(pair) or examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)
+    neutral, mangled = evidence.neutral, doubled_bos(pair) or transformed(pair, evidence)
+    told, hidden = identify(pair, evidence), None
+    if mangled is None and told.best is None:
+        telling = evidence.telling
+        hidden = hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
+    elif mangled is None and not within(pair.noise, neutral.engine_logprobs - evidence.trainer) and _confirmed(pair, evidence):
+        hidden = hidden_penalty(pair.policy, neutral.groups, neutral.engine_logprobs, neutral.sampling, told.limit)
+    if mangled is None and hidden is None:
+        mangled = examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)
     if mangled is not None:
-        size = np.abs(evidence.neutral.engine_logprobs - evidence.trainer)
+        size = np.abs(neutral.engine_logprobs - evidence.trainer)
         return _fail(pair, evidence, mangled.cause, mangled.evidence, figures, size)
-    told = identify(pair, evidence)
     figures |= {
         "identified": named(told.ranked[0].semantics) if told.best is not None else "unexplained",
         "runner_up": named(told.ranked[1].semantics) if len(told.ranked) > 1 else "none",
@@ -105,7 +115,7 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
         "ground_p50_nats": told.ground,
         "minimal_detectable_effect_nats": told.limit,
     }
-    failed = _distribution(pair, evidence, told) or _draws(pair, evidence, told, figures)
+    failed = _distribution(pair, evidence, told, hidden) or _draws(pair, evidence, told, figures)
     if failed is not None:
         return Verdict(
             layer="semantics",
@@ -151,7 +161,7 @@ def _summary(cause: str, evidence: Evidence) -> str:
     }.get(cause, cause.replace("_", " "))
 
 
-def _distribution(pair: Pair, evidence: Evidence, told: Identified) -> Finding | None:
+def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Explained | None) -> Finding | None:
     """Is what explains the numbers what was asked for, and what the trainer scores?"""
     own, asked = evidence.own, evidence.own.sampling
     size, text = np.abs(evidence.own_trainer - own.engine_logprobs), told.evidence()
@@ -161,20 +171,35 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified) -> Finding |
         size = np.concatenate([-part.numpy(force=True) for part in parts])
     elif asked.penalises:
         cause = "penalties_unmodelled"
+    elif hidden is not None:
+        cause, text = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
     elif told.best is None:
-        telling = evidence.telling
-        hidden = hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
-        if hidden is not None:
-            cause, text = hidden.cause, f"{hidden.name} fits to {hidden.p50:.1e} nats; of what was asked for, {text}"
-        elif told.ranked[0].p50 <= SEMANTICS_MARGIN * np.median(np.abs(evidence.neutral.engine_logprobs - evidence.rescored)):
-            return None  # no worse than the engine disagrees with itself at T = 1: for layer 2 to judge
-        else:
-            cause = "unexplained_semantics"
+        if _path_may_explain(pair, evidence, told):
+            return None
+        cause = "unexplained_semantics"
     elif told.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
         cause, text = _raw(pair, own, text)
     else:
         return None
     return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
+
+
+def _path_may_explain(pair: Pair, evidence: Evidence, told: Identified) -> bool:
+    """True when the numbers are no worse than the engine disagrees with itself at T = 1, which is for layer 2 to judge.
+
+    A completion's first token comes out of a prefill, as its re-score does: where the trainer confirms the re-score and already
+    the first token's number is another, no path through the engine explains it.
+    """
+    neutral = evidence.neutral
+    gap = np.abs(neutral.engine_logprobs - evidence.rescored)
+    if not told.ranked[0].p50 <= SEMANTICS_MARGIN * np.median(gap):
+        return False
+    return not _confirmed(pair, evidence) or bool(np.median(gap[neutral.positions == 0]) <= pair.noise.p50)
+
+
+def _confirmed(pair: Pair, evidence: Evidence) -> bool:
+    """True when the engine re-scores as the trainer scores."""
+    return pair.engine.ready.capabilities["rescore"].supported and within(pair.noise, evidence.rescored - evidence.trainer)
 
 
 def _raw(pair: Pair, own: Sampled, text: str) -> tuple[str, str]:

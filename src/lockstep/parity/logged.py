@@ -120,7 +120,7 @@ def _semantics(part: Logged, policy: Policy, noise: float) -> Verdict:
         cause, told = _misaligned(trainer, part, noise)
         hidden = hidden_settings(policy, part.groups, part.logprobs, part.sampling, noise) if not told else None
         if hidden is not None:
-            cause, told = hidden.cause, f"{hidden.name} fits to {hidden.p50:.1e} nats"
+            cause, told = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats"
         return _fail(
             cause, gap, part, CAUSES[cause].mend, f"{told}; of what was asked for, {evidence}" if told else evidence, figures
         )

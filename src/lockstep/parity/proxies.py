@@ -140,16 +140,19 @@ def numbers_swapped(self: Proxy, completions: Completions) -> Completions:
     return [with_numbers(c, numbers_of(completions[j])) for c, j in zip(completions, same, strict=True)]
 
 
-def one_token_edited(self: Proxy, completions: Completions) -> Completions:
-    """A hook: the third token of each completion becomes another."""
-    vocabulary = self.pair.policy.head.shape[0]
-    found = []
-    for c in completions:
-        ids = ids_of(c).copy()
-        if len(ids) > 3:
-            ids[2] = (ids[2] + vocabulary // 2) % vocabulary
-        found.append(with_ids(c, ids))
-    return found
+def token_edited(at: int) -> Callable[..., Any]:
+    """A hook: one token of each completion becomes another."""
+
+    def edit(self: Proxy, completions: Completions) -> Completions:
+        vocabulary, found = self.pair.policy.head.shape[0], []
+        for c in completions:
+            ids = ids_of(c).copy()
+            if len(ids) > at + 1:
+                ids[at] = (ids[at] + vocabulary // 2) % vocabulary
+            found.append(with_ids(c, ids))
+        return found
+
+    return edit
 
 
 def stop_dropped(self: Proxy, completions: Completions) -> Completions:

@@ -13,6 +13,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from lockstep.parity.fitting import fitted
 from lockstep.parity.hypotheses import edit, fits, hidden_of
 from lockstep.parity.tolerances import DRAWS_Z, LOG_CHANCE
 from lockstep.policy.model import Policy
@@ -35,14 +36,14 @@ class Explained:
 
     cause: str
     name: str
-    p50: float
-    """median |explanation − engine|, nats."""
+    miss: float
+    """median |explanation − engine|, nats; p90 for a penalty."""
 
 
 def hidden_settings(
     policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
 ) -> Explained | None:
-    """The checkpoint's generation_config, another temperature, or a truncation, in this order; None when none fits.
+    """The checkpoint's generation_config, another temperature, a truncation, or a penalty, in this order; None when none fits.
 
     Args:
         groups: one completion each.
@@ -65,7 +66,15 @@ def hidden_settings(
         found = fitted_truncation(logits / base, ids, numbers, limit)
         if found is not None:
             return Explained("hidden_truncation", f"{found[0]} at T={base:g}", found[1])
-    return None
+    return hidden_penalty(policy, groups, engine, asked, limit)
+
+
+def hidden_penalty(
+    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
+) -> Explained | None:
+    """A penalty alone. Arguments as :func:`hidden_settings`."""
+    name, miss = fitted_penalty(policy, groups, engine, asked)
+    return Explained("hidden_penalties", name, miss) if miss <= limit else None
 
 
 _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -137,12 +146,67 @@ def fitted_truncation(logits: Tensor, ids: Tensor, engine: Tensor, limit: float)
     tried = {f"top-k {k}": replace(none, top_k=k) for k in ks}
     tried |= {f"top-p {value:.3g}": replace(none, top_p=value) for value in ps if 0.0 < value < 1.0}
     tried |= {f"min-p {value:.3g}": replace(none, min_p=value) for value in ms if 0.0 < value < 1.0}
+    tried |= _both(cumulative[cut], count[cut])
     misses = {}
     for name, setting in tried.items():
         z = whole.masked_fill(~kept(whole, setting), float("-inf"))
         misses[name] = float((z.log_softmax(-1).gather(1, ids[:, None])[:, 0] - engine).abs().median())
     best = min(misses, key=lambda name: misses[name])
     return (best, misses[best]) if misses[best] <= limit else None
+
+
+USUAL_TOP_K = (10, 20, 40, 50, 64, 100)
+"""Tried beside the largest count of tokens kept, which is k only where no top-p cut further."""
+
+
+def _both(cumulative: Tensor, count: Tensor) -> dict[str, SamplingParams]:
+    """Top-k and top-p together: where fewer than k are kept, top-p cut what top-k had left, and its mass is of those k."""
+    largest, tried = int(count.max()), {}
+    for top_k in sorted({largest, *(k for k in USUAL_TOP_K if k > largest)}):
+        fewer = count < top_k
+        if not fewer.any() or top_k > cumulative.shape[1]:
+            continue
+        of_k, last = cumulative[fewer] / cumulative[fewer, top_k - 1][:, None], count[fewer, None] - 1
+        held = of_k.gather(1, last)[:, 0]
+        before = of_k.gather(1, (last - 1).clamp(min=0))[:, 0] * (last[:, 0] > 0)
+        middle = float(held.min() + before.max()) / 2
+        for top_p in (middle, round(middle, 2)):
+            if 0.0 < top_p < 1.0:
+                tried[f"top-k {top_k} and top-p {top_p:.3g}"] = SamplingParams(max_tokens=1, top_k=top_k, top_p=top_p)
+    return tried
+
+
+PENALTIES = {
+    "repetition_penalty": 1.0 + np.geomspace(0.02, 1.0, 8),
+    "presence_penalty": np.geomspace(0.05, 2.0, 8),
+    "frequency_penalty": np.geomspace(0.05, 2.0, 8),
+}
+
+
+@torch.no_grad()
+def fitted_penalty(policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams) -> tuple[str, float]:
+    """The penalty under which the numbers come nearest to ``engine``, and how near: (name and size, p90 of |gap| in nats).
+
+    A penalty may leave most tokens as they were, so their median would not see it.
+    """
+    ends = np.cumsum([len(group.completions[0]) for group in groups])
+    few = groups[: 1 + int(np.searchsorted(ends, FITTED_TOKENS))]
+    logits = [policy.logits(hidden) for hidden in hidden_of(policy, few)]
+    ids = [torch.as_tensor(np.asarray(group.completions[0], np.int64), device=policy.head.device) for group in few]
+    numbers = engine[: ends[len(few) - 1]]
+
+    def miss(name: str, value: float) -> float:
+        setting, temperature = replace(asked, **{name: float(value)}), asked.temperature or 1.0
+        edited = (edit(z, group.prompt, i, 0, setting) / temperature for z, group, i in zip(logits, few, ids, strict=True))
+        scored = [z.log_softmax(-1).gather(1, i[:, None])[:, 0] for z, i in zip(edited, ids, strict=True)]
+        return float(np.quantile(np.abs(torch.cat(scored).numpy(force=True) - numbers), 0.9))
+
+    fits = {}
+    for name, grid in PENALTIES.items():
+        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(name, v), float("inf"))
+        fits[f"{name.replace('_', ' ')} {value:.3g}"] = left
+    best = min(fits, key=lambda name: fits[name])
+    return best, fits[best]
 
 
 @dataclass(frozen=True)

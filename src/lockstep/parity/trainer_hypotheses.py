@@ -5,7 +5,7 @@ model (the base of the rotary embedding, the norm's epsilon) or a scaled tensor 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
+from lockstep.parity.fitting import fitted
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import PRECISION_MULTIPLE
 from lockstep.policy.model import Policy
@@ -24,8 +25,6 @@ ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
 EPSILONS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-4)
 EXPLAINS = 1 / 3
 """Of the miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
-IMPROVES = 0.9
-"""A setting that leaves more of the miss than this is not looked at more closely."""
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
@@ -112,7 +111,7 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
     now = miss(nullcontext())
     enough = min(pair.noise.p50, EXPLAINS * now)
     for module in _rotary(pair.policy.model):
-        base, left = _fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)), now)
+        base, left = fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)), now)
         if left <= enough:
             return Explanation("model_config_differs", f"with a rotary base of {base:.4g} the trainer agrees to {left:.1e} nats")
     for epsilon in EPSILONS:
@@ -126,22 +125,6 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
 
 def _first(sample: Sampled, n: int) -> Sampled:
     return Sampled(sample.prompts[:n], sample.completions[:n], sample.sampling)
-
-
-def _fitted(grid: Sequence[float], miss: Callable[[float], float], now: float) -> tuple[float, float]:
-    """The best of a grid and its miss, refined between its neighbours on a logarithmic scale where it beats the miss ``now``."""
-    misses = [miss(value) for value in grid]
-    at = int(np.argmin(misses))
-    if not misses[at] < IMPROVES * now:
-        return grid[at], misses[at]
-    low, high = np.log(grid[max(at - 1, 0)]), np.log(grid[min(at + 1, len(grid) - 1)])
-    for _ in range(12):
-        third = (high - low) / 3
-        a, b = low + third, high - third
-        low, high = (low, b) if miss(float(np.exp(a))) < miss(float(np.exp(b))) else (a, high)
-    fitted = float(np.exp((low + high) / 2))
-    left, best = min((miss(value), value) for value in (grid[at], fitted, float(f"{fitted:.2g}"), float(f"{fitted:.1g}")))
-    return best, left
 
 
 def _rotary(model: nn.Module) -> list[Any]:

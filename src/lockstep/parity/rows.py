@@ -1,0 +1,23 @@
+"""Rows of one sample: the values of each completion, and what was found out about how they were mangled."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Mangled:
+    """How rows were mangled."""
+
+    cause: str
+    evidence: str
+
+
+def rows_of(values: np.ndarray, owners: np.ndarray) -> list[np.ndarray]:
+    """The values of each completion."""
+    return [values[owners == i] for i in np.unique(owners)]
+
+
+def off(a: np.ndarray, b: np.ndarray, limit: float) -> bool:
+    """True when two rows do not agree in the median."""
+    return not np.median(np.abs(a - b)) <= limit
