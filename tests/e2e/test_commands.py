@@ -13,10 +13,13 @@ import pytest
 
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_lines, read_rollouts
-from tests.e2e.conftest import QUICKSTART, SMALL
+from tests.e2e.conftest import QUICKSTART
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
-SETS = [flag for override in SMALL for flag in ("--set", override)]
+FEW = ["parity.probe_prompts=4", "parity.probe_tokens=8", "training.prompts_per_step=4", "training.group_size=4"]
+"""What is shown here is the command; what the ladder finds is shown in test_ladder.py."""
+SETS = [flag for override in FEW for flag in ("--set", override)]
+STEPS = 4
 DEATH_LIMIT_S = 10.0
 
 
@@ -39,12 +42,12 @@ def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
     report = json.loads(done.stdout)
     assert report["schema"] == "lockstep.check/1"
     first = report["layers"][0]
-    assert (first["layer"], first["status"]) == ("semantics", "FAIL")
+    assert (first["layer"], first["verdict"]) == ("semantics", "FAIL")
     found = first["findings"][0]
     assert found["cause"] == "raw_logprobs"
     assert 0.05 < found["effect_nats"] < 2.0
     assert "processed_logprobs" in found["fix"]
-    assert [layer["status"] for layer in report["layers"][1:]] == ["NOT_RUN"] * 4
+    assert [layer["verdict"] for layer in report["layers"][1:]] == ["NOT_RUN"] * 4
 
 
 def start_training(run, *extra):
@@ -54,7 +57,7 @@ def start_training(run, *extra):
         QUICKSTART,
         *SETS,
         "--set",
-        "training.steps=6",
+        f"training.steps={STEPS}",
         "--set",
         "training.checkpoint_every=2",
         "--out",
@@ -107,16 +110,16 @@ def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
     layout, _, _, _, _, resumed = interrupted
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads(resumed.stdout)
-    assert summary["steps"] == 6
+    assert summary["steps"] == STEPS
     rows = read_lines(layout.metrics)
-    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["step"] for row in rows] == list(range(STEPS))
     assert all(row["weight_version"] == row["step"] + 1 for row in rows)
-    for step in range(6):
+    for step in range(STEPS):
         rollouts = read_rollouts(layout.rollouts(step))
         assert len(rollouts) == 16
         assert {row["weight_version"] for row in rollouts} == {step}
-    state = json.loads((layout.checkpoints / "step-000006" / "state.json").read_text())
-    assert state == {"step": 6}
+    state = json.loads((layout.checkpoints / f"step-{STEPS:06}" / "state.json").read_text())
+    assert state == {"step": STEPS}
     when = [row["when"] for row in read_lines(layout.verdicts)]
     assert when.count("before step 0") == 5
     assert any(w.startswith("before step ") and w != "before step 0" for w in when), "parity is proven again on resume"
@@ -182,4 +185,4 @@ def test_the_transformers_engine_passes_the_same_ladder(installed):
     flags = ["--depth", "quick", "--engine", "transformers", "--set", "sampling.temperature=0.7"]
     done = lockstep("check", QUICKSTART, *SETS, *flags, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [layer["status"] for layer in json.loads(done.stdout)["layers"]] == ["PASS"] * 5
+    assert [layer["verdict"] for layer in json.loads(done.stdout)["layers"]] == ["PASS"] * 5

@@ -67,11 +67,11 @@ def check(
         directory = out or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
         result = _climb(loaded, directory, depth, faults, console.say)
-    if as_json:
-        emit("check", {"verdict": result.status, "depth": depth, "layers": result.verdicts})
-    else:
-        from lockstep.cli.common import show_ladder
+    from lockstep.cli.common import layers_document, show_ladder
 
+    if as_json:
+        emit("check", {"verdict": result.status, "depth": depth, "layers": layers_document(result.verdicts)})
+    else:
         show_ladder(result.verdicts)
         if out is not None and result.passed:
             print(f"certificate: {out / 'certificate.json'}")
@@ -101,7 +101,7 @@ def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...
         for verdict in result.verdicts:
             append_verdict(directory / "verdicts.jsonl", verdict, "check")
         if result.passed:
-            issue(session.pair, result.verdicts, directory / "certificate.json")
+            issue(session.pair, result.verdicts, directory / "certificate.json", depth)
     return result
 
 

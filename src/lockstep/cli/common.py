@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lockstep.config.recipe import Recipe, load_recipe
 from lockstep.errors import UsageError
@@ -15,6 +16,13 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
     if engine is not None and engine not in ENGINES:
         raise UsageError("flag --engine", got=repr(engine), expected=f"one of {', '.join(ENGINES)}", hint="--engine transformers")
     return load_recipe(path, overrides, engine)
+
+
+def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """The layers as ``--json`` gives them: ``layer``, ``verdict``, ``findings`` and what else a verdict holds."""
+    from lockstep.runs.write import plain
+
+    return [{"layer": v.layer, "verdict": v.status} | plain(v) for v in verdicts]
 
 
 def show_ladder(verdicts: Sequence[Verdict]) -> None:

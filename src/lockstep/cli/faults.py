@@ -40,9 +40,10 @@ def faults(
             print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
         return
     loaded = recipe_of(recipe, set_, engine)
-    from lockstep.loop.campaign import run_campaign
+    from lockstep.engines.registry import choose
+    from lockstep.loop.campaign import clean_configurations, generation_of, run_campaign
 
-    total = len(chosen) + (8 if clean else 0)
+    total = len(chosen) + (len(clean_configurations(generation_of(choose(loaded.engine)))) if clean else 0)
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-faults-") as scratch:
         done: list[Any] = []
 

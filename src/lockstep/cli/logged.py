@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lockstep.cli.common import recipe_of, show_ladder
+from lockstep.cli.common import layers_document, recipe_of, show_ladder
 from lockstep.cli.console import Console, emit
 from lockstep.config.recipe import Recipe, parse_overrides
 from lockstep.errors import UsageError
@@ -29,7 +29,7 @@ def check_logged(rollouts: Path, recipe: Path | None, model: str | None, overrid
         verdicts = judge(logged, load_policy(path, loaded.model.dtype, loaded.model.head_dtype), loaded)
     status = "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
     if as_json:
-        emit("check", {"verdict": status, "layers": verdicts})
+        emit("check", {"verdict": status, "layers": layers_document(verdicts)})
     else:
         show_ladder(verdicts)
     return {"FAIL": 1, "NOT_RUN": 3}[status]

@@ -26,6 +26,8 @@ class Certificate(Struct, frozen=True, kw_only=True):
 
     schema: str = "lockstep.certificate/1"
     issued: str
+    depth: str = "standard"
+    """Of the check: quick, standard or full."""
     pair: dict[str, Any]
     layers: list[dict[str, Any]]
     digest: str = ""
@@ -74,12 +76,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def issue(pair: Pair, verdicts: list[Verdict], path: Path) -> Certificate:
+def issue(pair: Pair, verdicts: list[Verdict], path: Path, depth: str = "standard") -> Certificate:
     """Write a certificate for verdicts that all passed."""
     if any(verdict.status != "PASS" for verdict in verdicts):
         raise ValueError("a certificate is issued for passing verdicts only")
     layers = [plain(verdict) for verdict in verdicts]
-    bare = Certificate(issued=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), pair=plain(describe_pair(pair)), layers=layers)
+    issued = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    bare = Certificate(issued=issued, depth=depth, pair=plain(describe_pair(pair)), layers=layers)
     certificate = msgspec.structs.replace(bare, digest=_digest(bare))
     write_atomically(path, msgspec.json.format(msgspec.json.encode(certificate), indent=1))
     return certificate

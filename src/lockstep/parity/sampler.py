@@ -73,8 +73,8 @@ def hidden_penalty(
     policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
 ) -> Explained | None:
     """A penalty alone. Arguments as :func:`hidden_settings`."""
-    name, miss = fitted_penalty(policy, groups, engine, asked)
-    return Explained("hidden_penalties", name, miss) if miss <= limit else None
+    name, miss, without = fitted_penalty(policy, groups, engine, asked)
+    return Explained("hidden_penalties", name, miss) if miss <= limit < without else None
 
 
 _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -184,8 +184,10 @@ PENALTIES = {
 
 
 @torch.no_grad()
-def fitted_penalty(policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams) -> tuple[str, float]:
-    """The penalty under which the numbers come nearest to ``engine``, and how near: (name and size, p90 of |gap| in nats).
+def fitted_penalty(
+    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams
+) -> tuple[str, float, float]:
+    """The penalty under which the numbers come nearest to ``engine``: its name and size, p90 of |gap| with it and without, nats.
 
     A penalty may leave most tokens as they were, so their median would not see it.
     """
@@ -195,18 +197,18 @@ def fitted_penalty(policy: Policy, groups: Sequence[Group], engine: np.ndarray, 
     ids = [torch.as_tensor(np.asarray(group.completions[0], np.int64), device=policy.head.device) for group in few]
     numbers = engine[: ends[len(few) - 1]]
 
-    def miss(name: str, value: float) -> float:
-        setting, temperature = replace(asked, **{name: float(value)}), asked.temperature or 1.0
+    def miss(**penalty: float) -> float:
+        setting, temperature = replace(asked, **penalty), asked.temperature or 1.0
         edited = (edit(z, group.prompt, i, 0, setting) / temperature for z, group, i in zip(logits, few, ids, strict=True))
         scored = [z.log_softmax(-1).gather(1, i[:, None])[:, 0] for z, i in zip(edited, ids, strict=True)]
         return float(np.quantile(np.abs(torch.cat(scored).numpy(force=True) - numbers), 0.9))
 
-    fits = {}
+    without, fits = miss(), {}
     for name, grid in PENALTIES.items():
-        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(name, v), float("inf"))
+        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(**{name: v}), without)
         fits[f"{name.replace('_', ' ')} {value:.3g}"] = left
     best = min(fits, key=lambda name: fits[name])
-    return best, fits[best]
+    return best, fits[best], without
 
 
 @dataclass(frozen=True)
