@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.evidence import within
 from lockstep.parity.tolerances import Tolerance
 
 BASES = {"log10": 1.0 / np.log(10.0), "log2": 1.0 / np.log(2.0), "the sign turned": -1.0}
 DECIMALS = (1, 2, 3)
+EXPLAINS = 1 / 3
+"""Of the tail: a function that leaves more of it, be that within arithmetic, explains nothing."""
 
 
 def transform(engine: np.ndarray, rescored: np.ndarray, owners: np.ndarray, noise: Tolerance) -> str | None:
@@ -27,8 +30,9 @@ def transform(engine: np.ndarray, rescored: np.ndarray, owners: np.ndarray, nois
     """
     if not np.isfinite(engine).all() or not np.isfinite(rescored).all() or within(noise, engine - rescored):
         return None
+    tail = quantiles_abs(engine - rescored)["p999"]
     for name, values in _functions(engine, rescored, owners):
-        if within(noise, engine - values):
+        if within(noise, engine - values) and quantiles_abs(engine - values)["p999"] <= EXPLAINS * tail:
             return name
     return _grid(engine, rescored, noise)
 
