@@ -26,8 +26,8 @@ SWAP_TOKENS = 8
 NEAREST = 8
 """Tokens of the right log-probability that are tried in the place of an edited one."""
 MOST_EDITS = 4
-PROVING = 2
-"""Tokens after an edited one that must agree once it is put right."""
+PROVING = 1
+"""Tokens after an edited one that must agree once it is put right: one in a thousand agrees by chance."""
 TELLING_NATS = 1e-2
 """Noise beyond which a log-probability fits too many tokens to tell which one it is of."""
 
@@ -89,16 +89,19 @@ def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list
     off = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not (np.abs(a - b) <= tail).all()]
     if pair.noise.p50 > TELLING_NATS:
         return _no_more_after(ours, theirs, tail)
-    edits = [_edits(pair, ours[i], evidence.neutral.groups[i], tail) for i in off]
-    restored = [n for n in edits if n]
-    if not restored or len(restored) < MOST * len(off):
+    told = [n for i in off if (n := _edits(pair, ours[i], evidence.neutral.groups[i], tail)) is not None]
+    restored = [n for n in told if n]
+    if not restored or len(restored) < MOST * len(told):
         return None
     text = f"{len(restored)} of {len(off)} rows that are off agree once {sum(restored)} of their tokens are others"
     return Mangled("tokens_edited", text)
 
 
-def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int:
-    """How many tokens of a row must be others for it to agree with its numbers; 0 when it does not come to agree."""
+def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int | None:
+    """How many tokens of a row must be others for it to agree with its numbers.
+
+    0 when it does not come to agree; None when it is off at its end only, where nothing after it could prove another token right.
+    """
     ids = group.completions[0]
     for edits in range(MOST_EDITS + 1):
         (hidden,) = hidden_of(pair.policy, [Group(group.prompt, [ids])])
@@ -106,8 +109,8 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int:
         at = _first_off(numbers, logprobs[np.arange(len(ids)), ids], tail)
         if at == len(ids):
             return edits
-        if at + PROVING >= len(ids):  # too few after it to prove that another token is right
-            return 0
+        if at + PROVING >= len(ids):
+            return edits or None
         nearest = np.argsort(np.abs(logprobs[at] - numbers[at]))[:NEAREST]
         tried = [np.r_[ids[:at], token, ids[at + 1 :]].astype(np.int32) for token in nearest]
         reach = [_first_off(numbers, scored, tail) for scored in pair.policy.score([Group(group.prompt, tried)], 1.0)]

@@ -7,7 +7,7 @@ fits the gaps. The best few are then held by the trainer for real, and only one 
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,8 @@ class Named:
     """Other sets that explain it as well."""
     factor: float = 1.0
     """What they are multiplied by, where that is the hypothesis."""
+    change: str = ""
+    """What else became of them on the way."""
 
 
 def stale(pair: Pair, canary: Canary, before: dict[Tensor, Tensor], engine: np.ndarray, limit: float) -> Named | None:
@@ -57,14 +59,8 @@ def stale(pair: Pair, canary: Canary, before: dict[Tensor, Tensor], engine: np.n
     tensors = named_weights(pair.policy.model)
     names = [name for name, tensor in tensors.items() if tensor in before]
 
-    @contextmanager
-    def held(chosen: tuple[str, ...], factor: float) -> Iterator[None]:
-        now = {name: tensors[name].detach().clone() for name in chosen}
-        _assign(tensors, {name: before[tensors[name]] for name in chosen})
-        try:
-            yield
-        finally:
-            _assign(tensors, now)
+    def held(chosen: tuple[str, ...], factor: float) -> AbstractContextManager[None]:
+        return _holding(tensors, {name: before[tensors[name]] for name in chosen})
 
     slopes, gap = _slopes(pair, canary, engine, names, lambda name: before[tensors[name]] - tensors[name])
     ranked = _ranked(slopes, gap, names, free=False)
@@ -76,18 +72,34 @@ def scaled(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Name
     tensors = named_weights(pair.policy.model)
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]
 
-    @contextmanager
-    def held(chosen: tuple[str, ...], factor: float) -> Iterator[None]:
-        now = {name: tensors[name].detach().clone() for name in chosen}
-        _assign(tensors, {name: now[name] * factor for name in chosen})
-        try:
-            yield
-        finally:
-            _assign(tensors, now)
+    def held(chosen: tuple[str, ...], factor: float) -> AbstractContextManager[None]:
+        return _holding(tensors, {name: tensors[name].detach() * factor for name in chosen})
 
     slopes, gap = _slopes(pair, canary, engine, names, lambda name: tensors[name])
     ranked = _ranked(slopes, gap, names, free=True)
     return _proven(pair, canary, engine, ranked, held, limit)
+
+
+def rounded(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
+    """Every tensor as it is after a way through a coarser dtype. Arguments as :func:`stale`."""
+    tensors = {name: t for name, t in named_weights(pair.policy.model).items() if t.dtype == torch.float32}
+    for dtype in (torch.bfloat16, torch.float16) if tensors else ():
+        with _holding(tensors, {name: tensor.detach().to(dtype).float() for name, tensor in tensors.items()}):
+            miss = float(np.abs(engine - canary.trainer_scores(pair)).mean())
+        if miss <= limit:
+            return Named("every tensor", miss, change=f"rounded to {str(dtype).removeprefix('torch.')}")
+    return None
+
+
+@contextmanager
+def _holding(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+    """The trainer with other values in some of its tensors."""
+    now = {name: tensors[name].detach().clone() for name in values}
+    _assign(tensors, values)
+    try:
+        yield
+    finally:
+        _assign(tensors, now)
 
 
 @torch.no_grad()

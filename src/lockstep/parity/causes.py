@@ -186,9 +186,9 @@ CAUSES |= _of(
             "Compare the names the trainer sends with the names the engine loads (fused projections, adapters, ties).",
         ),
         "altered_on_load": (
-            "A tensor arrives times a constant; the evidence names it, and others that would look alike.",
-            "The trainer with that tensor scaled explains the engine's scores after a load, and not before it.",
-            "Look for post-processing at load: a scale folded in twice, quantisation, a padded or transposed copy.",
+            "Tensors arrive changed: one times a constant, which the evidence names, or all rounded through a coarser dtype.",
+            "The trainer with its tensors changed alike explains the engine's scores after a load, and not before it.",
+            "Look for post-processing at load: a scale folded in twice, a cast on the way, quantisation, a padded copy.",
         ),
         "in_flight_update": (
             "Tokens drawn after an update in flight are not those of the new weights over the cache that they should have.",

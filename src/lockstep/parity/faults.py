@@ -278,6 +278,12 @@ _WEIGHTS = (
         ),
     ),
     Fault(
+        "delivered_through_bf16",
+        "altered_on_load",
+        "proxy: every tensor is rounded to bf16 on the way",
+        proxy=p.edits(edit_update=p.every_load(lambda name, tensor: tensor.bfloat16().to(tensor.dtype))),
+    ),
+    Fault(
         "stale_prefix_cache",
         "stale_prefix_cache",
         "worker: the prefix cache survives loads",

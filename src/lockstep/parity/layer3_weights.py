@@ -139,9 +139,11 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
         measured = Measured(limit, first, old, new, engine, old_head, after, cache_gap)
         plain = (measured.residue(scores) for scores in (new, old, old_head))
         if not measured.blurred and not min(plain) <= measured.limit:
-            measured.named = attribution.stale(pair, canary, before, engine, measured.limit)
-            if measured.named is None:
-                measured.named = attribution.scaled(pair, canary, engine, measured.limit)
+            measured.named = (
+                attribution.rounded(pair, canary, engine, measured.limit)
+                or attribution.stale(pair, canary, before, engine, measured.limit)
+                or attribution.scaled(pair, canary, engine, measured.limit)
+            )
     pair.sync(pair.version)
     measured.back = canary.engine_scores(pair)
     return measured
@@ -171,9 +173,10 @@ def _failed(
             return "stale_head", summary, size, owners, text
         if measured.named is not None:
             named = measured.named
-            if named.factor != 1.0:
-                text = f"in the engine {named.label} is times {named.factor:.4g} (then it agrees to {named.miss:.1e}); {text}"
-                return "altered_on_load", f"{served}{named.label} is scaled", size, owners, text
+            if named.factor != 1.0 or named.change:
+                change = named.change or f"times {named.factor:.4g}"
+                text = f"in the engine {named.label} is {change} (then it agrees to {named.miss:.1e}); {text}"
+                return "altered_on_load", f"{served}{named.label} is {change}", size, owners, text
             text = f"old in the engine: {named.label} (then it agrees to {named.miss:.1e}); {text}"
             return "stale_tensors", f"{served}{named.label} is old", size, owners, text
         return "unexplained_weights", served + "no mixture of old and new explains it", size, owners, text
