@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ GREEDY = 4
 """Tensors of the set that is put together one at a time, in case no natural set fits."""
 ALIKE = 1.5
 """Hypotheses that miss by less than this times the best are named beside it: some edits cannot be told apart by any score."""
+MANY_KINDS = 4
+"""Beyond which a label says the layers alone."""
 _LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Engines hold these as one tensor."""
@@ -149,15 +152,24 @@ def _ranked(slopes: np.ndarray, gap: np.ndarray, names: list[str], *, free: bool
 
 
 def _sets(names: list[str]) -> Iterator[tuple[str, ...]]:
-    """Each tensor; the fused ones of a layer; a whole layer; a kind over all layers, and two kinds, as an adapter has them."""
+    """Each tensor; the fused ones of a layer; a whole layer, all before it and all from it on; a kind over all layers, two kinds,
+    as an adapter has them, and a whole block.
+    """
     layers: dict[str, list[str]] = {}
     kinds: dict[str, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
     for name in names:
         yield (name,)
         found = _LAYER.match(name)
         if found:
             layers.setdefault(found[1] + found[2], []).append(name)
             kinds.setdefault(found[3], []).append(name)
+            blocks.setdefault(found[3].split(".")[1], []).append(name)
+    yield from (tuple(members) for members in blocks.values())
+    stacked = list(layers.values())
+    for at in range(1, len(stacked)):
+        yield tuple(chain(*stacked[:at]))
+        yield tuple(chain(*stacked[at:]))
     for members in layers.values():
         yield tuple(members)
         for fused in FUSED:
@@ -208,8 +220,11 @@ def label(names: tuple[str, ...]) -> str:
     if len(names) > 1 and all(found):
         layers = sorted({int(f[2]) for f in found if f})
         kinds = sorted({f[3].strip(".") for f in found if f})
+        span = f"layers {layers[0]} to {layers[-1]}"
+        if len(kinds) > MANY_KINDS and len(layers) > 1:
+            return span
         if len(layers) == 1:
             return f"layer {layers[0]}: {', '.join(kinds)}"
         if len(names) == len(layers) * len(kinds):
-            return f"{' and '.join(kinds)} of layers {layers[0]} to {layers[-1]}"
+            return f"{' and '.join(kinds)} of {span}"
     return ", ".join(names)

@@ -24,6 +24,8 @@ from lockstep.records.verdicts import Verdict
 
 PROBE_VERSION = 10**9
 """Version number of perturbed weights: no training run counts as far."""
+HEAD_EXPLAINS = 1 / 3
+"""Of the move that the whole update does not explain, an old head leaves at most this where it is to blame."""
 CACHE_TOKENS = 2
 CACHE_PROMPTS = 4
 
@@ -34,6 +36,8 @@ class Measured:
 
     limit: float
     """Mean |gap| that a delivered update may leave, nats."""
+    noise: float
+    """What arithmetic may bring between the two sides, median, nats."""
 
     first: np.ndarray
     """The engine before anything was synced."""
@@ -67,8 +71,10 @@ class Measured:
     def blurred(self) -> bool:
         """True when the sides differed so much before that scores tell nothing of this update: then moves are compared.
 
-        Either a lost update would pass for delivered, or an earlier one was lost.
+        Either a lost update would pass for delivered, or an earlier one was lost. Sides that agree after it are not blurred.
         """
+        if float(np.abs(self.engine - self.new).mean()) <= self.noise:
+            return False
         return self.limit >= self.shift or float(self.ground.mean()) > self.limit
 
     def residue(self, scores: np.ndarray) -> float:
@@ -79,9 +85,9 @@ class Measured:
 
     @property
     def delivered(self) -> bool:
-        """True when the engine serves what it was sent."""
-        new, *others = (self.residue(scores) for scores in (self.new, self.old, self.old_head))
-        return new < min(others) if self.blurred else new <= self.limit
+        """True when the engine serves what it was sent; where that is blurred, when it moved, and not as with an old head."""
+        new, old, old_head = (self.residue(scores) for scores in (self.new, self.old, self.old_head))
+        return old > self.noise and old_head > HEAD_EXPLAINS * new if self.blurred else new <= self.limit
 
 
 def judge(pair: Pair, canary: Canary, sample: Sampled) -> Verdict:
@@ -136,7 +142,7 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
         after = draw(pair, cached, few, pair.seed)
         cache_gap = np.concatenate(pair.policy.score(after.groups, 1.0)) - after.engine_logprobs
         old_head = canary.trainer_scores(pair, head=before[pair.policy.head])
-        measured = Measured(limit, first, old, new, engine, old_head, after, cache_gap)
+        measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, after, cache_gap)
         plain = (measured.residue(scores) for scores in (new, old, old_head))
         if not measured.blurred and not min(plain) <= measured.limit:
             measured.named = (
@@ -189,7 +195,10 @@ def _failed(
         summary = "after a sync the engine answers from a prefix cache of the old weights"
         return "stale_prefix_cache", summary, np.abs(measured.cache_gap), measured.cached.owners, text
     if not restored <= limit:
-        return "unexplained_weights", "weights that were put back did not arrive", np.full(owners.size, restored), owners, text
+        still = float(np.abs(measured.back - measured.new).mean())
+        cause = "not_delivered" if still <= limit else "unexplained_weights"
+        text = f"mean |engine − trainer| {restored:.1e} nats; against the weights before that sync {still:.1e}"
+        return cause, "weights that were put back did not arrive", np.full(owners.size, restored), owners, text
     first = not canary.clean_gap_nats
     if first and measured.ground.mean() > max(CANARY_MULTIPLE * max(restored, CANARY_FLOOR), 2 * pair.noise.p50):
         summary = "before the first sync the engine held other weights than the trainer"
