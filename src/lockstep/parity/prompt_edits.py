@@ -5,6 +5,7 @@ prompt is cut, at either end, by so many tokens or down to so many, the number i
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray]) -> Ma
         ours: score A of ``neutral``, by row.
     """
     limit = pair.noise.p50
-    for cause, name, edit in (*_additions(pair), *_cuts(pair, evidence, ours)):
+    for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)):
         groups = [Group(edit(group.prompt), group.completions) for group in evidence.neutral.groups if len(group.prompt) > 2]
         kept = [a for a, group in zip(ours, evidence.neutral.groups, strict=True) if len(group.prompt) > 2]
         wrong = [off(a, c, limit) for a, c in zip(kept, pair.policy.score(groups, 1.0), strict=True)]
