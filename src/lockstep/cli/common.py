@@ -22,7 +22,7 @@ def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """The layers as ``--json`` gives them: ``layer``, ``verdict``, ``findings`` and what else a verdict holds."""
     from lockstep.runs.write import plain
 
-    return [{"layer": v.layer, "verdict": v.status} | plain(v) for v in verdicts]
+    return [plain(v) | {"verdict": v.status} for v in verdicts]
 
 
 def show_ladder(verdicts: Sequence[Verdict]) -> None:

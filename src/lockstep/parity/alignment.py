@@ -8,7 +8,7 @@ them agree is the cause. Where they do agree and the trainer's do not, the promp
 import numpy as np
 from msgspec.structs import replace
 
-from lockstep.parity.evidence import Evidence, within
+from lockstep.parity.evidence import Evidence
 from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.prompt_edits import edited_prompts
@@ -48,7 +48,7 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
 def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
     """Numbers that are a function of the right ones; those are the engine's re-score, where the trainer confirms it."""
     neutral = evidence.neutral
-    if not within(pair.noise, evidence.rescored - evidence.trainer):
+    if not evidence.confirmed(pair):
         return None
     told = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
     return None if told is None else Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
@@ -86,14 +86,14 @@ def _swapped(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: lis
 def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mangled | None:
     """Rows whose numbers are right once a few of their tokens are others, each of the log-probability that is reported for it."""
     tail = pair.noise.p999
-    off = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not (np.abs(a - b) <= tail).all()]
     if pair.noise.p50 > TELLING_NATS:
         return _no_more_after(ours, theirs, tail)
-    told = [n for i in off if (n := _edits(pair, ours[i], evidence.neutral.groups[i], tail)) is not None]
+    wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _first_off(a, b, tail) < len(a)]
+    told = [n for i in wrong if (n := _edits(pair, ours[i], evidence.neutral.groups[i], tail)) is not None]
     restored = [n for n in told if n]
     if not restored or len(restored) < MOST * len(told):
         return None
-    text = f"{len(restored)} of {len(off)} rows that are off agree once {sum(restored)} of their tokens are others"
+    text = f"{len(restored)} of {len(wrong)} rows that are off agree once {sum(restored)} of their tokens are others"
     return Mangled("tokens_edited", text)
 
 
@@ -121,8 +121,8 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int | 
 
 
 def _first_off(a: np.ndarray, b: np.ndarray, tail: float) -> int:
-    off = ~(np.abs(a - b) <= tail)
-    return int(off.argmax()) if off.any() else len(off)
+    beyond = ~(np.abs(a - b) <= tail)
+    return int(beyond.argmax()) if beyond.any() else len(beyond)
 
 
 def _no_more_after(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float) -> Mangled | None:

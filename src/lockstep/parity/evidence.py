@@ -62,6 +62,10 @@ class Evidence:
         """Each sample once."""
         return list({id(s): s for s in (self.own, self.neutral, self.telling)}.values())
 
+    def confirmed(self, pair: Pair) -> bool:
+        """True when the trainer scores as the engine re-scores."""
+        return within(pair.noise, self.rescored - self.trainer)
+
     @property
     def n_tokens(self) -> int:
         """Over all samples."""

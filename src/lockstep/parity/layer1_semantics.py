@@ -25,6 +25,7 @@ from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.hypotheses import Fit, fits, hidden_of
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
+from lockstep.parity.rows import Mangled
 from lockstep.parity.sampler import Explained, examine_draws, hidden_penalty, hidden_settings, likeliest_temperature
 from lockstep.parity.tolerances import SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
@@ -95,18 +96,14 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
     if missing:
         evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
         return _fail(pair, evidence, "missing_logprobs", evidence_text, figures, np.full(1, np.nan))
-    neutral, mangled = evidence.neutral, doubled_bos(pair) or transformed(pair, evidence)
-    told, hidden = identify(pair, evidence), None
-    if mangled is None and told.best is None:
-        telling = evidence.telling
-        hidden = hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
-    elif mangled is None and not within(pair.noise, neutral.engine_logprobs - evidence.trainer) and _confirmed(pair, evidence):
-        hidden = hidden_penalty(pair.policy, neutral.groups, neutral.engine_logprobs, neutral.sampling, told.limit)
-    if mangled is None and hidden is None:
-        mangled = examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)
+    mangled = doubled_bos(pair) or transformed(pair, evidence)
     if mangled is not None:
-        size = np.abs(neutral.engine_logprobs - evidence.trainer)
-        return _fail(pair, evidence, mangled.cause, mangled.evidence, figures, size)
+        return _mangled(pair, evidence, mangled, figures)
+    told = identify(pair, evidence)
+    hidden = _hidden(pair, evidence, told)
+    mangled = (examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)) if hidden is None else None
+    if mangled is not None:
+        return _mangled(pair, evidence, mangled, figures)
     figures |= {
         "identified": named(told.ranked[0].semantics) if told.best is not None else "unexplained",
         "runner_up": named(told.ranked[1].semantics) if len(told.ranked) > 1 else "none",
@@ -138,6 +135,22 @@ def _passed(pair: Pair, evidence: Evidence, told: Identified) -> str:
     reported = told.best.describe() if evidence.telling is evidence.own else f"{told.best.distribution} distribution, at T=1 here"
     margin = f"; the runner-up fits {told.margin:.0f} times worse" if np.isfinite(told.margin) else ""
     return f"the engine reports what the trainer scores: the {reported}{note}{said}{margin}"
+
+
+def _hidden(pair: Pair, evidence: Evidence, told: Identified) -> Explained | None:
+    """Settings that nobody asked for, where the numbers need them: all of them, or a penalty that most tokens do not feel."""
+    telling, neutral = evidence.telling, evidence.neutral
+    if told.best is None:
+        return hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
+    if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
+        return hidden_penalty(pair.policy, neutral.groups, neutral.engine_logprobs, neutral.sampling, told.limit)
+    return None
+
+
+def _mangled(pair: Pair, evidence: Evidence, found: Mangled, figures: dict) -> Verdict:
+    return _fail(
+        pair, evidence, found.cause, found.evidence, figures, np.abs(evidence.neutral.engine_logprobs - evidence.trainer)
+    )
 
 
 def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, size: np.ndarray) -> Verdict:
@@ -198,8 +211,8 @@ def _path_may_explain(pair: Pair, evidence: Evidence, told: Identified) -> bool:
 
 
 def _confirmed(pair: Pair, evidence: Evidence) -> bool:
-    """True when the engine re-scores as the trainer scores."""
-    return pair.engine.ready.capabilities["rescore"].supported and within(pair.noise, evidence.rescored - evidence.trainer)
+    """True when the engine re-scores, and as the trainer scores."""
+    return pair.engine.ready.capabilities["rescore"].supported and evidence.confirmed(pair)
 
 
 def _raw(pair: Pair, own: Sampled, text: str) -> tuple[str, str]:

@@ -18,14 +18,12 @@ from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.pair import Pair, Sampled, draw
-from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, PERTURBATION, PERTURBATION_OVER_NOISE
+from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, EXPLAINS, PERTURBATION, PERTURBATION_OVER_NOISE
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 
 PROBE_VERSION = 10**9
 """Version number of perturbed weights: no training run counts as far."""
-HEAD_EXPLAINS = 1 / 3
-"""Of the move that the whole update does not explain, an old head leaves at most this where it is to blame."""
 CACHE_TOKENS = 2
 CACHE_PROMPTS = 4
 
@@ -87,7 +85,7 @@ class Measured:
     def delivered(self) -> bool:
         """True when the engine serves what it was sent; where that is blurred, when it moved, and not as with an old head."""
         new, old, old_head = (self.residue(scores) for scores in (self.new, self.old, self.old_head))
-        return old > self.noise and old_head > HEAD_EXPLAINS * new if self.blurred else new <= self.limit
+        return old > self.noise and old_head > EXPLAINS * new if self.blurred else new <= self.limit
 
 
 def judge(pair: Pair, canary: Canary, sample: Sampled) -> Verdict:

@@ -5,6 +5,7 @@ prompt is cut, at either end, by so many tokens or down to so many, the number i
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -55,14 +56,19 @@ def _cuts(
         return
     n, row = min(cut)
     numbers, group = ours[row], evidence.neutral.groups[row]
-    scores = pair.policy.score([Group(group.prompt[k:], group.completions) for k in range(1, n)], 1.0)
-    k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
-    yield "prompt_edited", f"the first {k} tokens left out", lambda p: p[k:] if len(p) > k else p
-    yield "prompt_edited", f"only the last {n - k} tokens kept", lambda p: p[-(n - k) :]
-    scores = pair.policy.score([Group(group.prompt[:-k], group.completions) for k in range(1, n)], 1.0)
-    e = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
-    yield "prompt_edited", f"the last {e} tokens left out", lambda p: p[:-e] if len(p) > e else p
-    yield "prompt_edited", f"only the first {n - e} tokens kept", lambda p: p[: n - e]
+    for end, other, left in (("first", "last", lambda p, k: p[k:]), ("last", "first", lambda p, k: p[: len(p) - k])):
+        scores = pair.policy.score([Group(left(group.prompt, k), group.completions) for k in range(1, n)], 1.0)
+        k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
+        yield "prompt_edited", f"the {end} {k} tokens left out", partial(_left, left, k)
+        yield "prompt_edited", f"only the {other} {n - k} tokens kept", partial(_kept, left, n - k)
+
+
+def _left(left: Callable[[np.ndarray, int], np.ndarray], k: int, prompt: np.ndarray) -> np.ndarray:
+    return left(prompt, k) if len(prompt) > k else prompt
+
+
+def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndarray) -> np.ndarray:
+    return left(prompt, max(len(prompt) - n, 0))
 
 
 def doubled_bos(pair: Pair) -> Mangled | None:

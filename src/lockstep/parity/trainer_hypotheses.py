@@ -18,13 +18,11 @@ from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
 from lockstep.parity.fitting import fitted
 from lockstep.parity.pair import Pair, Sampled
-from lockstep.parity.tolerances import PRECISION_MULTIPLE
+from lockstep.parity.tolerances import EXPLAINS, PRECISION_MULTIPLE
 from lockstep.policy.model import Policy
 
 ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
 EPSILONS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-4)
-EXPLAINS = 1 / 3
-"""Of the miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 

@@ -11,12 +11,11 @@ import torch
 
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.evidence import within
-from lockstep.parity.tolerances import Tolerance
+from lockstep.parity.rows import rows_of
+from lockstep.parity.tolerances import EXPLAINS, Tolerance
 
 BASES = {"log10": 1.0 / np.log(10.0), "log2": 1.0 / np.log(2.0), "the sign turned": -1.0}
 DECIMALS = (1, 2, 3)
-EXPLAINS = 1 / 3
-"""Of the tail: a function that leaves more of it, be that within arithmetic, explains nothing."""
 
 
 def transform(engine: np.ndarray, rescored: np.ndarray, owners: np.ndarray, noise: Tolerance) -> str | None:
@@ -54,7 +53,7 @@ def _functions(a: np.ndarray, b: np.ndarray, owners: np.ndarray) -> Iterator[tup
 
 
 def _by_row(values: np.ndarray, owners: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    return np.concatenate([change(values[owners == i]) for i in np.unique(owners)])
+    return np.concatenate([change(row) for row in rows_of(values, owners)])
 
 
 def _grid(a: np.ndarray, b: np.ndarray, noise: Tolerance) -> str | None:
