@@ -86,7 +86,7 @@ def interrupted(installed, tmp_path_factory):
     process = start_training(layout.root)
     wait_for_step(process, layout, 3)
     family = engine_processes(process.pid)
-    worker = next(p for p in family if "VLLM::Worker" in " ".join(p.cmdline()) + p.name())
+    worker = next(p for p in family if "VLLM::EngineCore" in " ".join(p.cmdline()) + p.name())
     os.kill(worker.pid, signal.SIGKILL)
     killed = time.monotonic()
     _, errors = process.communicate(timeout=60)
@@ -132,7 +132,7 @@ def test_a_killed_trainer_leaves_no_engine_behind(installed, tmp_path):
     process = start_training(layout.root)
     deadline = time.monotonic() + 120
     family = []
-    while not any("VLLM::Worker" in " ".join(p.cmdline()) + p.name() for p in family):
+    while not any("VLLM::EngineCore" in " ".join(p.cmdline()) + p.name() for p in family):
         assert time.monotonic() < deadline
         time.sleep(0.5)
         family = engine_processes(process.pid)

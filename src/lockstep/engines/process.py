@@ -26,11 +26,10 @@ import lockstep
 from lockstep.engines.worker.group import end_group
 from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS, METADATA
 from lockstep.errors import EngineDied, EngineError, ProtocolError, UsageError
-from lockstep.records.messages import Failure, Ready, Reply, Request, Shutdown, decode_reply, encode
+from lockstep.records.messages import Failure, Ready, Reply, Request, decode_reply, encode
 
 _LENGTH = struct.Struct("<I")
 LOG_TAIL_LINES = 15
-CLOSE_TIMEOUT_S = 10.0
 
 
 class WorkerProcess:
@@ -97,7 +96,7 @@ class WorkerProcess:
             if not isinstance(reply, Ready):
                 raise ProtocolError("engine start", got=type(reply).__name__, expected="Ready", hint=f"tail {self.log_path}")
         except BaseException:
-            self.close(graceful=False)
+            self.close()
             raise
         return reply
 
@@ -124,7 +123,7 @@ class WorkerProcess:
         try:
             reply = future.result(timeout_s)
         except TimeoutError:
-            self.close(graceful=False)
+            self.close()
             raise EngineError(
                 f"engine, {what}",
                 got=f"no answer in {timeout_s:g} s",
@@ -133,7 +132,7 @@ class WorkerProcess:
             ) from None
         if isinstance(reply, Failure):
             if reply.fatal:
-                self.close(graceful=False)
+                self.close()
             error = UsageError if reply.usage else (EngineDied if reply.fatal else EngineError)
             hint = reply.hint if reply.usage else f"{reply.hint}: {self.log_path}{self._tail_text()}"
             raise error(f"engine, {what}", got=reply.message, expected=reply.expected, hint=hint)
@@ -173,14 +172,8 @@ class WorkerProcess:
         end_group(self.popen.pid)
         self.popen.wait()
 
-    def close(self, *, graceful: bool = True) -> None:
-        """End the worker and everything it started."""
-        if graceful and not self._closed:
-            with self._lock, contextlib.suppress(OSError):
-                body = encode(Shutdown(self._next_id))
-                self._socket.sendall(_LENGTH.pack(len(body)) + body)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(CLOSE_TIMEOUT_S)
+    def close(self) -> None:
+        """End the worker and everything it started, at once: it holds nothing that is not the trainer's too."""
         self._end_group()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

@@ -54,13 +54,7 @@ class Abort(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     id: int
 
 
-class Shutdown(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """End the engine. Answered by the end of the stream."""
-
-    id: int
-
-
-Request = Sample | Score | Load | Abort | Shutdown
+Request = Sample | Score | Load | Abort
 
 
 class Ready(Struct, frozen=True, tag=True):

@@ -19,12 +19,14 @@ class VllmV1(VllmEngine):
 
     # Eager: compiling costs minutes on a CPU. Block 32, not 128: a prefix shorter than one block is never cached. No chunked
     # prefill: 0.32.0 rewinds a seeded request's generator after a partial prefill, which a CPU generator refuses, and the engine
-    # dies (vllm/v1/worker/gpu_model_runner.py, ``_bookkeeping_sync``).
+    # dies (vllm/v1/worker/gpu_model_runner.py, ``_bookkeeping_sync``). The core runs the model itself, as before 0.32, where the
+    # CPU platform turns "uni" into a second process (vllm/platforms/cpu.py): a third of the start, and a hop at every step.
     cpu_defaults: ClassVar[dict[str, Any]] = {
         "enforce_eager": True,
         "block_size": 32,
         "max_num_seqs": 128,
         "enable_chunked_prefill": False,
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
     }
 
     fixes: ClassVar[dict[str, str]] = {

@@ -28,6 +28,8 @@ def end_group(pgid: int) -> None:
             elif pid != own:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(OSError):
+                    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink()  # libiomp5's, 1 KB each
     if own in {pid for pid, _ in members or []}:
         os.kill(own, signal.SIGKILL)
     for pid in trackers:

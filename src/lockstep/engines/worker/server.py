@@ -38,7 +38,6 @@ from lockstep.records.messages import (
     Sampled,
     Score,
     Scored,
-    Shutdown,
     decode_request,
     encode,
 )
@@ -72,17 +71,13 @@ class ServedEngine(Protocol):
         """End every sample in flight; returns how many requests that were."""
         ...
 
-    def close(self) -> None:
-        """End the engine's own processes."""
-        ...
-
 
 class BadRequestError(Exception):
     """A request or an option that is the user's to mend. ``args``: message, expected, hint."""
 
 
 def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]) -> None:
-    """Start the engine and serve it until a Shutdown, the trainer's end, or the engine's death.
+    """Start the engine and serve it until the trainer's end, or the engine's death.
 
     Args:
         scratch: directories to remove when the trainer is gone and cannot.
@@ -101,10 +96,8 @@ async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable
         traceback.print_exc()
         await _refuse(listener, failure_of(0, error, fatal=True))
         sys.exit(1)
-    server = _Server(engine, ready)
-    async with await asyncio.start_unix_server(server.serve_peer, sock=listener):
-        await server.ended.wait()
-    engine.close()
+    async with await asyncio.start_unix_server(_Server(engine, ready).serve_peer, sock=listener) as server:
+        await server.serve_forever()
 
 
 async def _refuse(listener: socket.socket, failure: Failure) -> None:
@@ -140,7 +133,6 @@ class _Server:
     def __init__(self, engine: ServedEngine, ready: bytes) -> None:
         self.engine = engine
         self.ready = ready
-        self.ended = asyncio.Event()
         self._sampling: set[asyncio.Task] = set()
         self._loading = asyncio.Lock()
 
@@ -149,7 +141,7 @@ class _Server:
         tasks: set[asyncio.Task] = set()
         _send(writer, self.ready)
         try:
-            while not self.ended.is_set():
+            while True:
                 (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
                 if length > MAX_FRAME_BYTES:
                     return
@@ -171,17 +163,16 @@ class _Server:
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         try:
-            reply = await self._reply(request)
+            reply: Reply = await self._reply(request)
         except Exception as error:
             traceback.print_exc()
             reply = failure_of(request.id, error, fatal=type(error).__name__ == "EngineDeadError")
-        if reply is not None:
-            _send(writer, reply)
-            await writer.drain()
+        _send(writer, reply)
+        await writer.drain()
         if isinstance(reply, Failure) and reply.fatal:
             end_process_group()
 
-    async def _reply(self, request: Request) -> Reply | None:
+    async def _reply(self, request: Request) -> Reply:
         match request:
             case Sample():
                 return Sampled(request.id, await self._tracked(self.engine.sample(request)))
@@ -194,9 +185,6 @@ class _Server:
                     return Loaded(request.id, await self.engine.load(request))
             case Abort():
                 return Aborted(request.id, await self.engine.abort())
-            case Shutdown():
-                self.ended.set()
-                return None
 
     async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
         async with self._loading:

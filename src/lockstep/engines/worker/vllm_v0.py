@@ -86,10 +86,6 @@ class Engine(terms.VllmEngine):
             await self.llm.abort(name)
         return len(in_flight)
 
-    def close(self) -> None:
-        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        self.llm.shutdown_background_loop()
-
     def _rpc(self, method: str, *args: Any) -> dict[str, Any]:
         return self.llm.engine.model_executor.collective_rpc(method, args=args)[0]
 

@@ -25,7 +25,11 @@ class Engine(terms.VllmEngine):
         began = time.perf_counter()
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self.llm = AsyncLLM.from_vllm_config(terms.engine_config(self.config), disable_log_stats=True, enable_log_requests=False)
+        config = terms.engine_config(self.config)
+        if config.device_config.device_type == "cpu":
+            # As on a GPU. The CPU platform asks for spawn, which imports all of vLLM once more, for 8 s.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True, enable_log_requests=False)
         self.vllm_config = self.llm.vllm_config
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
@@ -105,10 +109,6 @@ class Engine(terms.VllmEngine):
         in_flight = list(self.in_flight)
         await self.llm.abort(in_flight)
         return len(in_flight)
-
-    def close(self) -> None:
-        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        self.llm.shutdown()
 
     def params(self, params: SamplingParams, **extra: Any) -> Any:
         """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
