@@ -182,7 +182,7 @@ def test_an_unknown_engine_option_is_refused_with_the_nearest(installed):
 
 
 def test_the_transformers_engine_passes_the_same_ladder(installed):
-    flags = ["--depth", "quick", "--engine", "transformers", "--set", "sampling.temperature=0.7"]
+    flags = ["--engine", "transformers", "--set", "sampling.temperature=0.7"]
     done = lockstep("check", QUICKSTART, *SETS, *flags, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [layer["verdict"] for layer in json.loads(done.stdout)["layers"]] == ["PASS"] * 5

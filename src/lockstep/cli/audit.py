@@ -19,12 +19,13 @@ def run_audit(
         UsageError: for neither a recipe nor a URL, or a version whose defaults are not known.
     """
     from lockstep.engines.audit import VERSIONS, audit
-    from lockstep.loop.session import open_engine
 
     before = next((version for version in VERSIONS if before in (version, f"{version}.post2")), before)
     if before not in VERSIONS:
         raise UsageError("flag --from", got=before, expected=f"one of {', '.join(VERSIONS)}", hint="--from 0.8.5")
     recipe = _recipe(path, url, overrides, engine)
+    from lockstep.loop.session import open_engine
+
     with (
         Console() as console,
         tempfile.TemporaryDirectory(prefix="lockstep-audit-") as scratch,

@@ -53,10 +53,10 @@ def check(
         from lockstep.cli.audit import run_audit
 
         raise typer.Exit(run_audit(recipe, engine_url, "0.8.5", set_, engine, as_json=as_json))
+    from lockstep.cli.common import layers_document, planted, show_ladder
     from lockstep.cli.sides import recipe_of_sides
-    from lockstep.parity.faults import planted
 
-    loaded, faults = recipe_of_sides(recipe, model, engine_url, set_, engine), planted(plant or [])
+    loaded, faults = recipe_of_sides(recipe, model, engine_url, set_, engine), planted(plant)
     if depth == "quick":
         from lockstep.config.recipe import with_sets
 
@@ -67,8 +67,6 @@ def check(
         directory = out or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
         result = _climb(loaded, directory, depth, faults, console.say)
-    from lockstep.cli.common import layers_document, show_ladder
-
     if as_json:
         emit("check", {"verdict": result.status, "depth": depth, "layers": layers_document(result.verdicts)})
     else:

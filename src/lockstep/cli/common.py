@@ -18,6 +18,15 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
     return load_recipe(path, overrides, engine)
 
 
+def planted(names: list[str] | None) -> tuple[str, ...]:
+    """The faults of ``--plant``. Only they need torch, which takes seconds to import."""
+    if not names:
+        return ()
+    from lockstep.parity.faults import planted as known
+
+    return known(names)
+
+
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """The layers as ``--json`` gives them: ``layer``, ``verdict``, ``findings`` and what else a verdict holds."""
     from lockstep.runs.write import plain

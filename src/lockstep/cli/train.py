@@ -29,12 +29,10 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
 ) -> None:
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
-    from lockstep.cli.common import recipe_of
-    from lockstep.parity.faults import planted
+    from lockstep.cli.common import planted, recipe_of
     from lockstep.runs.layout import existing_run, new_run
     from lockstep.runs.manifest import read_recipe, unfinished_run
 
-    faults = planted(plant or [])
     if resume is not None:
         if recipe is not None or set_ or engine or out or go_on:
             raise UsageError(
@@ -55,6 +53,7 @@ def train(
     else:
         loaded = recipe_of(recipe, set_, engine)
         layout = unfinished_run(loaded, Path("runs")) if go_on and out is None else None
+    faults = planted(plant)
     from lockstep.loop.session import preflight
 
     preflight(loaded)
