@@ -201,7 +201,7 @@ def test_the_faults_are_listed_and_an_unknown_one_is_refused():
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) >= 24
     assert "stale_head" in done.stdout
-    with pytest.raises(UsageError, match="stale_heat.*stale_head"):
+    with pytest.raises(UsageError, match=r"stale_heat.*stale_head"):
         faults(only=["stale_heat"])
 
 
