@@ -19,7 +19,8 @@ from lockstep.engines.worker.group import end_group
 from lockstep.errors import LockstepError
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion
-from lockstep.weights.publish import WeightPublisher, weights_directory
+from lockstep.weights.directory import weights_directory
+from lockstep.weights.publish import WeightPublisher
 
 ENGINES = ["vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0", "transformers", "http:vllm==0.18.1", "http:vllm==0.32.0"]
 MODEL = "smollm2-135m-instruct"

@@ -179,7 +179,7 @@ def half(installed, tmp_path_factory):
     """A bf16 engine beside an fp32 trainer."""
     from lockstep.loop.session import open_session
 
-    recipe = load_recipe(QUICKSTART, [*SMALL, "parity.probe_prompts=4", "engine.dtype=bfloat16"])
+    recipe = load_recipe(QUICKSTART, [*SMALL, "engine.dtype=bfloat16"])
     with open_session(recipe, tmp_path_factory.mktemp("half") / "engine.log", print) as opened:
         yield opened.pair
 

@@ -89,11 +89,12 @@ def _refuse_contradictions(recipe: Path | None, engine: str | None, url: str | N
 
 def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say") -> "LadderResult":
     from lockstep.loop.session import open_session
-    from lockstep.parity.certificate import issue
-    from lockstep.parity.ladder import climb
-    from lockstep.runs.write import append_verdict
 
     with open_session(recipe, directory / "engine.log", say, faults) as session:
+        from lockstep.parity.certificate import issue
+        from lockstep.parity.ladder import climb
+        from lockstep.runs.write import append_verdict
+
         deeper = _deeper(session, say) if depth == "full" else {}
         result = climb(session.pair, lambda layer: say(f"ladder: {layer}"), deeper)
         for verdict in result.verdicts:

@@ -1,4 +1,7 @@
-"""Bring both sides up: model, task, trainer and engine, checked in the order in which a mistake is cheapest to find."""
+"""Bring both sides up: model, task, trainer and engine, checked in the order in which a mistake is cheapest to find.
+
+torch and transformers, which take 5 s to import, are imported while the engine starts in its own process.
+"""
 
 import contextlib
 import shutil
@@ -6,17 +9,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.registry import Choice, choose, start
 from lockstep.errors import RecipeError
-from lockstep.parity.pair import Pair
 from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
 from lockstep.runs.manifest import Manifest, build_manifest
-from lockstep.weights.publish import Publisher, WeightPublisher, weights_directory
+from lockstep.weights.directory import weights_directory
+
+if TYPE_CHECKING:
+    from lockstep.parity.pair import Pair
+    from lockstep.weights.publish import Publisher
 
 Say = Callable[[str], None]
 
@@ -25,7 +32,7 @@ Say = Callable[[str], None]
 class Session:
     """Both sides, running."""
 
-    pair: Pair
+    pair: "Pair"
     manifest: Manifest
     model_path: Path
 
@@ -40,8 +47,7 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
     """
     choice, model_path = preflight(recipe)
     say(f"model {recipe.model.path}, engine {_named(choice)}")
-    task, renderer = Task(recipe.task, recipe.training.seed), Renderer(model_path)
-    _refuse_long_prompt(recipe, task, renderer)
+    task = Task(recipe.task, recipe.training.seed)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -52,6 +58,9 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
         starting = pool.submit(start, choice, spec) if choice.environment else None
         if starting is not None:
             stack.callback(_close_when_started, starting)
+        renderer = Renderer(model_path)
+        _refuse_long_prompt(recipe, task, renderer)
+        from lockstep.parity.pair import Pair
         from lockstep.policy.model import load_policy
 
         policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
@@ -99,8 +108,10 @@ def preflight(recipe: Recipe) -> tuple[Choice, Path]:
     return choose(recipe.engine), resolve_model(recipe.model.path)
 
 
-def _publisher(recipe: Recipe, model, directory: Path) -> Publisher:
+def _publisher(recipe: Recipe, model, directory: Path) -> "Publisher":
     if recipe.engine.weights == "shared_memory":
+        from lockstep.weights.publish import WeightPublisher
+
         return WeightPublisher(model, directory)
     from lockstep.weights.nccl import NcclPublisher
 

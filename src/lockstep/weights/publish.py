@@ -12,7 +12,6 @@ The header has a fixed length, so that stamping rewrites a few bytes::
 import json
 import mmap
 import os
-import tempfile
 from pathlib import Path
 from typing import Protocol
 
@@ -30,13 +29,6 @@ _DTYPE_NAMES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
-
-
-def weights_directory() -> Path:
-    """A new private (0700) directory for published weights, in shared memory where the system has it."""
-    shared = Path("/dev/shm")
-    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="lockstep-weights-", dir=root))
 
 
 class Publisher(Protocol):
@@ -58,7 +50,8 @@ class WeightPublisher:
 
     Args:
         model: its parameters and persistent buffers are published under their checkpoint names; tied ones once.
-        directory: from :func:`weights_directory`. It may be removed at any time: the parameters live as long as the map.
+        directory: :func:`~lockstep.weights.directory.weights_directory`'s. It may be removed at any time: the parameters live
+            as long as the map.
     """
 
     def __init__(self, model: nn.Module, directory: Path) -> None:
