@@ -6,9 +6,10 @@ them agree is the cause. Where they do agree and the trainer's do not, the promp
 """
 
 import numpy as np
+import torch
 from msgspec.structs import replace
 
-from lockstep.parity.evidence import Evidence
+from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.prompt_edits import edited_prompts
@@ -50,8 +51,23 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
     neutral = evidence.neutral
     if not evidence.confirmed(pair):
         return None
+    if (neutral.engine_logprobs > pair.noise.p999).any():
+        gap = _logits(pair, evidence) - neutral.engine_logprobs
+        if within(pair.noise, gap):
+            text = f"the trainer's logits fit to {np.median(np.abs(gap)):.1e} (median)"
+            return Mangled("logits_reported", f"numbers of up to {neutral.engine_logprobs.max():.3g}; {text}")
     told = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
     return None if told is None else Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
+
+
+def _logits(pair: Pair, evidence: Evidence) -> np.ndarray:
+    """The trainer's, of the tokens of ``neutral``, float32 [T]."""
+    policy, groups = pair.policy, evidence.neutral.groups
+    parts = [
+        policy.logits(hidden).gather(1, torch.from_numpy(group.completions[0].astype(np.int64)).to(hidden.device)[:, None])[:, 0]
+        for hidden, group in zip(hidden_of(policy, groups), groups, strict=True)
+    ]
+    return torch.cat(parts).numpy(force=True)
 
 
 def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:

@@ -42,6 +42,11 @@ CAUSES: dict[str, Cause] = _of(
             "The function is applied to the engine's own re-score, and then the two agree; its factor, floor or grid is fitted.",
             "Read the log-probability of each token itself, in nats and in float32, and do nothing to it.",
         ),
+        "logits_reported": (
+            "The engine reports logits in the place of log-probabilities: they are not normalised, and some are positive.",
+            "Some numbers are above 0, which no log-probability is, and the trainer's logits of the same tokens explain them.",
+            "Have the engine report processed log-probabilities.",
+        ),
         "rows_swapped": (
             "Completions, or their log-probabilities, are returned to another request than the one they were drawn for.",
             "They agree with the scores of another row, and not with those of their own. No two probes are alike.",

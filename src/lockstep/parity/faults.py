@@ -63,21 +63,23 @@ def _missing(value: float) -> Callable[[Any], Any]:
 
 
 T = "sampling.temperature=0.7"
+V1 = ("V1",)
 _SEMANTICS = (
     Fault(
         "raw_at_another_temperature",
         "raw_logprobs",
         "engine flag, T = 0.7",
         sets=(T, "engine.options.logprobs_mode=raw_logprobs"),
-        generations=("V1",),
+        generations=V1,
     ),
     Fault(
         "correction_over_raw",
         "raw_logprobs",
         "engine flag, T = 0.7, under an objective with truncated importance weights that would hide it",
         sets=(T, "engine.options.logprobs_mode=raw_logprobs", "objective.correction=tis"),
-        generations=("V1",),
+        generations=V1,
     ),
+    Fault("logits_reported", "logits_reported", "engine flag", sets=("engine.options.logprobs_mode=raw_logits",), generations=V1),
     Fault("top_p_unmodelled", "truncation_unmodelled", "the recipe's top-p 0.8", sets=("sampling.top_p=0.8",)),
     Fault("top_k_unmodelled", "truncation_unmodelled", "the recipe's top-k 20, T = 0.7", sets=(T, "sampling.top_k=20")),
     Fault("min_p_unmodelled", "truncation_unmodelled", "the recipe's min-p 0.1", sets=("sampling.min_p=0.1",)),
@@ -247,7 +249,7 @@ _WEIGHTS = (
         "stale_head",
         "worker: the head's packed copy is not rebuilt after a load",
         worker=("stale_head",),
-        generations=("V1",),
+        generations=V1,
     ),
     Fault(
         "one_norm_not_delivered",
@@ -289,7 +291,7 @@ _WEIGHTS = (
         "worker: the prefix cache survives loads",
         sets=("engine.options.enable_prefix_caching=true",),
         worker=("keep_cache",),
-        generations=("V1",),
+        generations=V1,
     ),
     Fault(
         "version_tag_off_by_one",

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from lockstep.engines.vllm.served import RL_DEFAULTS, VllmEngine
 
+PROCESSED = 'engine.options.logprobs_mode = "processed_logprobs"'
+
 
 class VllmV1(VllmEngine):
     """vLLM V1."""
@@ -30,6 +32,7 @@ class VllmV1(VllmEngine):
     }
 
     fixes: ClassVar[dict[str, str]] = {
-        "raw_logprobs": 'engine.options.logprobs_mode = "processed_logprobs"',
+        "raw_logprobs": PROCESSED,
+        "logits_reported": PROCESSED,
         "stale_head": "rebuild the head's packed copy after a load: lm_head.quant_method.process_weights_after_loading(lm_head)",
     }

@@ -86,6 +86,7 @@ def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[Served
 
 
 async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]) -> None:
+    keep_from_forks(listener_fd, lifeline_fd)
     loop = asyncio.get_running_loop()
     loop.add_reader(lifeline_fd, end_with_trainer, scratch)
     listener = socket.socket(fileno=listener_fd)
@@ -98,6 +99,18 @@ async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable
         sys.exit(1)
     async with await asyncio.start_unix_server(_Server(engine, ready).serve_peer, sock=listener) as server:
         await server.serve_forever()
+
+
+def keep_from_forks(*descriptors: int) -> None:
+    """Close them in children that this process forks: a listener that outlived it there would hide its end from the trainer."""
+    owner = os.getpid()
+
+    def close() -> None:
+        if os.getppid() == owner:  # a child's own children have other files under these numbers
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close)
 
 
 async def _refuse(listener: socket.socket, failure: Failure) -> None:
