@@ -47,15 +47,15 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
 
 
 def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
-    """Numbers that are a function of the right ones; those are the engine's re-score, where the trainer confirms it."""
+    """Logits; or a function of the right numbers, which are the engine's re-score, where the trainer confirms it."""
     neutral = evidence.neutral
-    if not evidence.confirmed(pair):
-        return None
     if (neutral.engine_logprobs > pair.noise.p999).any():
         gap = _logits(pair, evidence) - neutral.engine_logprobs
         if within(pair.noise, gap):
             text = f"the trainer's logits fit to {np.median(np.abs(gap)):.1e} (median)"
             return Mangled("logits_reported", f"numbers of up to {neutral.engine_logprobs.max():.3g}; {text}")
+    if not evidence.confirmed(pair):
+        return None
     told = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
     return None if told is None else Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
 

@@ -27,7 +27,7 @@ from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
 from lockstep.parity.rows import Mangled
 from lockstep.parity.sampler import Explained, examine_draws, hidden_penalty, hidden_settings, likeliest_temperature
-from lockstep.parity.tolerances import SEMANTICS_MARGIN
+from lockstep.parity.tolerances import EXPLAINS, SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.verdicts import Finding, Verdict
@@ -141,7 +141,9 @@ def _hidden(pair: Pair, evidence: Evidence, told: Identified) -> Explained | Non
     """Settings that nobody asked for, where the numbers need them: all of them, or a penalty that most tokens do not feel."""
     telling, neutral = evidence.telling, evidence.neutral
     if told.best is None:
-        return hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, told.limit)
+        # Where the sides differ at T = 1 too the limit is wide: a setting must also leave little of the miss, not just come near.
+        limit = min(told.limit, EXPLAINS * told.ranked[0].p50)
+        return hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, limit)
     if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
         return hidden_penalty(pair.policy, neutral.groups, neutral.engine_logprobs, neutral.sampling, told.limit)
     return None

@@ -47,8 +47,9 @@ class Pair:
 
     @property
     def engine_noise(self) -> Tolerance:
-        """What arithmetic alone may bring between the engine and itself."""
-        return noise_of(self.engine_dtype)
+        """What arithmetic alone may bring between the engine and itself, its head's included where it is known."""
+        head = self.engine.ready.resolved.get("worker.head_dtype")
+        return noise_of(self.engine_dtype, str(head or self.engine_dtype))
 
     @property
     def trainer_noise(self) -> Tolerance:

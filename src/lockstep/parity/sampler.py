@@ -90,15 +90,15 @@ def generation_config(policy: Policy, asked: SamplingParams) -> SamplingParams |
 
 
 def _head(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V], drawn ids [N] and the engine's numbers [N] of the first tokens."""
-    hidden = torch.cat(hidden_of(policy, groups))[:FITTED_TOKENS]
-    ids = np.concatenate([group.completions[0] for group in groups])[:FITTED_TOKENS]
+    """Logits [N, V], drawn ids [N] and the engine's numbers [N] of tokens out of every part of the sample."""
+    at = np.unique(np.linspace(0, len(engine) - 1, FITTED_TOKENS).astype(int))
+    ids = np.concatenate([group.completions[0] for group in groups])[at]
     with torch.no_grad():
-        logits = policy.logits(hidden)
+        logits = policy.logits(torch.cat(hidden_of(policy, groups))[torch.from_numpy(at)])
     return (
         logits,
         torch.as_tensor(ids.astype(np.int64), device=logits.device),
-        torch.as_tensor(engine[:FITTED_TOKENS].copy(), device=logits.device),
+        torch.as_tensor(engine[at], device=logits.device),
     )
 
 
