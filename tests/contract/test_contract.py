@@ -33,7 +33,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 EXACT_NATS = 2e-4
 """fp32 on both sides, tokens that the engine drew."""
 GIVEN_NATS = 1e-3
-"""Behind random ids logits are larger, those of given ids down to −30, and so is the rounding: 7e-4 was seen once."""
+"""Random ids, whose log-probabilities go down to −30: their logits are larger, and so is the rounding."""
 APART_NATS = 0.05
 """What another row or another distribution differs by, at least."""
 
@@ -144,7 +144,7 @@ def test_semantics(side, setting):
         declared.truncated,
         declared.penalised,
     ), ranked
-    assert (best.p50 <= EXACT_NATS, best.largest <= GIVEN_NATS) == (True, True), ranked
+    assert best.largest <= EXACT_NATS, ranked
     if len(ranked) > 1:
         assert ranked[1].p50 > 10 * best.p50 or ranked[1].largest > APART_NATS, ranked
 
@@ -204,6 +204,7 @@ def test_200_concurrent_requests_come_back_to_their_callers(side):
     assert np.abs(np.concatenate(side.trainer(own)) - logprobs_of(found)).max() <= EXACT_NATS
     swapped = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts[10:] + prompts[:10], found, strict=True)]
     gaps = np.abs(np.concatenate(side.trainer(swapped)) - logprobs_of(found)).reshape(200, -1).mean(1)
+    assert gaps.min() > EXACT_NATS, "content tells every row apart"
     assert (gaps > APART_NATS).mean() > 0.95, "content tells the rows apart; here and there another row's token is as likely"
 
 

@@ -242,8 +242,7 @@ class OpenAIHttpEngine(Engine):
     def fix(self, cause: str) -> str:
         """See :meth:`Engine.fix`."""
         return {
-            "raw_logprobs": "start the server with --logprobs-mode processed_logprobs",
-            "logits_reported": "start the server with --logprobs-mode processed_logprobs",
+            **dict.fromkeys(("raw_logprobs", "logits_reported"), "start the server with --logprobs-mode processed_logprobs"),
             "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
         }.get(cause, "")
 

@@ -14,6 +14,7 @@ from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.prompt_edits import edited_prompts
 from lockstep.parity.rows import Mangled, off, rows_of
+from lockstep.parity.sampler import distributions
 from lockstep.parity.transforms import transform
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import INT32
@@ -60,14 +61,12 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
     return None if told is None else Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
 
 
+@torch.no_grad()
 def _logits(pair: Pair, evidence: Evidence) -> np.ndarray:
     """The trainer's, of the tokens of ``neutral``, float32 [T]."""
-    policy, groups = pair.policy, evidence.neutral.groups
-    parts = [
-        policy.logits(hidden).gather(1, torch.from_numpy(group.completions[0].astype(np.int64)).to(hidden.device)[:, None])[:, 0]
-        for hidden, group in zip(hidden_of(policy, groups), groups, strict=True)
-    ]
-    return torch.cat(parts).numpy(force=True)
+    neutral = evidence.neutral
+    drawn_from = distributions(pair.policy, neutral.groups, neutral.sampling)
+    return torch.cat([z.gather(1, ids[:, None])[:, 0] for z, ids in drawn_from]).numpy(force=True)
 
 
 def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:

@@ -119,10 +119,10 @@ def _against_reference(pair: Pair, sample: Sampled, trainer: np.ndarray) -> dict
 def _note(pair: Pair) -> str:
     """Said beside a PASS: precisions that differ and that the clip range bears."""
     body, head = str(pair.policy.model.dtype), str(pair.policy.head_dtype)
-    theirs = str(pair.engine.ready.resolved.get("worker.head_dtype"))
+    theirs = pair.engine_head_dtype
     if pair.engine_dtype != body:
         return f" (engine body {pair.engine_dtype}, trainer {body}: the clip range bears it)"
-    return f" (engine head {theirs}, trainer {head}: the clip range bears it)" if theirs not in ("None", head) else ""
+    return f" (engine head {theirs}, trainer {head}: the clip range bears it)" if theirs not in ("", head) else ""
 
 
 def _binned(gap: np.ndarray, by: np.ndarray, edges: tuple[float, ...]) -> dict[str, dict[str, float]]:

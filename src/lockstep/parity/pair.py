@@ -41,6 +41,11 @@ class Pair:
         return str(self.engine.ready.resolved["worker.parameter_dtype"])
 
     @property
+    def engine_head_dtype(self) -> str:
+        """What the engine's last matrix product is computed in; empty where it does not tell."""
+        return str(self.engine.ready.resolved.get("worker.head_dtype", ""))
+
+    @property
     def noise(self) -> Tolerance:
         """What arithmetic alone may bring between the two sides."""
         return noise_of(self.engine_dtype, str(self.policy.model.dtype))
@@ -48,8 +53,7 @@ class Pair:
     @property
     def engine_noise(self) -> Tolerance:
         """What arithmetic alone may bring between the engine and itself, its head's included where it is known."""
-        head = self.engine.ready.resolved.get("worker.head_dtype")
-        return noise_of(self.engine_dtype, str(head or self.engine_dtype))
+        return noise_of(self.engine_dtype, self.engine_head_dtype or self.engine_dtype)
 
     @property
     def trainer_noise(self) -> Tolerance:

@@ -61,7 +61,7 @@ def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | No
     """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
     policy, temperature = pair.policy, sample.sampling.temperature
     ours = np.concatenate(policy.score(sample.groups, temperature))
-    body, head = pair.engine_dtype, str(pair.engine.ready.resolved.get("worker.head_dtype"))
+    body, head = pair.engine_dtype, pair.engine_head_dtype
     size = float(np.median(np.abs(gap)))
     if body != str(policy.model.dtype):
         as_engine = in_dtype(policy, _dtype(body), policy.head_dtype)
@@ -70,7 +70,7 @@ def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | No
             return Explanation(
                 "body_precision", f"engine {body}, trainer {policy.model.dtype}: alone worth {expected:.1e} nats (median)"
             )
-    if head not in ("None", str(policy.head_dtype)):
+    if head not in ("", str(policy.head_dtype)):
         as_engine = replace(policy, head_dtype=_dtype(head))
         expected = np.median(np.abs(np.concatenate(as_engine.score(sample.groups, temperature)) - ours))
         if size <= PRECISION_MULTIPLE * expected:
