@@ -12,6 +12,8 @@ import pytest
 from lockstep.engines.base import EngineSpec
 from lockstep.engines.openai_http import connect
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
+from lockstep.parity.pair import Sampled
+from lockstep.parity.prompt_edits import miscounted_prompts
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 from lockstep.records.versions import WeightUpdate
 
@@ -27,6 +29,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble = lambda number, body: None
         self.edit = lambda choice: choice
+        self.inserted = 0
         self.bodies, self.keys_seen, self.busy, self.busiest = [], [], 0, 0
         self.lock = threading.Lock()
 
@@ -79,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
                     },
                 }
                 choices = [server.edit(choice | {"index": index}) for index in reversed(range(body.get("n", 1)))]
-                self.reply({"choices": choices})
+                self.reply({"choices": choices, "usage": {"prompt_tokens": len(body["prompt"]) + server.inserted}})
         finally:
             with server.lock:
                 server.busy -= 1
@@ -180,6 +183,27 @@ def test_token_ids_in_the_tokens_own_names_will_do_and_text_will_not(engine, ser
     }
     with pytest.raises(EngineError, match="token ids"):
         sample(engine, 1)
+
+
+def test_a_completion_that_ended_at_once_is_empty_where_the_stop_token_is_left_out(engine, server):
+    empty = {"token_ids": [], "finish_reason": "stop", "logprobs": {"tokens": [], "token_logprobs": []}}
+    server.edit = lambda choice: choice | empty
+    (found,) = sample(engine, 1)
+    assert (found.token_ids, found.logprobs, found.finish_reason) == (b"", b"", "stop")
+    server.edit = lambda choice: choice | empty | {"finish_reason": "length"}
+    with pytest.raises(EngineError, match="token ids"):
+        sample(engine, 1)
+
+
+def test_prompts_that_the_server_counts_otherwise_were_edited(engine, server):
+    drawn = [Sampled(rows(3), sample(engine, 3), SamplingParams(max_tokens=3))]
+    server.inserted = 9
+    drawn.append(Sampled(rows(3), sample(engine, 3), SamplingParams(max_tokens=3)))
+    assert miscounted_prompts(drawn[0]) is None
+    told = miscounted_prompts(drawn[1])
+    assert told is not None
+    assert told.cause == "prompt_edited"
+    assert "11 where 2 were sent" in told.evidence
 
 
 def test_fewer_choices_or_logprobs_than_asked_for_are_refused(engine, server):

@@ -5,12 +5,21 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from lockstep.parity.hypotheses import hidden_of
-from lockstep.parity.sampler import examine_draws, fitted_temperature, fitted_truncation, hidden_settings
+from lockstep.parity.hypotheses import candidate_logprobs, candidates_of, hidden_of
+from lockstep.parity.logit_bias import BiasFit
+from lockstep.parity.pair import Sampled
+from lockstep.parity.penalties import PenaltyFit, seen_before
+from lockstep.parity.sampler import (
+    examine_draws,
+    fitted_temperature,
+    fitted_truncation,
+    hidden_settings,
+    tokens_of_every_part,
+)
 from lockstep.policy.model import load_policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import kept
-from lockstep.records.tokens import SamplingParams
+from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
 
 LIMIT = 1e-4
 PLAIN = SamplingParams(max_tokens=16)
@@ -69,6 +78,22 @@ def test_the_temperature_is_fitted(logits, temperature):
     assert miss < LIMIT
 
 
+@pytest.mark.parametrize("biases", [{7: 3.0}, {7: -100.0}, {7: 1.37, 20: -100.0}, {3: -2.0, 7: 0.5, 11: 4.0}])
+def test_biases_are_fitted(logits, biases):
+    likely = logits.mean(0).argsort(descending=True)
+    biases = {int(likely[at]): bias for at, bias in biases.items()}
+    biased = logits.clone()
+    for token, bias in biases.items():
+        biased[:, token] += bias
+    ids, numbers = sampled(biased, PLAIN)
+    fit = BiasFit(logits.log_softmax(-1), ids, numbers)
+    while fit.step() > LIMIT / 2 and len(fit.biases) < 6:
+        pass
+    assert set(fit.biases) == set(biases)
+    for token, bias in biases.items():
+        assert fit.biases[token] == pytest.approx(bias, abs=0.1) or max(fit.biases[token], bias) < -5.0
+
+
 @pytest.fixture(scope="module")
 def policy(tiny_model_dir):
     return load_policy(tiny_model_dir, "float32", "float32")
@@ -104,6 +129,24 @@ def test_honest_draws_are_not_odd(policy, seed):
 def test_draws_from_another_distribution_are_odd(policy, hidden):
     groups = drawn(policy, replace(PLAIN, **hidden))
     assert examine_draws(policy, groups, replace(PLAIN, temperature=1 / SHARP)).oddity()
+
+
+@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.4}, {"frequency_penalty": 0.3}])
+def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(policy, penalty):
+    sampling, rng = replace(PLAIN, temperature=0.5), np.random.default_rng(3)
+    groups = [Group(rng.integers(0, 20, n).astype(np.int32), [rng.integers(0, 20, 9).astype(np.int32)]) for n in (2, 9, 5)]
+    asked = replace(sampling, **penalty)
+    (penalised,) = [c for c in candidates_of(asked) if c.penalised and c.temperature == 0.5]
+    expected = [candidate_logprobs(policy, group, asked, [penalised])[0] for group in groups]
+    completions = [
+        Completion(0, 0, pack_ids(g.completions[0]), pack_logprobs(e), "length", ())
+        for g, e in zip(groups, expected, strict=True)
+    ]
+    sample = Sampled([group.prompt for group in groups], completions, sampling)
+    logits, ids, numbers = tokens_of_every_part(policy, groups, sample.engine_logprobs)
+    fit = PenaltyFit(logits, ids, *seen_before(sample), sampling.temperature)
+    np.testing.assert_allclose(fit.scores(**penalty).numpy(), numbers.numpy(), rtol=0.0, atol=2e-6)
+    assert np.abs(fit.scores().numpy() - numbers.numpy()).max() > 1e-2
 
 
 def test_hidden_settings_of_a_whole_policy(policy):

@@ -17,16 +17,19 @@ def check_logged(rollouts: Path, recipe: Path | None, model: str | None, overrid
         UsageError: for a file or a model that cannot be used.
     """
     loaded = _recipe(recipe, model, overrides)
-    from lockstep.parity.logged import judge, read_logged
+    from lockstep.parity.logged import judge
+    from lockstep.parity.logged_file import read_logged
     from lockstep.policy.model import load_policy
     from lockstep.policy.pretrained import resolve_model
+    from lockstep.rendering import Renderer
 
     with Console() as console:
         path = resolve_model(loaded.model.path)
         logged = read_logged(rollouts, loaded.sampling)
-        n = sum(part.logprobs.size for part in logged)
+        n = sum(sample.engine_logprobs.size for sample in logged)
         console.say(f"{n} tokens under {len(logged)} sampling settings; scoring them with {loaded.model.path}")
-        verdicts = judge(logged, load_policy(path, loaded.model.dtype, loaded.model.head_dtype), loaded)
+        policy = load_policy(path, loaded.model.dtype, loaded.model.head_dtype)
+        verdicts = judge(logged, policy, Renderer(path), loaded)
     status = "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
     if as_json:
         emit("check", {"verdict": status, "layers": layers_document(verdicts)})

@@ -145,14 +145,15 @@ class OpenAIHttpEngine(Engine):
         task = asyncio.ensure_future(self._post("/v1/completions", self._request(prompt, params)))
         self._in_flight.add(task)
         try:
-            choices = (await task)["choices"]
+            answer = await task
         except asyncio.CancelledError:
             return [Completion(number, sample, b"", b"", "abort", ()) for sample in range(params.n)]
         finally:
             self._in_flight.discard(task)
+        choices, counted = answer["choices"], (answer.get("usage") or {}).get("prompt_tokens") or 0
         if len(choices) != params.n:
             raise self._odd(f"{len(choices)} choices", f"{params.n}, as asked for")
-        return [self._completion(number, choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return [self._completion(number, choice, counted) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     def _request(self, prompt: np.ndarray, params: SamplingParams) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -181,12 +182,13 @@ class OpenAIHttpEngine(Engine):
         }
         return body | (extras if self._vllm else {"return_tokens_as_token_ids": True})
 
-    def _completion(self, number: int, choice: dict[str, Any]) -> Completion:
+    def _completion(self, number: int, choice: dict[str, Any], prompt_tokens: int) -> Completion:
         reported = choice.get("logprobs") or {}
         sent = choice.get("token_ids")
         sent = [_token_id(token) for token in reported.get("tokens", ())] if sent is None else sent
         ids = [token for token in sent if token is not None]
-        if not ids or len(ids) != len(sent):
+        ended_at_once = choice.get("token_ids") == [] and choice.get("finish_reason") == "stop"  # by a stop token it left out
+        if (not ids and not ended_at_once) or len(ids) != len(sent):
             raise self._odd("a completion without token ids", "return_token_ids: text tokenised again is not what was sampled")
         values = reported.get("token_logprobs") or [None] * len(ids)
         if len(values) != len(ids):
@@ -201,6 +203,7 @@ class OpenAIHttpEngine(Engine):
             finish_reason=reason if reason in ("stop", "length") else "abort",
             version_spans=(VersionSpan(0, len(ids), 0),),
             missing=logprobs.count(None),
+            prompt_tokens=prompt_tokens,
         )
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from lockstep.config.recipe import Recipe, with_sets
 from lockstep.engines.registry import Choice, choose
 from lockstep.errors import LockstepError
 from lockstep.loop.session import Say, open_session
-from lockstep.parity.faults import Fault
+from lockstep.parity.fault import Fault
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import Verdict

@@ -1,8 +1,9 @@
 """Layer 1, tokens: are the numbers beside the tokens that they are of, and are the tokens those that were drawn?
 
-Judged on ``neutral`` (T = 1), where no choice of distribution plays a part. A is first held against B, the same engine's own
-re-score, row by row. Where most rows do not agree, each way in which rows are known to be mangled is tried; the first that makes
-them agree is the cause. Where they do agree and the trainer's do not, the prompt may have been edited on its way to the engine.
+Judged on ``neutral`` (T = 1; a log's own T), where no choice of distribution plays a part. A is first held against B, the same
+engine's own re-score, row by row. Where most rows do not agree, each way in which rows are known to be mangled is tried; the
+first that makes them agree is the cause. Where they do agree and the trainer's do not, the prompt may have been edited on its way
+to the engine.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.pair import Pair, draw
-from lockstep.parity.prompt_edits import edited_prompts
+from lockstep.parity.prompt_edits import edited_prompts, miscounted_prompts
 from lockstep.parity.rows import Mangled, off, rows_of
 from lockstep.parity.sampler import distributions
 from lockstep.parity.transforms import transform
@@ -43,7 +44,7 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     found = _shifted(ours, theirs, limit) or _swapped(pair, evidence, ours, theirs, limit) if most_off else None
     found = found or _edited(pair, evidence, ours, theirs)
     if found is None and np.mean([off(a, c, limit) for a, c in zip(ours, trainer, strict=True)]) >= MOST:
-        found = edited_prompts(pair, evidence, ours)
+        found = edited_prompts(pair, evidence, ours) or miscounted_prompts(evidence.neutral)
     return found
 
 
@@ -91,7 +92,8 @@ def _swapped(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: lis
         return Mangled("rows_swapped", f"the numbers of {elsewhere} of {n} rows are another row's")
     groups = evidence.neutral.groups
     heads = [group.completions[0][:SWAP_TOKENS] for group in groups]
-    after = pair.policy.score([Group(group.prompt, heads) for group in groups], 1.0)  # every head after every prompt
+    temperature = evidence.neutral.temperature
+    after = pair.policy.score([Group(group.prompt, heads) for group in groups], temperature)  # every head after every prompt
     homes = [i for i in range(n) if any(fits(ours[i][:SWAP_TOKENS], after[j * n + i]) for j in range(n) if j != i)]
     if len(homes) >= MOST * n:
         return Mangled("rows_swapped", f"{len(homes)} of {n} completions were drawn after another row's prompt")
@@ -100,11 +102,11 @@ def _swapped(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: lis
 
 def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mangled | None:
     """Rows whose numbers are right once a few of their tokens are others, each of the log-probability that is reported for it."""
-    tail = pair.noise.p999
+    tail, neutral, groups = pair.noise.p999, evidence.neutral, evidence.neutral.groups
     if pair.noise.p50 > TELLING_NATS:
         return _no_more_after(ours, theirs, tail)
     wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _first_off(a, b, tail) < len(a)]
-    told = [n for i in wrong if (n := _edits(pair, ours[i], evidence.neutral.groups[i], tail)) is not None]
+    told = [n for i in wrong if (n := _edits(pair, ours[i], groups[i], neutral.temperature, tail)) is not None]
     restored = [n for n in told if n]
     if not restored or len(restored) < MOST * len(told):
         return None
@@ -112,7 +114,7 @@ def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list
     return Mangled("tokens_edited", text)
 
 
-def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int | None:
+def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, tail: float) -> int | None:
     """How many tokens of a row must be others for it to agree with its numbers.
 
     0 when it does not come to agree; None when it is off at its end only, where nothing after it could prove another token right.
@@ -120,7 +122,7 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int | 
     ids = group.completions[0]
     for edits in range(MOST_EDITS + 1):
         (hidden,) = hidden_of(pair.policy, [Group(group.prompt, [ids])])
-        logprobs = pair.policy.logits(hidden).log_softmax(-1).numpy(force=True)
+        logprobs = (pair.policy.logits(hidden) / temperature).log_softmax(-1).numpy(force=True)
         at = _first_off(numbers, logprobs[np.arange(len(ids)), ids], tail)
         if at == len(ids):
             return edits
@@ -128,7 +130,7 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, tail: float) -> int | 
             return edits or None
         nearest = np.argsort(np.abs(logprobs[at] - numbers[at]))[:NEAREST]
         tried = [np.r_[ids[:at], token, ids[at + 1 :]].astype(np.int32) for token in nearest]
-        reach = [_first_off(numbers, scored, tail) for scored in pair.policy.score([Group(group.prompt, tried)], 1.0)]
+        reach = [_first_off(numbers, scored, tail) for scored in pair.policy.score([Group(group.prompt, tried)], temperature)]
         if max(reach) <= at + PROVING:
             return 0
         ids = tried[int(np.argmax(reach))]

@@ -125,7 +125,7 @@ def _slopes(
     with torch.enable_grad():
         for number in sorted(set(canary.owners[chosen].tolist())):
             (row,) = policy.rows([canary.groups[number]], 1 << 20)
-            logprobs = policy.scores(row.to(policy.head.device), 1.0).logprobs
+            logprobs = policy.scores(row.to(policy.head.device), canary.temperature).logprobs
             for token in chosen[canary.owners[chosen] == number]:
                 at = logprobs[int(token - starts[number])]
                 grads = torch.autograd.grad(at, parameters, retain_graph=True, allow_unused=True)

@@ -25,8 +25,9 @@ class Canary:
     """
 
     groups: list[Group]
+    temperature: float = 1.0
     scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    """The trainer's scores at T = 1 under the weights of the last measurement, float32 [T]."""
+    """The trainer's scores under the weights of the last measurement, float32 [T]."""
     served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The engine's scores of that measurement, float32 [T]."""
     clean_gap_nats: float = 0.0
@@ -49,8 +50,8 @@ class Canary:
         return np.concatenate(pair.engine.score([np.r_[g.prompt, g.completions[0]] for g in self.groups]))
 
     def trainer_scores(self, pair: Pair, head: torch.Tensor | None = None) -> np.ndarray:
-        """Score C at T = 1, float32 [T]; through another head than the model's where one is given."""
-        return np.concatenate(pair.policy.score_at(self.groups, (1.0,), head=head)[0])
+        """Score C, float32 [T]; through another head than the model's where one is given."""
+        return np.concatenate(pair.policy.score_at(self.groups, (self.temperature,), head=head)[0])
 
     def measure(self, pair: Pair, trainer: np.ndarray | None = None) -> "CanaryResult":
         """Score on both sides now, and remember the scores for the next time.

@@ -102,6 +102,11 @@ CAUSES: dict[str, Cause] = _of(
             "Repetition, presence and frequency penalties are fitted; the one found explains the numbers.",
             "Find the server's own sampling defaults (vLLM: --generation-config vllm).",
         ),
+        "hidden_logit_bias": (
+            "The engine adds a bias to the logits of some tokens, or bans them, although it was not asked to.",
+            "Biases of a few tokens are fitted one after the other; they explain the numbers of all tokens.",
+            "Find the server's own defaults: logit_bias, bad words, tokens that are suppressed.",
+        ),
         "generation_config_applied": (
             "The checkpoint's generation_config.json edits every request.",
             "The settings in that file explain the engine's numbers, and those asked for do not.",

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lockstep.parity.fitting import miss_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK, kept
@@ -29,14 +30,17 @@ class Fit:
     p50: float
     """median |candidate − engine|, nats; infinite where the candidate holds a drawn token impossible."""
     largest: float
+    miss: float
+    """The median, or the tail where that is worse (``fitting.miss_of``)."""
 
 
-def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams) -> list[Fit]:
+def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams, enough: float = 0.0) -> list[Fit]:
     """All candidates, the best first; the second's ``p50`` is the margin.
 
     Args:
         groups: one completion each.
         engine: what the engine reported, float32 [T].
+        enough: of medians below this the tail says which is better, nats.
     """
     candidates = candidates_of(sampling)
     hidden = hidden_of(policy, groups)
@@ -46,8 +50,8 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
         with np.errstate(invalid="ignore"):
             gap = np.abs(np.concatenate([scores[at] for scores in scored]) - engine)
         gap[np.isnan(gap)] = np.inf
-        found.append(Fit(semantics, float(np.median(gap)), float(gap.max())))
-    return sorted(found, key=lambda fit: (fit.p50, fit.largest))
+        found.append(Fit(semantics, float(np.median(gap)), float(gap.max()), miss_of(gap)))
+    return sorted(found, key=lambda fit: (max(fit.p50, enough), fit.miss))
 
 
 def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:

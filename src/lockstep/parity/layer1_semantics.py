@@ -4,7 +4,7 @@ In this order, each only when those before it found nothing:
 
 1. every token has a finite number, and no function was applied to the numbers (``transforms.py``);
 2. one hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up; where none
-   does, settings that nobody asked for are fitted (``sampler.py``);
+   does, settings that nobody asked for are fitted (``unasked.py``);
 3. the numbers stand beside their own tokens, the tokens are those that were drawn (``alignment.py``), after the prompt that was
    sent (``prompt_edits.py``);
 4. what explains them is what the recipe asked for, and what the trainer scores;
@@ -22,12 +22,14 @@ from msgspec.structs import replace
 from lockstep.parity.alignment import dropped_stop, examine, transformed
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
+from lockstep.parity.fitting import miss_of
 from lockstep.parity.hypotheses import Fit, fits, hidden_of
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
 from lockstep.parity.rows import Mangled
-from lockstep.parity.sampler import Explained, examine_draws, hidden_penalty, hidden_settings, likeliest_temperature
+from lockstep.parity.sampler import Explained, examine_draws, likeliest_temperature
 from lockstep.parity.tolerances import EXPLAINS, SEMANTICS_MARGIN
+from lockstep.parity.unasked import unasked
 from lockstep.policy.truncation import kept_log_mass
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.verdicts import Finding, Verdict
@@ -68,9 +70,10 @@ def named(semantics: LogprobSemantics) -> str:
 def identify(pair: Pair, evidence: Evidence) -> Identified:
     """Fit every candidate."""
     telling = evidence.telling
-    ranked = fits(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling)
     ground = float(np.median(np.abs(evidence.rescored - evidence.trainer)))
-    told = Identified(ranked, ground, max(pair.noise.p50, SEMANTICS_MARGIN * ground))
+    limit = max(pair.noise.p50, SEMANTICS_MARGIN * ground)
+    ranked = fits(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, limit)
+    told = Identified(ranked, ground, limit)
     if ground > pair.noise.p50 and told.margin < SEMANTICS_MARGIN:
         told = _by_the_engine_alone(pair, evidence, told)
     return told
@@ -96,7 +99,8 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
     if missing:
         evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
         return _fail(pair, evidence, "missing_logprobs", evidence_text, figures, np.full(1, np.nan))
-    mangled = doubled_bos(pair) or transformed(pair, evidence)
+    prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(0)))
+    mangled = doubled_bos(pair, prompt) or transformed(pair, evidence)
     if mangled is not None:
         return _mangled(pair, evidence, mangled, figures)
     told = identify(pair, evidence)
@@ -138,14 +142,15 @@ def _passed(pair: Pair, evidence: Evidence, told: Identified) -> str:
 
 
 def _hidden(pair: Pair, evidence: Evidence, told: Identified) -> Explained | None:
-    """Settings that nobody asked for, where the numbers need them: all of them, or a penalty that most tokens do not feel."""
+    """Settings that nobody asked for, where the numbers need them, be it that most tokens do not feel them."""
     telling, neutral = evidence.telling, evidence.neutral
     if told.best is None:
         # Where the sides differ at T = 1 too the limit is wide: a setting must also leave little of the miss, not just come near.
         limit = min(told.limit, EXPLAINS * told.ranked[0].p50)
-        return hidden_settings(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, limit)
+        return unasked(pair, telling, limit)
     if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
-        return hidden_penalty(pair.policy, neutral.groups, neutral.engine_logprobs, neutral.sampling, told.limit)
+        limit = min(told.limit, EXPLAINS * miss_of(neutral.engine_logprobs - evidence.trainer))
+        return unasked(pair, neutral, limit)
     return None
 
 

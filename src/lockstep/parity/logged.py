@@ -1,186 +1,206 @@
-"""Rollouts that another framework logged: token ids, log-probabilities, sampling settings. No engine runs.
+"""Rollouts that another framework logged, judged by the trainer alone. No engine runs.
 
-Layers semantics and numerics are judged against the trainer's model; path, weights and objective need a live engine: NOT_RUN.
+Layers semantics and numerics are judged, and of layer path completions that are corrupted; the rest needs a live engine: NOT_RUN.
+What layer 1 cannot explain may still be a difference between two models: where one that layer 4 knows explains every number, that
+is what is named.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
-from lockstep.errors import UsageError
+from lockstep.engines.logged import REASON, LoggedEngine
+from lockstep.parity.alignment import examine, transformed
 from lockstep.parity.causes import CAUSES, finding
+from lockstep.parity.corruption import corrupted
+from lockstep.parity.evidence import Evidence, Floors, within
+from lockstep.parity.fitting import miss_of
 from lockstep.parity.hypotheses import Fit, fits
 from lockstep.parity.layer4_numerics import judge_gap
-from lockstep.parity.sampler import hidden_settings
-from lockstep.parity.tolerances import noise_of
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.prompt_edits import doubled_bos
+from lockstep.parity.sampler import examine_draws
+from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.trainer_hypotheses import Explanation, explain
+from lockstep.parity.unasked import unasked
 from lockstep.policy.model import Policy
-from lockstep.policy.packing import Group
-from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import LAYERS, Verdict
+from lockstep.records.verdicts import LAYERS, LayerName, Verdict
+from lockstep.rendering import Renderer
 
-COLUMNS = {
-    "prompt": ("prompt_token_ids", "prompt_ids", "input_ids", "prompts"),
-    "tokens": ("token_ids", "completion_token_ids", "completion_ids", "response_ids", "responses", "output_ids"),
-    "logprobs": ("engine_logprobs", "logprobs", "rollout_log_probs", "token_logprobs", "old_logprobs", "response_logprobs"),
-}
-"""Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
-SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-CLAMPED_LOGPROB = -9999.0
-UNEXPLAINED = (
-    "unexplained_numerics",
-    "nothing is known of the engine that drew them",
-    "say what the engine ran in: --set engine.dtype=bfloat16; then compare head and body precision",
-)
-NEEDS_ENGINE = "needs a live engine: lockstep check RECIPE"
+FEW_ROWS = 32
+"""Completions that hypotheses are tried on; the gap is measured on all."""
+FEW_TOKENS = 256
+"""The first so many of each."""
+UNEXPLAINED = "unexplained_numerics"
 
 
-@dataclass(eq=False)
-class Logged:
-    """Completions drawn under one sampling setting."""
+class Part:
+    """The completions of a log that were drawn under one setting, and a few of them for hypotheses."""
 
-    sampling: SamplingParams
-    groups: list[Group]
-    logprobs: np.ndarray
-    """float32 [T], NaN where it is missing."""
+    def __init__(self, pair: Pair, sample: Sampled) -> None:
+        self.pair, self.sample = pair, sample
+        self.n = sample.engine_logprobs.size
+        self.few = _few(sample)
+        self.trainer = self._scored(self.few)
+        self.other: Explanation | None = None
+        """A difference between two models that explains the numbers."""
 
-    @property
-    def owners(self) -> np.ndarray:
-        """Which completion each token belongs to, int [T]."""
-        return np.repeat(np.arange(len(self.groups)), [len(group.completions[0]) for group in self.groups])
+    def _scored(self, sample: Sampled) -> np.ndarray:
+        return np.concatenate(self.pair.policy.score(sample.groups, sample.temperature))
+
+    def gap(self) -> np.ndarray:
+        """trainer − engine of every token, float32 [T]."""
+        return self._scored(self.sample) - self.sample.engine_logprobs
+
+    def semantics(self) -> Verdict:
+        """The verdict of layer 1."""
+        pair, few = self.pair, self.few
+        if self.sample.missing:
+            text = f"{self.sample.missing} of {self.n} are null, non-finite or clamped"
+            return self._fail("missing_logprobs", text, {}, np.full(1, np.nan))
+        ranked = fits(pair.policy, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
+        figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
+        figures["minimal_detectable_effect_nats"] = pair.noise.p50
+        told = doubled_bos(pair, few.prompts[0])
+        found = (told.cause, told.evidence) if told else self._named(ranked)
+        if found is not None:
+            return self._fail(*found, figures)
+        summary = f"the log holds what the trainer scores: the {ranked[0].semantics.describe()}"
+        if self.other is not None:
+            summary = "the log's numbers are those of another model, which layer numerics names"
+        return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=self.n, figures=figures)
+
+    def _named(self, ranked: Sequence[Fit]) -> tuple[str, str] | None:
+        """Cause and evidence of what is wrong with the numbers; None where nothing is."""
+        asked, best = self.few.sampling, ranked[0].semantics
+        told = "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
+        if not ranked[0].p50 <= self.pair.noise.p50:
+            found = self._unasked(told)
+            if found is not None:
+                return found
+            self.other = self._other_model()
+            return None if self.other is not None else ("unexplained_semantics", told)
+        if asked.penalises:
+            return "penalties_unmodelled", told
+        if asked.truncates:
+            return "truncation_unmodelled", told if best.truncated else f"{told}; the numbers do not show what was cut"
+        if best.temperature != asked.temperature and asked.temperature > 0.0:
+            return "raw_logprobs", told
+        hidden = self._rarely_felt()
+        if hidden is not None:
+            return hidden
+        cut = examine_draws(self.pair.policy, self.few.groups, asked).cut() if asked.temperature > 0.0 else ""
+        return ("draws_differ", cut) if cut else None
+
+    def _unasked(self, told: str) -> tuple[str, str] | None:
+        """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows besides."""
+        pair, few, evidence = self.pair, self.few, self._evidence()
+        mangled = transformed(pair, evidence)
+        if mangled is not None:
+            return mangled.cause, mangled.evidence
+        hidden = unasked(pair, few, pair.noise.p50)
+        if hidden is not None:
+            return hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {told}"
+        mangled = examine(pair, evidence)
+        return None if mangled is None else (mangled.cause, f"{mangled.evidence}; {told}")
+
+    def _rarely_felt(self) -> tuple[str, str] | None:
+        """A setting, or tokens that are others, where the median token feels nothing of it."""
+        pair, few = self.pair, self.few
+        if within(pair.noise, few.engine_logprobs - self.trainer):
+            return None
+        gap = few.engine_logprobs - self.trainer
+        found = unasked(pair, few, min(pair.noise.p50, EXPLAINS * miss_of(gap)))
+        if found is not None:
+            return found.cause, f"{found.name} fits to {found.miss:.1e} nats"
+        mangled = examine(pair, self._evidence())
+        return None if mangled is None else (mangled.cause, mangled.evidence)
+
+    def _evidence(self) -> Evidence:
+        """The trainer's scores stand in for the engine's own."""
+        n = self.trainer.size
+        floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))
+        return Evidence(self.few, self.few, self.few, self.trainer, self.trainer, self.trainer, floors)
+
+    def _other_model(self) -> Explanation | None:
+        found = explain(self.pair, self.few, self.trainer - self.few.engine_logprobs)
+        return None if found.cause == UNEXPLAINED else found
+
+    def explanation(self) -> tuple[str, str, str]:
+        """Cause, evidence and mend of the gap."""
+        found = self.other or self._other_model()
+        if found is not None:
+            return found.cause, found.evidence, CAUSES[found.cause].mend
+        return UNEXPLAINED, "nothing is known of the engine that drew them", "say what it ran in: --set engine.dtype=bfloat16"
+
+    def path(self) -> Verdict:
+        """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
+        trainer = self._scored(self.sample)
+        found = corrupted(self.pair, self.sample, trainer)
+        if found is None:
+            return _not_run("path", REASON)
+        size = np.abs(self.sample.engine_logprobs - trainer)
+        return self._fail("corrupted_completions", found.evidence(), {}, size, "path")
+
+    def _fail(
+        self, cause: str, evidence: str, figures: dict[str, Any], size: np.ndarray | None = None, layer: LayerName = "semantics"
+    ) -> Verdict:
+        size = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size
+        owners = next(
+            (s.owners for s in (self.few, self.sample) if s.engine_logprobs.size == size.size), np.zeros(size.size, int)
+        )
+        found = finding(cause, size, owners, evidence, CAUSES[cause].mend, self.n)
+        summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sample.sampling.temperature:g}"
+        return Verdict(layer=layer, status="FAIL", summary=summary, n_tokens=self.n, findings=(found,), figures=figures)
 
 
-def read_logged(path: Path, default: SamplingParams) -> list[Logged]:
-    """Read a Parquet or JSONL file, grouped by sampling setting.
-
-    Args:
-        default: for settings that a row does not have.
-
-    Raises:
-        UsageError: for a file that is not there, a column that is missing, or tokens and log-probabilities of two lengths.
-    """
-    rows = _rows(path)
-    if not rows:
-        raise _unusable(path, "no row", "at least one completion")
-    names = {role: name for role, known in COLUMNS.items() for name in reversed(known) if name in rows[0]}
-    for role, known in COLUMNS.items():
-        if role not in names:
-            raise _unusable(path, f"columns {', '.join(rows[0])}", f"one of {', '.join(known)}")
-    found: dict[bytes, Logged] = {}
-    for number, row in enumerate(rows, 1):
-        ids = np.asarray(row[names["tokens"]], np.int32)
-        values = np.array([np.nan if v is None or v <= CLAMPED_LOGPROB else v for v in row[names["logprobs"]]], np.float32)
-        values[~np.isfinite(values)] = np.nan
-        if len(ids) != len(values):
-            raise _unusable(path, f"{len(values)} log-probabilities in row {number}", f"one for each of {len(ids)} tokens")
-        if len(ids):
-            changes = {name: row[name] for name in SETTINGS if row.get(name) is not None}
-            sampling = replace(default, **changes)
-            part = found.setdefault(msgspec.json.encode(sampling), Logged(sampling, [], np.empty(0, np.float32)))
-            part.groups.append(Group(np.asarray(row[names["prompt"]], np.int32), [ids]))
-            part.logprobs = np.concatenate([part.logprobs, values])
-    return list(found.values())
-
-
-def judge(logged: Sequence[Logged], policy: Policy, recipe: Recipe) -> list[Verdict]:
+def judge(logged: Sequence[Sampled], policy: Policy, renderer: Renderer, recipe: Recipe) -> list[Verdict]:
     """All five layers' verdicts; a later one is NOT_RUN once one has failed."""
-    engine_dtype = f"torch.{recipe.engine.dtype or recipe.model.dtype}"
-    noise = noise_of(engine_dtype, str(policy.model.dtype))
-    semantics = _worst([_semantics(part, policy, noise.p50) for part in logged])
-    verdicts = [semantics]
-    for layer in LAYERS[1:]:
-        if semantics.status != "PASS":
-            verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason="layer semantics did not pass"))
-        elif layer == "numerics":
-            gaps = [np.concatenate(policy.score(part.groups, part.sampling.temperature)) - part.logprobs for part in logged]
-            owners = np.cumsum([0, *(len(part.groups) for part in logged)])
-            all_owners = np.concatenate([part.owners + start for part, start in zip(logged, owners, strict=False)])
-            verdicts.append(judge_gap(np.concatenate(gaps), all_owners, noise, recipe.objective, lambda: UNEXPLAINED, {}))
+    engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
+    nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
+    pair = Pair(engine, policy, nothing, renderer, nothing, recipe)
+    parts = [Part(pair, sample) for sample in logged]
+    layers: dict[LayerName, Callable[[], Verdict]] = {
+        "semantics": lambda: _worst([part.semantics() for part in parts]),
+        "path": lambda: _worst([part.path() for part in parts]),
+        "numerics": lambda: _numerics(parts),
+    }
+    verdicts: list[Verdict] = []
+    for layer in LAYERS:
+        failed = next((verdict.layer for verdict in verdicts if verdict.status == "FAIL"), None)
+        if failed is not None:
+            verdicts.append(_not_run(layer, f"layer {failed} did not pass"))
         else:
-            verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=NEEDS_ENGINE))
+            verdicts.append(layers[layer]() if layer in layers else _not_run(layer, REASON))
     return verdicts
 
 
-def _semantics(part: Logged, policy: Policy, noise: float) -> Verdict:
-    n, missing = part.logprobs.size, int(np.isnan(part.logprobs).sum())
-    if missing:
-        fix = "find where the log drops them; none may be filled in"
-        return _fail("missing_logprobs", np.full(1, np.nan), part, fix, f"{missing} of {n} are null, non-finite or clamped", {})
-    ranked = fits(policy, part.groups, part.logprobs, part.sampling)
-    best, evidence = ranked[0], _evidence(ranked)
-    figures = {"identified": best.semantics.describe(), "fit_p50_nats": best.p50}
-    trainer = np.concatenate(policy.score(part.groups, part.sampling.temperature))
-    gap = np.abs(trainer - part.logprobs)
-    if not best.p50 <= noise:
-        cause, told = _misaligned(trainer, part, noise)
-        hidden = hidden_settings(policy, part.groups, part.logprobs, part.sampling, noise) if not told else None
-        if hidden is not None:
-            cause, told = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats"
-        return _fail(
-            cause, gap, part, CAUSES[cause].mend, f"{told}; of what was asked for, {evidence}" if told else evidence, figures
-        )
-    found = best.semantics
-    if found.penalised:
-        return _fail("penalties_unmodelled", gap, part, "sample without penalties", evidence, figures)
-    if found.truncated:
-        return _fail("truncation_unmodelled", gap, part, "sample without top-k, top-p and min-p", evidence, figures)
-    if found.temperature != part.sampling.temperature and part.sampling.temperature > 0.0:
-        fix = "have the engine report processed log-probabilities (vLLM: --logprobs-mode processed_logprobs)"
-        return _fail("raw_logprobs", gap, part, fix, evidence, figures)
-    if part.sampling.truncates:
-        fix = "sample without top-k, top-p and min-p: the numbers do not show what was cut"
-        return _fail("truncation_unmodelled", gap, part, fix, evidence, figures)
-    summary = f"the log holds what the trainer scores: {found.describe()}"
-    return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
+def _numerics(parts: Sequence[Part]) -> Verdict:
+    """The verdict of layer 4 over all parts."""
+    pair, gaps = parts[0].pair, [part.gap() for part in parts]
+    starts = np.cumsum([0, *(len(part.sample.completions) for part in parts)])
+    owners = np.concatenate([part.sample.owners + start for part, start in zip(parts, starts, strict=False)])
+    widest = parts[int(np.argmax([np.median(np.abs(gap)) for gap in gaps]))]
+    return judge_gap(np.concatenate(gaps), owners, pair.noise, pair.recipe.objective, widest.explanation, {})
 
 
-def _misaligned(trainer: np.ndarray, part: Logged, noise: float) -> tuple[str, str]:
-    """Cause and evidence: numbers that fit one token away are shifted; else nothing is known."""
-    inside = np.flatnonzero(part.owners[1:] == part.owners[:-1])
-    for shift, (ours, theirs) in {1: (inside, inside + 1), -1: (inside + 1, inside)}.items():
-        if inside.size and np.median(np.abs(trainer[ours] - part.logprobs[theirs])) <= noise:
-            return "shifted_logprobs", f"the log-probabilities are {abs(shift)} token {'late' if shift > 0 else 'early'}"
-    return "unexplained_semantics", ""
+def _few(sample: Sampled) -> Sampled:
+    """The first rows of the log, each cut to its first tokens. Neighbours, for a log may have mixed them up."""
+    cut = [
+        replace(c, token_ids=c.token_ids[: 4 * FEW_TOKENS], logprobs=c.logprobs[: 4 * FEW_TOKENS])
+        for c in sample.completions[:FEW_ROWS]
+    ]
+    return Sampled(sample.prompts[:FEW_ROWS], cut, sample.sampling)
 
 
-def _evidence(ranked: Sequence[Fit]) -> str:
-    return "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
-
-
-def _fail(cause: str, effects: np.ndarray, part: Logged, fix: str, evidence: str, figures: dict[str, Any]) -> Verdict:
-    owners = part.owners if effects.size == part.logprobs.size else np.zeros(effects.size, int)
-    found = finding(cause, effects, owners, evidence, fix, part.logprobs.size)
-    summary = f"{cause.replace('_', ' ')}, in completions drawn at T={part.sampling.temperature:g}"
-    return Verdict(
-        layer="semantics", status="FAIL", summary=summary, n_tokens=part.logprobs.size, findings=(found,), figures=figures
-    )
+def _not_run(layer: LayerName, reason: str) -> Verdict:
+    return Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=reason)
 
 
 def _worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The first that failed, or a PASS over all tokens."""
+    """The first that failed, or what all say, over all tokens."""
     failed = next((verdict for verdict in verdicts if verdict.status == "FAIL"), None)
-    if failed is not None:
-        return failed
-    return replace(verdicts[0], n_tokens=sum(verdict.n_tokens for verdict in verdicts))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise _unusable(path, "no such file", "a .parquet or .jsonl file")
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path).to_pylist()
-        return [msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise _unusable(path, str(error).splitlines()[0], "Parquet, or one JSON object a line") from error
-
-
-def _unusable(path: Path, got: str, expected: str) -> UsageError:
-    return UsageError(f"rollouts {path}", got=got, expected=expected, hint="token ids and log-probabilities of each completion")
+    return replace(verdicts[0], n_tokens=sum(v.n_tokens for v in verdicts)) if failed is None else failed

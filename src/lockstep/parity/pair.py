@@ -105,6 +105,11 @@ class Sampled:
         return np.frombuffer(b"".join(c.logprobs for c in self.completions), FLOAT32)
 
     @property
+    def temperature(self) -> float:
+        """At which its numbers are to be scored; of greedy ones, 1."""
+        return self.sampling.temperature or 1.0
+
+    @property
     def owners(self) -> np.ndarray:
         """Which completion each token belongs to, int [T]."""
         return np.repeat(np.arange(len(self.completions)), [len(c.token_ids) // 4 for c in self.completions])

@@ -11,10 +11,12 @@ from itertools import chain
 import numpy as np
 
 from lockstep.parity.evidence import Evidence
-from lockstep.parity.pair import Pair
+from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.rows import Mangled, off, rows_of
 from lockstep.policy.packing import Group
 
+MOST = 0.5
+"""Of the prompts: what edits them edits all that it can."""
 FEW = 0.25
 """Of the rows may stay off under the right edit: prompts so short that it left nothing of them."""
 
@@ -25,11 +27,11 @@ def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray]) -> Ma
     Args:
         ours: score A of ``neutral``, by row.
     """
-    limit = pair.noise.p50
+    limit, temperature = pair.noise.p50, evidence.neutral.temperature
     for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)):
         groups = [Group(edit(group.prompt), group.completions) for group in evidence.neutral.groups if len(group.prompt) > 2]
         kept = [a for a, group in zip(ours, evidence.neutral.groups, strict=True) if len(group.prompt) > 2]
-        wrong = [off(a, c, limit) for a, c in zip(kept, pair.policy.score(groups, 1.0), strict=True)]
+        wrong = [off(a, c, limit) for a, c in zip(kept, pair.policy.score(groups, temperature), strict=True)]
         if np.mean(wrong) < FEW:
             return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
     return None
@@ -57,7 +59,8 @@ def _cuts(
     n, row = min(cut)
     numbers, group = ours[row], evidence.neutral.groups[row]
     for end, other, left in (("first", "last", lambda p, k: p[k:]), ("last", "first", lambda p, k: p[: len(p) - k])):
-        scores = pair.policy.score([Group(left(group.prompt, k), group.completions) for k in range(1, n)], 1.0)
+        shorter = [Group(left(group.prompt, k), group.completions) for k in range(1, n)]
+        scores = pair.policy.score(shorter, evidence.neutral.temperature)
         k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
         yield "prompt_edited", f"the {end} {k} tokens left out", partial(_left, left, k)
         yield "prompt_edited", f"only the {other} {n - k} tokens kept", partial(_kept, left, n - k)
@@ -71,10 +74,22 @@ def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndar
     return left(prompt, max(len(prompt) - n, 0))
 
 
-def doubled_bos(pair: Pair) -> Mangled | None:
-    """Looks at the prompts themselves: both sides would agree on a doubled BOS."""
+def miscounted_prompts(sample: Sampled) -> Mangled | None:
+    """Prompts that the engine itself says were longer or shorter than they were: something was put in that cannot be guessed."""
+    counts = [(c.prompt_tokens, len(p)) for c, p in zip(sample.completions, sample.prompts, strict=True) if c.prompt_tokens]
+    wrong = [(counted, sent) for counted, sent in counts if counted != sent]
+    if not wrong or len(wrong) < MOST * len(counts):
+        return None
+    counted, sent = wrong[0]
+    text = (
+        f"the engine counts another number of tokens in {len(wrong)} of {len(counts)} prompts: {counted} where {sent} were sent"
+    )
+    return Mangled("prompt_edited", text)
+
+
+def doubled_bos(pair: Pair, prompt: np.ndarray) -> Mangled | None:
+    """Looks at one of the task's prompts itself: both sides would agree on a doubled BOS."""
     bos = pair.renderer.tokenizer.bos_token_id
-    prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(0)))
     if bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
         return Mangled("bos_doubled", f"the task's prompts begin with token {bos} twice")
     return None

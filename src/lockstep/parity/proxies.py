@@ -101,6 +101,17 @@ def settings(**changes: Any) -> Callable[..., Any]:
     return lambda self, prompts, params: (prompts, [replace(p, **changes) for p in params])
 
 
+def biased(biases: dict[str, float]) -> Callable[..., Any]:
+    """A hook: a logit bias on the token of each text, in every request."""
+
+    def edit(self: Any, prompts: Any, params: Any) -> Any:
+        encode = self.pair.renderer.tokenizer.encode
+        bias = {encode(text, add_special_tokens=False)[-1]: value for text, value in biases.items()}
+        return prompts, [replace(p, logit_bias=bias) for p in params]
+
+    return edit
+
+
 def prompts_edited(edit: Callable[[Pair, np.ndarray], np.ndarray]) -> Callable[..., Any]:
     """A hook: every prompt changed."""
     return lambda self, prompts, params: ([edit(self.pair, p).astype(np.int32) for p in prompts], params)

@@ -13,7 +13,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from lockstep.parity.fitting import fitted
+from lockstep.parity.fitting import miss_of
 from lockstep.parity.hypotheses import edit, fits, hidden_of
 from lockstep.parity.tolerances import DRAWS_Z, LOG_CHANCE
 from lockstep.policy.model import Policy
@@ -37,44 +37,36 @@ class Explained:
     cause: str
     name: str
     miss: float
-    """median |explanation − engine|, nats; p90 for a penalty."""
+    """What the explanation leaves, nats (``fitting.miss_of``)."""
 
 
 def hidden_settings(
     policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
 ) -> Explained | None:
-    """The checkpoint's generation_config, another temperature, a truncation, or a penalty, in this order; None when none fits.
+    """The checkpoint's generation_config, another temperature, or a truncation, in this order; None when none fits.
 
     Args:
         groups: one completion each.
         engine: what the engine reported, float32 [T].
-        limit: a fit is an explanation when its median is at most this, nats.
+        limit: a fit is an explanation when it misses by at most this, nats.
     """
     served = generation_config(policy, asked)
     if served is not None:
         best = fits(policy, groups, engine, served)[0]
-        if best.p50 <= limit:
+        if best.miss <= limit:
             settings = ", ".join(
                 f"{name} {getattr(served, name):g}" for name in _CONFIGURABLE if getattr(served, name) != getattr(asked, name)
             )
-            return Explained("generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.p50)
-    logits, ids, numbers = _head(policy, groups, engine)
-    temperature, p50 = fitted_temperature(logits, ids, numbers)
-    if p50 <= limit:
-        return Explained("temperature_altered", f"temperature {temperature:.3g}", p50)
+            return Explained("generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.miss)
+    logits, ids, numbers = tokens_of_every_part(policy, groups, engine)
+    temperature, miss = fitted_temperature(logits, ids, numbers)
+    if miss <= limit:
+        return Explained("temperature_altered", f"temperature {temperature:.3g}", miss)
     for base in dict.fromkeys((asked.temperature or 1.0, 1.0)):
         found = fitted_truncation(logits / base, ids, numbers, limit)
         if found is not None:
             return Explained("hidden_truncation", f"{found[0]} at T={base:g}", found[1])
-    return hidden_penalty(policy, groups, engine, asked, limit)
-
-
-def hidden_penalty(
-    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
-) -> Explained | None:
-    """A penalty alone. Arguments as :func:`hidden_settings`."""
-    name, miss, without = fitted_penalty(policy, groups, engine, asked)
-    return Explained("hidden_penalties", name, miss) if miss <= limit < without else None
+    return None
 
 
 _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -89,9 +81,14 @@ def generation_config(policy: Policy, asked: SamplingParams) -> SamplingParams |
     return None if changed == asked else changed
 
 
-def _head(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+def every_part(n_tokens: int) -> np.ndarray:
+    """Which tokens are held for a fit, int [N]."""
+    return np.unique(np.linspace(0, n_tokens - 1, FITTED_TOKENS).astype(int))
+
+
+def tokens_of_every_part(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [N, V], drawn ids [N] and the engine's numbers [N] of tokens out of every part of the sample."""
-    at = np.unique(np.linspace(0, len(engine) - 1, FITTED_TOKENS).astype(int))
+    at = every_part(len(engine))
     ids = np.concatenate([group.completions[0] for group in groups])[at]
     with torch.no_grad():
         logits = policy.logits(torch.cat(hidden_of(policy, groups))[torch.from_numpy(at)])
@@ -103,11 +100,11 @@ def _head(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> tuple[
 
 
 def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[float, float]:
-    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, median |gap|)."""
+    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss)."""
 
     def miss(temperature: float) -> float:
         scored = (logits / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        return float((scored - engine).abs().median())
+        return miss_of(scored - engine)
 
     low, high = 0, len(TEMPERATURES) - 1
     best = min(range(low, high + 1), key=lambda i: miss(TEMPERATURES[i]))
@@ -150,7 +147,7 @@ def fitted_truncation(logits: Tensor, ids: Tensor, engine: Tensor, limit: float)
     misses = {}
     for name, setting in tried.items():
         z = whole.masked_fill(~kept(whole, setting), float("-inf"))
-        misses[name] = float((z.log_softmax(-1).gather(1, ids[:, None])[:, 0] - engine).abs().median())
+        misses[name] = miss_of(z.log_softmax(-1).gather(1, ids[:, None])[:, 0] - engine)
     best = min(misses, key=lambda name: misses[name])
     return (best, misses[best]) if misses[best] <= limit else None
 
@@ -176,41 +173,6 @@ def _both(cumulative: Tensor, count: Tensor) -> dict[str, SamplingParams]:
     return tried
 
 
-PENALTIES = {
-    "repetition_penalty": 1.0 + np.geomspace(0.02, 1.0, 8),
-    "presence_penalty": np.geomspace(0.05, 2.0, 8),
-    "frequency_penalty": np.geomspace(0.05, 2.0, 8),
-}
-
-
-@torch.no_grad()
-def fitted_penalty(
-    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams
-) -> tuple[str, float, float]:
-    """The penalty under which the numbers come nearest to ``engine``: its name and size, p90 of |gap| with it and without, nats.
-
-    A penalty may leave most tokens as they were, so their median would not see it.
-    """
-    ends = np.cumsum([len(group.completions[0]) for group in groups])
-    few = groups[: 1 + int(np.searchsorted(ends, FITTED_TOKENS))]
-    logits = [policy.logits(hidden) for hidden in hidden_of(policy, few)]
-    ids = [torch.as_tensor(np.asarray(group.completions[0], np.int64), device=policy.head.device) for group in few]
-    numbers = engine[: ends[len(few) - 1]]
-
-    def miss(**penalty: float) -> float:
-        setting, temperature = replace(asked, **penalty), asked.temperature or 1.0
-        edited = (edit(z, group.prompt, i, 0, setting) / temperature for z, group, i in zip(logits, few, ids, strict=True))
-        scored = [z.log_softmax(-1).gather(1, i[:, None])[:, 0] for z, i in zip(edited, ids, strict=True)]
-        return float(np.quantile(np.abs(torch.cat(scored).numpy(force=True) - numbers), 0.9))
-
-    without, fits = miss(), {}
-    for name, grid in PENALTIES.items():
-        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(**{name: v}), without)
-        fits[f"{name.replace('_', ' ')} {value:.3g}"] = left
-    best = min(fits, key=lambda name: fits[name])
-    return best, fits[best], without
-
-
 @dataclass(frozen=True)
 class Draws:
     """Were tokens drawn from the distribution they are said to be of? Three ways in which they may not be, with their chances."""
@@ -231,14 +193,21 @@ class Draws:
     sizes: np.ndarray
     """|log p + H| of each token, float [T]."""
 
-    def oddity(self) -> str:
-        """What chance does not explain; empty when it does."""
+    def cut(self) -> str:
+        """A truncation that chance does not explain; empty when it does. Choosing rows by their reward brings none about."""
         if self.log_chance_top_k < LOG_CHANCE and self.log_chance_top_k <= self.log_chance_top_p:
             return f"no drawn token ranks past {self.top_k}; the chance of that is e^{self.log_chance_top_k:.0f}"
         if self.log_chance_top_p < LOG_CHANCE:
             return (
                 f"no drawn token has more than {self.top_p:.3f} of the mass above it; the chance is e^{self.log_chance_top_p:.0f}"
             )
+        return ""
+
+    def oddity(self) -> str:
+        """What chance does not explain; empty when it does."""
+        cut = self.cut()
+        if cut:
+            return cut
         if not abs(self.z) <= DRAWS_Z:
             return (
                 f"log p exceeds minus the entropy by {self.excess_nats:+.3f} nats in the mean, {abs(self.z):.0f} standard errors"

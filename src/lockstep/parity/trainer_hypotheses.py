@@ -160,8 +160,13 @@ def norm_epsilon(model: nn.Module, epsilon: float) -> Iterator[None]:
 
 def _scale(pair: Pair, sample: Sampled) -> Explanation | None:
     """A tensor, or a natural set of them, that the engine holds times a constant."""
-    canary = Canary.of(sample, SCALED_TOKENS)
-    engine = canary.engine_scores(pair)
+    if pair.engine.ready.capabilities["rescore"].supported:
+        canary = Canary.of(sample, SCALED_TOKENS)
+        engine = canary.engine_scores(pair)
+    else:
+        rows = 1 + int(np.searchsorted(np.bincount(sample.owners).cumsum(), SCALED_TOKENS))
+        few = _first(sample, rows)
+        canary, engine = Canary(few.groups, few.temperature), few.engine_logprobs
     enough = min(pair.noise.p50, EXPLAINS * float(np.abs(engine - canary.trainer_scores(pair)).mean()))
     named = attribution.scaled(pair, canary, engine, enough)
     if named is None:

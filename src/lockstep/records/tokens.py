@@ -102,6 +102,8 @@ class Completion(Struct, frozen=True):
     """Which weights sampled which tokens; the spans tile [0, T)."""
     missing: int = 0
     """How many of the T log-probabilities are NaN."""
+    prompt_tokens: int = 0
+    """Length of the prompt as the engine counts it; 0 where it does not say."""
 
 
 class Scores(Struct, frozen=True):

@@ -1,0 +1,61 @@
+"""An engine that is known by what it logged, and by nothing else: it draws nothing, scores nothing and takes no weights."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lockstep.engines.base import Engine
+from lockstep.errors import CapabilityError
+from lockstep.records.capabilities import CAPABILITIES, Capability
+from lockstep.records.messages import Ready
+from lockstep.records.tokens import Completion, SamplingParams
+from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
+
+REASON = "needs a live engine: lockstep check RECIPE"
+
+
+class LoggedEngine(Engine):
+    """What drew the completions of a log.
+
+    Args:
+        dtype: what its body computed in, as the user says (``float32``).
+        head_dtype: its last matrix product; empty where the user does not say.
+    """
+
+    def __init__(self, dtype: str, head_dtype: str = "") -> None:
+        self.asked = {}
+        resolved = {"worker.parameter_dtype": f"torch.{dtype}"}
+        if head_dtype:
+            resolved["worker.head_dtype"] = f"torch.{head_dtype}"
+        self.ready = Ready(
+            engine="a log",
+            version="unknown",
+            generation="log",
+            distribution="sampler",
+            resolved=resolved,
+            capabilities=dict.fromkeys(CAPABILITIES, Capability(False, REASON)),
+            start_s=0.0,
+        )
+
+    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """See :meth:`Engine.sample`."""
+        raise CapabilityError("a log, sample", got=REASON, expected="completions", hint="lockstep check RECIPE")
+
+    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        raise AssertionError("unreachable: a log does not have this capability")
+
+    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+        """See :meth:`Engine.load`."""
+        self.need("load")
+        raise AssertionError("unreachable: a log does not have this capability")
+
+    def abort(self) -> int:
+        """See :meth:`Engine.abort`."""
+        return 0
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+
+    def fix(self, cause: str) -> str:
+        """See :meth:`Engine.fix`. A log does not say which engine wrote it, so the cause's general mend is what there is."""
+        return ""

@@ -1,0 +1,75 @@
+"""Read rollouts that another framework logged: token ids, log-probabilities, sampling settings."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.errors import UsageError
+from lockstep.parity.pair import Sampled
+from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
+
+COLUMNS = {
+    "prompt": ("prompt_token_ids", "prompt_ids", "input_ids", "prompts"),
+    "tokens": ("token_ids", "completion_token_ids", "completion_ids", "response_ids", "responses", "output_ids"),
+    "logprobs": ("engine_logprobs", "logprobs", "rollout_log_probs", "token_logprobs", "old_logprobs", "response_logprobs"),
+}
+"""Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+CLAMPED_LOGPROB = -9999.0
+
+
+def read_logged(path: Path, default: SamplingParams) -> list[Sampled]:
+    """Read a Parquet or JSONL file, one sample for each sampling setting in it.
+
+    Args:
+        default: for settings that a row does not have.
+
+    Raises:
+        UsageError: for a file that is not there, a column that is missing, or tokens and log-probabilities of two lengths.
+    """
+    rows = _rows(path)
+    if not rows:
+        raise _unusable(path, "no row", "at least one completion")
+    names = {role: name for role, known in COLUMNS.items() for name in reversed(known) if name in rows[0]}
+    for role, known in COLUMNS.items():
+        if role not in names:
+            raise _unusable(path, f"columns {', '.join(rows[0])}", f"one of {', '.join(known)}")
+    found: dict[bytes, Sampled] = {}
+    for number, row in enumerate(rows, 1):
+        ids, values = row[names["tokens"]], row[names["logprobs"]]
+        if len(ids) != len(values):
+            raise _unusable(path, f"{len(values)} log-probabilities in row {number}", f"one for each of {len(ids)} tokens")
+        if not len(row[names["prompt"]]):
+            raise _unusable(path, f"no prompt in row {number}", "at least one token")
+        if len(ids):
+            changes = {name: row[name] for name in SETTINGS if row.get(name) is not None}
+            sampling = replace(default, **changes)
+            part = found.setdefault(msgspec.json.encode(sampling), Sampled([], [], sampling))
+            part.prompts.append(np.asarray(row[names["prompt"]], np.int32))
+            part.completions.append(_completion(number, ids, values))
+    return list(found.values())
+
+
+def _completion(number: int, ids: list[int], values: list[float | None]) -> Completion:
+    finite = [v if v is not None and np.isfinite(v) and v > CLAMPED_LOGPROB else None for v in values]
+    return Completion(number, 0, pack_ids(ids), pack_logprobs(finite), "length", (), finite.count(None))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise _unusable(path, "no such file", "a .parquet or .jsonl file")
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_table(path).to_pylist()
+        return [msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise _unusable(path, str(error).splitlines()[0], "Parquet, or one JSON object a line") from error
+
+
+def _unusable(path: Path, got: str, expected: str) -> UsageError:
+    return UsageError(f"rollouts {path}", got=got, expected=expected, hint="token ids and log-probabilities of each completion")

@@ -1,0 +1,87 @@
+"""Layer 1: was repetition penalised though nobody asked for it?
+
+A penalty edits the logits of the tokens seen before and of no others (``hypotheses.edit``). Of a distribution a fit needs the
+logits of those, and the mass of the rest.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.parity.fitting import fitted, miss_of
+from lockstep.parity.pair import Sampled
+from lockstep.parity.sampler import Explained, every_part, tokens_of_every_part
+from lockstep.policy.model import Policy
+
+PENALTIES = {
+    "repetition_penalty": 1.0 + np.geomspace(0.02, 1.0, 8),
+    "presence_penalty": np.geomspace(0.05, 2.0, 8),
+    "frequency_penalty": np.geomspace(0.05, 2.0, 8),
+}
+
+
+class PenaltyFit:
+    """Numbers of some tokens under penalties.
+
+    Args:
+        logits: float32 [N, V].
+        ids: int64 [N], what was drawn.
+        seen: for each token those of prompt and completion before it, int64 [S_n], each once.
+        counts: how often each of them is in the completion, int64 [S_n].
+    """
+
+    def __init__(self, logits: Tensor, ids: Tensor, seen: list[Tensor], counts: list[Tensor], temperature: float) -> None:
+        pad = torch.nn.utils.rnn.pad_sequence
+        self.temperature, device = temperature, logits.device
+        self.seen = pad(seen, batch_first=True, padding_value=-1).to(device)
+        self.counts = pad(counts, batch_first=True).to(device).float()
+        at = self.seen.clamp(min=0)
+        self.z = logits.gather(1, at)
+        rest = logits.clone().scatter_(1, at, float("-inf")) / temperature
+        # Where nothing pads, token 0 was taken out by no padding; where something does, it is put back unless it was seen.
+        zero = (self.seen < 0).any(1) & ~(self.seen == 0).any(1)
+        rest[:, 0] = torch.where(zero, logits[:, 0] / temperature, rest[:, 0])
+        self.rest = rest.logsumexp(-1)
+        self.drawn = logits.gather(1, ids[:, None])[:, 0]
+        self.was_seen = self.seen == ids[:, None]
+
+    def scores(self, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0) -> Tensor:
+        """The drawn tokens' log-probabilities, float32 [N]."""
+        z = torch.where(self.z > 0, self.z / repetition_penalty, self.z * repetition_penalty)
+        z = z - frequency_penalty * self.counts - presence_penalty * (self.counts > 0)
+        held = torch.where(self.seen < 0, float("-inf"), z)
+        whole = torch.logaddexp(self.rest, (held / self.temperature).logsumexp(-1))
+        edited = torch.where(self.was_seen, z, 0.0).sum(1)
+        return torch.where(self.was_seen.any(1), edited, self.drawn) / self.temperature - whole
+
+
+def hidden_penalty(policy: Policy, sample: Sampled, limit: float) -> Explained | None:
+    """The one penalty that explains the numbers; None where none does.
+
+    ``limit``: a fit is an explanation when it misses by at most this, nats.
+    """
+    logits, ids, numbers = tokens_of_every_part(policy, sample.groups, sample.engine_logprobs)
+    fit = PenaltyFit(logits, ids, *seen_before(sample), sample.temperature)
+
+    def miss(**penalty: float) -> float:
+        return miss_of(fit.scores(**penalty) - numbers)
+
+    without, fits = miss(), {}
+    for name, grid in PENALTIES.items():
+        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(**{name: v}), without, thirds=40)
+        fits[f"{name.replace('_', ' ')} {value:.3g}"] = left
+    best = min(fits, key=lambda name: fits[name])
+    return Explained("hidden_penalties", best, fits[best]) if fits[best] <= limit < without else None
+
+
+def seen_before(sample: Sampled) -> tuple[list[Tensor], list[Tensor]]:
+    """The tokens before each that is fitted, and how often the completion has them."""
+    groups, owners, positions = sample.groups, sample.owners, sample.positions
+    seen, counts = [], []
+    for token in every_part(len(owners)):
+        group = groups[owners[token]]
+        before = group.completions[0][: positions[token]]
+        ids = np.unique(np.r_[group.prompt, before])
+        seen.append(torch.from_numpy(ids.astype(np.int64)))
+        counts.append(torch.from_numpy((before[None, :] == ids[:, None]).sum(1)))
+    return seen, counts

@@ -1,0 +1,15 @@
+"""Layer 1: settings that nobody asked for and that explain an engine's numbers."""
+
+from lockstep.parity.logit_bias import hidden_bias
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.penalties import hidden_penalty
+from lockstep.parity.sampler import Explained, hidden_settings
+
+
+def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
+    """The first of them that does.
+
+    ``limit``: a fit is an explanation when it misses by at most this, nats.
+    """
+    found = hidden_settings(pair.policy, sample.groups, sample.engine_logprobs, sample.sampling, limit)
+    return found or hidden_penalty(pair.policy, sample, limit) or hidden_bias(pair, sample)

@@ -1,0 +1,209 @@
+"""Rollouts of other frameworks: what they were logged with wrong is named. Drawn by the transformers engine from a tiny model."""
+
+import json
+from contextlib import ExitStack
+
+import msgspec
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from lockstep.config.recipe import parse_overrides
+from lockstep.errors import UsageError
+from lockstep.parity import planted_trainer
+from lockstep.parity.logged import judge
+from lockstep.parity.logged_file import read_logged
+from lockstep.parity.pair import draw
+from lockstep.parity.probes import probe_prompts
+from lockstep.parity.transforms import BASES
+from lockstep.records.tokens import INT32, SamplingParams
+from lockstep.weights.publish import named_weights
+
+NEUTRAL = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+SHARP = SamplingParams(max_tokens=16, temperature=0.25)
+"""The tiny model's logits are nearly flat."""
+T = "sampling.temperature=0.25"
+
+
+@pytest.fixture(scope="module")
+def log(session, recipe):
+    """``log(sampling)``: rows as a framework logs them, drawn once for each setting."""
+    known = {}
+
+    def rows(sampling=SHARP):
+        key = msgspec.json.encode(sampling)
+        if key not in known:
+            session.pair.recipe = replace(recipe)
+            sample = draw(session.pair, probe_prompts(session.pair, 12, 0), sampling, 0)
+            known[key] = [
+                {
+                    "prompt_ids": prompt.tolist(),
+                    "completion_ids": np.frombuffer(c.token_ids, INT32).tolist(),
+                    "logprobs": np.frombuffer(c.logprobs, "<f4").tolist(),
+                }
+                for prompt, c in zip(sample.prompts, sample.completions, strict=True)
+            ]
+        return json.loads(json.dumps(known[key]))
+
+    return rows
+
+
+def verdicts_of(tmp_path, pair, rows, *sets):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
+    recipe = parse_overrides(NEUTRAL, list(sets), "test")
+    return judge(read_logged(path, recipe.sampling), pair.policy, pair.renderer, recipe)
+
+
+def named(verdicts):
+    failed = [v for v in verdicts if v.status == "FAIL"]
+    assert len(failed) == 1, [(v.layer, v.status, v.summary) for v in verdicts]
+    assert failed[0].findings[0].fix
+    print(failed[0].findings[0].evidence)
+    return failed[0].layer, failed[0].findings[0].cause
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+def test_an_honest_log_passes_what_can_be_judged_and_the_rest_is_not_run(tmp_path, pair, log, temperature):
+    rows = log(replace(SHARP, temperature=temperature))
+    verdicts = verdicts_of(tmp_path, pair, rows, f"sampling.temperature={temperature}")
+    assert [v.status for v in verdicts] == ["PASS", "NOT_RUN", "NOT_RUN", "PASS", "NOT_RUN"]
+    assert verdicts[0].n_tokens == verdicts[3].n_tokens == 12 * 16
+    assert verdicts[3].figures["gap_abs_p999_nats"] < 1e-4
+
+
+def numbers(rows, edit):
+    return [row | {"logprobs": np.asarray(edit(np.array(row["logprobs"]))).tolist()} for row in rows]
+
+
+def prompts(rows, edit):
+    return [row | {"prompt_ids": edit(row["prompt_ids"])} for row in rows]
+
+
+def swapped(rows, *columns):
+    return [row | {column: rows[i ^ 1][column] for column in columns} for i, row in enumerate(rows)]
+
+
+def edited(rows, at):
+    for row in rows:
+        row["completion_ids"][at] = (row["completion_ids"][at] + 40) % 97
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("cause", "edit"),
+    [
+        ("shifted_logprobs", lambda rows: numbers(rows, lambda x: np.r_[-0.1, x[:-1]])),
+        ("shifted_logprobs", lambda rows: numbers(rows, lambda x: np.r_[x[1:], -0.1])),
+        ("logprobs_transformed", lambda rows: numbers(rows, lambda x: x * BASES["log10"])),
+        ("logprobs_transformed", lambda rows: numbers(rows, np.cumsum)),
+        ("rows_swapped", lambda rows: swapped(rows, "completion_ids", "logprobs")),
+        ("rows_swapped", lambda rows: swapped(rows, "logprobs")),
+        ("tokens_edited", lambda rows: edited(rows, 3)),
+        ("prompt_edited", lambda rows: prompts(rows, lambda ids: [*ids, 5])),
+        ("prompt_edited", lambda rows: prompts(rows, lambda ids: [5, 6, *ids])),
+        ("unexplained_semantics", lambda rows: prompts(rows, lambda ids: ids[2:])),
+        ("bos_doubled", lambda rows: prompts(rows, lambda ids: [0, 0, *ids[1:]])),
+        ("unexplained_semantics", lambda rows: numbers(rows, lambda x: -3 * np.random.default_rng(len(x)).random(len(x)))),
+    ],
+)
+def test_what_was_logged_wrong_is_named(tmp_path, pair, log, cause, edit):
+    assert named(verdicts_of(tmp_path, pair, edit(log()), T)) == ("semantics", cause)
+
+
+@pytest.mark.parametrize(
+    ("cause", "drawn"),
+    [
+        ("hidden_truncation", {"top_k": 10}),
+        ("hidden_truncation", {"top_p": 0.7}),
+        ("temperature_altered", {"temperature": 0.4}),
+        ("hidden_penalties", {"repetition_penalty": 1.5}),
+        ("hidden_logit_bias", {"logit_bias": {7: 1.5, 12: -100.0}}),
+    ],
+)
+def test_settings_that_the_log_does_not_tell_are_fitted(tmp_path, pair, log, cause, drawn):
+    assert named(verdicts_of(tmp_path, pair, log(replace(SHARP, **drawn)), T)) == ("semantics", cause)
+
+
+def test_raw_numbers_at_another_temperature_are_named(tmp_path, pair, log):
+    rows = [row | {"temperature": 0.5} for row in log(replace(SHARP, temperature=1.0))]
+    assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "raw_logprobs")
+
+
+def test_draws_that_are_truncated_behind_whole_numbers_are_noticed(tmp_path, pair, log):
+    rows = log(replace(SHARP, temperature=1.0, top_k=3))
+    for row in rows:
+        group = [np.asarray(row["completion_ids"], np.int32)]
+        from lockstep.policy.packing import Group
+
+        (scores,) = pair.policy.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], 1.0)
+        row["logprobs"] = scores.tolist()
+    assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "draws_differ")
+
+
+@pytest.mark.parametrize("plant", [planted_trainer.other_rotary_base, planted_trainer.other_norm_epsilon])
+def test_another_model_configuration_is_numerics(tmp_path, pair, log, plant):
+    rows = log()
+    with plant(pair):
+        assert named(verdicts_of(tmp_path, pair, rows, T)) == ("numerics", "model_config_differs")
+
+
+def test_another_checkpoint_is_numerics_where_one_scale_explains_it(tmp_path, pair, log):
+    rows, tensor = log(), named_weights(pair.policy.model)["model.layers.1.mlp.down_proj.weight"]
+    with ExitStack() as stack:
+        tensor.data.mul_(1.1)
+        stack.callback(tensor.data.div_, 1.1)
+        assert named(verdicts_of(tmp_path, pair, rows, T)) == ("numerics", "tensor_scaled")
+
+
+def test_corrupted_completions_are_shown(tmp_path, pair, log):
+    rows = log()
+    rows[4]["completion_ids"][8:] = np.random.default_rng(0).integers(0, 97, 8).tolist()
+    rows[4]["logprobs"][8:] = [12.0 - 12.05] * 8
+    verdicts = verdicts_of(tmp_path, pair, rows, T)
+    assert named(verdicts) == ("path", "corrupted_completions")
+
+
+def test_a_truncating_sampler_fails_though_its_numbers_are_whole(tmp_path, pair, log):
+    first = verdicts_of(tmp_path, pair, log(), T, "sampling.top_p=0.9999999")[0]
+    assert first.findings[0].cause == "truncation_unmodelled"
+
+
+@pytest.mark.parametrize("bad", [None, -9999.0])
+def test_a_missing_value_is_counted_and_nothing_is_filled_in(tmp_path, pair, log, bad):
+    rows = log()
+    rows[3]["logprobs"][2] = bad
+    first = verdicts_of(tmp_path, pair, rows, T)[0]
+    assert first.findings[0].cause == "missing_logprobs"
+    assert "1 of 192" in first.findings[0].evidence
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no row"),
+        ('{"completion_ids": [1], "logprobs": [-1]}', "prompt_token_ids"),
+        ('{"prompt_ids": [1], "completion_ids": [1, 2], "logprobs": [-1]}', "1 log-probabilities in row 1"),
+        ('{"prompt_ids": [], "completion_ids": [1], "logprobs": [-1]}', "no prompt in row 1"),
+        ("{", "one JSON object a line"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_usage(tmp_path, content, says):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=says):
+        read_logged(path, SHARP)
+    with pytest.raises(UsageError, match="no such file"):
+        read_logged(tmp_path / "absent.parquet", SHARP)
+
+
+def test_lockstep_own_parquet_is_read(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"prompt_token_ids": [[1, 2]], "token_ids": [[3, 4]], "engine_logprobs": [[-1.0, float("nan")]]})
+    parquet.write_table(table, tmp_path / "r.parquet")
+    (part,) = read_logged(tmp_path / "r.parquet", SHARP)
+    assert part.groups[0].completions[0].tolist() == [3, 4]
+    assert np.isnan(part.engine_logprobs).tolist() == [False, True]
+    assert (part.missing, part.sampling.temperature) == (1, 0.25)
