@@ -185,6 +185,10 @@ def test_a_missing_value_is_counted_and_nothing_is_filled_in(tmp_path, pair, log
         ('{"completion_ids": [1], "logprobs": [-1]}', "prompt_token_ids"),
         ('{"prompt_ids": [1], "completion_ids": [1, 2], "logprobs": [-1]}', "1 log-probabilities in row 1"),
         ('{"prompt_ids": [], "completion_ids": [1], "logprobs": [-1]}', "no prompt in row 1"),
+        ('{"prompt_ids": "What is 1 + 1?", "completion_ids": [1], "logprobs": [-1]}', "Expected `array`, got `str`"),
+        ('{"prompt_ids": [1], "completion_ids": [1], "logprobs": ["-1"]}', "row 1"),
+        ('{"prompt_ids": [1], "completion_ids": [1], "logprobs": [-1], "top_p": 1.5}', "<= 1"),
+        ('{"prompt_ids": [1], "completion_ids": [], "logprobs": []}', "no token"),
         ("{", "one JSON object a line"),
     ],
 )
@@ -195,6 +199,20 @@ def test_a_file_that_cannot_be_used_is_usage(tmp_path, content, says):
         read_logged(path, SHARP)
     with pytest.raises(UsageError, match="no such file"):
         read_logged(tmp_path / "absent.parquet", SHARP)
+
+
+def test_vllms_word_for_no_top_k_is_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt_ids": [1], "completion_ids": [1], "logprobs": [-1], "top_k": -1}')
+    (part,) = read_logged(path, SHARP)
+    assert not part.sampling.truncates
+
+
+def test_ids_of_another_vocabulary_are_usage(tmp_path, pair, log):
+    rows = log()
+    rows[2]["completion_ids"][0] = 97
+    with pytest.raises(UsageError, match="token 97 in completion 3"):
+        verdicts_of(tmp_path, pair, rows, T)
 
 
 def test_lockstep_own_parquet_is_read(tmp_path):

@@ -35,7 +35,7 @@ class Fit:
 
 
 def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams, enough: float = 0.0) -> list[Fit]:
-    """All candidates, the best first; the second's ``p50`` is the margin.
+    """All candidates, the best first.
 
     Args:
         groups: one completion each.

@@ -53,7 +53,7 @@ class Identified:
     @property
     def margin(self) -> float:
         """How many times worse the runner-up fits; infinite where the sampling tells no two candidates apart."""
-        return self.ranked[1].p50 / max(self.ranked[0].p50, 1e-9) if len(self.ranked) > 1 else float("inf")
+        return self.ranked[1].miss / max(self.ranked[0].miss, 1e-9) if len(self.ranked) > 1 else float("inf")
 
     def evidence(self) -> str:
         """The fits, for people."""

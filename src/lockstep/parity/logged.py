@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.logged import REASON, LoggedEngine
+from lockstep.errors import UsageError
 from lockstep.parity.alignment import examine, transformed
 from lockstep.parity.causes import CAUSES, finding
 from lockstep.parity.corruption import corrupted
@@ -162,6 +163,7 @@ def judge(logged: Sequence[Sampled], policy: Policy, renderer: Renderer, recipe:
     engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
     pair = Pair(engine, policy, nothing, renderer, nothing, recipe)
+    _refuse_other_vocabulary(policy, logged)
     parts = [Part(pair, sample) for sample in logged]
     layers: dict[LayerName, Callable[[], Verdict]] = {
         "semantics": lambda: _worst([part.semantics() for part in parts]),
@@ -176,6 +178,16 @@ def judge(logged: Sequence[Sampled], policy: Policy, renderer: Renderer, recipe:
         else:
             verdicts.append(layers[layer]() if layer in layers else _not_run(layer, REASON))
     return verdicts
+
+
+def _refuse_other_vocabulary(policy: Policy, logged: Sequence[Sampled]) -> None:
+    vocabulary = policy.head.shape[0]
+    for sample in logged:
+        for number, ids in enumerate(sample.sequences, 1):
+            if not 0 <= ids.min() <= ids.max() < vocabulary:
+                got = f"token {ids.max()} in completion {number}"
+                hint = "is --model the one that drew them?"
+                raise UsageError("check --rollouts", got=got, expected=f"ids below the model's {vocabulary}", hint=hint)
 
 
 def _numerics(parts: Sequence[Part]) -> Verdict:

@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from lockstep.errors import UsageError
 from lockstep.parity.pair import Sampled
@@ -17,6 +16,7 @@ COLUMNS = {
     "logprobs": ("engine_logprobs", "logprobs", "rollout_log_probs", "token_logprobs", "old_logprobs", "response_logprobs"),
 }
 """Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
+TYPES = {"prompt": list[int], "tokens": list[int], "logprobs": list[float | None]}
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 CLAMPED_LOGPROB = -9999.0
 
@@ -39,18 +39,30 @@ def read_logged(path: Path, default: SamplingParams) -> list[Sampled]:
             raise _unusable(path, f"columns {', '.join(rows[0])}", f"one of {', '.join(known)}")
     found: dict[bytes, Sampled] = {}
     for number, row in enumerate(rows, 1):
-        ids, values = row[names["tokens"]], row[names["logprobs"]]
-        if len(ids) != len(values):
-            raise _unusable(path, f"{len(values)} log-probabilities in row {number}", f"one for each of {len(ids)} tokens")
-        if not len(row[names["prompt"]]):
+        try:
+            values = {role: msgspec.convert(row.get(names[role]), kind) for role, kind in TYPES.items()}
+            sampling = _sampling(default, row)
+        except msgspec.ValidationError as error:
+            raise _unusable(path, f"in row {number}: {error}", f"numbers in {', '.join(names.values())}") from error
+        prompt, ids, logprobs = values.values()
+        if len(ids) != len(logprobs):
+            raise _unusable(path, f"{len(logprobs)} log-probabilities in row {number}", f"one for each of {len(ids)} tokens")
+        if not prompt:
             raise _unusable(path, f"no prompt in row {number}", "at least one token")
-        if len(ids):
-            changes = {name: row[name] for name in SETTINGS if row.get(name) is not None}
-            sampling = replace(default, **changes)
+        if ids:
             part = found.setdefault(msgspec.json.encode(sampling), Sampled([], [], sampling))
-            part.prompts.append(np.asarray(row[names["prompt"]], np.int32))
-            part.completions.append(_completion(number, ids, values))
+            part.prompts.append(np.array(prompt, np.int32))
+            part.completions.append(_completion(number, ids, logprobs))
+    if not found:
+        raise _unusable(path, "no token", "at least one completion that is not empty")
     return list(found.values())
+
+
+def _sampling(default: SamplingParams, row: dict[str, Any]) -> SamplingParams:
+    changes = {name: row[name] for name in SETTINGS if row.get(name) is not None}
+    if changes.get("top_k") == -1:  # vLLM's word for none
+        changes["top_k"] = 0
+    return msgspec.convert(msgspec.structs.asdict(default) | changes, SamplingParams)
 
 
 def _completion(number: int, ids: list[int], values: list[float | None]) -> Completion:
