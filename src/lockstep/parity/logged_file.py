@@ -16,9 +16,16 @@ COLUMNS = {
     "logprobs": ("engine_logprobs", "logprobs", "rollout_log_probs", "token_logprobs", "old_logprobs", "response_logprobs"),
 }
 """Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
-TYPES = {"prompt": list[int], "tokens": list[int], "logprobs": list[float | None]}
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 CLAMPED_LOGPROB = -9999.0
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One completion, by role."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float | None]
 
 
 def read_logged(path: Path, default: SamplingParams) -> list[Sampled]:
@@ -40,19 +47,22 @@ def read_logged(path: Path, default: SamplingParams) -> list[Sampled]:
     found: dict[bytes, Sampled] = {}
     for number, row in enumerate(rows, 1):
         try:
-            values = {role: msgspec.convert(row.get(names[role]), kind) for role, kind in TYPES.items()}
+            told = msgspec.convert({role: row.get(name) for role, name in names.items()}, Row)
             sampling = _sampling(default, row)
         except msgspec.ValidationError as error:
             raise _unusable(path, f"in row {number}: {error}", f"numbers in {', '.join(names.values())}") from error
-        prompt, ids, logprobs = values.values()
-        if len(ids) != len(logprobs):
-            raise _unusable(path, f"{len(logprobs)} log-probabilities in row {number}", f"one for each of {len(ids)} tokens")
-        if not prompt:
+        if len(told.tokens) != len(told.logprobs):
+            got, expected = (
+                f"{len(told.logprobs)} log-probabilities in row {number}",
+                f"one for each of {len(told.tokens)} tokens",
+            )
+            raise _unusable(path, got, expected)
+        if not told.prompt:
             raise _unusable(path, f"no prompt in row {number}", "at least one token")
-        if ids:
+        if told.tokens:
             part = found.setdefault(msgspec.json.encode(sampling), Sampled([], [], sampling))
-            part.prompts.append(np.array(prompt, np.int32))
-            part.completions.append(_completion(number, ids, logprobs))
+            part.prompts.append(np.array(told.prompt, np.int32))
+            part.completions.append(_completion(number, told.tokens, told.logprobs))
     if not found:
         raise _unusable(path, "no token", "at least one completion that is not empty")
     return list(found.values())
