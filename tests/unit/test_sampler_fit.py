@@ -152,9 +152,11 @@ def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(policy, penalt
 def test_hidden_settings_of_a_whole_policy(policy):
     groups = drawn(policy, PLAIN, n=12)
     engine = np.concatenate(policy.score(groups, 0.8))
-    found = hidden_settings(policy, groups, engine, replace(PLAIN, temperature=0.5), LIMIT)
+    held = tokens_of_every_part(policy, groups, engine)
+    found = hidden_settings(policy, groups, engine, replace(PLAIN, temperature=0.5), LIMIT, held)
     assert found is not None
     assert found.cause == "temperature_altered"
     assert "0.8" in found.name
     noise = np.random.default_rng(0).normal(0, 0.1, engine.size).astype(np.float32)
-    assert hidden_settings(policy, groups, engine + noise, replace(PLAIN, temperature=0.5), LIMIT) is None
+    held = tokens_of_every_part(policy, groups, engine + noise)
+    assert hidden_settings(policy, groups, engine + noise, replace(PLAIN, temperature=0.5), LIMIT, held) is None

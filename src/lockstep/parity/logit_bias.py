@@ -12,7 +12,7 @@ from torch import Tensor
 from lockstep.parity.evidence import within
 from lockstep.parity.fitting import fitted, miss_of
 from lockstep.parity.pair import Pair, Sampled
-from lockstep.parity.sampler import Explained, distributions, tokens_of_every_part
+from lockstep.parity.sampler import Explained, Held, distributions
 from lockstep.parity.tolerances import EXPLAINS
 from lockstep.policy.model import Policy
 
@@ -73,15 +73,16 @@ class BiasFit:
         return left, float(sign * size)
 
 
-def hidden_bias(pair: Pair, sample: Sampled) -> Explained | None:
-    """Biases of a few tokens that explain every number of ``sample``; None where none do."""
-    policy, engine, temperature = pair.policy, sample.engine_logprobs, sample.temperature
-    logits, ids, numbers = tokens_of_every_part(policy, sample.groups, engine)
-    fit = BiasFit((logits / temperature).log_softmax(-1), ids, numbers)
+def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
+    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: of ``sample``."""
+    engine, temperature = sample.engine_logprobs, sample.temperature
+    fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now, after = np.inf, float(fit.gap.abs().mean())
     while ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:
         now, after = after, fit.step()
-    before, left = (np.abs(_scored(policy, sample, biases) - engine) for biases in ({}, fit.biases))
+    if not after <= EXPLAINS * float(fit.gap.abs().mean()):
+        return None
+    before, left = (np.abs(_scored(pair.policy, sample, biases) - engine) for biases in ({}, fit.biases))
     supported = (before > pair.noise.p50).sum() >= SUPPORT * len(fit.biases)
     if not (fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()):
         return None

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lockstep.parity.fitting import fitted, miss_of
 from lockstep.parity.pair import Sampled
-from lockstep.parity.sampler import Explained, every_part, tokens_of_every_part
-from lockstep.policy.model import Policy
+from lockstep.parity.sampler import Explained, Held, every_part
 
 PENALTIES = {
     "repetition_penalty": 1.0 + np.geomspace(0.02, 1.0, 8),
@@ -55,16 +54,17 @@ class PenaltyFit:
         return torch.where(self.was_seen.any(1), edited, self.drawn) / self.temperature - whole
 
 
-def hidden_penalty(policy: Policy, sample: Sampled, limit: float) -> Explained | None:
+def hidden_penalty(sample: Sampled, held: Held, limit: float) -> Explained | None:
     """The one penalty that explains the numbers; None where none does.
 
-    ``limit``: a fit is an explanation when it misses by at most this, nats.
+    Args:
+        held: of ``sample``.
+        limit: a fit is an explanation when it misses by at most this, nats.
     """
-    logits, ids, numbers = tokens_of_every_part(policy, sample.groups, sample.engine_logprobs)
-    fit = PenaltyFit(logits, ids, *seen_before(sample), sample.temperature)
+    fit = PenaltyFit(held.logits, held.ids, *seen_before(sample), sample.temperature)
 
     def miss(**penalty: float) -> float:
-        return miss_of(fit.scores(**penalty) - numbers)
+        return miss_of(fit.scores(**penalty) - held.engine)
 
     without, fits = miss(), {}
     for name, grid in PENALTIES.items():

@@ -7,6 +7,7 @@ what then explains the numbers to within arithmetic counts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,19 @@ class Explained:
     """What the explanation leaves, nats (``fitting.miss_of``)."""
 
 
+class Held(NamedTuple):
+    """Tokens out of every part of a sample, with their whole distributions."""
+
+    logits: Tensor
+    """float32 [N, V]."""
+    ids: Tensor
+    """What was drawn, int64 [N]."""
+    engine: Tensor
+    """What was reported for it, float32 [N]."""
+
+
 def hidden_settings(
-    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
+    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float, held: Held
 ) -> Explained | None:
     """The checkpoint's generation_config, another temperature, or a truncation, in this order; None when none fits.
 
@@ -49,6 +61,7 @@ def hidden_settings(
         groups: one completion each.
         engine: what the engine reported, float32 [T].
         limit: a fit is an explanation when it misses by at most this, nats.
+        held: of the same groups.
     """
     served = generation_config(policy, asked)
     if served is not None:
@@ -58,12 +71,11 @@ def hidden_settings(
                 f"{name} {getattr(served, name):g}" for name in _CONFIGURABLE if getattr(served, name) != getattr(asked, name)
             )
             return Explained("generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.miss)
-    logits, ids, numbers = tokens_of_every_part(policy, groups, engine)
-    temperature, miss = fitted_temperature(logits, ids, numbers)
+    temperature, miss = fitted_temperature(*held)
     if miss <= limit:
         return Explained("temperature_altered", f"temperature {temperature:.3g}", miss)
     for base in dict.fromkeys((asked.temperature or 1.0, 1.0)):
-        found = fitted_truncation(logits / base, ids, numbers, limit)
+        found = fitted_truncation(held.logits / base, held.ids, held.engine, limit)
         if found is not None:
             return Explained("hidden_truncation", f"{found[0]} at T={base:g}", found[1])
     return None
@@ -86,17 +98,14 @@ def every_part(n_tokens: int) -> np.ndarray:
     return np.unique(np.linspace(0, n_tokens - 1, FITTED_TOKENS).astype(int))
 
 
-def tokens_of_every_part(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V], drawn ids [N] and the engine's numbers [N] of tokens out of every part of the sample."""
+def tokens_of_every_part(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> Held:
+    """Those of :func:`every_part`; ``engine`` is float32 [T]."""
     at = every_part(len(engine))
     ids = np.concatenate([group.completions[0] for group in groups])[at]
     with torch.no_grad():
         logits = policy.logits(torch.cat(hidden_of(policy, groups))[torch.from_numpy(at)])
-    return (
-        logits,
-        torch.as_tensor(ids.astype(np.int64), device=logits.device),
-        torch.as_tensor(engine[at], device=logits.device),
-    )
+    device = logits.device
+    return Held(logits, torch.as_tensor(ids.astype(np.int64), device=device), torch.as_tensor(engine[at], device=device))
 
 
 def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from lockstep.parity.logit_bias import hidden_bias
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.penalties import hidden_penalty
-from lockstep.parity.sampler import Explained, hidden_settings
+from lockstep.parity.sampler import Explained, hidden_settings, tokens_of_every_part
 
 
 def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
@@ -11,5 +11,7 @@ def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
 
     ``limit``: a fit is an explanation when it misses by at most this, nats.
     """
-    found = hidden_settings(pair.policy, sample.groups, sample.engine_logprobs, sample.sampling, limit)
-    return found or hidden_penalty(pair.policy, sample, limit) or hidden_bias(pair, sample)
+    policy, groups, engine = pair.policy, sample.groups, sample.engine_logprobs
+    held = tokens_of_every_part(policy, groups, engine)
+    found = hidden_settings(policy, groups, engine, sample.sampling, limit, held)
+    return found or hidden_penalty(sample, held, limit) or hidden_bias(pair, sample, held)
