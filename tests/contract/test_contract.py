@@ -134,9 +134,9 @@ def test_semantics(side, setting):
         with pytest.raises(EngineError):
             draw(side, prompts_of(1), **asked)
         pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['penalties'].how}")
-    prompts = prompts_of(8, seed=2)[: None if side.name != "transformers" else 3]  # there each prompt is a pass of its own
-    found = draw(side, prompts, max_tokens=16, **asked)
-    sampling = SamplingParams(max_tokens=16, **asked)
+    rows, tokens = (3, 8) if side.name == "transformers" else (8, 16)  # there each prompt is a pass of its own
+    prompts, sampling = prompts_of(8, seed=2)[:rows], SamplingParams(max_tokens=tokens, **asked)
+    found = draw(side, prompts, max_tokens=tokens, **asked)
     ranked = fits(side.policy, groups_of(prompts, found), logprobs_of(found), sampling)
     declared, best = side.engine.semantics(sampling), ranked[0]
     assert (best.semantics.temperature, best.semantics.truncated, best.semantics.penalised) == (

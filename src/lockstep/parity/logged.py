@@ -6,6 +6,7 @@ is what is named.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -52,6 +53,7 @@ class Part:
     def _scored(self, sample: Sampled) -> np.ndarray:
         return np.concatenate(self.pair.policy.score(sample.groups, sample.temperature))
 
+    @cached_property
     def gap(self) -> np.ndarray:
         """trainer − engine of every token, float32 [T]."""
         return self._scored(self.sample) - self.sample.engine_logprobs
@@ -83,7 +85,11 @@ class Part:
             if found is not None:
                 return found
             self.other = self._other_model()
-            return None if self.other is not None else ("unexplained_semantics", told)
+            return (
+                None
+                if self.other is not None
+                else ("unexplained_semantics", f"{told}; is --model the checkpoint that drew them?")
+            )
         if asked.penalises:
             return "penalties_unmodelled", told
         if asked.truncates:
@@ -139,12 +145,10 @@ class Part:
 
     def path(self) -> Verdict:
         """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
-        trainer = self._scored(self.sample)
-        found = corrupted(self.pair, self.sample, trainer)
+        found = corrupted(self.pair, self.sample, self.sample.engine_logprobs + self.gap)
         if found is None:
             return _not_run("path", REASON)
-        size = np.abs(self.sample.engine_logprobs - trainer)
-        return self._fail("corrupted_completions", found.evidence(), {}, size, "path")
+        return self._fail("corrupted_completions", found.evidence(), {}, np.abs(self.gap), "path")
 
     def _fail(
         self, cause: str, evidence: str, figures: dict[str, Any], size: np.ndarray | None = None, layer: LayerName = "semantics"
@@ -192,7 +196,7 @@ def _refuse_other_vocabulary(policy: Policy, logged: Sequence[Sampled]) -> None:
 
 def _numerics(parts: Sequence[Part]) -> Verdict:
     """The verdict of layer 4 over all parts."""
-    pair, gaps = parts[0].pair, [part.gap() for part in parts]
+    pair, gaps = parts[0].pair, [part.gap for part in parts]
     starts = np.cumsum([0, *(len(part.sample.completions) for part in parts)])
     owners = np.concatenate([part.sample.owners + start for part, start in zip(parts, starts, strict=False)])
     widest = parts[int(np.argmax([np.median(np.abs(gap)) for gap in gaps]))]
