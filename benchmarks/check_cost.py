@@ -2,7 +2,7 @@
 
 Quick and standard climb on one engine, warmed up by one climb, ``--repeats`` times each in turn; full is one climb with the
 engine starts that its factors need. The canary costs what a sync with it takes longer than one without, in pairs on the same
-engine, over the median of real training steps: the trainer scores while the engine loads, so neither clock alone would tell.
+engine, over the median of real training steps.
 
     python benchmarks/check_cost.py [--repeats 3] [--steps 4] [--no-full] [--json]
 """

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RewardError, RunError, WeightSyncError
 from lockstep.loop.campaign import planted
-from lockstep.parity import certificate
+from lockstep.parity import certificate, layer4_numerics
 from lockstep.parity.canary import Canary
+from lockstep.parity.evidence import gather
 from lockstep.parity.faults import FAULTS
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import draw
@@ -189,8 +190,7 @@ def test_bf16_against_fp32_is_judged_by_the_clip_range(half):
     assert wide.passed, [v.summary for v in wide.verdicts]
     assert "the clip range bears it" in wide.verdicts[3].summary
     half.recipe = with_sets(half.recipe, ["objective.clip_low=3e-4", "objective.clip_high=4e-4"])
-    failed = climb(half).failed
-    assert failed is not None
-    assert (failed.layer, failed.findings[0].cause) == ("numerics", "body_precision")
+    failed = layer4_numerics.judge(half, gather(half), wide.verdicts[1])
+    assert (failed.status, failed.findings[0].cause) == ("FAIL", "body_precision")
     assert failed.figures["phantom_clip_fraction"] > 0.5
     assert "would clip" in failed.findings[0].evidence

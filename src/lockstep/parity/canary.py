@@ -53,14 +53,9 @@ class Canary:
         """Score C, float32 [T]; through another head than the model's where one is given."""
         return np.concatenate(pair.policy.score_at(self.groups, (self.temperature,), head=head)[0])
 
-    def measure(self, pair: Pair, trainer: np.ndarray | None = None) -> "CanaryResult":
-        """Score on both sides now, and remember the scores for the next time.
-
-        Args:
-            trainer: its scores, where they were taken while the engine was loading the same weights.
-        """
-        trainer = self.trainer_scores(pair) if trainer is None else trainer
-        engine = self.engine_scores(pair)
+    def measure(self, pair: Pair) -> "CanaryResult":
+        """Score on both sides now, and remember the scores for the next time."""
+        trainer, engine = self.trainer_scores(pair), self.engine_scores(pair)
         before, self.scores = self.scores, trainer
         served, self.served = self.served, engine
         gap = trainer - engine

@@ -1,8 +1,6 @@
 """The two sides that the ladder compares, and the tokens it compares them on."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,17 +65,7 @@ class Pair:
 
     def sync(self, version: int, mode: LoadMode = "wait") -> None:
         """Publish the trainer's weights and have the engine load them."""
-        with self.loading(version, mode):
-            pass
-
-    @contextmanager
-    def loading(self, version: int, mode: LoadMode = "wait") -> Iterator[None]:
-        """:meth:`sync`, with the body running while the engine loads; it may read the weights and must not change them."""
-        update = self.publisher.publish(version)
-        with ThreadPoolExecutor(1, "weight-load") as thread:
-            load = thread.submit(self.engine.load, update, self.planted, mode)
-            yield
-            load.result()
+        self.engine.load(self.publisher.publish(version), self.planted, mode)
         self.publisher.settle()
 
 
