@@ -29,7 +29,7 @@ def check_logged(rollouts: Path, recipe: Path | None, model: str | None, overrid
         n = sum(sample.engine_logprobs.size for sample in logged)
         console.say(f"{n} tokens under {len(logged)} sampling settings; scoring them with {loaded.model.path}")
         policy = load_policy(path, loaded.model.dtype, loaded.model.head_dtype)
-        verdicts = judge(logged, policy, Renderer(path), loaded)
+        verdicts = judge(logged, policy, Renderer(path), loaded, console.say)
     status = "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
     if as_json:
         emit("check", {"verdict": status, "layers": layers_document(verdicts)})
