@@ -16,6 +16,7 @@ from lockstep.parity.logged_file import read_logged
 from lockstep.parity.pair import draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.parity.transforms import BASES
+from lockstep.policy.packing import Group
 from lockstep.records.tokens import INT32, SamplingParams
 from lockstep.weights.publish import named_weights
 
@@ -59,7 +60,6 @@ def named(verdicts):
     failed = [v for v in verdicts if v.status == "FAIL"]
     assert len(failed) == 1, [(v.layer, v.status, v.summary) for v in verdicts]
     assert failed[0].findings[0].fix
-    print(failed[0].findings[0].evidence)
     return failed[0].layer, failed[0].findings[0].cause
 
 
@@ -134,8 +134,6 @@ def test_draws_that_are_truncated_behind_whole_numbers_are_noticed(tmp_path, pai
     rows = log(replace(SHARP, temperature=1.0, top_k=3))
     for row in rows:
         group = [np.asarray(row["completion_ids"], np.int32)]
-        from lockstep.policy.packing import Group
-
         (scores,) = pair.policy.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], 1.0)
         row["logprobs"] = scores.tolist()
     assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "draws_differ")

@@ -8,7 +8,6 @@ Each prompt is one request, and its answer is used whole or not at all; so a ret
 """
 
 import asyncio
-import math
 import os
 import random
 import threading
@@ -27,14 +26,12 @@ from lockstep.errors import EngineDied, EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import Distribution
-from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
+from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, finite_logprob, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 T = TypeVar("T")
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 8.0
-CLAMPED_LOGPROB = -9999.0
-"""What vLLM's server puts in the place of −inf and NaN."""
 PROBE = np.arange(300, 316, dtype=np.int32)
 PROBE_TEMPERATURE = 2.0
 RAW_WITHIN_NATS = 0.1
@@ -193,7 +190,7 @@ class OpenAIHttpEngine(Engine):
         values = reported.get("token_logprobs") or [None] * len(ids)
         if len(values) != len(ids):
             raise self._odd(f"{len(values)} log-probabilities", f"one for each of {len(ids)} tokens")
-        logprobs = [_finite(value) for value in values]
+        logprobs = [finite_logprob(value) for value in values]
         reason = choice.get("finish_reason")
         return Completion(
             prompt_index=number,
@@ -216,7 +213,7 @@ class OpenAIHttpEngine(Engine):
         if len(entries) != len(sequence):
             raise self._odd(f"{len(entries)} prompt log-probabilities", f"{len(sequence)}, the first of them empty")
         found = [
-            _finite((entry or {}).get(str(token), {}).get("logprob"))
+            finite_logprob((entry or {}).get(str(token), {}).get("logprob"))
             for entry, token in zip(entries[1:], sequence[1:].tolist(), strict=True)
         ]
         return np.frombuffer(pack_logprobs(found), FLOAT32)
@@ -323,10 +320,6 @@ async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) and value > CLAMPED_LOGPROB else None
 
 
 def _token_id(token: str) -> int | None:

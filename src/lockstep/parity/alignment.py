@@ -14,14 +14,12 @@ from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.prompt_edits import edited_prompts, miscounted_prompts
-from lockstep.parity.rows import Mangled, off, rows_of
+from lockstep.parity.rows import MOST, Mangled, off, rows_of
 from lockstep.parity.sampler import distributions
 from lockstep.parity.transforms import transform
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import INT32
 
-MOST = 0.5
-"""Of the rows: a mangling concerns at least this share; corruption, which layer 2 looks for, concerns fewer."""
 STOP_TOKENS = 4
 FARTHEST_SHIFT = 3
 SWAP_TOKENS = 8

@@ -26,6 +26,7 @@ class Canary:
 
     groups: list[Group]
     temperature: float = 1.0
+    """Of the trainer's scores; the engine re-scores at 1."""
     scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The trainer's scores under the weights of the last measurement, float32 [T]."""
     served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))

@@ -80,25 +80,21 @@ def gather(pair: Pair) -> Evidence:
     sampling = replace(pair.recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
     own = draw(pair, prompts, sampling, pair.seed)
     neutral = own if sampling == plain else draw(pair, prompts, plain, pair.seed)
-    own_trainer = _scored(pair, own)
+    own_trainer = own.scored(pair.policy)
     floors = _floors(pair, own, own_trainer)
     with steadied(pair, floors):
-        own_trainer = own_trainer if floors.steady(pair) else _scored(pair, own)
-        at_one = own_trainer if own is neutral else _scored(pair, neutral)
+        own_trainer = own_trainer if floors.steady(pair) else own.scored(pair.policy)
+        at_one = own_trainer if own is neutral else neutral.scored(pair.policy)
     # An engine that cannot re-score is judged by the trainer alone; layers path and weights are then NOT_RUN.
     rescores = pair.engine.ready.capabilities["rescore"].supported
     rescored = neutral.rescored(pair.engine) if rescores else at_one
     return Evidence(own, neutral, _telling(pair, own), rescored, at_one, own_trainer, floors)
 
 
-def _scored(pair: Pair, sample: Sampled) -> np.ndarray:
-    return np.concatenate(pair.policy.score(sample.groups, sample.sampling.temperature))
-
-
 def _floors(pair: Pair, own: Sampled, trainer: np.ndarray) -> Floors:
     half = own.owners % 2 == 0
     alone = np.concatenate([s for group in own.groups[::2] for s in pair.policy.score([group], own.sampling.temperature)])
-    return Floors(_scored(pair, own) - trainer, alone - trainer[half], half)
+    return Floors(own.scored(pair.policy) - trainer, alone - trainer[half], half)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from lockstep.parity.causes import CAUSES
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LayerName
 
+V1 = ("V1",)
+
 
 class Fault(Struct, frozen=True):
     """One way to break a backend. What it consists of may be combined."""

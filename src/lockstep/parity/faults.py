@@ -11,8 +11,8 @@ import numpy as np
 from lockstep.errors import UsageError
 from lockstep.parity import planted_trainer as trainer
 from lockstep.parity import proxies as p
-from lockstep.parity.fault import Fault
-from lockstep.parity.faults_of_semantics import SEMANTICS, V1
+from lockstep.parity.fault import V1, Fault
+from lockstep.parity.faults_of_semantics import SEMANTICS
 
 
 def _kind(*kinds: str) -> Callable[[str], bool]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from lockstep.parity import planted_trainer as trainer
 from lockstep.parity import proxies as p
-from lockstep.parity.fault import Fault
+from lockstep.parity.fault import V1, Fault
 from lockstep.parity.pair import Pair
 
 
@@ -25,7 +25,6 @@ def _missing(value: float) -> Callable[[Any], Any]:
 
 
 T = "sampling.temperature=0.7"
-V1 = ("V1",)
 SEMANTICS = (
     Fault(
         "raw_at_another_temperature",

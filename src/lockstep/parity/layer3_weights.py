@@ -138,7 +138,7 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
         pair.sync(PROBE_VERSION)
         engine, new = canary.engine_scores(pair), canary.trainer_scores(pair)
         after = draw(pair, cached, few, pair.seed)
-        cache_gap = np.concatenate(pair.policy.score(after.groups, 1.0)) - after.engine_logprobs
+        cache_gap = after.scored(pair.policy) - after.engine_logprobs
         old_head = canary.trainer_scores(pair, head=before[pair.policy.head])
         measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, after, cache_gap)
         plain = (measured.residue(scores) for scores in (new, old, old_head))

@@ -109,7 +109,7 @@ def judge_gap(
 def _against_reference(pair: Pair, sample: Sampled, trainer: np.ndarray) -> dict[str, float]:
     """Score D: the trainer's model in fp32, body and head."""
     reference = in_dtype(pair.policy, torch.float32, torch.float32)
-    scores = np.concatenate(reference.score(sample.groups, sample.sampling.temperature))
+    scores = sample.scored(reference)
     return {
         "trainer_to_reference_abs_p50_nats": float(np.median(np.abs(trainer - scores))),
         "engine_to_reference_abs_p50_nats": float(np.median(np.abs(sample.engine_logprobs - scores))),

@@ -46,17 +46,12 @@ class Part:
         self.pair, self.sample, self.say = pair, sample, say
         self.n = sample.engine_logprobs.size
         self.few = _few(sample)
-        self.trainer = self._scored(self.few)
-        self.other: Explanation | None = None
-        """A difference between two models that explains the numbers."""
-
-    def _scored(self, sample: Sampled) -> np.ndarray:
-        return np.concatenate(self.pair.policy.score(sample.groups, sample.temperature))
+        self.trainer = self.few.scored(pair.policy)
 
     @cached_property
     def gap(self) -> np.ndarray:
         """trainer − engine of every token, float32 [T]."""
-        return self._scored(self.sample) - self.sample.engine_logprobs
+        return self.sample.scored(self.pair.policy) - self.sample.engine_logprobs
 
     def semantics(self) -> Verdict:
         """The verdict of layer 1."""
@@ -72,7 +67,7 @@ class Part:
         if found is not None:
             return self._fail(*found, figures)
         summary = f"the log holds what the trainer scores: the {ranked[0].semantics.describe()}"
-        if self.other is not None:
+        if not ranked[0].p50 <= pair.noise.p50:
             summary = "the log's numbers are those of another model, which layer numerics names"
         return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=self.n, figures=figures)
 
@@ -85,12 +80,9 @@ class Part:
             found = self._unasked(told)
             if found is not None:
                 return found
-            self.other = self._other_model()
-            return (
-                None
-                if self.other is not None
-                else ("unexplained_semantics", f"{told}; is --model the checkpoint that drew them?")
-            )
+            if self.other is not None:
+                return None
+            return "unexplained_semantics", f"{told}; is --model the checkpoint that drew them?"
         if asked.penalises:
             return "penalties_unmodelled", told
         if asked.truncates:
@@ -118,9 +110,9 @@ class Part:
     def _rarely_felt(self) -> tuple[str, str] | None:
         """A setting, or tokens that are others, where the median token feels nothing of it."""
         pair, few = self.pair, self.few
-        if within(pair.noise, few.engine_logprobs - self.trainer):
-            return None
         gap = few.engine_logprobs - self.trainer
+        if within(pair.noise, gap):
+            return None
         found = unasked(pair, few, min(pair.noise.p50, EXPLAINS * miss_of(gap)))
         if found is not None:
             return found.cause, f"{found.name} fits to {found.miss:.1e} nats"
@@ -133,15 +125,16 @@ class Part:
         floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))
         return Evidence(self.few, self.few, self.few, self.trainer, self.trainer, self.trainer, floors)
 
-    def _other_model(self) -> Explanation | None:
+    @cached_property
+    def other(self) -> Explanation | None:
+        """A difference between two models that explains the numbers."""
         found = explain(self.pair, self.few, self.trainer - self.few.engine_logprobs)
         return None if found.cause == UNEXPLAINED else found
 
     def explanation(self) -> tuple[str, str, str]:
         """Cause, evidence and mend of the gap."""
-        found = self.other or self._other_model()
-        if found is not None:
-            return found.cause, found.evidence, CAUSES[found.cause].mend
+        if self.other is not None:
+            return self.other.cause, self.other.evidence, CAUSES[self.other.cause].mend
         return UNEXPLAINED, "nothing is known of the engine that drew them", "say what it ran in: --set engine.dtype=bfloat16"
 
     def path(self) -> Verdict:

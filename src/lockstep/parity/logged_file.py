@@ -8,7 +8,7 @@ import numpy as np
 
 from lockstep.errors import UsageError
 from lockstep.parity.pair import Sampled
-from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
+from lockstep.records.tokens import Completion, SamplingParams, finite_logprob, pack_ids, pack_logprobs
 
 COLUMNS = {
     "prompt": ("prompt_token_ids", "prompt_ids", "input_ids", "prompts"),
@@ -17,7 +17,6 @@ COLUMNS = {
 }
 """Names by which Lockstep, TRL, verl and others log them; the first that is there counts."""
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-CLAMPED_LOGPROB = -9999.0
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -52,11 +51,8 @@ def read_logged(path: Path, default: SamplingParams) -> list[Sampled]:
         except msgspec.ValidationError as error:
             raise _unusable(path, f"in row {number}: {error}", f"numbers in {', '.join(names.values())}") from error
         if len(told.tokens) != len(told.logprobs):
-            got, expected = (
-                f"{len(told.logprobs)} log-probabilities in row {number}",
-                f"one for each of {len(told.tokens)} tokens",
-            )
-            raise _unusable(path, got, expected)
+            expected = f"one for each of {len(told.tokens)} tokens"
+            raise _unusable(path, f"{len(told.logprobs)} log-probabilities in row {number}", expected)
         if not told.prompt:
             raise _unusable(path, f"no prompt in row {number}", "at least one token")
         if told.tokens:
@@ -76,7 +72,7 @@ def _sampling(default: SamplingParams, row: dict[str, Any]) -> SamplingParams:
 
 
 def _completion(number: int, ids: list[int], values: list[float | None]) -> Completion:
-    finite = [v if v is not None and np.isfinite(v) and v > CLAMPED_LOGPROB else None for v in values]
+    finite = [finite_logprob(value) for value in values]
     return Completion(number, 0, pack_ids(ids), pack_logprobs(finite), "length", (), finite.count(None))
 
 

@@ -82,7 +82,7 @@ def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
         now, after = after, fit.step()
     if not after <= EXPLAINS * float(fit.gap.abs().mean()):
         return None
-    before, left = (np.abs(_scored(pair.policy, sample, biases) - engine) for biases in ({}, fit.biases))
+    before, left = (np.abs(scored - engine) for scored in _scored(pair.policy, sample, fit.biases))
     supported = (before > pair.noise.p50).sum() >= SUPPORT * len(fit.biases)
     if not (fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()):
         return None
@@ -91,11 +91,12 @@ def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
     return Explained("hidden_logit_bias", f"a logit bias of {', '.join(told)}", miss_of(left))
 
 
-def _scored(policy: Policy, sample: Sampled, biases: dict[int, float]) -> np.ndarray:
-    """The trainer's log-probabilities under the biases, float32 [T]."""
+def _scored(policy: Policy, sample: Sampled, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The trainer's log-probabilities without the biases and under them, float32 [T] each."""
     tokens, values = list(biases), torch.tensor(list(biases.values()), device=policy.head.device)
-    found = []
+    plain, biased = [], []
     for z, ids in distributions(policy, sample.groups, sample.sampling):
+        plain.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])
         z[:, tokens] += values
-        found.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])
-    return torch.cat(found).numpy(force=True)
+        biased.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    return torch.cat(plain).numpy(force=True), torch.cat(biased).numpy(force=True)

@@ -112,6 +112,10 @@ class Sampled:
         """Tokens without a finite log-probability."""
         return sum(c.missing for c in self.completions)
 
+    def scored(self, policy: Policy) -> np.ndarray:
+        """Score C of the completions' tokens, float32 [T]."""
+        return np.concatenate(policy.score(self.groups, self.temperature))
+
     def rescored(self, engine: Engine, temperature: float = 1.0) -> np.ndarray:
         """Score B of the completions' tokens, float32 [T]."""
         scores = engine.score(self.sequences, temperature)

@@ -34,13 +34,11 @@ class PenaltyFit:
         self.temperature, device = temperature, logits.device
         self.seen = pad(seen, batch_first=True, padding_value=-1).to(device)
         self.counts = pad(counts, batch_first=True).to(device).float()
-        at = self.seen.clamp(min=0)
-        self.z = logits.gather(1, at)
-        rest = logits.clone().scatter_(1, at, float("-inf")) / temperature
-        # Where nothing pads, token 0 was taken out by no padding; where something does, it is put back unless it was seen.
-        zero = (self.seen < 0).any(1) & ~(self.seen == 0).any(1)
-        rest[:, 0] = torch.where(zero, logits[:, 0] / temperature, rest[:, 0])
-        self.rest = rest.logsumexp(-1)
+        self.z = logits.gather(1, self.seen.clamp(min=0))
+        mask = torch.zeros_like(logits, dtype=torch.bool)
+        for row, tokens in enumerate(seen):
+            mask[row, tokens] = True
+        self.rest = (logits / temperature).masked_fill(mask, float("-inf")).logsumexp(-1)
         self.drawn = logits.gather(1, ids[:, None])[:, 0]
         self.was_seen = self.seen == ids[:, None]
 

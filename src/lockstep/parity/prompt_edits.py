@@ -12,11 +12,9 @@ import numpy as np
 
 from lockstep.parity.evidence import Evidence
 from lockstep.parity.pair import Pair, Sampled
-from lockstep.parity.rows import Mangled, off, rows_of
+from lockstep.parity.rows import MOST, Mangled, off, rows_of
 from lockstep.policy.packing import Group
 
-MOST = 0.5
-"""Of the prompts: what edits them edits all that it can."""
 FEW = 0.25
 """Of the rows may stay off under the right edit: prompts so short that it left nothing of them."""
 

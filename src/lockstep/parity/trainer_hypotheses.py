@@ -59,20 +59,19 @@ def in_dtype(policy: Policy, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
 
 def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:
     """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
-    policy, temperature = pair.policy, sample.sampling.temperature
-    ours = np.concatenate(policy.score(sample.groups, temperature))
+    policy, ours = pair.policy, sample.scored(pair.policy)
     body, head = pair.engine_dtype, pair.engine_head_dtype
     size = float(np.median(np.abs(gap)))
     if body != str(policy.model.dtype):
         as_engine = in_dtype(policy, _dtype(body), policy.head_dtype)
-        expected = np.median(np.abs(np.concatenate(as_engine.score(sample.groups, temperature)) - ours))
+        expected = np.median(np.abs(sample.scored(as_engine) - ours))
         if size <= PRECISION_MULTIPLE * expected:
             return Explanation(
                 "body_precision", f"engine {body}, trainer {policy.model.dtype}: alone worth {expected:.1e} nats (median)"
             )
     if head not in ("", str(policy.head_dtype)):
         as_engine = replace(policy, head_dtype=_dtype(head))
-        expected = np.median(np.abs(np.concatenate(as_engine.score(sample.groups, temperature)) - ours))
+        expected = np.median(np.abs(sample.scored(as_engine) - ours))
         if size <= PRECISION_MULTIPLE * expected:
             return Explanation(
                 "head_precision", f"head in {head}, trainer's in {policy.head_dtype}: alone worth {expected:.1e} nats (median)"
@@ -85,7 +84,7 @@ def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | No
 def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | None:
     """One dtype on both sides, and the engine rounds more coarsely in it: it lies farther from fp32 (score D)."""
     reference = in_dtype(pair.policy, torch.float32, torch.float32)
-    scores = np.concatenate(reference.score(sample.groups, sample.sampling.temperature))
+    scores = sample.scored(reference)
     trainer, engine = (float(np.median(np.abs(side - scores))) for side in (ours, sample.engine_logprobs))
     if not trainer < engine <= PRECISION_MULTIPLE * trainer:
         return None
@@ -104,7 +103,7 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
 
     def miss(context) -> float:
         with context:
-            return float(np.median(np.abs(np.concatenate(pair.policy.score(few.groups, few.sampling.temperature)) - engine)))
+            return float(np.median(np.abs(few.scored(pair.policy) - engine)))
 
     now = miss(nullcontext())
     enough = min(pair.noise.p50, EXPLAINS * now)

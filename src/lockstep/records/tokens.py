@@ -5,6 +5,7 @@ runs in a foreign environment with the standard library and msgspec alone, so pa
 the same bytes with ``numpy.frombuffer`` and no copy.
 """
 
+import math
 from array import array
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -15,6 +16,8 @@ from lockstep.records.versions import VersionSpan
 
 FinishReason = Literal["stop", "length", "abort"]
 
+CLAMPED_LOGPROB = -9999.0
+"""What vLLM's servers put in the place of −inf and NaN; no honest log-probability is as low."""
 INT32 = "<i4"
 FLOAT32 = "<f4"
 
@@ -30,6 +33,11 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 def pack_logprobs(logprobs: Iterable[float | None]) -> bytes:
     """Log-probabilities (nats) as float32 bytes. A missing value becomes NaN, which stays visible; nothing is dropped."""
     return array("f", (float("nan") if value is None else value for value in logprobs)).tobytes()
+
+
+def finite_logprob(value: float | None) -> float | None:
+    """A reported log-probability, or None for what stands for a missing one: NaN, an infinity, a clamped −inf."""
+    return value if value is not None and math.isfinite(value) and value > CLAMPED_LOGPROB else None
 
 
 def unpack_ids(packed: bytes) -> list[int]:

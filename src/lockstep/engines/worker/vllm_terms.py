@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import difflib
 import enum
-import math
 import os
 import re
 import sys
@@ -21,11 +20,8 @@ from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Sample, Score
-from lockstep.records.tokens import Completion, SamplingParams, Scores, pack_ids, pack_logprobs, unpack_ids
+from lockstep.records.tokens import Completion, SamplingParams, Scores, finite_logprob, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.versions import LoadReceipt, VersionSpan
-
-CLAMPED_LOGPROB = -9999.0
-"""What vLLM's servers put in the place of −inf and NaN; no honest log-probability is as low."""
 
 EXTENSION = "lockstep.engines.worker.vllm_extension.WeightsExtension"
 
@@ -296,7 +292,7 @@ def logprobs_of(ids: list[int], found: Any) -> list[float | None]:
         values = [_flat_value(found, at, token) for at, token in enumerate(ids)]
     else:
         values = [entry[token].logprob if entry and token in entry else None for entry, token in zip(found, ids, strict=True)]
-    return [v if v is not None and math.isfinite(v) and v > CLAMPED_LOGPROB else None for v in values]
+    return [finite_logprob(value) for value in values]
 
 
 def _flat_value(flat: Any, at: int, token: int) -> float | None:
