@@ -1,9 +1,9 @@
 """The synchronous loop: sample, train, sync, prove, and again.
 
-    step k   engine  ──sample──►            idle              ──load─► score canary ─► …
-             trainer    idle      rollouts ─► train ─► publish   idle   score canary ─► …
-                                     │                                  │
-                                     └► rollouts/step-k.parquet         └► metrics.jsonl, verdicts.jsonl
+    step k   engine  ──sample──►            idle              ──load──────────► score canary ─► …
+             trainer    idle      rollouts ─► train ─► publish ──score canary─►     idle        …
+                                     │                                          │
+                                     └► rollouts/step-k.parquet                 └► metrics.jsonl, verdicts.jsonl
 
 A step's rollouts are on disk before they are trained on, and its line in ``metrics.jsonl`` is written when its weights are
 proven in the engine. So a killed run goes on from its last checkpoint by training on the stored rollouts again, from the
@@ -176,10 +176,11 @@ def sync(run: Run, version: int) -> dict[str, float]:
     """
     assert run.canary is not None
     began = time.perf_counter()
-    run.pair.sync(version)
+    with run.pair.loading(version):
+        trainer = run.canary.trainer_scores(run.pair)
     run.pair.version = version
     loaded = time.perf_counter()
-    result = run.canary.measure(run.pair)  # not beside the load: on shared cores that cost a second, ten times what it saved
+    result = run.canary.measure(run.pair, trainer)
     verdict = _sync_verdict(run, result, version)
     append_verdict(run.layout.verdicts, verdict, f"after sync {version}")
     _refuse(verdict, version)

@@ -13,7 +13,7 @@ from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
 from lockstep.policy.packing import Group
 
-SEQUENCE_TOKENS = 8
+SEQUENCE_TOKENS = 16
 """Scored in each of the canary's sequences: context enough for every part of the model to matter."""
 
 
@@ -54,9 +54,14 @@ class Canary:
         """Score C, float32 [T]; through another head than the model's where one is given."""
         return np.concatenate(pair.policy.score_at(self.groups, (self.temperature,), head=head)[0])
 
-    def measure(self, pair: Pair) -> "CanaryResult":
-        """Score on both sides now, and remember the scores for the next time."""
-        trainer, engine = self.trainer_scores(pair), self.engine_scores(pair)
+    def measure(self, pair: Pair, trainer: np.ndarray | None = None) -> "CanaryResult":
+        """Score on both sides now, and remember the scores for the next time.
+
+        Args:
+            trainer: its scores, where they were taken while the engine was loading the same weights.
+        """
+        trainer = self.trainer_scores(pair) if trainer is None else trainer
+        engine = self.engine_scores(pair)
         before, self.scores = self.scores, trainer
         served, self.served = self.served, engine
         gap = trainer - engine
