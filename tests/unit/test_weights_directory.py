@@ -1,8 +1,53 @@
-"""Published weights take as much memory as the model: what a killed trainer left is given back, what is in use stays."""
+"""Published weights are the checkpoint's, and no second copy; what a killed trainer left is given back, what is held stays."""
 
 import os
 
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
 from lockstep.weights.directory import PREFIX, SETTLED_S, weights_directory
+from lockstep.weights.publish import WeightPublisher
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def published_after_a_step(config, tmp_path):
+    """What an engine reads after the trainer changed its weights in place, and what a checkpoint of that trainer holds."""
+    model = AutoModelForCausalLM.from_config(config)
+    (tmp_path / "published").mkdir()
+    publisher = WeightPublisher(model, tmp_path / "published")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    publisher.publish(1)
+    model.save_pretrained(tmp_path / "checkpoint")
+    return model, publisher, load_file(publisher.path), load_file(tmp_path / "checkpoint" / "model.safetensors")
+
+
+def test_a_dense_models_parameters_are_the_published_file(tmp_path):
+    _, publisher, published, checkpoint = published_after_a_step(LlamaConfig(**SIZES), tmp_path)
+    assert published.keys() == checkpoint.keys()
+    assert all(torch.equal(published[name], checkpoint[name]) for name in checkpoint)
+    assert publisher.copied == {}
+
+
+def test_a_mixture_of_experts_is_published_as_its_checkpoint_holds_it(tmp_path):
+    config = Qwen3MoeConfig(**SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
+    model, publisher, published, checkpoint = published_after_a_step(config, tmp_path)
+    assert published.keys() == checkpoint.keys() != model.state_dict().keys()
+    assert all(torch.equal(published[name], checkpoint[name]) for name in checkpoint)
+    assert publisher.copied
+    assert all(".experts." in name for name in publisher.copied)
 
 
 def test_what_killed_trainers_left_is_removed_and_what_is_held_stays():

@@ -16,7 +16,7 @@ from lockstep.parity.pair import Pair
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
-from lockstep.weights.publish import named_weights
+from lockstep.weights.publish import checkpoint_weights
 
 CLAMPED = -9999.0
 Prompts = list[np.ndarray]
@@ -221,7 +221,7 @@ class Withheld(Proxy):
 
     def __init__(self, pair: Pair, chosen: Callable[[str], bool]) -> None:
         super().__init__(pair)
-        tensors = named_weights(pair.policy.model)
+        tensors = checkpoint_weights(pair.policy.model)
         self._old = {name: tensor.detach().clone() for name, tensor in tensors.items() if chosen(name)}
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
@@ -234,11 +234,11 @@ class OneBehind(Proxy):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        self._last = {name: tensor.detach().clone() for name, tensor in named_weights(pair.policy.model).items()}
+        self._last = {name: tensor.detach().clone() for name, tensor in checkpoint_weights(pair.policy.model).items()}
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
         """See :meth:`Proxy.edit_update`."""
-        now = {name: tensor.detach().clone() for name, tensor in named_weights(self.pair.policy.model).items()}
+        now = {name: tensor.detach().clone() for name, tensor in checkpoint_weights(self.pair.policy.model).items()}
         old, self._last = self._last, now
         return edited_file(update, lambda name, tensor: old[name])
 

@@ -17,7 +17,7 @@ from torch.cuda import nccl
 
 from lockstep.errors import UsageError
 from lockstep.records.versions import NcclBroadcast, WeightUpdate
-from lockstep.weights.publish import named_weights
+from lockstep.weights.publish import checkpoint_weights
 
 
 class NcclPublisher:
@@ -30,8 +30,8 @@ class NcclPublisher:
 
     def __init__(self, model: nn.Module, directory: Path, n_receivers: int = 1) -> None:
         self.directory = directory
-        self.tensors = named_weights(model)
-        elsewhere = next((name for name, tensor in self.tensors.items() if not tensor.is_cuda), None)
+        self._model, tensors = model, checkpoint_weights(model)
+        elsewhere = next((name for name, tensor in tensors.items() if not tensor.is_cuda), None)
         if elsewhere is not None:
             raise UsageError(
                 "recipe, key engine.weights",
@@ -42,9 +42,9 @@ class NcclPublisher:
         self._offer = NcclBroadcast(
             unique_id=nccl.unique_id(),
             world_size=n_receivers + 1,
-            names=tuple(self.tensors),
-            dtype_names=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()),
-            shapes=tuple(tuple(tensor.shape) for tensor in self.tensors.values()),
+            names=tuple(tensors),
+            dtype_names=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
+            shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
         )
         self._comm: Any = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nccl-publisher")
@@ -67,11 +67,12 @@ class NcclPublisher:
             self._sending = None
 
     def _send(self) -> None:
-        device = next(iter(self.tensors.values())).device
+        tensors = checkpoint_weights(self._model)
+        device = next(iter(tensors.values())).device
         with torch.cuda.device(device):
             if self._comm is None:
                 self._comm = nccl.init_rank(self._offer.world_size, self._offer.unique_id, 0)
                 nccl.all_reduce([torch.zeros(1, device=device)], comms=[self._comm])
-            for tensor in self.tensors.values():
+            for tensor in tensors.values():
                 nccl.broadcast([tensor.detach().contiguous()], root=0, comms=[self._comm])
             torch.cuda.synchronize(device)

@@ -2,7 +2,8 @@
 
 The trainer's parameters *are* the published file: they are moved once into a memory map of a safetensors file on a tmpfs,
 and the optimizer updates them in place. Publishing a version stamps its number into the file's header; an engine on the same
-host maps the file and loads from it while no optimizer step runs. Parameters on another device are copied into the map.
+host maps the file and loads from it while no optimizer step runs. Parameters on another device are copied into the map, and so
+are those that a checkpoint holds in another form.
 
 The header has a fixed length, so that stamping rewrites a few bytes::
 
@@ -17,6 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lockstep.records.versions import WeightUpdate
 
@@ -57,7 +60,8 @@ class WeightPublisher:
     def __init__(self, model: nn.Module, directory: Path) -> None:
         self.directory = directory
         self.path = directory / FILE_NAME
-        tensors = named_weights(model)
+        self._model = model
+        tensors, own = checkpoint_weights(model), named_weights(model)
         header, offsets = _header(tensors, 0)
         self._stamp_at = header.index(b"000000000000")
         size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
@@ -66,24 +70,22 @@ class WeightPublisher:
             file.truncate(size)
             self._map = mmap.mmap(file.fileno(), size)
         self._map[: len(header)] = header
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self.copied: dict[str, Tensor] = {}
+        """What lies in the map beside the trainer's own memory, and is copied there by each :meth:`publish`."""
         for name, tensor in tensors.items():
-            self._adopt(tensor, len(header) + offsets[name])
-
-    def _adopt(self, tensor: Tensor, offset: int) -> None:
-        """Move ``tensor``'s storage into the map, or remember to copy it there."""
-        flat = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        shared = flat.view(tensor.shape)
-        shared.copy_(tensor)
-        if tensor.device.type == "cpu":
-            tensor.data = shared
-        else:
-            self._copies.append((tensor, shared))
+            offset = len(header) + offsets[name]
+            shared = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+            if tensor is own.get(name) and tensor.device.type == "cpu":
+                shared.copy_(tensor)
+                tensor.data = shared
+            else:
+                self.copied[name] = shared
 
     def publish(self, version: int) -> WeightUpdate:
         """Make the present weights available as ``version``. They must not change until every engine has loaded them."""
-        for tensor, shared in self._copies:
-            shared.copy_(tensor)
+        present = checkpoint_weights(self._model) if self.copied else {}
+        for name, shared in self.copied.items():
+            shared.copy_(present[name])
         self._map[self._stamp_at : self._stamp_at + 12] = b"%012d" % version
         return WeightUpdate(version=version, path=str(self.path))
 
@@ -92,16 +94,26 @@ class WeightPublisher:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by checkpoint name; a tied tensor appears once, under its first name.
-
-    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one aligned.
-    """
+    """Parameters and persistent buffers by the model's name; a tied tensor appears once, under its first name."""
     seen: set[int] = set()
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             found[name] = tensor
+    return found
+
+
+@torch.no_grad()
+def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The present weights as a checkpoint holds them, which is what an engine reads; tied ones once.
+
+    transformers keeps some in another form, a layer's experts as one tensor, say: of those, copies. Others are the model's own.
+
+    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one aligned.
+    """
+    weights = named_weights(model)
+    found = revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
     return dict(sorted(found.items(), key=lambda item: -item[1].element_size()))
 
 
