@@ -84,6 +84,10 @@ class Engine(ABC):
     def abort(self) -> int:
         """End every sample in flight: each returns what it has, its ``finish_reason`` is ``abort``. Returns how many requests."""
 
+    def counters(self) -> dict[str, float]:
+        """What the engine counted since its start, by its own names (``num_preemptions``); empty where it tells none."""
+        return {}
+
     @abstractmethod
     def close(self) -> None:
         """End the engine; safe to call twice."""

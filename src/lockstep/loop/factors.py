@@ -24,17 +24,16 @@ from lockstep.parity.causes import finding
 from lockstep.parity.corruption import corrupted
 from lockstep.parity.evidence import within
 from lockstep.parity.pair import Pair, Sampled
-from lockstep.parity.probes import probe_prompts
+from lockstep.parity.probes import LONGEST, ROOM, probe_prompts
 from lockstep.records.messages import Ready
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Finding, Verdict
 
-TOKENS = 16
 PROMPTS = 16
-
-
+BLOCK = 32
+"""Tokens of a small cache block, after which a decoding request asks for another; the CPU's attention wants multiples of 32."""
 SPARE_BLOCKS = 4
-"""Beyond what one request of the full length needs: fewer and the engine refuses to start."""
+"""Beyond what one request of that length needs: fewer and the engine refuses to start."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,24 @@ class Factor:
     cause: str
     options: Callable[[Ready], dict[str, Any]]
     """Of the recipe's engine as it resolved."""
+    tokens: int = 16
+    """Sampled of each probe."""
+    counter: str = ""
+    """The engine's own count of what is switched on; while it is 0, nothing was measured."""
 
 
 def _starved(ready: Ready) -> dict[str, Any]:
-    """A cache that holds one request of the full length; the probes together need more, so some are preempted."""
-    block, longest = int(ready.resolved["cache_config.block_size"]), int(ready.resolved["model_config.max_model_len"])
-    return {"num_gpu_blocks_override": -(-longest // block) + SPARE_BLOCKS}
+    """A cache of small blocks that holds little more than the longest probe: decoding requests run out of it."""
+    longest = min(int(ready.resolved["model_config.max_model_len"]), LONGEST + BLOCK + ROOM)
+    blocks = -(-longest // BLOCK) + SPARE_BLOCKS
+    return {"num_gpu_blocks_override": blocks, "block_size": BLOCK, "max_model_len": longest, "disable_log_stats": False}
 
 
 FACTORS = (
     # 64 tokens a step: the longer probes are prefilled in two or three portions beside the decodes of the others.
     Factor("chunked_prefill", lambda _: {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}),
     Factor("async_scheduling", lambda _: {"async_scheduling": True}),
-    Factor("preemption", _starved),
+    Factor("preemption", _starved, tokens=BLOCK, counter="num_preemptions"),
 )
 GENERATIONS = ("V1",)
 
@@ -68,7 +72,7 @@ def deepen(pair: Pair, say: Say, path: Verdict) -> Verdict:
         say(f"ladder: path: {factor.cause.replace('_', ' ')}")
         options = factor.options(ready)
         try:
-            measured = _measure(pair, options)
+            sample, rescored, counted = _measure(pair, factor, options)
         except _NotStartedError as error:
             skipped.append(f"{factor.cause}: {error}")
             continue
@@ -76,9 +80,10 @@ def deepen(pair: Pair, say: Say, path: Verdict) -> Verdict:
             size, text = np.full(1, np.nan), f"the engine died with {options}: {error.got}"
             findings.append(finding(factor.cause, size, np.zeros(1, int), text, pair.engine.fix(factor.cause)))
             continue
-        gap = measured[0].engine_logprobs - measured[1]
+        gap = sample.engine_logprobs - rescored
+        figures |= {factor.counter: counted} if factor.counter else {}
         figures |= {f"{factor.cause}_abs_{name}_nats": value for name, value in quantiles_abs(gap).items()}
-        found = _judge(pair, factor, options, *measured)
+        found = _judge(pair, factor, options, sample, rescored)
         findings += [found] if found is not None else []
     if ready.generation not in GENERATIONS:
         skipped.append(f"no factor can be switched in {ready.engine} {ready.version}")
@@ -101,11 +106,15 @@ class _NotStartedError(Exception):
     """The engine does not start with the factor, or ignores it."""
 
 
-def _measure(pair: Pair, options: dict[str, Any]) -> tuple[Sampled, np.ndarray]:
-    """A sample and its own re-score on an engine with the factor on. No seeds: vLLM 0.32 cannot chunk a seeded prompt."""
+def _measure(pair: Pair, factor: Factor, options: dict[str, Any]) -> tuple[Sampled, np.ndarray, float]:
+    """A sample, its own re-score, and the factor's count, on an engine with the factor on.
+
+    No seeds: vLLM 0.32 cannot chunk a seeded prompt.
+    """
     recipe = replace(pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | options))
     prompts = probe_prompts(pair, PROMPTS, pair.seed)
-    plain = SamplingParams(max_tokens=TOKENS)
+    room = int(options.get("max_model_len", recipe.engine.max_model_len)) - max(map(len, prompts)) - 1
+    plain = SamplingParams(max_tokens=min(factor.tokens, room))
     with tempfile.TemporaryDirectory(prefix="lockstep-factor-") as scratch, ExitStack() as stack:
         try:
             engine = stack.enter_context(open_engine(recipe, Path(scratch) / "engine.log", lambda text: None))
@@ -116,7 +125,10 @@ def _measure(pair: Pair, options: dict[str, Any]) -> tuple[Sampled, np.ndarray]:
         if ignored:
             raise _NotStartedError(f"{ignored[0]} resolved to {resolved[ignored[0]]}")
         sample = Sampled(prompts, engine.sample(prompts, [plain] * len(prompts)), plain)
-        return sample, sample.rescored(engine)
+        counted = engine.counters().get(factor.counter, 0.0)
+        if factor.counter and not counted:
+            raise _NotStartedError(f"the engine counts no {factor.counter}")
+        return sample, sample.rescored(engine), counted
 
 
 def _judge(pair: Pair, factor: Factor, options: dict[str, Any], sample: Sampled, rescored: np.ndarray) -> Finding | None:

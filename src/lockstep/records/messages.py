@@ -54,7 +54,13 @@ class Abort(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     id: int
 
 
-Request = Sample | Score | Load | Abort
+class Count(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Read the engine's own counters. Answered by :class:`Counted`."""
+
+    id: int
+
+
+Request = Sample | Score | Load | Abort | Count
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -100,6 +106,14 @@ class Aborted(Struct, frozen=True, tag=True):
     n_requests: int
 
 
+class Counted(Struct, frozen=True, tag=True):
+    """Answer to :class:`Count`."""
+
+    id: int
+    counters: dict[str, float]
+    """Since the engine's start, by the engine's names; empty where its statistics are off."""
+
+
 class Failure(Struct, frozen=True, tag=True):
     """The request could not be done. ``usage`` is true when the request or the configuration is at fault, not the engine."""
 
@@ -111,7 +125,7 @@ class Failure(Struct, frozen=True, tag=True):
     fatal: bool = False
 
 
-Reply = Ready | Sampled | Scored | Loaded | Aborted | Failure
+Reply = Ready | Sampled | Scored | Loaded | Aborted | Counted | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

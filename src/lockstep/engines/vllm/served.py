@@ -14,7 +14,7 @@ from lockstep.engines.environments.locate import Environment
 from lockstep.engines.environments.recipes import recipe_for
 from lockstep.engines.process import WorkerProcess
 from lockstep.engines.vllm.older_form import older_form
-from lockstep.records.messages import Abort, Aborted, Load, Loaded, Sample, Sampled, Score, Scored
+from lockstep.records.messages import Abort, Aborted, Count, Counted, Load, Loaded, Sample, Sampled, Score, Scored
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
@@ -97,6 +97,12 @@ class VllmEngine(Engine):
         reply = self._process.request(Abort)
         assert isinstance(reply, Aborted)
         return reply.n_requests
+
+    def counters(self) -> dict[str, float]:
+        """See :meth:`Engine.counters`."""
+        reply = self._process.request(Count)
+        assert isinstance(reply, Counted)
+        return reply.counters
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""

@@ -12,12 +12,8 @@ class VllmV1(VllmEngine):
 
     worker = "lockstep.engines.worker.vllm_v1"
 
-    # vLLM's own default is raw_logprobs. The prefix cache stays on: layer 2 proves it, and every load clears it.
-    defaults: ClassVar[dict[str, Any]] = RL_DEFAULTS | {
-        "logprobs_mode": "processed_logprobs",
-        "async_scheduling": False,
-        "enable_prefix_caching": True,
-    }
+    # vLLM's own default is raw_logprobs. Its prefix cache stays on: layer 2 proves it, and every load clears it.
+    defaults: ClassVar[dict[str, Any]] = RL_DEFAULTS | {"logprobs_mode": "processed_logprobs", "async_scheduling": False}
 
     # Eager: compiling costs minutes on a CPU. Block 32, not 128: a prefix shorter than one block is never cached. No chunked
     # prefill: 0.32.0 rewinds a seeded request's generator after a partial prefill, which a CPU generator refuses, and the engine

@@ -28,6 +28,8 @@ from lockstep.records.messages import (
     MAX_FRAME_BYTES,
     Abort,
     Aborted,
+    Count,
+    Counted,
     Failure,
     Load,
     Loaded,
@@ -69,6 +71,10 @@ class ServedEngine(Protocol):
 
     async def abort(self) -> int:
         """End every sample in flight; returns how many requests that were."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """What the engine counted since its start; empty where its statistics are off."""
         ...
 
 
@@ -198,6 +204,8 @@ class _Server:
                     return Loaded(request.id, await self.engine.load(request))
             case Abort():
                 return Aborted(request.id, await self.engine.abort())
+            case Count():
+                return Counted(request.id, self.engine.counters())
 
     async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
         async with self._loading:

@@ -80,6 +80,16 @@ class VllmEngine(ABC):
             if found and found[2] in self.in_flight:
                 self._switches.setdefault(found[2], []).append((int(found[1] or 0), VersionSpan(n, n, self.version)))
 
+    def counters(self) -> dict[str, float]:
+        """See :class:`~lockstep.engines.worker.server.ServedEngine`. They are registered where ``disable_log_stats`` is False."""
+        from prometheus_client import REGISTRY
+
+        counted: dict[str, float] = {}
+        for sample in (sample for family in REGISTRY.collect() for sample in family.samples):
+            if sample.name.startswith("vllm:") and sample.name.endswith("_total"):
+                counted[sample.name[5:-6]] = counted.get(sample.name[5:-6], 0.0) + sample.value
+        return counted
+
     async def score(self, request: Score) -> list[Scores]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         # Greedy where it scores at T = 1 anyway: a seedless request that draws would cost the batch its seeds on some versions.
@@ -139,8 +149,12 @@ def engine_config(config: Config) -> Any:
             args["hf_overrides"] = {"head_dtype": config.head_dtype} | args.get("hf_overrides", {})
         else:
             os.environ[HEAD_DTYPE] = config.head_dtype  # read by the plugin, here and in every process that vLLM starts
+    asked = AsyncEngineArgs(**args, worker_extension_cls=EXTENSION)
     try:
-        return AsyncEngineArgs(**args, worker_extension_cls=EXTENSION).create_engine_config()
+        whole = args.get("enable_chunked_prefill") is False and "enable_prefix_caching" not in args
+        if whole and asked.create_model_config().has_inner_state:
+            asked.enable_prefix_caching = False  # vLLM caches a recurrent state between chunks only, and refuses to start
+        return asked.create_engine_config()
     except (ValueError, TypeError) as error:
         raise BadRequestError(
             str(error)[:2000], "engine options that vLLM accepts", "change engine.options in the recipe"

@@ -29,7 +29,8 @@ class Engine(terms.VllmEngine):
         if config.device_config.device_type == "cpu":
             # As on a GPU. The CPU platform asks for spawn, which imports all of vLLM once more, for 8 s.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True, enable_log_requests=False)
+        silent = self.config.args.get("disable_log_stats", True)
+        self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=silent, enable_log_requests=False)
         self.vllm_config = self.llm.vllm_config
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
