@@ -11,6 +11,7 @@ End of file on the socket means that the worker is gone, whatever ended it: ever
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import struct
@@ -30,6 +31,8 @@ from lockstep.records.messages import Failure, Ready, Reply, Request, decode_rep
 
 _LENGTH = struct.Struct("<I")
 LOG_TAIL_LINES = 15
+CORE_ERROR = re.compile(r"^\(EngineCore[^)]*\) ERROR .*?\] (\w+(?:Error|Exception): .+)$", re.MULTILINE)
+"""How vLLM's core logs what ended it; the error that reaches the worker only says "see root cause above"."""
 
 
 class WorkerProcess:
@@ -69,6 +72,7 @@ class WorkerProcess:
         env = env | {"PYTHONPATH": str(self.directory / "path"), "VLLM_RPC_BASE_PATH": str(self.directory)}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
+            self._log_from = log.tell()
             self.popen = subprocess.Popen(
                 [python, "-u", "-m", module, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
                 env=env,
@@ -135,7 +139,8 @@ class WorkerProcess:
                 self.close()
             error = UsageError if reply.usage else (EngineDied if reply.fatal else EngineError)
             hint = reply.hint if reply.usage else f"{reply.hint}: {self.log_path}{self._tail_text()}"
-            raise error(f"engine, {what}", got=reply.message, expected=reply.expected, hint=hint)
+            got = reply.message if reply.usage else self._root_cause() or reply.message
+            raise error(f"engine, {what}", got=got, expected=reply.expected, hint=hint)
         return reply
 
     def _read(self) -> None:
@@ -164,6 +169,11 @@ class WorkerProcess:
             expected="a running engine",
             hint=f"the engine's log is {self.log_path}{self._tail_text()}",
         )
+
+    def _root_cause(self) -> str:
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_from)
+            return next(reversed(CORE_ERROR.findall(log.read().decode(errors="replace"))), "")
 
     def _tail_text(self) -> str:
         return f", and ends:\n\n{tail(self.log_path, LOG_TAIL_LINES)}"
