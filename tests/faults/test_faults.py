@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from lockstep.config.recipe import with_sets
 from lockstep.loop.campaign import planted
@@ -44,6 +45,19 @@ def test_a_clean_pair_passes(pair, recipe, temperature, seed):
     result = climb(pair)
     assert [v.status for v in result.verdicts] == ["PASS"] * 5, [(v.summary, v.reason) for v in result.verdicts]
     assert all(v.figures["minimal_detectable_effect_nats"] >= 0.0 for v in result.verdicts)
+
+
+def test_an_engine_that_starts_from_other_weights_is_found_below_semantics(pair):
+    norm = pair.policy.model.get_submodule("model.layers.0.input_layernorm").weight
+    with torch.no_grad():
+        norm.mul_(1.05)
+    try:
+        failed = climb(pair).failed
+        assert failed is not None
+        assert (failed.layer, failed.findings[0].cause) == ("weights", "checkpoint_differs")
+    finally:
+        with torch.no_grad():
+            norm.div_(1.05)
 
 
 def test_an_update_that_is_lost_is_found_even_where_the_sides_differ_anyway(pair, recipe):

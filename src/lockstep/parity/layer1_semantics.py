@@ -137,6 +137,10 @@ def _passed(pair: Pair, evidence: Evidence, told: Identified) -> str:
     said = "" if named(declared) == named(told.best) else f", though it declares the {declared.describe()}"
     note = ", which is the same at T=1" if named(told.best) == "raw" else ""
     reported = told.best.describe() if evidence.telling is evidence.own else f"{told.best.distribution} distribution, at T=1 here"
+    if told.margin < SEMANTICS_MARGIN:
+        return (
+            f"the two sides are {told.ground:.1e} nats apart at T=1, too far to tell the {reported} from others: a later layer's"
+        )
     margin = f"; the runner-up fits {told.margin:.0f} times worse" if np.isfinite(told.margin) else ""
     return f"the engine reports what the trainer scores: the {reported}{note}{said}{margin}"
 
