@@ -13,8 +13,10 @@ from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
 from lockstep.policy.packing import Group
 
-SEQUENCE_TOKENS = 16
-"""Scored in each of the canary's sequences: context enough for every part of the model to matter."""
+SEQUENCE_TOKENS = 8
+"""Scored in each of a proof's sequences: context enough for every part of the model to matter."""
+SYNC_SEQUENCE_TOKENS = 16
+"""In each of the canary's after a sync: fewer sequences, for the engine may begin its pass with the first to arrive."""
 
 
 @dataclass(eq=False)
@@ -35,9 +37,9 @@ class Canary:
     """Mean |trainer − engine| that the ladder measured."""
 
     @classmethod
-    def of(cls, sampled: Sampled, n_tokens: int) -> "Canary":
-        """The last tokens of sampled sequences, about ``n_tokens`` in all, from as few as hold :data:`SEQUENCE_TOKENS` each."""
-        n = min(len(sampled.sequences), max(1, n_tokens // SEQUENCE_TOKENS))
+    def of(cls, sampled: Sampled, n_tokens: int, each: int = SEQUENCE_TOKENS) -> "Canary":
+        """The last tokens of sampled sequences, about ``n_tokens`` in all, from as few as hold ``each``."""
+        n = min(len(sampled.sequences), max(1, n_tokens // each))
         chosen = [ids[-(n_tokens // n + 1) :] for ids in sampled.sequences[:n]]
         return cls([Group(ids[:1], [ids[1:]]) for ids in chosen])
 
