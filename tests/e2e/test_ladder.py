@@ -57,6 +57,7 @@ def test_a_clean_pair_passes_all_five_layers(pair, tmp_path):
 REAL = (
     "corrupted_completions",
     "stale_head",
+    "one_norm_not_delivered",
 )
 """What a tiny model in this process cannot show (``tests/faults`` plants the rest); ``make faults`` plants all, here too."""
 
@@ -75,6 +76,8 @@ def test_a_planted_fault_is_named_in_its_layer(pair, name):
     low, high = result.failed.findings[0].ci95
     assert 0 <= low <= result.failed.findings[0].effect_nats <= high
     assert high > 0
+    if name == "one_norm_not_delivered":
+        assert "model.layers.10.input_layernorm.weight" in result.failed.summary
 
 
 def test_a_starved_cache_really_preempts_and_changes_no_number(pair, monkeypatch):
