@@ -18,7 +18,7 @@ from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.pair import Pair, Sampled, draw
-from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, EXPLAINS, PERTURBATION, PERTURBATION_OVER_NOISE
+from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, EXPLAINS, PERTURBATION_OVER_NOISE
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 
@@ -224,7 +224,7 @@ def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.Tensor, torch.Tensor
     try:
         with torch.no_grad():
             for parameter, value in before.items():
-                scale = PERTURBATION * value.float().square().mean().sqrt()
+                scale = pair.noise.perturbation * value.float().square().mean().sqrt()
                 noise = torch.randn(value.shape, generator=generator, device=value.device) * scale
                 parameter.add_(noise.to(value.dtype))
         yield before
