@@ -121,7 +121,7 @@ class Parity(_Section, frozen=True):
     probe_prompts: Annotated[int, Meta(ge=4)] = 16
     probe_tokens: Annotated[int, Meta(ge=4)] = 32
     """Sampled per probe prompt and pass."""
-    canary_tokens: Annotated[int, Meta(ge=16)] = 16
+    canary_tokens: Annotated[int, Meta(ge=8)] = 8
     """Known tokens that engine and trainer score after every weight sync."""
     seed: int = 20_260_101
     """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""

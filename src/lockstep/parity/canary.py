@@ -14,9 +14,7 @@ from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
 from lockstep.policy.packing import Group
 
 SEQUENCE_TOKENS = 8
-"""Scored in each of a proof's sequences: context enough for every part of the model to matter."""
-SYNC_SEQUENCE_TOKENS = 16
-"""In each of the canary's after a sync: fewer sequences, for the engine may begin its pass with the first to arrive."""
+"""Scored in each sequence: context enough for every part of the model to matter."""
 
 
 @dataclass(eq=False)
@@ -34,12 +32,12 @@ class Canary:
     served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The engine's scores of that measurement, float32 [T]."""
     clean_gap_nats: float = 0.0
-    """Mean |trainer − engine| that the ladder measured."""
+    """Mean |trainer − engine| that the ladder measured: of these tokens, or of all that it re-scored where that is larger."""
 
     @classmethod
-    def of(cls, sampled: Sampled, n_tokens: int, each: int = SEQUENCE_TOKENS) -> "Canary":
-        """The last tokens of sampled sequences, about ``n_tokens`` in all, from as few as hold ``each``."""
-        n = min(len(sampled.sequences), max(1, n_tokens // each))
+    def of(cls, sampled: Sampled, n_tokens: int) -> "Canary":
+        """The last tokens of sampled sequences, about ``n_tokens`` in all."""
+        n = min(len(sampled.sequences), max(1, n_tokens // SEQUENCE_TOKENS))
         chosen = [ids[-(n_tokens // n + 1) :] for ids in sampled.sequences[:n]]
         return cls([Group(ids[:1], [ids[1:]]) for ids in chosen])
 

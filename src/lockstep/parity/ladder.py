@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from lockstep.parity import layer1_semantics, layer2_path, layer3_weights, layer4_numerics, layer5_objective
-from lockstep.parity.canary import SYNC_SEQUENCE_TOKENS, Canary
+from lockstep.parity.canary import Canary
 from lockstep.parity.evidence import gather, steadied
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
@@ -84,7 +86,10 @@ def climb(
         with steadied(pair, evidence.floors) if layer in STEADIED else nullcontext():
             verdict = steps[layer](verdicts)
             verdicts.append(deeper[layer](verdict) if verdict.status == "PASS" and layer in deeper else verdict)
-    canary = Canary.of(evidence.neutral, pair.recipe.parity.canary_tokens, SYNC_SEQUENCE_TOKENS)
+    canary = Canary.of(evidence.neutral, pair.recipe.parity.canary_tokens)
     if rescore.supported:
-        canary.clean_gap_nats = canary.measure(pair).gap_abs_mean_nats
+        # The mean of few tokens may be small by chance, and would then refuse the next sync by chance.
+        canary.clean_gap_nats = max(
+            canary.measure(pair).gap_abs_mean_nats, float(np.abs(evidence.rescored - evidence.trainer).mean())
+        )
     return LadderResult(verdicts, canary)

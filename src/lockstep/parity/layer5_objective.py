@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
@@ -73,7 +74,8 @@ def _at_lag_0(pair: Pair, seed: int) -> AtLag0:
         micro.sampling_logprobs - micro.engine_logprobs for part in parts for micro in part if micro.sampling_logprobs is not None
     ]
     tokens, loss = _losses(pair, parts, recipe, "trainer")
-    _, borrowed = _losses(pair, parts, recipe, "engine")
+    with torch.no_grad():  # its gradients show nothing that the first loss's did not
+        _, borrowed = _losses(pair, parts, recipe, "engine")
     lengths = rollouts.lengths()
     return AtLag0(
         gap=np.concatenate([g.numpy(force=True) for g in gap]),
@@ -86,7 +88,7 @@ def _at_lag_0(pair: Pair, seed: int) -> AtLag0:
 
 
 def _losses(pair: Pair, parts: list[batch.Minibatch], recipe: Recipe, old: str) -> tuple[step.Tokens, float]:
-    """Forward and backward as in training, uncorrected: a correction hides what is judged here. Gradients are thrown away."""
+    """As in training, uncorrected: a correction hides what is judged here. Gradients are thrown away."""
     own = replace(recipe, objective=replace(recipe.objective, old_logprobs=old, correction="none"))
     tokens = step.Tokens()
     try:

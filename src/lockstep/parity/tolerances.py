@@ -83,10 +83,11 @@ PERTURBATION_OVER_NOISE = 3.0
 noise: a proof that could not have failed is none."""
 
 CANARY_MULTIPLE = 5.0
-"""A sync is refused when the canary's mean |gap| exceeds this multiple of the mean |gap| that the ladder measured on the same
-tokens, and proven when it does not although the update moved the trainer's own scores by more than that. Over 93 clean fp32 syncs
-of the quick start the ratio stayed below 1.2; one of its steps moves the canary by 1.5e-3 to 5e-3 nats, which is 130 to 450 times
-the clean gap. In bf16 the clean gap is 3e-2 nats: there a step is lost in the noise, and is counted as not proven."""
+"""A sync is refused when the canary's mean |gap| exceeds this multiple of the mean |gap| that the ladder measured
+(``Canary.clean_gap_nats``), and proven when it does not although the update moved the trainer's own scores by more than that.
+Over 93 clean fp32 syncs of the quick start the ratio stayed below 1.2; one of its steps moves the canary by 1.5e-3 to 5e-3 nats,
+which is 130 to 450 times the clean gap. In bf16 the clean gap is 3e-2 nats: there a step is lost in the noise, and is counted as
+not proven."""
 
 CANARY_FLOOR = 1e-6
 """Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of 1e-6."""

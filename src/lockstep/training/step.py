@@ -82,6 +82,8 @@ def score_under_sampling_weights(parts: list[Minibatch], policy: Policy, tempera
 def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, *, on_sampling_weights: bool) -> float:
     """Forward and backward over a minibatch; gradients add up in the parameters. Returns the loss.
 
+    Under ``torch.no_grad()`` forward alone.
+
     Args:
         on_sampling_weights: True when no optimizer step has happened since the rollouts: this forward pass is then its own
             old-logprob pass.
@@ -104,7 +106,8 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, 
                 expected="a finite number",
                 hint="lower optimizer.lr; look at rollouts/",
             )
-        outputs.loss.backward()
+        if torch.is_grad_enabled():
+            outputs.loss.backward()
         total += loss
         tokens.log_ratio.append((now - old).numpy(force=True))
         tokens.clipped.append(outputs.clipped.numpy(force=True))
