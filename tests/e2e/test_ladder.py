@@ -1,7 +1,9 @@
 """The ladder on a real engine: silent when clean, and each planted fault found in its own layer with its own cause."""
 
 import shutil
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -15,7 +17,7 @@ from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RewardError, RunError, WeightSyncError
 from lockstep.loop import factors
 from lockstep.loop.campaign import planted
-from lockstep.loop.session import open_session
+from lockstep.loop.session import open_engine, open_session
 from lockstep.parity import certificate, layer4_numerics
 from lockstep.parity.canary import Canary
 from lockstep.parity.evidence import gather
@@ -24,7 +26,7 @@ from lockstep.parity.faults import FAULTS
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.proxies import Withheld
+from lockstep.parity.proxies import Withheld, edits, numbers_of, with_numbers
 from lockstep.records.tokens import INT32, SamplingParams
 from lockstep.records.verdicts import Verdict
 from tests.e2e.conftest import QUICKSTART, SMALL
@@ -80,14 +82,36 @@ def test_a_planted_fault_is_named_in_its_layer(pair, name):
         assert "model.layers.10.input_layernorm.weight" in result.failed.summary
 
 
-def test_a_starved_cache_really_preempts_and_changes_no_number(pair, monkeypatch):
+def test_a_starved_cache_really_preempts_changes_no_number_and_fails_where_it_does(pair, monkeypatch):
     monkeypatch.setattr(factors, "PROMPTS", 8)
     monkeypatch.setattr(factors, "FACTORS", [factor for factor in factors.FACTORS if factor.cause == "preemption"])
     path = Verdict(layer="path", status="PASS", summary="clean", n_tokens=1)
-    verdict = factors.deepen(pair, print, path)
+    with ExitStack() as stack:
+        starved = []
+
+        def kept(*args):
+            starved.append(stack.enter_context(open_engine(*args)))
+            return nullcontext(starved[0])
+
+        monkeypatch.setattr(factors, "open_engine", kept)
+        verdict = factors.deepen(pair, print, path)
+        # A preempted request that goes on over half a cache: its later numbers are off.
+        hooks = {"edit_completions": tail_off, "counters": lambda self: self.inner.counters()}
+        broken = edits(**hooks)(SimpleNamespace(engine=starved[0]))
+        monkeypatch.setattr(factors, "open_engine", lambda *args: nullcontext(broken))
+        failed = factors.deepen(pair, print, path)
     assert (verdict.status, verdict.figures["factors_not_run"]) == ("PASS", [])
     assert verdict.figures["num_preemptions"] > 0
     assert 0 < verdict.figures["preemption_abs_max_nats"] <= P999_NATS
+    assert (failed.status, [found.cause for found in failed.findings]) == ("FAIL", ["preemption"])
+    assert failed.figures["preemption_abs_max_nats"] == pytest.approx(1.0, abs=P999_NATS)
+
+
+def tail_off(self, completions):
+    numbers = [numbers_of(completion).copy() for completion in completions]
+    for row in numbers[::2]:
+        row[len(row) // 2 :] -= 1.0
+    return [with_numbers(completion, row) for completion, row in zip(completions, numbers, strict=True)]
 
 
 def test_a_hybrid_models_recurrent_part_is_judged_too(installed, tmp_path):

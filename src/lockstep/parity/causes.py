@@ -107,6 +107,11 @@ CAUSES: dict[str, Cause] = _of(
             "Biases of a few tokens are fitted one after the other; they explain the numbers of all tokens.",
             "Find the server's own defaults: logit_bias, bad words, tokens that are suppressed.",
         ),
+        "vocabulary_masked": (
+            "Tokens are drawn under a mask, a grammar, a pattern or a list of allowed tokens, although none was asked for.",
+            "Every number is above the whole distribution's by the mass of what the drawn tokens' characters make up.",
+            "Find the server's own defaults: guided decoding, structured outputs, allowed tokens. Rewards need no grammar.",
+        ),
         "generation_config_applied": (
             "The checkpoint's generation_config.json edits every request.",
             "The settings in that file explain the engine's numbers, and those asked for do not.",

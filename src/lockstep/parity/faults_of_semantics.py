@@ -90,6 +90,12 @@ SEMANTICS = (
         proxy=p.edits(edit_requests=p.biased({"\n": 3.0, ".": -100.0})),
     ),
     Fault(
+        "digits_only",
+        "vocabulary_masked",
+        "proxy: every request is drawn under a mask that allows digits and spaces alone",
+        proxy=p.edits(edit_requests=p.only_of("0123456789 ")),
+    ),
+    Fault(
         "sampler_behind_the_numbers",
         "draws_differ",
         "proxy: tokens are drawn with top-k 5, raw numbers are reported",

@@ -27,7 +27,7 @@ from lockstep.parity.hypotheses import Fit, fits, hidden_of
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
 from lockstep.parity.rows import Mangled
-from lockstep.parity.sampler import Explained, examine_draws, likeliest_temperature
+from lockstep.parity.sampler import RARELY_ABOVE, Explained, examine_draws, likeliest_temperature
 from lockstep.parity.tolerances import EXPLAINS, SEMANTICS_MARGIN
 from lockstep.parity.unasked import unasked
 from lockstep.policy.truncation import kept_log_mass
@@ -201,6 +201,8 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
         if _path_may_explain(pair, evidence, told):
             return None
         cause = "unexplained_semantics"
+        if np.mean(evidence.own_trainer - own.engine_logprobs > told.limit) <= RARELY_ABOVE:
+            text = f"hardly a number is below the trainer's, as under a mask that changes from token to token (a grammar); {text}"
     elif told.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
         cause, text = _raw(pair, own, text)
     else:

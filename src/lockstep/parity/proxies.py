@@ -12,6 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.engines.base import Engine
+from lockstep.parity.grammar import texts_of
 from lockstep.parity.pair import Pair
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
@@ -108,6 +109,17 @@ def biased(biases: dict[str, float]) -> Callable[..., Any]:
         encode = self.pair.renderer.tokenizer.encode
         bias = {encode(text, add_special_tokens=False)[-1]: value for text, value in biases.items()}
         return prompts, [replace(p, logit_bias=bias) for p in params]
+
+    return edit
+
+
+def only_of(letters: str) -> Callable[..., Any]:
+    """A hook: every request drawn from the tokens of these characters alone, as under a grammar."""
+
+    def edit(self: Any, prompts: Any, params: Any) -> Any:
+        texts = texts_of(self.pair.renderer.tokenizer, self.pair.policy.head.shape[0])
+        banned = {token: -100.0 for token, text in enumerate(texts) if not text or set(text) - set(letters)}
+        return prompts, [replace(p, logit_bias=banned) for p in params]
 
     return edit
 

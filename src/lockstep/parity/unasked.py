@@ -1,5 +1,6 @@
 """Layer 1: settings that nobody asked for and that explain an engine's numbers."""
 
+from lockstep.parity.grammar import hidden_mask
 from lockstep.parity.logit_bias import hidden_bias
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.penalties import hidden_penalty
@@ -14,4 +15,5 @@ def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
     policy, groups, engine = pair.policy, sample.groups, sample.engine_logprobs
     held = tokens_of_every_part(policy, groups, engine)
     found = hidden_settings(policy, groups, engine, sample.sampling, limit, held)
-    return found or hidden_penalty(sample, held, limit) or hidden_bias(pair, sample, held)
+    found = found or hidden_penalty(sample, held, limit) or hidden_bias(pair, sample, held)
+    return found or hidden_mask(pair, sample, held, limit)

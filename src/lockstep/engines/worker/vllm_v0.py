@@ -94,7 +94,7 @@ class Engine(terms.VllmEngine):
         # Cumulative, not final only: an aborted request of this engine ends without a last word.
         from vllm.sampling_params import RequestOutputKind
 
-        processors = [partial(_add_bias, params.logit_bias)] if params.logit_bias else None
+        processors = [_bias(params.logit_bias)] if params.logit_bias else None
         plain = msgspec.structs.replace(params, logit_bias={})
         return terms.sampling_params(plain, output_kind=RequestOutputKind.CUMULATIVE, logits_processors=processors, **extra)
 
@@ -110,9 +110,14 @@ class Engine(terms.VllmEngine):
         return last
 
 
-def _add_bias(bias: dict[int, float], token_ids: list[int], logits: Any) -> Any:
-    for token, value in bias.items():
-        logits[token] += value
+def _bias(bias: dict[int, float]) -> Any:
+    import torch
+
+    return partial(_add_bias, torch.tensor(list(bias)), torch.tensor(list(bias.values())))
+
+
+def _add_bias(tokens: Any, values: Any, token_ids: list[int], logits: Any) -> Any:
+    logits[tokens] += values.to(logits.device)
     return logits
 
 
