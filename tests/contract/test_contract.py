@@ -336,17 +336,22 @@ def test_no_port_is_open_to_others(side):
 
 
 def test_the_death_of_the_engine_is_told_at_once(side):
-    """Last: the engine is gone after it."""
+    """Last: the engine is gone after it. A load is under way, where there is one: vLLM leaves it waiting for a dead core."""
     family = side.family()
-    raised = []
+    loads, raised = side.engine.ready.capabilities["load"].supported, []
 
-    def sample():
+    def ask():
         try:
-            draw(side, prompts_of(2), max_tokens=MAX_MODEL_LEN - 40)
+            if loads:
+                side.engine.load(side.publisher.publish(9))
+            else:
+                draw(side, prompts_of(2), max_tokens=MAX_MODEL_LEN - 40)
         except EngineError as error:
             raised.append(error)
 
-    thread = threading.Thread(target=sample)
+    if loads:
+        family[-1].suspend()
+    thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(1.0)
     family[-1].kill()

@@ -1,6 +1,7 @@
 """End to end on the real vLLM and the real model. One engine serves every test that can share it."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,18 @@ from lockstep.errors import LockstepError
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = ["parity.probe_prompts=6", "parity.probe_tokens=12", "training.prompts_per_step=4", "training.group_size=4"]
 """A smaller ladder and batch than the quick start's: the same code on fewer tokens."""
+
+
+def tiny_checkpoint(config, tokenizer, path):
+    """Random weights for a small ``config``, with the tokenizer and the chat template of a real checkpoint."""
+    import torch
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / name, path)
+    return path
 
 
 def need(function, *args):

@@ -10,17 +10,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import LlamaConfig
 
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_lines, read_rollouts
-from tests.e2e.conftest import QUICKSTART
+from tests.e2e.conftest import QUICKSTART, tiny_checkpoint
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
 FEW = ["parity.probe_prompts=4", "parity.probe_tokens=8", "training.prompts_per_step=4", "training.group_size=4"]
 """What is shown here is the command; what the ladder finds is shown in test_ladder.py."""
 SETS = [flag for override in FEW for flag in ("--set", override)]
-STEPS = 4
+STEPS = 12
 DEATH_LIMIT_S = 10.0
+REWARD = """
+def reward(text, item):
+    return len(text) % 3 / 2
+"""
+"""Differs within a group, so that a model with random weights is trained too."""
 
 
 def lockstep(*args, timeout=420, **kwargs):
@@ -50,21 +56,28 @@ def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
     assert [layer["verdict"] for layer in report["layers"][1:]] == ["NOT_RUN"] * 4
 
 
-def start_training(run, *extra):
-    command = [
-        *LOCKSTEP,
-        "train",
-        QUICKSTART,
-        *SETS,
-        "--set",
+@pytest.fixture(scope="module")
+def small_run(installed, tmp_path_factory):
+    """Flags of a training run whose every step moves the weights, and the environment that finds its reward."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.1
+    )
+    root = tmp_path_factory.mktemp("small")
+    (root / "varied.py").write_text(REWARD)
+    overrides = [
+        f"model.path={tiny_checkpoint(config, installed[1], root / 'model')}",
+        "task.reward=varied:reward",
+        "optimizer.lr=1e-3",
         f"training.steps={STEPS}",
-        "--set",
         "training.checkpoint_every=2",
-        "--out",
-        run,
-        *extra,
     ]
-    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [flag for override in overrides for flag in ("--set", override)], os.environ | {"PYTHONPATH": str(root)}
+
+
+def start_training(run, small_run):
+    flags, env = small_run
+    command = [str(part) for part in (*LOCKSTEP, "train", QUICKSTART, *SETS, *flags, "--out", run)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for_step(process, layout, step):
@@ -80,10 +93,10 @@ def engine_processes(pid):
 
 
 @pytest.fixture(scope="module")
-def interrupted(installed, tmp_path_factory):
+def interrupted(small_run, tmp_path_factory):
     """A run whose engine was killed after its third step, and then resumed to its end."""
     layout = RunLayout(tmp_path_factory.mktemp("runs") / "run")
-    process = start_training(layout.root)
+    process = start_training(layout.root, small_run)
     wait_for_step(process, layout, 3)
     family = engine_processes(process.pid)
     worker = next(p for p in family if "VLLM::EngineCore" in " ".join(p.cmdline()) + p.name())
@@ -92,7 +105,7 @@ def interrupted(installed, tmp_path_factory):
     _, errors = process.communicate(timeout=60)
     spent = time.monotonic() - killed
     _, alive = psutil.wait_procs(family, timeout=5)
-    resumed = lockstep("train", "--resume", layout.root, "--json")
+    resumed = lockstep("train", "--resume", layout.root, "--json", env=small_run[1])
     return layout, process.returncode, errors, spent, alive, resumed
 
 
@@ -124,12 +137,13 @@ def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
     assert when.count("before step 0") == 5
     assert any(w.startswith("before step ") and w != "before step 0" for w in when), "parity is proven again on resume"
     assert "replayed" in resumed.stderr
+    assert all(row["metrics"]["grad_norm"] > 0.0 for row in rows), "each step moved the weights: a replayed loss can differ"
 
 
-def test_a_killed_trainer_leaves_no_engine_behind(installed, tmp_path):
+def test_a_killed_trainer_leaves_no_engine_behind(small_run, tmp_path):
     layout = RunLayout(tmp_path / "run")
     ours_before = set(Path("/dev/shm").iterdir())
-    process = start_training(layout.root)
+    process = start_training(layout.root, small_run)
     deadline = time.monotonic() + 120
     family = []
     while not any("VLLM::EngineCore" in " ".join(p.cmdline()) + p.name() for p in family):

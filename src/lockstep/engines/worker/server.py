@@ -8,10 +8,12 @@ every sample in flight and holds up those that come after it, so that no complet
 it does not wait, and the engine says which tokens each version drew.
 
 The trainer passes the listening socket and the read end of a *lifeline* pipe as inherited descriptors. The pipe's end of
-file means that the trainer is gone, however it died; the worker then ends its whole process group, so nothing is orphaned.
+file means that the trainer is gone, however it died; the worker then ends its whole process group, so nothing is orphaned. It
+ends likewise when a process of the engine's is gone.
 """
 
 import asyncio
+import multiprocessing
 import os
 import shutil
 import socket
@@ -19,6 +21,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -48,6 +51,8 @@ from lockstep.records.versions import LoadReceipt
 
 _LENGTH = struct.Struct("<I")
 T = TypeVar("T")
+LAST_WORDS_S = 1.0
+"""For the replies that say why an engine died."""
 
 
 class ServedEngine(Protocol):
@@ -103,6 +108,8 @@ async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable
         traceback.print_exc()
         await _refuse(listener, failure_of(0, error, fatal=True))
         sys.exit(1)
+    for child in multiprocessing.active_children():
+        loop.add_reader(child.sentinel, end_with_child, child)
     async with await asyncio.start_unix_server(_Server(engine, ready).serve_peer, sock=listener) as server:
         await server.serve_forever()
 
@@ -133,6 +140,14 @@ def end_with_trainer(scratch: Sequence[str]) -> None:
     for directory in scratch:
         shutil.rmtree(directory, ignore_errors=True)
     end_process_group()
+
+
+def end_with_child(child: BaseProcess) -> None:
+    """A process of the engine is gone: end too. What was asked of vLLM's core by RPC is then never answered (0.18.1, 0.32.0)."""
+    loop = asyncio.get_running_loop()
+    loop.remove_reader(child.sentinel)
+    print(f"lockstep: {child.name} (pid {child.pid}) is gone, exit code {child.exitcode}", file=sys.stderr, flush=True)
+    loop.call_later(LAST_WORDS_S, end_process_group)
 
 
 def end_process_group() -> None:
