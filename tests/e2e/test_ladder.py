@@ -92,8 +92,7 @@ def test_a_starved_cache_really_preempts_changes_no_number_and_fails_where_it_do
         monkeypatch.setattr(factors, "open_engine", kept)
         verdict = factors.deepen(pair, print, path)
         # A preempted request that goes on over half a cache: its later numbers are off.
-        hooks = {"edit_completions": tail_off, "counters": lambda self: self.inner.counters()}
-        broken = edits(**hooks)(SimpleNamespace(engine=starved[0]))
+        broken = edits(edit_completions=tail_off)(SimpleNamespace(engine=starved[0]))
         monkeypatch.setattr(factors, "open_engine", lambda *args: nullcontext(broken))
         failed = factors.deepen(pair, print, path)
     assert (verdict.status, verdict.figures["factors_not_run"]) == ("PASS", [])

@@ -5,7 +5,7 @@ read off what was drawn: tokens of those characters alone, or of characters of t
 what came before it, as JSON's, is of neither form and stays unexplained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from unicodedata import category
 
 import numpy as np
@@ -64,4 +64,9 @@ def masks(texts: list[str], drawn: np.ndarray) -> Iterator[tuple[str, np.ndarray
         (f"a mask that allows only characters of the categories {', '.join(sorted(categories))}", wider),
         (f"a mask that allows only ASCII of the categories {', '.join(sorted(categories))}", {c for c in wider if c.isascii()}),
     ):
-        yield name, seen | np.array([bool(text) and letters.issuperset(text) for text in texts])
+        yield name, seen | made_of(letters, texts)
+
+
+def made_of(letters: Set[str], texts: list[str]) -> np.ndarray:
+    """Which texts have no other characters than these, and are not empty: bool [V]."""
+    return np.array([bool(text) and letters >= set(text) for text in texts])

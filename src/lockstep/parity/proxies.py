@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.engines.base import Engine
-from lockstep.parity.grammar import texts_of
+from lockstep.parity.grammar import made_of, texts_of
 from lockstep.parity.pair import Pair
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
@@ -62,6 +62,10 @@ class Proxy(Engine):
     def abort(self) -> int:
         """See :meth:`Engine.abort`."""
         return self.inner.abort()
+
+    def counters(self) -> dict[str, float]:
+        """See :meth:`Engine.counters`."""
+        return self.inner.counters()
 
     def close(self) -> None:
         """The engine behind it is another's to close."""
@@ -118,7 +122,7 @@ def only_of(letters: str) -> Callable[..., Any]:
 
     def edit(self: Any, prompts: Any, params: Any) -> Any:
         texts = texts_of(self.pair.renderer.tokenizer, self.pair.policy.head.shape[0])
-        banned = {token: -100.0 for token, text in enumerate(texts) if not text or set(text) - set(letters)}
+        banned = dict.fromkeys(np.flatnonzero(~made_of(set(letters), texts)).tolist(), -100.0)
         return prompts, [replace(p, logit_bias=banned) for p in params]
 
     return edit
