@@ -22,9 +22,10 @@ def test_a_misspelt_key_is_refused_in_every_section(section):
     assert raised.value.exit_code == 2
 
 
-def test_a_key_without_its_section_is_found_in_its_section():
-    with pytest.raises(RecipeError, match=r"optimizer\.lr"):
-        load_recipe(QUICKSTART, ["lr=1e-5"])
+@pytest.mark.parametrize(("key", "homes"), [("lr", "'optimizer.lr' perhaps"), ("seed", "'training.seed' or 'parity.seed'")])
+def test_a_key_without_its_section_is_found_in_every_section_that_has_it(key, homes):
+    with pytest.raises(RecipeError, match=homes):
+        load_recipe(QUICKSTART, [f"{key}=1"])
 
 
 @pytest.mark.parametrize(

@@ -267,12 +267,11 @@ def _refuse_unknown_keys(table: dict[str, Any], kind: type[Struct], source: str,
         where = ".".join((*path, key))
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            elsewhere = [] if near else _homes_of(key)
-            guess = ".".join((*path, near[0])) if near else (elsewhere[0] if elsewhere else "")
+            guesses = [".".join((*path, near[0]))] if near else _homes_of(key)
             raise RecipeError(
                 f"recipe {source}, key {where}",
                 got="an unknown key",
-                expected=f"{guess!r} perhaps" if guess else f"one of {', '.join(sorted(fields))}",
+                expected=f"{' or '.join(map(repr, guesses))} perhaps" if guesses else f"one of {', '.join(sorted(fields))}",
                 hint=f"the keys of [{'.'.join(path) or 'the recipe'}] are {', '.join(sorted(fields))}",
             )
         if isinstance(value, dict) and isinstance(fields[key], type) and issubclass(fields[key], Struct):
@@ -280,13 +279,12 @@ def _refuse_unknown_keys(table: dict[str, Any], kind: type[Struct], source: str,
 
 
 def _homes_of(key: str) -> list[str]:
-    """Full names of keys like ``key`` in any section."""
-    names = {
-        field.name: f"{section.name}.{field.name}"
-        for section in msgspec.structs.fields(Recipe)
-        for field in msgspec.structs.fields(section.type)
-    }
-    return [names[match] for match in difflib.get_close_matches(key, names, n=1, cutoff=0.7)]
+    """Full names of the key most like ``key`` in any section, one for each section that has it."""
+    homes: dict[str, list[str]] = {}
+    for section in msgspec.structs.fields(Recipe):
+        for field in msgspec.structs.fields(section.type):
+            homes.setdefault(field.name, []).append(f"{section.name}.{field.name}")
+    return [home for match in difflib.get_close_matches(key, homes, n=1, cutoff=0.7) for home in homes[match]]
 
 
 def _value_at(table: dict[str, Any], key: str) -> str:
