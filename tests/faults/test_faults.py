@@ -4,12 +4,18 @@ import math
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
 from lockstep.loop.campaign import planted
+from lockstep.parity import layer3_weights
+from lockstep.parity.canary import Canary
 from lockstep.parity.causes import CAUSES
+from lockstep.parity.evidence import gather
 from lockstep.parity.faults import FAULTS
 from lockstep.parity.ladder import climb
+from lockstep.parity.proxies import edits, numbers_of, with_numbers
+from lockstep.parity.trainer_hypotheses import norm_epsilon
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
 REAL_ONLY = {
@@ -77,3 +83,33 @@ def test_every_cause_has_a_planted_fault_or_says_nothing_is_known():
     full_depth = {"chunked_prefill", "async_scheduling", "preemption", "in_flight_update"}
     assert set(CAUSES) - planted_causes == unnamed | full_depth
     assert len(FAULTS) >= 24
+
+
+def test_a_setting_that_the_engine_resolved_otherwise_is_named(pair, session, monkeypatch):
+    settings = {"hf_config.rms_norm_eps": 0.1}
+    monkeypatch.setattr(session.pair.engine, "ready", replace(pair.engine.ready, resolved=pair.engine.ready.resolved | settings))
+    with norm_epsilon(session.pair.engine.model, 0.1):
+        verdicts = climb(pair).verdicts
+    assert [v.status for v in verdicts[:4]] == ["PASS", "PASS", "PASS", "FAIL"], [v.summary for v in verdicts]
+    found = verdicts[3].findings[0]
+    assert found.cause == "model_config_differs"
+    assert "rms_norm_eps is 0.1 in the engine, 1e-06 in the trainer" in found.evidence
+
+
+def test_a_setting_that_nobody_tells_is_fitted(pair, session):
+    with norm_epsilon(session.pair.engine.model, 0.03):
+        found = climb(pair).verdicts[3].findings[0]
+    assert found.cause == "model_config_differs"
+    assert "norm epsilon of 0.03 " in found.evidence
+
+
+def test_sides_that_differ_over_long_prompts_are_no_stale_cache(pair, monkeypatch):
+    def off(self, completions):
+        return [with_numbers(c, numbers_of(c) - 3.0) for c in completions]
+
+    evidence = gather(pair)
+    monkeypatch.setattr(pair, "engine", edits(edit_completions=off)(pair))
+    verdict = layer3_weights.judge(pair, Canary.of(evidence.neutral, 64), evidence.neutral)
+    assert verdict.status == "PASS", verdict.summary
+    assert "no stale tensor" in verdict.summary
+    assert "prefix cache" not in verdict.summary

@@ -32,6 +32,7 @@ from lockstep.engines.base import Engine, EngineSpec
 from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
+from lockstep.records.settings import resolved_settings
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
@@ -92,7 +93,9 @@ class TransformersEngine(Engine):
             version=transformers.__version__,
             generation="generate",
             distribution="sampler",
-            resolved=resolved | {"versions.torch": str(torch.__version__), "max_model_len": spec.max_model_len},
+            resolved=resolved
+            | resolved_settings(self.model.config.to_dict())
+            | {"versions.torch": str(torch.__version__), "max_model_len": spec.max_model_len},
             capabilities=CAN,
             start_s=time.perf_counter() - began,
         )

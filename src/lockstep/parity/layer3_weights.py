@@ -47,8 +47,10 @@ class Measured:
     """The engine after the perturbed weights were loaded."""
     old_head: np.ndarray
     """The trainer's new body with the old head."""
+    filling: Sampled
+    """Drawn before the update, which put its prompts into the prefix cache."""
     cached: Sampled
-    """Drawn after the update from prompts that were cached before it."""
+    """Drawn after the update from the same prompts."""
     cache_gap: np.ndarray
     named: attribution.Named | None = None
     """Tensors that were not delivered."""
@@ -130,7 +132,7 @@ def judge(pair: Pair, canary: Canary, sample: Sampled) -> Verdict:
 def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
     cached = sorted(sample.prompts, key=len)[-CACHE_PROMPTS:]  # the longest fill blocks of the prefix cache
     few = SamplingParams(max_tokens=CACHE_TOKENS)
-    draw(pair, cached, few, pair.seed)  # fills the prefix cache under the old weights
+    filling = draw(pair, cached, few, pair.seed)
     old = canary.trainer_scores(pair)
     first = canary.engine_scores(pair)
     limit = CANARY_MULTIPLE * max(canary.clean_gap_nats or float(np.abs(first - old).mean()), CANARY_FLOOR)
@@ -140,7 +142,7 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
         after = draw(pair, cached, few, pair.seed)
         cache_gap = after.scored(pair.policy) - after.engine_logprobs
         old_head = canary.trainer_scores(pair, head=before[pair.policy.head])
-        measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, after, cache_gap)
+        measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, filling, after, cache_gap)
         plain = (measured.residue(scores) for scores in (new, old, old_head))
         if not measured.blurred and not min(plain) <= measured.limit:
             measured.named = (
@@ -205,8 +207,15 @@ def _failed(
 
 
 def _cache_limit(pair: Pair, measured: Measured) -> float:
-    """Largest |gap| over a prompt that was cached before the update, nats."""
-    return max(pair.noise.p999, CANARY_MULTIPLE * float(measured.ground.max()))
+    """Largest |gap| over a prompt that was cached before the update, nats.
+
+    What the sides differ by over the same prompts before it is no sign of a stale cache; it is scored where something is off.
+    """
+    limit = max(pair.noise.p999, CANARY_MULTIPLE * float(measured.ground.max()))
+    if np.abs(measured.cache_gap).max() <= limit:
+        return limit
+    before = measured.filling.scored(pair.policy) - measured.filling.engine_logprobs
+    return max(limit, CANARY_MULTIPLE * float(np.abs(before).max()))
 
 
 def _wrong_version(pair: Pair, sample: Sampled, version: int) -> str:

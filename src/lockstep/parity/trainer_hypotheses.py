@@ -1,7 +1,8 @@
 """Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried on the trainer.
 
-A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by token. A setting of the
-model (the base of the rotary embedding, the norm's epsilon) or a scaled tensor must make the gap vanish.
+A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by token. The engine's own
+model configuration, another setting of the model (the base of the rotary embedding, the norm's epsilon) or a scaled tensor must
+make the gap vanish.
 """
 
 import copy
@@ -17,12 +18,13 @@ from torch import nn
 from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
 from lockstep.parity.fitting import fitted
+from lockstep.parity.model_settings import departures, with_settings
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import EXPLAINS, PRECISION_MULTIPLE
 from lockstep.policy.model import Policy
 
 ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
-EPSILONS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-4)
+EPSILONS = np.geomspace(1e-12, 1e-1, 12)
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
@@ -44,7 +46,12 @@ def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
     found = _precision(pair, sample, gap)
     if found is None and np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
         found = _setting(pair, sample) or _scale(pair, sample)
-    return found or Explanation("unexplained_numerics", "no difference of precision, setting or scale that was tried explains it")
+    found = found or Explanation(
+        "unexplained_numerics", "no difference of precision, setting or scale that was tried explains it"
+    )
+    if found.cause in ("unexplained_numerics", "tensor_scaled") and (engines := departures(pair)):
+        return replace(found, evidence=f"{found.evidence}; suspected, not proven: {_told(engines)}")
+    return found
 
 
 def in_dtype(policy: Policy, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
@@ -107,17 +114,24 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
 
     now = miss(nullcontext())
     enough = min(pair.noise.p50, EXPLAINS * now)
+    engines = departures(pair)
+    other = with_settings(pair.policy, {path: theirs for path, (_, theirs) in engines.items()}) if engines else None
+    if other is not None:
+        left = float(np.median(np.abs(few.scored(other) - engine)))
+        if left <= enough:
+            return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
     for module in _rotary(pair.policy.model):
         base, left = fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)), now)
         if left <= enough:
             return Explanation("model_config_differs", f"with a rotary base of {base:.4g} the trainer agrees to {left:.1e} nats")
-    for epsilon in EPSILONS:
-        left = miss(norm_epsilon(pair.policy.model, epsilon))
-        if left <= enough:
-            return Explanation(
-                "model_config_differs", f"with a norm epsilon of {epsilon:g} the trainer agrees to {left:.1e} nats"
-            )
+    epsilon, left = fitted([float(e) for e in EPSILONS], lambda e: miss(norm_epsilon(pair.policy.model, e)), now)
+    if left <= enough:
+        return Explanation("model_config_differs", f"with a norm epsilon of {epsilon:.4g} the trainer agrees to {left:.1e} nats")
     return None
+
+
+def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:
+    return ", ".join(f"{path[-1]} is {theirs} in the engine, {ours} in the trainer" for path, (ours, theirs) in engines.items())
 
 
 def _first(sample: Sampled, n: int) -> Sampled:

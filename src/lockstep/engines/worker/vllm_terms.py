@@ -20,6 +20,7 @@ from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Sample, Score
+from lockstep.records.settings import resolved_settings
 from lockstep.records.tokens import Completion, SamplingParams, Scores, finite_logprob, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.versions import LoadReceipt, VersionSpan
 
@@ -187,7 +188,8 @@ def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    resolved = flatten(config) | {f"worker.{key}": value for key, value in inside.items()}
+    resolved = flatten(config) | resolved_settings(config.model_config.hf_text_config.to_dict())
+    resolved |= {f"worker.{key}": value for key, value in inside.items()}
     resolved |= {f"env.{key}": value for key, value in os.environ.items() if key.startswith(("VLLM_", "OMP_", "LOCKSTEP_"))}
     return resolved | {"versions.torch": str(torch.__version__), "versions.transformers": transformers.__version__}
 
