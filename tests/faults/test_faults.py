@@ -14,8 +14,10 @@ from lockstep.parity.causes import CAUSES
 from lockstep.parity.evidence import gather
 from lockstep.parity.faults import FAULTS
 from lockstep.parity.ladder import climb
-from lockstep.parity.proxies import edits, numbers_of, with_numbers
-from lockstep.parity.trainer_hypotheses import norm_epsilon
+from lockstep.parity.pair import Sampled
+from lockstep.parity.proxies import RawNumbers, edits, numbers_of, with_numbers
+from lockstep.parity.trainer_hypotheses import CACHES, explain, norm_epsilon
+from lockstep.policy import attention
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
 REAL_ONLY = {
@@ -113,3 +115,32 @@ def test_sides_that_differ_over_long_prompts_are_no_stale_cache(pair, monkeypatc
     assert verdict.status == "PASS", verdict.summary
     assert "no stale tensor" in verdict.summary
     assert "prefix cache" not in verdict.summary
+
+
+def test_penalties_behind_raw_numbers_weigh_what_they_do_to_the_draws(pair, recipe, monkeypatch):
+    pair.recipe = with_sets(recipe, ["sampling.repetition_penalty=1.5"])
+    monkeypatch.setattr(pair, "engine", RawNumbers(pair))
+    failed = climb(pair).failed
+    assert failed is not None
+    found = failed.findings[0]
+    assert found.cause == "penalties_unmodelled"
+    assert "raw" in found.evidence.partition(";")[0], "the numbers are the trainer's own"
+    assert found.effect_nats > 0.01
+
+
+@pytest.mark.parametrize(
+    ("altered", "cause", "told"),
+    [
+        ({"kept": CACHES["fp8_e5m2"]}, "kv_cache_precision", "kept in fp8_e5m2 "),
+        ({"kept": CACHES["fp8_e4m3, cut instead of rounded"]}, "kv_cache_precision", "fp8_e4m3, cut"),
+        ({"window": 16}, "model_config_differs", "sliding window of 16 "),
+    ],
+)
+def test_another_attention_is_named(pair, altered, cause, told):
+    sample = gather(pair).own
+    with attention.altered(**altered):
+        numbers = sample.scored(pair.policy)
+    completions = [with_numbers(c, numbers[sample.owners == at]) for at, c in enumerate(sample.completions)]
+    found = explain(pair, Sampled(sample.prompts, completions, sample.sampling), sample.scored(pair.policy) - numbers)
+    assert found.cause == cause, found
+    assert told in found.evidence

@@ -252,8 +252,14 @@ CAUSES |= _of(
             "The dtype of the head's product, measured on both sides.",
             'model.head_dtype = "float32" with engine.head_dtype = "float32".',
         ),
+        "kv_cache_precision": (
+            "The engine keeps keys and values in a narrower dtype than the trainer computes them in.",
+            "The trainer's keys and values are rounded to each such dtype; under one of them most of the gap vanishes.",
+            'engine.options.kv_cache_dtype = "auto".',
+        ),
         "model_config_differs": (
-            "The engine computes the model with another setting: the base of the rotary embedding, the norm's epsilon.",
+            "The engine computes the model with another setting: the base of the rotary embedding, the norm's epsilon, a window "
+            "over its attention, or any other that it resolved otherwise.",
             "The trainer agrees with the engine once it takes that setting over.",
             "Give both sides the same config.json; drop the override. A checkpoint of transformers 5 needs the older keys for 4.",
         ),

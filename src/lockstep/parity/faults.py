@@ -131,6 +131,13 @@ _NUMERICS = (
         sets=("engine.dtype=float16", "model.dtype=bfloat16", "objective.clip_low=0.02", "objective.clip_high=0.02"),
     ),
     Fault(
+        "kv_cache_in_fp8",
+        "kv_cache_precision",
+        "engine flag: keys and values kept in fp8",
+        sets=("engine.options.kv_cache_dtype=fp8",),
+        generations=V1,
+    ),
+    Fault(
         "rotary_base_altered",
         "model_config_differs",
         "trainer: a tenth of the checkpoint's rotary base",

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
-from lockstep.parity.tolerances import Tolerance, noise_of
+from lockstep.parity.tolerances import NOISE, Tolerance, noise_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
@@ -53,8 +53,11 @@ class Pair:
 
     @property
     def engine_noise(self) -> Tolerance:
-        """What arithmetic alone may bring between the engine and itself, its head's included where it is known."""
-        return noise_of(self.engine_dtype, self.engine_head_dtype or self.engine_dtype)
+        """What arithmetic alone may bring between the engine and itself, its head's and its cache's included where known."""
+        cache = str(self.engine.ready.resolved.get("cache_config.cache_dtype", "auto"))
+        kept = "fp8" if cache.startswith("fp8") else f"torch.{cache}"
+        dtypes = (self.engine_dtype, self.engine_head_dtype or self.engine_dtype, kept)
+        return noise_of(*(dtype for dtype in dtypes if dtype in NOISE))
 
     @property
     def trainer_noise(self) -> Tolerance:

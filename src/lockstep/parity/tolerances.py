@@ -25,6 +25,9 @@ NOISE: dict[str, Tolerance] = {
     # twice the mean for the median, three times the maximum for the tail.
     "torch.bfloat16": Tolerance(p50=0.09, p999=0.9, perturbation=0.04),
     "torch.float16": Tolerance(p50=0.02, p999=0.2, perturbation=0.02),
+    # Keys and values alone: what is nearly on a border is rounded to either side, three bits coarse. Decode against prefill
+    # measured 5e-4 in the mean and 0.075 at most (SmolLM2 in fp32, vLLM 0.32.0, a CPU); four times that.
+    "fp8": Tolerance(p50=0.002, p999=0.3, perturbation=0.02),
 }
 
 SEMANTICS_MARGIN = 3.0

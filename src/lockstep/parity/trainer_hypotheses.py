@@ -6,14 +6,14 @@ make the gap vanish.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
@@ -21,10 +21,12 @@ from lockstep.parity.fitting import fitted
 from lockstep.parity.model_settings import departures, with_settings
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import EXPLAINS, PRECISION_MULTIPLE
+from lockstep.policy import attention
 from lockstep.policy.model import Policy
 
 ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
 EPSILONS = np.geomspace(1e-12, 1e-1, 12)
+WINDOWS = tuple(2**n for n in range(3, 13))
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
@@ -104,7 +106,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
-    """Another rotary base or norm epsilon under which the trainer agrees with the engine."""
+    """Another configuration of the model, or of its attention, under which the trainer agrees with the engine."""
     few = _first(sample, len(sample.prompts) // 2)
     engine = few.engine_logprobs
 
@@ -120,6 +122,11 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
         left = float(np.median(np.abs(few.scored(other) - engine)))
         if left <= enough:
             return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
+    for name, kept in CACHES.items() if pair.policy.share_prompts else ():
+        left = miss(attention.altered(kept=kept))
+        if left <= EXPLAINS * now:
+            text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
+            return Explanation("kv_cache_precision", text)
     for module in _rotary(pair.policy.model):
         base, left = fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)), now)
         if left <= enough:
@@ -127,7 +134,31 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
     epsilon, left = fitted([float(e) for e in EPSILONS], lambda e: miss(norm_epsilon(pair.policy.model, e)), now)
     if left <= enough:
         return Explanation("model_config_differs", f"with a norm epsilon of {epsilon:.4g} the trainer agrees to {left:.1e} nats")
+    told = [theirs for path, (_, theirs) in engines.items() if path[-1] == "sliding_window" and theirs]
+    for window in (*told, *WINDOWS) if pair.policy.share_prompts else ():
+        left = miss(attention.altered(window=window))
+        if left <= enough:
+            return Explanation("model_config_differs", f"with a sliding window of {window} the trainer agrees to {left:.1e} nats")
     return None
+
+
+def _rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).to(t.dtype)
+
+
+def _cut(t: Tensor) -> Tensor:
+    """To fp8_e4m3 towards zero: three bits behind the leading one, subnormals below 2⁻⁶."""
+    quantum = torch.exp2((torch.frexp(t.float())[1] - 1).clamp(min=-6).float() - 3)
+    return ((t / quantum).trunc() * quantum).to(t.dtype)
+
+
+CACHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp8_e4m3": _rounded(torch.float8_e4m3fn),
+    "fp8_e4m3, cut instead of rounded": _cut,  # vLLM 0.32.0 on a CPU
+    "fp8_e5m2": _rounded(torch.float8_e5m2),
+    "bfloat16": _rounded(torch.bfloat16),
+    "float16": _rounded(torch.float16),
+}
 
 
 def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:

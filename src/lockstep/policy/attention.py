@@ -5,6 +5,8 @@ no sequence can see its neighbour. The blocks travel as a keyword argument of th
 down to every attention layer (transformers/modeling_utils.py, ``AttentionInterface``).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +67,24 @@ def _windowed(block: Block, window: int | None, device: torch.device) -> Tensor 
         raise NotImplementedError(f"a shared-prompt block of {length} tokens under a sliding window of {window}")
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
+
+
+@contextmanager
+def altered(window: int | None = None, kept: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+    """Packed attention as another side may have it: under a sliding window, or over keys and values as a cache kept them."""
+
+    def other(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if kept is not None:
+            key, value = kept(key), kept(value)
+        if window is not None:
+            kwargs["sliding_window"] = window
+        return packed_attention(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(NAME, other)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, packed_attention)
 
 
 def register() -> None:

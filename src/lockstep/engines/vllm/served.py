@@ -40,6 +40,7 @@ FIXES = {
     "stale_prefix_cache": "engine.options.enable_prefix_caching = false",
     "head_precision": 'model.head_dtype = "float32" with engine.head_dtype = "float32"',
     "body_precision": "engine.dtype = model.dtype",
+    "kv_cache_precision": 'engine.options.kv_cache_dtype = "auto"',
     "batch_composition": "engine.options.max_num_seqs = 1 isolates it; then look for the kernel",
 }
 
