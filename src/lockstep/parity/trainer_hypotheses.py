@@ -27,6 +27,8 @@ from lockstep.policy.model import Policy
 ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
 EPSILONS = np.geomspace(1e-12, 1e-1, 12)
 WINDOWS = tuple(2**n for n in range(3, 13))
+SETTING_ROWS = 4
+"""At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves nothing anywhere."""
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
@@ -107,7 +109,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
     """Another configuration of the model, or of its attention, under which the trainer agrees with the engine."""
-    few = _first(sample, len(sample.prompts) // 2)
+    few = _first(sample, max(SETTING_ROWS, len(sample.prompts) // 4))
     engine = few.engine_logprobs
 
     def miss(context) -> float:
