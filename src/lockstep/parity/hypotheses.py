@@ -43,15 +43,22 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
         enough: of medians below this the tail says which is better, nats.
     """
     candidates = candidates_of(sampling)
-    hidden = hidden_of(policy, groups)
-    scored = [candidate_logprobs(policy, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)]
     found = []
-    for at, semantics in enumerate(candidates):
+    for semantics, scores in zip(candidates, scored_under(policy, groups, sampling, candidates), strict=True):
         with np.errstate(invalid="ignore"):
-            gap = np.abs(np.concatenate([scores[at] for scores in scored]) - engine)
+            gap = np.abs(scores - engine)
         gap[np.isnan(gap)] = np.inf
         found.append(Fit(semantics, float(np.median(gap)), float(gap.max()), miss_of(gap)))
     return sorted(found, key=lambda fit: (max(fit.p50, enough), fit.miss))
+
+
+def scored_under(
+    policy: Policy, groups: Sequence[Group], sampling: SamplingParams, candidates: Sequence[LogprobSemantics]
+) -> list[np.ndarray]:
+    """The log-probabilities of all completions under each candidate, float32 [T] each; one completion a group."""
+    hidden = hidden_of(policy, groups)
+    scored = [candidate_logprobs(policy, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)]
+    return [np.concatenate(parts) for parts in zip(*scored, strict=True)]
 
 
 def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:

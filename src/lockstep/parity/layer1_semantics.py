@@ -23,7 +23,7 @@ from lockstep.parity.alignment import dropped_stop, examine, transformed
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.fitting import miss_of
-from lockstep.parity.hypotheses import Fit, candidate_logprobs, fits, hidden_of
+from lockstep.parity.hypotheses import Fit, fits, hidden_of, scored_under
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
 from lockstep.parity.rows import Mangled
@@ -194,10 +194,9 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
         parts = [kept_log_mass(h, pair.policy.head, asked) for h in hidden_of(pair.policy, own.groups)]
         size = np.concatenate([-part.numpy(force=True) for part in parts])
     elif asked.penalises:
-        cause, drawn = "penalties_unmodelled", [LogprobSemantics.of("sampler_untruncated", asked)]
-        states = zip(own.groups, hidden_of(pair.policy, own.groups), strict=True)
-        parts = [candidate_logprobs(pair.policy, group, asked, drawn, h)[0] for group, h in states]
-        size = np.abs(np.concatenate(parts) - evidence.own_trainer)
+        cause, drawn = "penalties_unmodelled", LogprobSemantics.of("sampler_untruncated", asked)
+        (scores,) = scored_under(pair.policy, own.groups, asked, [drawn])
+        size = np.abs(scores - evidence.own_trainer)
     elif hidden is not None:
         cause, text = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
     elif told.best is None:

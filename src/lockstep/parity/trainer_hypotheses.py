@@ -137,7 +137,8 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
     if left <= enough:
         return Explanation("model_config_differs", f"with a norm epsilon of {epsilon:.4g} the trainer agrees to {left:.1e} nats")
     told = [theirs for path, (_, theirs) in engines.items() if path[-1] == "sliding_window" and theirs]
-    for window in (*told, *WINDOWS) if pair.policy.share_prompts else ():
+    longest = max(len(ids) for ids in few.sequences)  # a wider window is none
+    for window in [w for w in (*told, *WINDOWS) if w < longest] if pair.policy.share_prompts else ():
         left = miss(attention.altered(window=window))
         if left <= enough:
             return Explanation("model_config_differs", f"with a sliding window of {window} the trainer agrees to {left:.1e} nats")
