@@ -26,7 +26,7 @@ FAMILIES = {
     "llama-untied": (LlamaConfig(**COMMON, tie_word_embeddings=False), True),
     "qwen2": (Qwen2Config(**COMMON, tie_word_embeddings=True), True),
     "qwen3": (Qwen3Config(**COMMON), True),
-    "mistral-window": (MistralConfig(**COMMON, sliding_window=64), True),
+    "mistral-window": (MistralConfig(**COMMON, sliding_window=6), True),  # shorter than the blocks that share a prompt
     "gemma2-softcaps": (Gemma2Config(**COMMON, query_pre_attn_scalar=8), False),
     "gpt2": (GPT2Config(vocab_size=89, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2), True),
 }

@@ -63,10 +63,9 @@ def _windowed(block: Block, window: int | None, device: torch.device) -> Tensor 
     length = block.stop - block.start
     if window is None or length <= window:
         return block.mask
-    if block.mask is not None:
-        raise NotImplementedError(f"a shared-prompt block of {length} tokens under a sliding window of {window}")
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() & ones.triu(1 - window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril() if block.mask is None else block.mask
+    position = seen.sum(-1)  # a token sees its own path from the root on, so what it sees counts where it stands
+    return seen & (position[:, None] - position < window)
 
 
 @contextmanager
