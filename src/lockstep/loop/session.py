@@ -75,7 +75,7 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
             "trainer.device": (str(policy.head.device), "where the checkpoint was loaded"),
         }
         manifest = build_manifest(recipe, engine.ready, choices, model_path)
-        yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted), manifest, model_path)
+        yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted, say=say), manifest, model_path)
 
 
 @contextlib.contextmanager

@@ -145,6 +145,7 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
         measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, filling, after, cache_gap)
         plain = (measured.residue(scores) for scores in (new, old, old_head))
         if not measured.blurred and not min(plain) <= measured.limit:
+            pair.say("weights: not all arrived; looking for the tensors, which can take a minute")
             measured.named = (
                 attribution.rounded(pair, canary, engine, measured.limit)
                 or attribution.stale(pair, canary, before, engine, measured.limit)

@@ -42,8 +42,8 @@ UNEXPLAINED = "unexplained_numerics"
 class Part:
     """The completions of a log that were drawn under one setting, and a few of them for hypotheses."""
 
-    def __init__(self, pair: Pair, sample: Sampled, say: Callable[[str], None]) -> None:
-        self.pair, self.sample, self.say = pair, sample, say
+    def __init__(self, pair: Pair, sample: Sampled) -> None:
+        self.pair, self.sample = pair, sample
         self.n = sample.engine_logprobs.size
         self.few = _few(sample)
         self.trainer = self.few.scored(pair.policy)
@@ -76,7 +76,6 @@ class Part:
         asked, best = self.few.sampling, ranked[0].semantics
         told = "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
         if not ranked[0].p50 <= self.pair.noise.p50:
-            self.say("what was asked for does not explain the numbers: trying all else that is known, which can take minutes")
             found = self._unasked(told)
             if found is not None:
                 return found
@@ -165,9 +164,9 @@ def judge(
     """
     engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
-    pair = Pair(engine, policy, nothing, renderer, nothing, recipe)
+    pair = Pair(engine, policy, nothing, renderer, nothing, recipe, say=say)
     _refuse_other_vocabulary(policy, logged)
-    parts = [Part(pair, sample, say) for sample in logged]
+    parts = [Part(pair, sample) for sample in logged]
     layers: dict[LayerName, Callable[[], Verdict]] = {
         "semantics": lambda: _worst([part.semantics() for part in parts]),
         "path": lambda: _worst([part.path() for part in parts]),

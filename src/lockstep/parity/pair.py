@@ -1,6 +1,6 @@
 """The two sides that the ladder compares, and the tokens it compares them on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class Pair:
     """The weight version both sides are meant to hold."""
     planted: tuple[str, ...] = ()
     """Planted faults that every weight load is given (``faults.py``)."""
+    say: Callable[[str], None] = lambda text: None
+    """Told where naming a cause takes longer."""
 
     @property
     def engine_dtype(self) -> str:

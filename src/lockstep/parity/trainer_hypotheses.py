@@ -47,6 +47,7 @@ def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
     Args:
         gap: trainer − engine, float32 [T].
     """
+    pair.say("numerics: the gap is too large; trying what may explain it, which can take minutes")
     found = _precision(pair, sample, gap)
     if found is None and np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
         found = _setting(pair, sample) or _scale(pair, sample)

@@ -12,6 +12,7 @@ def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
 
     ``limit``: a fit is an explanation when it misses by at most this, nats.
     """
+    pair.say("semantics: what was asked for does not explain all numbers; trying all else that is known, which can take minutes")
     policy, groups, engine = pair.policy, sample.groups, sample.engine_logprobs
     held = tokens_of_every_part(policy, groups, engine)
     found = hidden_settings(policy, groups, engine, sample.sampling, limit, held)
