@@ -13,10 +13,11 @@ from lockstep.parity.canary import Canary
 from lockstep.parity.causes import CAUSES
 from lockstep.parity.evidence import gather
 from lockstep.parity.faults import FAULTS
+from lockstep.parity.fitted_settings import norm_epsilon, settings_of
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Sampled
 from lockstep.parity.proxies import RawNumbers, edits, numbers_of, with_numbers
-from lockstep.parity.trainer_hypotheses import CACHES, explain, norm_epsilon
+from lockstep.parity.trainer_hypotheses import CACHES, explain
 from lockstep.policy import attention
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
@@ -135,13 +136,33 @@ def test_penalties_behind_raw_numbers_weigh_what_they_do_to_the_draws(pair, reci
         ({"kept": CACHES["fp8_e5m2"]}, "kv_cache_precision", "kept in fp8_e5m2 "),
         ({"kept": CACHES["fp8_e4m3, cut instead of rounded"]}, "kv_cache_precision", "fp8_e4m3, cut"),
         ({"window": 16}, "model_config_differs", "sliding window of 16 "),
+        ({"scale": 2.5}, "model_config_differs", "attention scores times 2.5 "),
     ],
 )
 def test_another_attention_is_named(pair, altered, cause, told):
-    sample = gather(pair).own
-    with attention.altered(**altered):
-        numbers = sample.scored(pair.policy)
-    completions = [with_numbers(c, numbers[sample.owners == at]) for at, c in enumerate(sample.completions)]
-    found = explain(pair, Sampled(sample.prompts, completions, sample.sampling), sample.scored(pair.policy) - numbers)
+    found = explained_under(pair, attention.altered(**altered))
     assert found.cause == cause, found
     assert told in found.evidence
+
+
+@pytest.mark.parametrize("told", ["a rotary base of 5e+04 ", "positions divided by 4 ", "logits capped at 6 "])
+def test_another_setting_is_fitted(pair, told):
+    with torch.no_grad():
+        pair.policy.head.mul_(40.0)  # or the tiny model's logits are too small for any cap
+    try:
+        setting = next(s for s in settings_of(pair.policy) if told.startswith(s.told.partition("{")[0]))
+        found = explained_under(pair, setting.under(float(told.split()[-1])))
+    finally:
+        with torch.no_grad():
+            pair.policy.head.div_(40.0)
+    assert found.cause == "model_config_differs", found
+    assert f"with {told}the trainer" in found.evidence
+
+
+def explained_under(pair, altered):
+    """What explains an engine that computes as the trainer does under ``altered``."""
+    sample = gather(pair).own
+    with altered:
+        numbers = sample.scored(pair.policy)
+    completions = [with_numbers(c, numbers[sample.owners == at]) for at, c in enumerate(sample.completions)]
+    return explain(pair, Sampled(sample.prompts, completions, sample.sampling), sample.scored(pair.policy) - numbers)

@@ -258,8 +258,8 @@ CAUSES |= _of(
             'engine.options.kv_cache_dtype = "auto".',
         ),
         "model_config_differs": (
-            "The engine computes the model with another setting: the base of the rotary embedding, the norm's epsilon, a window "
-            "over its attention, or any other that it resolved otherwise.",
+            "The engine computes the model with another setting: the rotary embedding's base or scaling, the norm's epsilon, the "
+            "attention's scale or window, a cap on the logits, or any other that it resolved otherwise.",
             "The trainer agrees with the engine once it takes that setting over.",
             "Give both sides the same config.json; drop the override. A checkpoint of transformers 5 needs the older keys for 4.",
         ),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+GOLDEN = (5**0.5 - 1) / 2
 IMPROVES = 0.9
 """A setting that leaves more of the miss than this is not looked at more closely."""
 
@@ -22,20 +23,27 @@ def miss_of(gap: Tensor | np.ndarray) -> float:
     return float(max(np.median(size), np.quantile(size, TAIL, method="lower") / TAIL_OVER_MEDIAN))
 
 
-def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, thirds: int = 12) -> tuple[float, float]:
+def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tries: int = 24) -> tuple[float, float]:
     """The best of a grid and its miss, refined between its neighbours on a logarithmic scale where it beats the miss ``now``.
 
-    ``thirds``: how often the bracket is cut to two thirds.
+    By golden sections: a bracket of width w is one of w · .618ⁿ after n tries.
     """
     misses = [miss(value) for value in grid]
     at = int(np.argmin(misses))
     if not misses[at] < IMPROVES * now:
         return grid[at], misses[at]
-    low, high = np.log(grid[max(at - 1, 0)]), np.log(grid[min(at + 1, len(grid) - 1)])
-    for _ in range(thirds):
-        third = (high - low) / 3
-        a, b = low + third, high - third
-        low, high = (low, b) if miss(float(np.exp(a))) < miss(float(np.exp(b))) else (a, high)
+    low, high = (float(np.log(grid[min(max(to, 0), len(grid) - 1)])) for to in (at - 1, at + 1))
+    a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    left, right = miss(float(np.exp(a))), miss(float(np.exp(b)))
+    for _ in range(tries - 2):
+        if left < right:
+            high, b, right = b, a, left
+            a = high - GOLDEN * (high - low)
+            left = miss(float(np.exp(a)))
+        else:
+            low, a, left = a, b, right
+            b = low + GOLDEN * (high - low)
+            right = miss(float(np.exp(b)))
     exact = float(np.exp((low + high) / 2))
-    left, best = min((miss(value), value) for value in (grid[at], exact, float(f"{exact:.2g}"), float(f"{exact:.1g}")))
-    return best, left
+    least, best = min((miss(value), value) for value in (grid[at], exact, *(float(f"{exact:.{n}g}") for n in (3, 2, 1))))
+    return best, least

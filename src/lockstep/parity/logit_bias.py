@@ -69,7 +69,7 @@ class BiasFit:
         def miss(size: float) -> float:
             return float(self.left(self.biases | {token: sign * size}).abs().mean())
 
-        size, left = fitted(SIZES, miss, now, thirds=40)
+        size, left = fitted(SIZES, miss, now, tries=36)
         return left, float(sign * size)
 
 

@@ -66,7 +66,7 @@ def hidden_penalty(sample: Sampled, held: Held, limit: float) -> Explained | Non
 
     without, fits = miss(), {}
     for name, grid in PENALTIES.items():
-        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(**{name: v}), without, thirds=40)
+        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(**{name: v}), without, tries=36)
         fits[f"{name.replace('_', ' ')} {value:.3g}"] = left
     best = min(fits, key=lambda name: fits[name])
     return Explained("hidden_penalties", best, fits[best]) if fits[best] <= limit < without else None

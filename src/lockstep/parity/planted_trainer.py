@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from lockstep.parity.fitted_settings import norm_epsilon, rotary_base
 from lockstep.parity.pair import Pair
-from lockstep.parity.trainer_hypotheses import norm_epsilon, rotary_base
 from lockstep.policy import model as policy_model
 from lockstep.policy.packing import Block, Packed
 from lockstep.training import batch, step

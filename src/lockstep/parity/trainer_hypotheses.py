@@ -1,22 +1,22 @@
 """Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried on the trainer.
 
 A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by token. The engine's own
-model configuration, another setting of the model (the base of the rotary embedding, the norm's epsilon) or a scaled tensor must
-make the gap vanish.
+model configuration, another setting of the model (``fitted_settings.py``) or a scaled tensor must make the gap vanish.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
+from lockstep.parity.fitted_settings import settings_of
 from lockstep.parity.fitting import fitted
 from lockstep.parity.model_settings import departures, with_settings
 from lockstep.parity.pair import Pair, Sampled
@@ -24,8 +24,6 @@ from lockstep.parity.tolerances import EXPLAINS, PRECISION_MULTIPLE
 from lockstep.policy import attention
 from lockstep.policy.model import Policy
 
-ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
-EPSILONS = np.geomspace(1e-12, 1e-1, 12)
 WINDOWS = tuple(2**n for n in range(3, 13))
 SETTING_ROWS = 4
 """At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves nothing anywhere."""
@@ -130,13 +128,11 @@ def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
         if left <= EXPLAINS * now:
             text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
             return Explanation("kv_cache_precision", text)
-    for module in _rotary(pair.policy.model):
-        base, left = fitted([float(b) for b in ROTARY_BASES], lambda b, m=module: miss(rotary_base(m, b)), now)
+    for setting in settings_of(pair.policy):
+        value, left = fitted(setting.grid, lambda v, setting=setting: miss(setting.under(v)), now)
         if left <= enough:
-            return Explanation("model_config_differs", f"with a rotary base of {base:.4g} the trainer agrees to {left:.1e} nats")
-    epsilon, left = fitted([float(e) for e in EPSILONS], lambda e: miss(norm_epsilon(pair.policy.model, e)), now)
-    if left <= enough:
-        return Explanation("model_config_differs", f"with a norm epsilon of {epsilon:.4g} the trainer agrees to {left:.1e} nats")
+            text = f"with {setting.told.format(value)} the trainer agrees to {left:.1e} nats"
+            return Explanation("model_config_differs", text)
     told = [theirs for path, (_, theirs) in engines.items() if path[-1] == "sliding_window" and theirs]
     longest = max(len(ids) for ids in few.sequences)  # a wider window is none
     for window in [w for w in (*told, *WINDOWS) if w < longest] if pair.policy.share_prompts else ():
@@ -171,39 +167,6 @@ def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:
 
 def _first(sample: Sampled, n: int) -> Sampled:
     return Sampled(sample.prompts[:n], sample.completions[:n], sample.sampling)
-
-
-def _rotary(model: nn.Module) -> list[Any]:
-    """The module that holds the rotary frequencies, where it is of the default kind."""
-    return [m for m in model.modules() if hasattr(m, "inv_freq") and getattr(m, "rope_type", "default") == "default"][:1]
-
-
-@contextmanager
-def rotary_base(module: Any, base: float) -> Iterator[None]:
-    """The trainer's rotary embedding with another base."""
-    before = module.inv_freq
-    n = before.numel()
-    module.inv_freq = (base ** -(torch.arange(n, device=before.device, dtype=torch.float32) / n)).to(before.dtype)
-    try:
-        yield
-    finally:
-        module.inv_freq = before
-
-
-@contextmanager
-def norm_epsilon(model: nn.Module, epsilon: float) -> Iterator[None]:
-    """The trainer's norms with another epsilon."""
-    norms = [
-        (m, name) for m in model.modules() for name in ("variance_epsilon", "eps") if isinstance(getattr(m, name, None), float)
-    ]
-    before = [getattr(m, name) for m, name in norms]
-    for m, name in norms:
-        setattr(m, name, epsilon)
-    try:
-        yield
-    finally:
-        for (m, name), value in zip(norms, before, strict=True):
-            setattr(m, name, value)
 
 
 def _scale(pair: Pair, sample: Sampled) -> Explanation | None:

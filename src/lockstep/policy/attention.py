@@ -69,15 +69,15 @@ def _windowed(block: Block, window: int | None, device: torch.device) -> Tensor 
 
 
 @contextmanager
-def altered(window: int | None = None, kept: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
-    """Packed attention as another side may have it: under a sliding window, or over keys and values as a cache kept them."""
+def altered(window: int | None = None, kept: Callable[[Tensor], Tensor] | None = None, scale: float = 1.0) -> Iterator[None]:
+    """Packed attention as another side may have it: under a window, over keys and values as a cache kept them, scores scaled."""
 
     def other(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if kept is not None:
             key, value = kept(key), kept(value)
         if window is not None:
             kwargs["sliding_window"] = window
-        return packed_attention(module, query, key, value, *args, **kwargs)
+        return packed_attention(module, query * scale, key, value, *args, **kwargs)
 
     AttentionInterface.register(NAME, other)
     try:
