@@ -1,12 +1,19 @@
 """``lockstep faults``: plant faults in a real engine and a real trainer, and show what the ladder named."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lockstep.cli.console import Console, emit
 from lockstep.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lockstep.config.recipe import Recipe
+    from lockstep.loop.campaign import Outcome
+    from lockstep.parity.fault import Fault
 
 DEFAULT = Path("recipes/quickstart.toml")
 
@@ -18,7 +25,7 @@ def faults(
     only: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Just these.")] = None,
     clean: Annotated[bool, typer.Option(help="Climb eight clean configurations too: none may fail.")] = True,
     list_: Annotated[bool, typer.Option("--list", help="Only say what there is to plant.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the engine's log goes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where outcomes are kept; started again, it goes on there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Plant each fault, climb the ladder, and print the confusion matrix.
@@ -26,8 +33,6 @@ def faults(
     Exit code: 0 when every fault was named and no clean check failed, 1 otherwise, 2 usage or configuration, 3 when none could
     be planted.
     """
-    import tempfile
-
     from lockstep.cli.common import recipe_of
     from lockstep.parity.faults import FAULTS
 
@@ -40,20 +45,7 @@ def faults(
             print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
         return
     loaded = recipe_of(recipe, set_, engine)
-    from lockstep.engines.registry import choose
-    from lockstep.loop.campaign import clean_configurations, generation_of, run_campaign
-
-    total = len(chosen) + (len(clean_configurations(generation_of(choose(loaded.engine)))) if clean else 0)
-    with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-faults-") as scratch:
-        done: list[Any] = []
-
-        def tell(outcome: Any) -> None:
-            done.append(outcome)
-            console.say(f"{len(done)}/{total} {_line(outcome)}")
-
-        log = (out or Path(scratch)) / "engine.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        outcomes = run_campaign(loaded, chosen, log, console.say, clean=clean, on_outcome=tell)
+    outcomes = _campaign(loaded, chosen, out, clean=clean)
     missed = [outcome for outcome in outcomes if not outcome.hit and not outcome.not_run]
     matrix = confusion(outcomes)
     if as_json:
@@ -67,7 +59,35 @@ def faults(
     raise typer.Exit(1 if missed else 0 if any(outcome.hit for outcome in outcomes) else 3)
 
 
-def confusion(outcomes: list[Any]) -> dict[str, dict[str, int]]:
+def _campaign(recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, clean: bool) -> "list[Outcome]":
+    """The outcomes, told as they come; those that ``out`` holds are not measured again."""
+    import itertools
+    import tempfile
+
+    from lockstep.engines.registry import choose
+    from lockstep.loop.campaign import clean_configurations, generation_of, run_campaign
+    from lockstep.loop.journal import Journal
+
+    names = [fault.name for fault in chosen]
+    names += [name for name, _ in clean_configurations(generation_of(choose(recipe.engine)))] if clean else []
+    with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-faults-") as scratch:
+        directory = out or Path(scratch)
+        directory.mkdir(parents=True, exist_ok=True)
+        journal = Journal(directory / "outcomes.jsonl", recipe)
+        done = [outcome for outcome in journal.outcomes() if outcome.name in names]
+        if done:
+            console.say(f"{len(done)} of {len(names)} are in {journal.path} already")
+        count = itertools.count(len(done) + 1)
+
+        def tell(outcome: "Outcome") -> None:
+            journal.add(outcome)
+            console.say(f"{next(count)}/{len(names)} {_line(outcome)}")
+
+        log = directory / "engine.log"
+        return run_campaign(recipe, chosen, log, console.say, clean=clean, on_outcome=tell, done=done)
+
+
+def confusion(outcomes: "list[Outcome]") -> dict[str, dict[str, int]]:
     """Planted layer → found layer → how many; a right layer with a wrong cause counts under ``other cause``."""
     found: dict[str, dict[str, int]] = {}
     for o in outcomes:
@@ -93,13 +113,13 @@ def show_matrix(matrix: dict[str, dict[str, int]]) -> str:
     return "\n".join([*lines, *rows])
 
 
-def _rows(outcomes: list[Any]) -> list[dict[str, Any]]:
+def _rows(outcomes: "list[Outcome]") -> list[dict[str, Any]]:
     import msgspec
 
     return [msgspec.to_builtins(outcome) | {"hit": outcome.hit} for outcome in outcomes]
 
 
-def _line(outcome: Any) -> str:
+def _line(outcome: "Outcome") -> str:
     if outcome.not_run:
         return f"{outcome.name}: NOT_RUN, {outcome.not_run}"
     named = f"{outcome.found_layer}, {outcome.found_cause.replace('_', ' ')}" if outcome.found_layer else "nothing"

@@ -66,14 +66,24 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
 
 def run_campaign(
-    recipe: Recipe, faults: Sequence[Fault], log: Path, say: Say, *, clean: bool, on_outcome: Callable[[Outcome], None]
+    recipe: Recipe,
+    faults: Sequence[Fault],
+    log: Path,
+    say: Say,
+    *,
+    clean: bool,
+    on_outcome: Callable[[Outcome], None],
+    done: Sequence[Outcome] = (),
 ) -> list[Outcome]:
     """Climb once for each fault, and once for each clean configuration where ``clean``; each outcome is told as it comes.
+
+    Args:
+        done: what an earlier campaign came to (``journal.py``); returned with the rest and not climbed again.
 
     Raises:
         EngineError: when an engine does not start without a fault's own flags.
     """
-    outcomes: list[Outcome] = []
+    outcomes = list(done)
     generation = generation_of(choose(recipe.engine))
     for fault in faults:
         if generation not in fault.generations:
@@ -82,6 +92,8 @@ def run_campaign(
     faults = [fault for fault in faults if generation in fault.generations]
     planned: list[tuple[str, tuple[str, ...], Fault | None]] = [(fault.name, fault.sets, fault) for fault in faults]
     planned += [(name, sets, None) for name, sets in (clean_configurations(generation) if clean else ())]
+    known = {outcome.name for outcome in done}
+    planned = [job for job in planned if job[0] not in known]
     starts: dict[tuple[str, ...], list[tuple[str, tuple[str, ...], Fault | None]]] = {}
     for job in planned:
         starts.setdefault(tuple(s for s in job[1] if s.startswith(("engine.", "model."))), []).append(job)

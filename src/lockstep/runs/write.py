@@ -43,12 +43,12 @@ def append_metrics(path: Path, step: int, version: int, figures: Mapping[str, fl
     unknown = sorted(figures.keys() - BY_NAME.keys())
     if unknown:
         raise KeyError(f"figures {unknown} are not in metrics/catalog.py")
-    _append(path, {"schema": SCHEMA_METRICS, "step": step, "weight_version": version, "metrics": strict(figures)})
+    append(path, {"schema": SCHEMA_METRICS, "step": step, "weight_version": version, "metrics": strict(figures)})
 
 
 def append_verdict(path: Path, verdict: Verdict, when: str) -> None:
     """Add one verdict; ``when`` says what it is about (``before step 0``, ``after sync 12``)."""
-    _append(path, {"schema": SCHEMA_VERDICT, "when": when, **plain(verdict)})
+    append(path, {"schema": SCHEMA_VERDICT, "when": when, **plain(verdict)})
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -74,7 +74,8 @@ def write_rollouts(path: Path, columns: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line of strict JSON."""
     line = msgspec.json.encode(row) + b"\n"
     with path.open("ab") as file:
         file.write(line)
