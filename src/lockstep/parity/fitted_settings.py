@@ -16,9 +16,9 @@ from torch import nn
 from lockstep.policy import attention
 from lockstep.policy.model import Policy
 
-ROTARY_BASES = np.geomspace(1e3, 1e7, 9)
-INTERPOLATIONS = np.geomspace(1 / 8, 16, 8)
-EPSILONS = np.geomspace(1e-12, 1e-1, 12)
+ROTARY_BASES = np.geomspace(1e3, 1e7, 9).tolist()
+INTERPOLATIONS = np.geomspace(1 / 8, 16, 8).tolist()
+EPSILONS = np.geomspace(1e-12, 1e-1, 12).tolist()
 SCALES = (0.125, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0, 4.0, 8.0)
 """Closer where they are close to none: of two that miss as far as 1 does, neither would be refined."""
 CAPS = (5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 75.0, 100.0, 1e4)
@@ -40,18 +40,14 @@ def settings_of(policy: Policy) -> Iterator[Setting]:
     """Those that this trainer can take."""
     module = _rotary(policy.model)
     if module is not None:
-        yield Setting("a rotary base of {:.4g}", _floats(ROTARY_BASES), lambda base: rotary_base(module, base))
+        yield Setting("a rotary base of {:.4g}", ROTARY_BASES, lambda base: rotary_base(module, base))
         yield Setting(
-            "positions divided by {:.4g}", _floats(INTERPOLATIONS), lambda by: _frequencies(module, module.inv_freq / by)
+            "positions divided by {:.4g}", INTERPOLATIONS, lambda by: _holding([(module, "inv_freq")], module.inv_freq / by)
         )
-    yield Setting("a norm epsilon of {:.4g}", _floats(EPSILONS), lambda epsilon: norm_epsilon(policy.model, epsilon))
+    yield Setting("a norm epsilon of {:.4g}", EPSILONS, lambda epsilon: norm_epsilon(policy.model, epsilon))
     if policy.share_prompts:
         yield Setting("attention scores times {:.4g}", SCALES, lambda scale: attention.altered(scale=scale))
-    yield Setting("logits capped at {:.4g}", CAPS, lambda cap: _capped(policy, cap))
-
-
-def _floats(values: np.ndarray) -> list[float]:
-    return [float(value) for value in values]
+    yield Setting("logits capped at {:.4g}", CAPS, lambda cap: _holding([(policy, "softcap")], cap))
 
 
 def _rotary(model: nn.Module) -> Any:
@@ -61,41 +57,26 @@ def _rotary(model: nn.Module) -> Any:
 
 def rotary_base(module: Any, base: float) -> AbstractContextManager[None]:
     """The trainer's rotary embedding with another base."""
-    n = module.inv_freq.numel()
-    return _frequencies(module, base ** -(torch.arange(n, device=module.inv_freq.device, dtype=torch.float32) / n))
-
-
-@contextmanager
-def _frequencies(module: Any, frequencies: torch.Tensor) -> Iterator[None]:
     before = module.inv_freq
-    module.inv_freq = frequencies.to(before.dtype)
-    try:
-        yield
-    finally:
-        module.inv_freq = before
+    n = before.numel()
+    frequencies = base ** -(torch.arange(n, device=before.device, dtype=torch.float32) / n)
+    return _holding([(module, "inv_freq")], frequencies.to(before.dtype))
 
 
-@contextmanager
-def _capped(policy: Policy, cap: float) -> Iterator[None]:
-    before = policy.softcap
-    policy.softcap = cap
-    try:
-        yield
-    finally:
-        policy.softcap = before
-
-
-@contextmanager
-def norm_epsilon(model: nn.Module, epsilon: float) -> Iterator[None]:
+def norm_epsilon(model: nn.Module, epsilon: float) -> AbstractContextManager[None]:
     """The trainer's norms with another epsilon."""
-    norms = [
-        (m, name) for m in model.modules() for name in ("variance_epsilon", "eps") if isinstance(getattr(m, name, None), float)
-    ]
-    before = [getattr(m, name) for m, name in norms]
-    for m, name in norms:
-        setattr(m, name, epsilon)
+    names = ("variance_epsilon", "eps")
+    return _holding([(m, n) for m in model.modules() for n in names if isinstance(getattr(m, n, None), float)], epsilon)
+
+
+@contextmanager
+def _holding(places: Sequence[tuple[Any, str]], value: Any) -> Iterator[None]:
+    """Attributes with another value, all with the same."""
+    before = [getattr(holder, name) for holder, name in places]
+    for holder, name in places:
+        setattr(holder, name, value)
     try:
         yield
     finally:
-        for (m, name), value in zip(norms, before, strict=True):
-            setattr(m, name, value)
+        for (holder, name), old in zip(places, before, strict=True):
+            setattr(holder, name, old)
