@@ -14,7 +14,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from lockstep.parity.fitting import miss_of
+from lockstep.parity.fitting import fitted, miss_of
 from lockstep.parity.hypotheses import edit, fits, hidden_of
 from lockstep.parity.tolerances import DRAWS_Z, LOG_CHANCE
 from lockstep.policy.model import Policy
@@ -24,7 +24,7 @@ from lockstep.records.tokens import SamplingParams
 
 FITTED_TOKENS = 128
 """Whole distributions that are held at once for a fit."""
-TEMPERATURES = np.geomspace(0.05, 4.0, 45)
+TEMPERATURES = np.geomspace(0.05, 4.0, 45).tolist()
 LARGEST_TOP_K = 4096
 """Ranks past this speak against a truncation that matters."""
 RARELY_ABOVE = 0.02
@@ -115,13 +115,7 @@ def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[flo
         scored = (logits / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
         return miss_of(scored - engine)
 
-    low, high = 0, len(TEMPERATURES) - 1
-    best = min(range(low, high + 1), key=lambda i: miss(TEMPERATURES[i]))
-    a, b = TEMPERATURES[max(best - 1, 0)], TEMPERATURES[min(best + 1, high)]
-    for _ in range(40):  # ternary search: the miss is unimodal between neighbours of the best
-        third = (b - a) / 3
-        a, b = (a, b - third) if miss(a + third) < miss(b - third) else (a + third, b)
-    return (a + b) / 2, miss((a + b) / 2)
+    return fitted(TEMPERATURES, miss, float("inf"), tries=40)
 
 
 def fitted_truncation(logits: Tensor, ids: Tensor, engine: Tensor, limit: float) -> tuple[str, float] | None:
