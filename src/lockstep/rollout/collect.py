@@ -32,7 +32,7 @@ class Rollouts:
     rewards: np.ndarray = field(default_factory=lambda: np.empty(0))
     """float64 [samples]; NaN where no reward was given."""
     advantages: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    """float32 [samples]."""
+    """float32 [samples]; NaN until all are scored."""
     sample_s: float = 0.0
     reward_s: float = 0.0
 
@@ -47,6 +47,13 @@ class Rollouts:
     def lengths(self) -> np.ndarray:
         """int [samples]: tokens of each completion."""
         return np.array([len(c.token_ids) // 4 for c in self.completions])
+
+    @property
+    def scored(self) -> bool:
+        """True when every sample has its reward and its advantage."""
+        return not (
+            np.isnan(self.rewards).any() or np.isnan(self.advantages).any() or len(self.advantages) < len(self.completions)
+        )
 
     @property
     def missing(self) -> int:
@@ -75,7 +82,17 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
     texts = [renderer.text(np.frombuffer(c.token_ids, INT32)) for c in completions]
     spent = time.perf_counter() - began
     unscored = np.full(len(completions), np.nan)
-    return Rollouts(step, training.group_size, list(numbers), prompts, completions, texts, rewards=unscored, sample_s=spent)
+    return Rollouts(
+        step,
+        training.group_size,
+        list(numbers),
+        prompts,
+        completions,
+        texts,
+        rewards=unscored,
+        advantages=unscored.astype(np.float32),
+        sample_s=spent,
+    )
 
 
 def request(recipe: Recipe, renderer: Renderer, seed: int, **changes: Any) -> SamplingParams:

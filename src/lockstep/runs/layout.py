@@ -5,8 +5,10 @@ runs/<id>/
   certificate.json    which pair passed which layers; written only on PASS
   verdicts.jsonl      every verdict, in order, over all starts of the run
   metrics.jsonl       one line a training step
-  rollouts/           step-000007.parquet; one row a completion
-  checkpoints/        step-000010/: a Hugging Face directory plus optimizer state
+  rollouts/           step-000007.parquet: admitted by the gate, and trained on or about to be; one row a completion
+    drawn/            step-000007.parquet: sampled; not yet judged, perhaps not yet scored
+    refused/          step-000007.parquet: refused by the gate, never trained on; later refusals of it: step-000007.2.parquet …
+  checkpoints/        step-000010/: a Hugging Face directory, and the trainer's own state in its folder trainer/
   engine.log          the engine's own output
 """
 
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.errors import UsageError
+from lockstep.runs.durable import PARTIAL, PRIVATE_FILE, make_directory, writing
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class RunLayout:
         Raises:
             UsageError: when one is at it.
         """
-        with (self.root / ".lock").open("a") as file:
+        with writing(self.root / ".lock"):
+            descriptor = os.open(self.root / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
+        with open(descriptor, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -77,20 +82,42 @@ class RunLayout:
         """The engine's output."""
         return self.root / "engine.log"
 
+    def drawn(self, step: int) -> Path:
+        """Rollouts of one step as they were sampled: not yet judged; their rewards are NaN until they are scored."""
+        return self.root / "rollouts" / "drawn" / f"step-{step:06d}.parquet"
+
     def rollouts(self, step: int) -> Path:
-        """Rollouts of one step; trained on, or about to be."""
+        """Rollouts of one step that the gate admitted; trained on, or about to be."""
         return self.root / "rollouts" / f"step-{step:06d}.parquet"
+
+    def refused(self, step: int) -> Path:
+        """Rollouts of one step that the gate refused, the first time; never trained on. :meth:`refusals` has all of them."""
+        return self.root / "rollouts" / "refused" / f"step-{step:06d}.parquet"
+
+    def refusals(self, step: int) -> list[Path]:
+        """Every refusal of one step, oldest first."""
+        first = self.refused(step)
+        later = [path for path in first.parent.glob(f"step-{step:06d}.*.parquet") if path.suffixes[0][1:].isdigit()]
+        return [first] * first.is_file() + sorted(later, key=lambda path: int(path.suffixes[0][1:]))
 
     def failed_rollouts(self, step: int) -> Path:
         """Rollouts whose reward function failed; never trained on."""
         return self.root / "rollouts" / f"step-{step:06d}.failed.parquet"
 
 
+LEFT = {".lock", "engine.log", "rollouts"}
+"""What a start leaves that got no further than its manifest; a new run takes the place."""
+
+
 def new_run(out: Path | None) -> RunLayout:
-    """Create a run directory, private to the user: ``out``, or ``runs/<date>-<random>``.
+    """A run directory: ``out``, or ``runs/<date>-<random>``.
+
+    It is made, private to the user. One that is there already keeps its mode, and must be empty: a run's files are not mixed with
+    others, which a resume could take for its own. The files of a run are private in either case.
 
     Raises:
-        UsageError: when ``out`` already holds a run.
+        UsageError: when ``out`` holds a run, or anything else, or is no directory.
+        RunError: when it cannot be made.
     """
     root = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if (root / "manifest.json").exists():
@@ -100,9 +127,26 @@ def new_run(out: Path | None) -> RunLayout:
             expected="an empty place",
             hint=f"lockstep train --resume {root}",
         )
-    (root / "rollouts").mkdir(parents=True, exist_ok=True)
-    os.chmod(root, 0o700)
+    if root.exists():
+        _refuse_foreign(root)
+    else:
+        make_directory(root.parent, 0o777)
+        make_directory(root)
     return RunLayout(root)
+
+
+def _refuse_foreign(root: Path) -> None:
+    if not root.is_dir():
+        raise UsageError(f"flag --out {root}", got="a file", expected="an empty directory, or none yet", hint="give another")
+    own = {path.name for path in root.glob(f"{PARTIAL}*")} | LEFT
+    foreign = sorted(path.name for path in root.iterdir() if path.name not in own)
+    if foreign or any(path.is_file() for path in (root / "rollouts").rglob("*")):
+        raise UsageError(
+            f"flag --out {root}",
+            got=f"a directory that holds {', '.join(foreign[:3] or ['rollouts'])}{' …' if len(foreign) > 3 else ''} and no run",
+            expected="an empty directory, or none yet",
+            hint=f"--out {root / 'run'}",
+        )
 
 
 def existing_run(root: Path) -> RunLayout:

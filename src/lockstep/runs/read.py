@@ -1,11 +1,14 @@
 """Read a run directory. No torch."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lockstep.errors import RunError
+from lockstep.runs.durable import flush_file, writing
+from lockstep.runs.rollouts import read_table
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -20,10 +23,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(msgspec.json.decode(line))
-        except msgspec.DecodeError as error:
-            raise RunError(f"{path}, line {number}", got=str(error), expected="JSON", hint=f"sed -n {number}p {path}") from error
+            rows.append(msgspec.json.decode(line, type=dict[str, Any]))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"{path}, line {number}", got=str(error), expected="a JSON object", hint=f"sed -n {number}p {path}"
+            ) from error
     return rows
+
+
+def read_document(path: Path, hint: str) -> dict[str, Any]:
+    """A file that holds one JSON object: a manifest, say.
+
+    Args:
+        hint: what to do when it does not.
+
+    Raises:
+        RunError: when it is missing, cut, empty, or no JSON object.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunError(f"file {path}", got=str(error) or type(error).__name__, expected="a JSON object", hint=hint) from error
 
 
 def number(value: Any) -> float:
@@ -37,12 +57,15 @@ def drop_partial_line(path: Path) -> None:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            with path.open("rb+") as file:
-                file.truncate(whole)
+            with writing(path):
+                os.truncate(path, whole)
+                flush_file(path)
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of one step's Parquet file."""
-    from pyarrow import parquet
+    """The rows of one step's Parquet file.
 
-    return parquet.read_table(path).to_pylist()
+    Raises:
+        RunError: when it is not whole.
+    """
+    return read_table(path)[0].to_pylist()

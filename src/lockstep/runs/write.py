@@ -1,6 +1,6 @@
-"""Write into a run directory: strict JSON, whole lines, whole files."""
+"""Write into a run directory: strict JSON, whole lines, whole files; how they are kept is ``durable.py``'s."""
 
-import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ import numpy as np
 
 from lockstep.metrics.catalog import BY_NAME
 from lockstep.records.verdicts import Verdict
+from lockstep.runs.durable import PARTIAL, append_line, flush_directory, writing
+from lockstep.runs.durable import write_atomically as write_atomically
+from lockstep.runs.layout import RunLayout
 
 SCHEMA_METRICS = "lockstep.metrics/1"
 SCHEMA_VERDICT = "lockstep.verdict/1"
@@ -51,31 +54,26 @@ def append_verdict(path: Path, verdict: Verdict, when: str) -> None:
     append(path, {"schema": SCHEMA_VERDICT, "when": when, **plain(verdict)})
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
-def write_rollouts(path: Path, columns: Mapping[str, Any]) -> None:
-    """One row a completion, as Parquet. Token ids are int32 lists, log-probabilities float32 lists (NaN where missing)."""
-    import pyarrow
-    from pyarrow import parquet
-
-    types = {
-        "prompt_token_ids": pyarrow.list_(pyarrow.int32()),
-        "token_ids": pyarrow.list_(pyarrow.int32()),
-        "engine_logprobs": pyarrow.list_(pyarrow.float32()),
-    }
-    table = pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})
-    partial = path.with_name(f".partial-{path.name}")
-    parquet.write_table(table, partial, compression="zstd")
-    os.replace(partial, path)
-
-
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line of strict JSON."""
-    line = msgspec.json.encode(row) + b"\n"
-    with path.open("ab") as file:
-        file.write(line)
+    """Add one line of strict JSON.
+
+    Raises:
+        RunError: when it cannot be written; the file is then as it was.
+    """
+    append_line(path, msgspec.json.encode(row) + b"\n")
+
+
+def forget_partials(layout: RunLayout) -> None:
+    """At the start of a run that goes on: remove what a killed process left half-written, and flush what it renamed last.
+
+    Raises:
+        RunError: when it cannot be removed.
+    """
+    with writing(layout.root):
+        for left in list(layout.root.rglob(f"{PARTIAL}*")):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+        for directory in (layout.root, *(path for path in layout.root.rglob("*") if path.is_dir())):
+            flush_directory(directory)

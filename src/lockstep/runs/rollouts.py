@@ -1,0 +1,107 @@
+"""One step's rollouts as Parquet: one row a completion, the same columns in every step, whether scored yet or not.
+
+Besides the columns the file carries its schema's name and what belongs to the step as a whole (``ABOUT``), so that it can be read
+alone. A page that was damaged is found by its checksum.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from lockstep.errors import RunError
+from lockstep.runs.durable import write_atomically
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SCHEMA_ROLLOUTS = "lockstep.rollouts/1"
+ABOUT = b"lockstep"
+"""The key of the file's own line of JSON in its Parquet metadata."""
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """What belongs to the whole step."""
+
+    schema: str = SCHEMA_ROLLOUTS
+    step: int
+    group_size: int
+    sample_s: float = 0.0
+    reward_s: float = 0.0
+
+
+def columns() -> "pyarrow.Schema":
+    """Column names and types; no value is ever null: a number that is missing is NaN, and counted."""
+    import pyarrow as pa
+
+    def required(name: str, of: pa.DataType) -> pa.Field:
+        return pa.field(name, of, nullable=False)
+
+    def many(of: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.field("element", of, nullable=False))
+
+    span = pa.struct([required("start", pa.int64()), required("stop", pa.int64()), required("version", pa.int64())])
+    types = {
+        "step": pa.int64(),
+        "item": pa.int64(),
+        "sample": pa.int64(),
+        "prompt_token_ids": many(pa.int32()),
+        "prompt_tokens": pa.int64(),
+        "token_ids": many(pa.int32()),
+        "engine_logprobs": many(pa.float32()),
+        "missing_logprobs": pa.int64(),
+        "weight_version": pa.int64(),  # of the first token, for readers; the spans are what is read back
+        "version_spans": many(span),
+        "finish_reason": pa.string(),
+        "text": pa.string(),
+        "reward": pa.float64(),
+        "advantage": pa.float32(),
+    }
+    return pa.schema([required(name, of) for name, of in types.items()])
+
+
+def write_rollouts(path: Path, values: Mapping[str, Any], about: About) -> None:
+    """Write one step whole or not at all.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = columns().with_metadata({ABOUT: msgspec.json.encode(about)})
+    table = pa.table({field.name: pa.array(values[field.name], field.type) for field in schema}, schema=schema)
+    buffer = pa.BufferOutputStream()
+    parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    write_atomically(path, memoryview(buffer.getvalue()))
+
+
+def read_table(path: Path) -> "tuple[pyarrow.Table, About]":
+    """What :func:`write_rollouts` wrote.
+
+    Raises:
+        RunError: when the file is cut, empty, damaged, or another program's.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        content = pa.py_buffer(path.read_bytes())
+        table = parquet.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+        about = msgspec.json.decode((table.schema.metadata or {}).get(ABOUT, b""), type=About)
+    except (OSError, pa.ArrowException, msgspec.MsgspecError) as error:
+        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    if about.schema != SCHEMA_ROLLOUTS or not table.schema.equals(columns()):
+        raise _damaged(path, f"schema {about.schema}, columns {', '.join(table.column_names[:4])} …")
+    return table, about
+
+
+def _damaged(path: Path, got: str) -> RunError:
+    run = next((parent for parent in path.parents if (parent / "manifest.json").is_file()), path.parents[1])
+    return RunError(
+        f"rollouts {path}",
+        got=got,
+        expected=f"a whole file of {SCHEMA_ROLLOUTS}",
+        hint=f"put a copy of it back, or: mv {path} {path}.damaged && lockstep train --resume {run}   (the step is drawn again)",
+    )
