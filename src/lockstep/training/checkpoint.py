@@ -1,78 +1,250 @@
-"""Checkpoints: whole or absent. Each is also a Hugging Face directory that any tool can load."""
+"""Checkpoints: whole or absent. Each is also a Hugging Face directory that any tool can load.
 
+    step-000012/
+      model.safetensors, config.json, tokenizer.json, …    the weights alone: engines load every safetensors file of the top level
+      trainer/optimizer.safetensors, state.json            what a resume needs besides
+
+    .partial-step-000012/ ─ write, fsync ─► step-000012.older ◄─ a step-000012 that is there ─► rename ─► fsync ─► older ones go
+
+At each moment one whole checkpoint lies under a name that :func:`newest_checkpoint` finds, on the disk.
+"""
+
+import errno
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from msgspec import Struct, json
+from msgspec import MsgspecError, Struct, json
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lockstep.errors import RunError
 from lockstep.policy.model import Policy
+from lockstep.runs.durable import PARTIAL, PRIVATE_FILE, flush_directory, flush_file, make_directory, rename, writing
 from lockstep.training.optimizer import MasterAdamW
-from lockstep.weights.publish import named_weights
+from lockstep.weights.publish import checkpoint_weights, named_weights
 
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MODEL, OPTIMIZER, STATE = "model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"
+PARTS = ("config.json", MODEL, OPTIMIZER, STATE)
+OLDER = ".older"
+NAME = re.compile(rf"step-(\d+)({re.escape(OLDER)})?")
+WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data"),
+    *(".tflite", ".npz", ".pkl", ".pickle"),
+}
+"""Files of a source checkpoint that hold its weights, or another program's state. All others belong to the model as much as to
+its next version: tokenizer, templates, code, licence."""
 
 
 class CheckpointState(Struct, frozen=True):
     """What is no tensor. ``step`` training steps are inside the weights."""
 
     step: int
+    run_sha256: str = ""
+    """Of whatever must be the same when the run goes on; empty where nobody said."""
 
 
-def save_checkpoint(directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path) -> Path:
-    """Write ``directory/step-000012`` and then remove older ones. Returns its path."""
+def save_checkpoint(
+    directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path, *, run_sha256: str = ""
+) -> Path:
+    """Write ``directory/step-000012`` and then remove older ones. Returns its path.
+
+    Raises:
+        RunError: when it cannot be written; those that were there before are still there.
+    """
     target = directory / f"step-{step:06d}"
-    partial = directory / f".partial-{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.detach() for k, v in named_weights(policy.model).items()}, partial / "model.safetensors", {"format": "pt"})
-    save_file(optimizer.state(), partial / "optimizer.safetensors")
-    for name in COMPANIONS:
-        if (model_path / name).is_file():
-            shutil.copyfile(model_path / name, partial / name)
-    (partial / "state.json").write_bytes(json.encode(CheckpointState(step)))
-    for path in partial.iterdir():
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for older in directory.glob("step-*"):
-        if older != target:
-            shutil.rmtree(older)
+    partial = directory / f"{PARTIAL}{target.name}"
+    with writing(target):
+        try:
+            _remove(partial)
+            make_directory(partial / "trainer")
+            _copy_companions(model_path, partial, policy.model.dtype)
+            _save_tensors(_own(checkpoint_weights(policy.model)), partial / MODEL)
+            _save_tensors(optimizer.state(), partial / OPTIMIZER)
+            (partial / STATE).write_bytes(json.encode(CheckpointState(step, run_sha256)))
+            _flush_tree(partial)
+            _put_in_place(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for older in _named(directory):
+            if older != target:
+                shutil.rmtree(older)
     return target
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The last complete checkpoint, or None."""
-    return max(directory.glob("step-*"), default=None, key=lambda path: path.name)
+    """The last whole checkpoint, or None. One that is not whole, whatever cut it short, is passed over."""
+    return max(filter(_whole, _named(directory)), default=None, key=_age)
+
+
+def read_state(path: Path) -> CheckpointState:
+    """What a checkpoint says of itself.
+
+    Raises:
+        RunError: when it does not.
+    """
+    try:
+        return json.decode((path / STATE).read_bytes(), type=CheckpointState)
+    except (OSError, MsgspecError, UnicodeDecodeError) as error:
+        raise _not_whole(path, STATE, error) from error
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> int:
     """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.
 
     Raises:
-        RunError: when its tensors are not this model's.
+        RunError: when it is not whole, or its tensors are not this model's; model and optimizer are then as they were.
     """
-    stored = load_file(path / "model.safetensors")
-    weights = named_weights(policy.model)
-    if stored.keys() != weights.keys():
-        odd = sorted(stored.keys() ^ weights.keys())[:3]
-        raise RunError(
-            f"checkpoint {path}",
-            got=f"other tensors ({', '.join(odd)} …)",
-            expected="this model's",
-            hint="same model.path?",
-        )
+    step = read_state(path).step
+    stored, state = _load_tensors(path, MODEL), _load_tensors(path, OPTIMIZER)
+    weights, as_stored = named_weights(policy.model), checkpoint_weights(policy.model)
+    _refuse_other(path, MODEL, stored, as_stored)
+    _refuse_other(path, OPTIMIZER, state, _expected_state(optimizer, state))
+    if any(as_stored.get(name) is not tensor for name, tensor in weights.items()):  # transformers keeps some in another form
+        stored = named_weights(type(policy.model).from_pretrained(path, dtype=policy.model.dtype))
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(stored[name])
-    optimizer.restore(load_file(path / "optimizer.safetensors"))
-    return json.decode((path / "state.json").read_bytes(), type=CheckpointState).step
+    optimizer.restore(state)
+    return step
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without gradients, and each in memory of its own, as the format demands."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.detach().clone() if storage in seen or not tensor.is_contiguous() else tensor.detach()
+        seen.add(storage)
+    return found
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError, which safetensors tells as its own error."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
+
+
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Every file of the source checkpoint that holds no weights; ``config.json`` says the dtype that is stored."""
+    for path in (*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")):
+        weights = path.suffix.lower() in WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and not weights and not path.name.startswith(".") and path.name != "config.json":
+            copy = target / path.relative_to(source)
+            make_directory(copy.parent)
+            shutil.copyfile(path, copy)
+    config: dict[str, Any] = json.decode((source / "config.json").read_bytes())
+    for key in {"dtype", *({"torch_dtype"} & config.keys())}:
+        config[key] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_bytes(json.format(json.encode(config), indent=2))
+
+
+def _flush_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(PRIVATE_FILE)
+            flush_file(path)
+        else:
+            flush_directory(path)
+    flush_directory(directory)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """The target, if it is there, keeps a name under which it is found until the new one is on the disk."""
+    older = target.with_name(target.name + OLDER)
+    if _whole(target):
+        _remove(older)
+        rename(target, older)
+    else:
+        _remove(target)
+    rename(partial, target)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _named(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("step-*") if NAME.fullmatch(path.name)]
+
+
+def _age(path: Path) -> tuple[int, bool]:
+    name = NAME.fullmatch(path.name)
+    assert name is not None
+    return int(name[1]), name[2] is None
+
+
+def _whole(path: Path) -> bool:
+    """All parts are there, and each tensor file is as long as its header says."""
+    try:
+        return (
+            all((path / part).is_file() for part in PARTS)
+            and read_state(path).step >= 0
+            and all(_full_length(path / part) for part in (MODEL, OPTIMIZER))
+        )
+    except (OSError, RunError):
+        return False
+
+
+def _full_length(path: Path) -> bool:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.decode(file.read(head) if head < size else b"", type=dict[str, dict[str, Any]])
+        except (MsgspecError, UnicodeDecodeError):
+            return False
+    return 8 + head + max((entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry), default=0) == size
+
+
+def _load_tensors(path: Path, part: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path / part)
+    except (OSError, SafetensorError) as error:
+        raise _not_whole(path, part, error) from error
+
+
+def _not_whole(path: Path, part: str, error: Exception) -> RunError:
+    return RunError(
+        f"checkpoint {path}, {part}",
+        got=str(error) or type(error).__name__,
+        expected="a whole file",
+        hint=f"mv {path} {path}.damaged, then resume: the run goes on from an older checkpoint or from its rollouts",
+    )
+
+
+def _expected_state(optimizer: MasterAdamW, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the optimizer would store, had it made the steps that ``state`` is of."""
+    expected = {}
+    for name, master, parameter in zip(optimizer.names, optimizer.masters, optimizer.parameters, strict=True):
+        if master is not parameter:
+            expected[f"master.{name}"] = master
+        if f"exp_avg.{name}" in state:  # a parameter that no step has touched has no moments
+            expected |= {f"exp_avg.{name}": master, f"exp_avg_sq.{name}": master, f"step.{name}": torch.tensor(0.0)}
+    return expected
+
+
+def _refuse_other(path: Path, part: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}
+    odd = sorted(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
+    if odd:
+        name = odd[0]
+        raise RunError(
+            f"checkpoint {path}, {part}",
+            got=f"{name} {form.get(name, 'missing')}{f', and {len(odd) - 1} more that differ' if len(odd) > 1 else ''}",
+            expected=f"{wanted.get(name, 'no such tensor')}, as this model has it",
+            hint="same model.path and model.dtype?",
+        )
