@@ -1,5 +1,6 @@
 """From a run directory to what a person reads. No torch."""
 
+import math
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +18,9 @@ def summarise(layout: RunLayout) -> dict[str, Any]:
     syncs = [v for v in verdicts if v["when"].startswith("after sync")]
 
     def mean(name: str, part: list[dict[str, float]] = rows) -> float:
-        return fmean(row[name] for row in part if name in row)
+        """Of the steps that have the figure: one that was replayed has no time of its own."""
+        values = [row[name] for row in part if name in row]
+        return fmean(values) if values else math.nan
 
     first, last = mean("reward_mean", rows[:quarter]), mean("reward_mean", rows[-quarter:])
     timed = [row for row in rows if "step_s" in row]
@@ -38,6 +41,7 @@ def summarise(layout: RunLayout) -> dict[str, Any]:
         "samples_per_s": mean("samples_per_s"),
         "seconds_per_step": mean("step_s"),
         "training_s": sum(row["step_s"] for row in timed),
+        "steps_timed": len(timed),
         "syncs": len(syncs),
         "syncs_proven": sum(v["status"] == "PASS" for v in syncs),
         "syncs_too_small_to_prove": sum(v["status"] == "NOT_RUN" for v in syncs),
@@ -60,15 +64,18 @@ def summary_table(summary: dict[str, Any]) -> str:
         ("mismatch |gap|, largest", f"{s['gap_abs_max_nats']:.2e} nats"),
         ("phantom clips", f"{s['phantom_clip_fraction']:.4f}"),
         ("entropy, first → last step", f"{s['entropy_first_nats']:.3f} → {s['entropy_last_nats']:.3f} nats"),
-        (
-            "speed",
-            f"{s['tokens_per_s']:.0f} tokens/s, {s['samples_per_s']:.1f} samples/s, {s['seconds_per_step']:.1f} s a step",
-        ),
-        ("training time", f"{s['training_s']:.0f} s for {s['steps']} steps"),
+        ("speed", _speed(s)),
+        ("training time", f"{s['training_s']:.0f} s for {s['steps_timed']} of {s['steps']} steps"),
         ("weight syncs proven", f"{s['syncs_proven']} of {s['syncs']}{_too_small(s['syncs_too_small_to_prove'])}"),
         ("files", s["run"]),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in rows)
+
+
+def _speed(s: dict[str, Any]) -> str:
+    if not s["steps_timed"]:
+        return "not measured: every step was replayed"
+    return f"{s['tokens_per_s']:.0f} tokens/s, {s['samples_per_s']:.1f} samples/s, {s['seconds_per_step']:.1f} s a step"
 
 
 def _too_small(n: int) -> str:

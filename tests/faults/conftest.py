@@ -3,27 +3,6 @@
 import pytest
 from msgspec.structs import replace
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_model_dir, tmp_path_factory):
-    """The tiny model with a tokenizer and a chat template beside it."""
-    import shutil
-
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", "<unk>", *"0123456789+-=?.", *(f"w{n}" for n in range(79))]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(tiny_model_dir, path)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
-    return path
-
 
 @pytest.fixture(scope="session")
 def recipe(tiny_checkpoint):

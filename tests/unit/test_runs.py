@@ -7,17 +7,34 @@ import pytest
 
 from lockstep.config.recipe import load_recipe
 from lockstep.errors import RunError, UsageError
+from lockstep.records.messages import Ready
 from lockstep.runs.layout import existing_run, new_run
-from lockstep.runs.manifest import read_recipe, unfinished_run
+from lockstep.runs.manifest import build_manifest, read_manifest, read_recipe, refuse_other_run, unfinished_run, write_manifest
 from lockstep.runs.read import read_lines
-from lockstep.runs.write import append_metrics, write_atomically
+from lockstep.runs.write import append_metrics
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.toml", ["training.steps=2"])
 
 
+READY = Ready(
+    engine="vllm",
+    version="0.32.0",
+    generation="V1",
+    distribution="sampler",
+    resolved={"model_config.seed": 0, "worker.pid": 7},
+    capabilities={},
+    start_s=1.0,
+)
+MODEL = {"weights_sha256": "a" * 64}
+
+
+def manifest(recipe=RECIPE, ready=READY, model=MODEL, planted=()):
+    return build_manifest(recipe, ready, {}, Path("model"), resolved=("vllm", "0.32.0"), model=model, planted=planted)
+
+
 def made(root, recipe=RECIPE, steps=0):
     layout = new_run(root)
-    write_atomically(layout.manifest, msgspec.json.encode({"schema": "lockstep.manifest/1", "recipe": recipe}))
+    write_manifest(layout.manifest, manifest(recipe))
     for step in range(steps):
         append_metrics(layout.metrics, step, step + 1, {"loss": 0.0})
     return layout
@@ -31,6 +48,8 @@ def test_an_interrupted_run_is_found_and_a_finished_or_other_one_is_not(tmp_path
     other = msgspec.structs.replace(RECIPE, training=msgspec.structs.replace(RECIPE.training, seed=9))
     assert unfinished_run(other, tmp_path) is None
     append_metrics(layout.metrics, 1, 2, {"loss": 0.0})
+    assert unfinished_run(RECIPE, tmp_path) == layout  # its last step is trained, and not saved yet
+    layout.checkpoint(2).mkdir(parents=True)
     assert unfinished_run(RECIPE, tmp_path) is None
 
 
@@ -57,3 +76,52 @@ def test_a_line_that_is_no_json_is_an_error_that_names_it(tmp_path):
     path.write_bytes(b'{"a": 1}\nnonsense\n{"b": 2}\n')
     with pytest.raises(RunError, match="line 2"):
         read_lines(path)
+
+
+AUTO = msgspec.structs.replace(RECIPE, engine=msgspec.structs.replace(RECIPE.engine, name="auto", version=""))
+
+
+def test_auto_is_resolved_once_and_an_edited_recipe_is_refused(tmp_path):
+    layout = made(tmp_path / "a", AUTO)
+    resumed = read_recipe(layout.manifest)
+    assert (resumed.engine.name, resumed.engine.version) == ("vllm", "0.32.0")
+    assert unfinished_run(AUTO, tmp_path) == layout
+    text = layout.manifest.read_text()
+    layout.manifest.write_text(text.replace('"steps": 2', '"steps": 3'))
+    with pytest.raises(RunError, match="a recipe that was edited"):
+        read_recipe(layout.manifest)
+    assert unfinished_run(AUTO, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "needle"),
+    [
+        ({"ready": msgspec.structs.replace(READY, version="0.18.1")}, "engine: vllm 0.32.0 (V1) → vllm 0.18.1 (V1)"),
+        ({"ready": msgspec.structs.replace(READY, resolved={"model_config.seed": 1})}, "engine.model_config.seed: 0 → 1"),
+        ({"model": {"weights_sha256": "b" * 64}}, "model.weights_sha256: aaaaaaaaaaaa → bbbbbbbbbbbb"),
+        ({"planted": ("stale_head",)}, "planted faults: none → stale_head"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_parts(tmp_path, now, needle):
+    layout = made(tmp_path / "a")
+    refuse_other_run(layout.manifest, manifest(ready=msgspec.structs.replace(READY, resolved=READY.resolved | {"worker.pid": 9})))
+    with pytest.raises(RunError) as raised:
+        refuse_other_run(layout.manifest, manifest(**now))
+    assert needle in str(raised.value)
+
+
+def test_a_run_does_not_go_on_under_another_torch(tmp_path):
+    layout = made(tmp_path / "a")
+    now = manifest()
+    with pytest.raises(RunError, match=r"version of torch: .* → 1\.0"):
+        refuse_other_run(layout.manifest, msgspec.structs.replace(now, versions=now.versions | {"torch": "1.0"}))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"schema": "lockstep.manifest/1"}', b'{"schema": "lockstep.manifest/2"}']
+)
+def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, content):
+    layout = made(tmp_path / "a")
+    layout.manifest.write_text(content)
+    with pytest.raises(RunError, match=r"manifest\.json"):
+        read_manifest(layout.manifest)

@@ -31,7 +31,7 @@ def train(
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
     from lockstep.cli.common import planted, recipe_of
     from lockstep.runs.layout import existing_run, new_run
-    from lockstep.runs.manifest import read_recipe, unfinished_run
+    from lockstep.runs.manifest import finished, read_recipe, unfinished_run
 
     if resume is not None:
         if recipe is not None or set_ or engine or out or go_on:
@@ -53,6 +53,7 @@ def train(
     else:
         loaded = recipe_of(recipe, set_, engine)
         layout = unfinished_run(loaded, Path("runs")) if go_on and out is None else None
+        loaded = read_recipe(layout.manifest) if layout else loaded
     faults = planted(plant)
     from lockstep.loop.session import preflight
 
@@ -61,7 +62,10 @@ def train(
     layout = layout or new_run(out)
     with Console() as console, layout.held():
         console.say(f"run directory {layout.root}{', which goes on' if resumed else ''}")
-        _train(loaded, layout, console.say, faults, resumed=resumed)
+        if resumed and finished(layout, loaded):
+            console.say("its last step is trained and saved: nothing is left to do")
+        else:
+            _train(loaded, layout, console.say, faults, resumed=resumed)
     from lockstep.report import summarise, summary_table
 
     summary = summarise(layout)
@@ -73,13 +77,16 @@ def train(
 
 def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], faults: tuple[str, ...], *, resumed: bool) -> None:
     from lockstep.loop.session import open_session
-    from lockstep.runs.manifest import write_manifest
+    from lockstep.runs.manifest import refuse_other_run, write_manifest
 
     with open_session(recipe, layout.engine_log, say, faults) as session:
-        from lockstep.loop.sync import Run, run_steps
+        from lockstep.loop.stages import Run
+        from lockstep.loop.sync import run_steps
         from lockstep.training.optimizer import MasterAdamW
 
-        if not resumed:
+        if resumed:
+            refuse_other_run(layout.manifest, session.manifest)
+        else:
             write_manifest(layout.manifest, session.manifest)
         optimizer = MasterAdamW(session.pair.policy.model, recipe.optimizer)
         try:

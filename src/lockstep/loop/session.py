@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,33 @@ class Session:
     """Both sides, running."""
 
     pair: "Pair"
-    manifest: Manifest
+    choice: Choice
     model_path: Path
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What runs here, with digests of the weights as they are when it is first asked for: before the first step."""
+        from lockstep.policy.fingerprint import config_digest, tokenizer_digest, weights_digest
+
+        pair, environment = self.pair, self.choice.environment
+        choices = {
+            "engine": (_named(self.choice), self.choice.reason),
+            "trainer.share_prompts": (str(pair.policy.share_prompts), pair.policy.reason),
+            "trainer.device": (str(pair.policy.head.device), "where the checkpoint was loaded"),
+        }
+        return build_manifest(
+            pair.recipe,
+            pair.engine.ready,
+            choices,
+            self.model_path,
+            resolved=(self.choice.name, environment.version if environment else ""),
+            model={
+                "weights_sha256": weights_digest(pair.policy.model),
+                "config_sha256": config_digest(pair.policy.model),
+                "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
+            },
+            planted=pair.planted,
+        )
 
 
 @contextlib.contextmanager
@@ -69,13 +95,7 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
         if recipe.engine.weights == "nccl":
             engine.need("nccl_weights")
         say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
-        choices = {
-            "engine": (_named(choice), choice.reason),
-            "trainer.share_prompts": (str(policy.share_prompts), policy.reason),
-            "trainer.device": (str(policy.head.device), "where the checkpoint was loaded"),
-        }
-        manifest = build_manifest(recipe, engine.ready, choices, model_path)
-        yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted, say=say), manifest, model_path)
+        yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted, say=say), choice, model_path)
 
 
 @contextlib.contextmanager

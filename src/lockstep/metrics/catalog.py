@@ -23,7 +23,7 @@ class Metric(Struct, frozen=True):
 
 
 _ALL = "all completion tokens of the step"
-_FIRST = "completion tokens of the first minibatch, whose weights are those that sampled"
+_SAMPLED = "all completion tokens of the step, each scored under the weights that sampled it"
 _NONE = "cannot be non-finite"
 
 METRICS: tuple[Metric, ...] = (
@@ -41,19 +41,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("n_tokens", "tokens", "completion tokens of the step", _NONE),
     Metric("n_samples", "samples", "completions of the step", _NONE),
     Metric("missing_logprobs", "tokens", "tokens without a finite engine log-probability", "counts them"),
-    Metric("gap_abs_mean_nats", "nats", f"mean |gap| over {_FIRST}", aliases=("mean_abs_log_ratio_new_old",)),
-    Metric("gap_abs_p50_nats", "nats", f"median |gap| over {_FIRST}"),
-    Metric("gap_abs_p999_nats", "nats", f"0.999 quantile of |gap| over {_FIRST}"),
-    Metric("gap_abs_max_nats", "nats", f"largest |gap| over {_FIRST}", aliases=("sampling/sampling_logp_difference/max",)),
+    Metric("gap_abs_mean_nats", "nats", f"mean |gap| over {_SAMPLED}", aliases=("mean_abs_log_ratio_new_old",)),
+    Metric("gap_abs_p50_nats", "nats", f"median |gap| over {_SAMPLED}"),
+    Metric("gap_abs_p999_nats", "nats", f"0.999 quantile of |gap| over {_SAMPLED}"),
+    Metric("gap_abs_max_nats", "nats", f"largest |gap| over {_SAMPLED}", aliases=("sampling/sampling_logp_difference/max",)),
     Metric(
         "mismatch_ratio_mean",
         "1",
-        f"mean of exp(gap) over {_FIRST}",
+        f"mean of exp(gap) over {_SAMPLED}",
         aliases=("sampling/importance_sampling_ratio/mean",),
     ),
-    Metric("mismatch_kl_k3_nats", "nats", f"k3, mean of exp(gap) − gap − 1, over {_FIRST}", aliases=("mismatch_kl",)),
-    Metric("mismatch_ess", "1", f"(Σr)² / (n Σr²), r = exp(gap), over {_FIRST}", aliases=("ess",)),
-    Metric("phantom_clip_fraction", "1", f"tokens whose mismatch ratio alone lies outside the clip range, over {_FIRST}"),
+    Metric("mismatch_kl_k3_nats", "nats", f"k3, mean of exp(gap) − gap − 1, over {_SAMPLED}", aliases=("mismatch_kl",)),
+    Metric("mismatch_ess", "1", f"(Σr)² / (n Σr²), r = exp(gap), over {_SAMPLED}", aliases=("ess",)),
+    Metric("phantom_clip_fraction", "1", f"tokens whose mismatch ratio alone lies outside the clip range, over {_SAMPLED}"),
     Metric("policy_ratio_mean", "1", f"mean of exp(now − old) over {_ALL}", aliases=("ratio_new_old",)),
     Metric("policy_kl_k3_nats", "nats", f"k3 of now against old over {_ALL}", aliases=("kl_new_old", "approx_kl")),
     Metric("policy_ess", "1", f"(Σr)² / (n Σr²), r = exp(now − old), over {_ALL}"),
@@ -78,6 +78,9 @@ METRICS: tuple[Metric, ...] = (
         "canary_shift_abs_mean_nats",
         "nats",
         "mean change of the trainer's own canary scores by the step: what a stale engine would show",
+    ),
+    Metric(
+        "unproven_syncs", "steps", "syncs since the last one that a proof covers, this one included; 0 when it is proven", _NONE
     ),
     Metric("lag_steps", "steps", "optimizer steps between sampling and training, mean over tokens", _NONE, ("stats/lag",)),
     Metric("sample_s", "s", "wall time of sampling", _NONE),

@@ -15,6 +15,25 @@ def quantiles_abs(gap: np.ndarray) -> dict[str, float]:
     return dict(zip(names, np.quantile(np.abs(gap), (0.5, 0.9, 0.99, 0.999, 1.0)).tolist(), strict=True))
 
 
+def mean_over_sequences(values: np.ndarray, owners: np.ndarray) -> tuple[float, float]:
+    """The mean over tokens, and its standard error where whole sequences are what is drawn: tokens of one go together.
+
+    Args:
+        values: float [T].
+        owners: int [T], the sequence each token belongs to.
+
+    Returns:
+        Mean and standard error; the error of a single sequence is infinite, for it says nothing of another.
+    """
+    mean = float(values.mean())
+    _, inverse = np.unique(owners, return_inverse=True)
+    residues = np.bincount(inverse, values.astype(np.float64) - mean)
+    n = residues.size
+    if n < 2:
+        return mean, float("inf")
+    return mean, float(np.sqrt(np.square(residues).sum() * n / (n - 1)) / values.size)
+
+
 def kl_k3(log_ratio: np.ndarray) -> float:
     """mean(exp d − d − 1) ≥ 0, nats (Schulman, "Approximating KL divergence", 2020, estimator k3)."""
     d = log_ratio.astype(np.float64)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lockstep.config.recipe import Objective
-from lockstep.metrics.reduce import mismatch_figures, outside_clip, quantiles_abs
+from lockstep.metrics.reduce import mean_over_sequences, mismatch_figures, outside_clip, quantiles_abs
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.pair import Pair, Sampled
@@ -82,6 +82,7 @@ def judge_gap(
     phantom = outside_clip(gap, clip.clip_low, clip.clip_high)
     figures = figures | mismatch_figures(gap, clip.clip_low, clip.clip_high) | {"n_tokens": gap.size}
     figures |= {f"gap_abs_{name}_nats": value for name, value in quantiles.items()}
+    figures["gap_mean_nats"], figures["gap_mean_se_nats"] = mean_over_sequences(gap, owners)
     figures["minimal_detectable_effect_nats"] = noise.p50
     exceeded = []
     if not (quantiles["p50"] <= noise.p50 and quantiles["p999"] <= noise.p999):

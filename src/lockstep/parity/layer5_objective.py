@@ -93,6 +93,7 @@ def _losses(pair: Pair, parts: list[batch.Minibatch], recipe: Recipe, old: str) 
     tokens = step.Tokens()
     try:
         loss = sum(step.accumulate(part, pair.policy, own, tokens, on_sampling_weights=False) for part in parts)
+        step.refuse_divergence(loss)
     finally:
         pair.policy.model.zero_grad(set_to_none=True)
     return tokens, loss

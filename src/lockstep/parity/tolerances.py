@@ -4,6 +4,7 @@ A gap is judged against what the arithmetic of a dtype can bring about, measured
 the objective's clip range; never against a mean that can cancel.
 """
 
+import numpy as np
 from msgspec import Struct
 
 
@@ -94,6 +95,46 @@ not proven."""
 
 CANARY_FLOOR = 1e-6
 """Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of 1e-6."""
+
+
+LARGEST_OVER_P999 = 3.0
+"""The largest error of a token's log-odds, as a multiple of the dtype's tail. Of a normal error the largest of 10^8 tokens is 1.7
+times the 0.999 quantile; the rest is for the weight of real tails: 5,120 fp32 tokens at T = 0.7 measured a largest gap of 4e-5 to
+8e-5, single tokens behind random ids 4.5e-4."""
+
+NEGLIGIBLE_NATS = 1e-4
+"""A ratio of 1.0001. Less is never refused as such: float32 log-sums near 30 have a spacing of 2e-6, and a few of them add up."""
+
+GATE_MEDIAN_MULTIPLE = 3.0
+"""A step's median |gap| may be this multiple of what the ladder measured on this pair. Its probes hold random ids, on which the
+gap is larger than on a task's own text; a bias of .3 nats is ten times a bf16 pair's median of .03."""
+
+BIAS_Z = 6.0
+"""Standard errors over sequences by which a step's mean gap may lie beyond the ladder's, besides one median of slack: a chance of
+2e-9 where sequences are many, and the slack holds where they are few."""
+
+REPLAY_ATOL = 1e-6
+"""Figures of a replayed step that are sums which cancel (a loss of 0) have no scale of their own."""
+
+
+def replay_rtol(dtype: str) -> float:
+    """By how much a replayed step's figures may differ, relatively. The same machine gives them bit for bit; another one rounds
+    elsewhere: a thousandth in fp32 is a hundred roundings of a sum, and bf16's unit roundoff of 4e-3 needs ten times that."""
+    return 1e-3 if dtype == "torch.float32" else 5e-2
+
+
+def largest_gap(logprobs: np.ndarray, noise: Tolerance, temperature: float) -> np.ndarray:
+    """The largest |gap| that arithmetic can bring at each token's probability p, nats.
+
+    An error of d in a token's log-odds log(p / (1 − p)) moves log p by at most log(1 + (1 − p)(e^d − 1)): by d for an unlikely
+    token, by nothing for a certain one. A temperature below 1 divides the logits' errors as it divides the logits.
+
+    Args:
+        logprobs: float [T], the higher of the two sides' numbers. Then the bound says exactly that the two log-odds differ by d.
+    """
+    log_odds = LARGEST_OVER_P999 * noise.p999 / min(1.0, temperature)
+    unlikely = -np.expm1(np.minimum(logprobs.astype(np.float64), 0.0))
+    return NEGLIGIBLE_NATS + np.log1p(unlikely * np.expm1(log_odds))
 
 
 def noise_of(*dtypes: str) -> Tolerance:

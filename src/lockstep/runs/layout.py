@@ -77,6 +77,10 @@ class RunLayout:
         """Weights and optimizer state."""
         return self.root / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint with ``step`` training steps in its weights."""
+        return self.checkpoints / f"step-{step:06d}"
+
     @property
     def engine_log(self) -> Path:
         """The engine's output."""
@@ -99,10 +103,6 @@ class RunLayout:
         first = self.refused(step)
         later = [path for path in first.parent.glob(f"step-{step:06d}.*.parquet") if path.suffixes[0][1:].isdigit()]
         return [first] * first.is_file() + sorted(later, key=lambda path: int(path.suffixes[0][1:]))
-
-    def failed_rollouts(self, step: int) -> Path:
-        """Rollouts whose reward function failed; never trained on."""
-        return self.root / "rollouts" / f"step-{step:06d}.failed.parquet"
 
 
 LEFT = {".lock", "engine.log", "rollouts"}

@@ -1,13 +1,17 @@
 """The manifest: everything that could move a log-probability, as it was resolved, with the reason where there was a choice."""
 
 import contextlib
+import hashlib
 import os
 import platform
+import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, json
+from msgspec import Struct, ValidationError, convert, json, to_builtins
+from msgspec.structs import replace
 
 import lockstep
 from lockstep.config.recipe import Recipe
@@ -15,34 +19,69 @@ from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
 from lockstep.records.messages import Ready
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_lines
-from lockstep.runs.write import write_atomically
+from lockstep.runs.read import read_document
+from lockstep.runs.write import plain, write_atomically
 
+SCHEMA = "lockstep.manifest/2"
+SHOWN = 4
+"""Differences told in one error."""
+VOLATILE = re.compile(r"(?:^|[._])(?:pid|instance|port|ports|path|ip|rank)(?:$|[._])", re.IGNORECASE)
+"""Words in resolved names that differ from start to start and cannot move a log-probability."""
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "msgspec", "reasoning-gym")
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
     """One run, before its first step."""
 
-    schema: str = "lockstep.manifest/1"
+    schema: str = SCHEMA
     lockstep_version: str = lockstep.__version__
     recipe: Recipe
+    """As it was asked for."""
+    recipe_sha256: str
+    """Of the above; a recipe that was edited here is not the run's."""
+    engine_name: str
+    """What ``engine.name`` and ``engine.version`` came to; ``auto`` is resolved once, here."""
+    engine_version: str
+    """Of the environment; empty for an engine that needs none."""
     engine: Ready
     choices: dict[str, tuple[str, str]]
     """What Lockstep resolved: name → (value, reason)."""
     model_path: str
+    model: dict[str, str]
+    """SHA-256 of the weights, the model's configuration and the tokenizer that the run started from."""
     versions: dict[str, str]
     machine: dict[str, str]
+    planted: tuple[str, ...] = ()
+    """Faults that were planted on purpose (``--plant``)."""
     metrics: tuple[Metric, ...] = METRICS
 
 
-def build_manifest(recipe: Recipe, engine: Ready, choices: dict[str, tuple[str, str]], model_path: Path) -> Manifest:
-    """Describe this process and its engine."""
+def build_manifest(
+    recipe: Recipe,
+    engine: Ready,
+    choices: dict[str, tuple[str, str]],
+    model_path: Path,
+    *,
+    resolved: tuple[str, str],
+    model: dict[str, str],
+    planted: tuple[str, ...] = (),
+) -> Manifest:
+    """Describe this process and its engine.
+
+    Args:
+        resolved: the engine's name and environment version.
+        model: digests of what is trained.
+    """
     return Manifest(
         recipe=recipe,
+        recipe_sha256=_digest(recipe),
+        engine_name=resolved[0],
+        engine_version=resolved[1],
         engine=engine,
         choices=choices,
         model_path=str(model_path),
+        model=model,
+        planted=planted,
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         machine={
             "system": platform.platform(),
@@ -57,30 +96,97 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_atomically(path, json.format(json.encode(manifest), indent=1))
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of an existing run, as it was run.
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of an existing run.
 
     Raises:
-        RunError: when the manifest is of another schema.
+        RunError: when it is damaged, of another schema, or its recipe was edited.
     """
-    table: dict[str, Any] = json.decode(path.read_bytes())
-    if table.get("schema") != "lockstep.manifest/1":
+    hint = "start a new run: lockstep train RECIPE"
+    table = read_document(path, hint)
+    if table.get("schema") != SCHEMA:
+        raise RunError(f"manifest {path}", got=f"schema {table.get('schema')!r}", expected=SCHEMA, hint=hint)
+    try:
+        manifest = convert(table, Manifest)
+    except ValidationError as error:
+        raise RunError(f"manifest {path}", got=str(error), expected="a whole manifest", hint=hint) from error
+    if manifest.recipe_sha256 != _digest(manifest.recipe):
+        raise RunError(f"manifest {path}", got="a recipe that was edited", expected="the recipe that was run", hint=hint)
+    return manifest
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of an existing run, on the engine that it came to.
+
+    Raises:
+        RunError: as :func:`read_manifest`.
+    """
+    manifest = read_manifest(path)
+    engine = replace(manifest.recipe.engine, name=manifest.engine_name, version=manifest.engine_version)
+    return replace(manifest.recipe, engine=engine)
+
+
+def refuse_other_run(path: Path, now: Manifest) -> None:
+    """Keep a run from going on with other parts than it began with.
+
+    Raises:
+        RunError: names what differs.
+    """
+    then = read_manifest(path)
+    changed = [f"{name}: {before} → {after}" for name, before, after in _differences(_parts(then), _parts(now))]
+    if changed:
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise RunError(
-            f"manifest {path}", got=f"schema {table.get('schema')}", expected="lockstep.manifest/1", hint="upgrade lockstep"
+            f"resume of {path.parent}",
+            got="; ".join(changed[:SHOWN]) + more,
+            expected="the engine, versions and model that the run began with",
+            hint="bring them back, or start a new run: lockstep train RECIPE",
         )
-    return json.decode(json.encode(table["recipe"]), type=Recipe)
+
+
+def _parts(manifest: Manifest) -> dict[str, Any]:
+    """What must stay over all starts of a run."""
+    engine = manifest.engine
+    return {
+        "lockstep": manifest.lockstep_version,
+        "engine": f"{engine.engine} {engine.version} ({engine.generation})",
+        **{f"engine.{key}": value for key, value in steady(engine.resolved).items()},
+        **{f"version of {name}": version for name, version in manifest.versions.items()},
+        **{f"model.{name}": digest[:12] for name, digest in manifest.model.items()},
+        "planted faults": ", ".join(manifest.planted) or "none",
+    }
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    plain_then, plain_now = to_builtins(then), to_builtins(now)
+    names = sorted(plain_then.keys() | plain_now.keys())
+    pairs = [(name, plain_then.get(name, "nothing"), plain_now.get(name, "nothing")) for name in names]
+    return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def steady(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine resolved to, without what differs from start to start and cannot move a log-probability."""
+    return {name: value for name, value in sorted(resolved.items()) if not VOLATILE.search(name)}
 
 
 def unfinished_run(recipe: Recipe, runs: Path) -> RunLayout | None:
-    """The newest run under ``runs``, if it is of this very recipe, has steps left, and nobody is at it."""
+    """The newest run under ``runs``, if it is of this very recipe, has steps or its last checkpoint left, and nobody is at it."""
     manifests = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not manifests:
         return None
     layout = RunLayout(manifests[-1].parent)
-    steps = len(read_lines(layout.metrics))
     with contextlib.suppress(LockstepError), layout.held():
-        return layout if read_recipe(layout.manifest) == recipe and steps < recipe.training.steps else None
+        return layout if read_manifest(layout.manifest).recipe == recipe and not finished(layout, recipe) else None
     return None
+
+
+def finished(layout: RunLayout, recipe: Recipe) -> bool:
+    """True when the checkpoint of the last step is there: it is what a run writes last."""
+    return layout.checkpoint(recipe.training.steps).is_dir()
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(json.encode(plain(recipe), order="sorted")).hexdigest()
 
 
 def _version(name: str) -> str:

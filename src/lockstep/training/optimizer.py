@@ -57,9 +57,13 @@ class MasterAdamW:
             for master, parameter in zip(self.masters, self.parameters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
+        self.forget_gradients()
+        return norm
+
+    def forget_gradients(self) -> None:
+        """Drop what has added up in the parameters and their masters."""
         for tensor in (*self.masters, *self.parameters):
             tensor.grad = None
-        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Moments, step counts and masters by name, for a checkpoint."""

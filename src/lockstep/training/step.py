@@ -20,12 +20,24 @@ from lockstep.training.batch import Microbatch, Minibatch, minibatches
 from lockstep.training.optimizer import MasterAdamW
 
 
+@dataclass(frozen=True, eq=False)
+class AtSampling:
+    """Every token of a step as both sides score it under the weights that drew it; float32 [T], nats."""
+
+    trainer_logprobs: np.ndarray
+    engine_logprobs: np.ndarray
+    owners: np.ndarray
+    """int [T]: the completion each token belongs to."""
+
+
+Gate = Callable[[AtSampling], None]
+"""Raises where a step must not be trained on. Called once a step, before its first optimizer update."""
+
+
 @dataclass
 class Tokens:
     """Per-token values of a step, gathered as the microbatches go by."""
 
-    gap: list[np.ndarray] = field(default_factory=list)
-    """Of the first minibatch alone: later ones are trained under other weights than those that sampled."""
     log_ratio: list[np.ndarray] = field(default_factory=list)
     clipped: list[np.ndarray] = field(default_factory=list)
     entropy: list[np.ndarray] = field(default_factory=list)
@@ -37,38 +49,72 @@ def train(
     optimizer: MasterAdamW,
     recipe: Recipe,
     step: int,
-    gate: Callable[[np.ndarray], None] = lambda gap: None,
+    gate: Gate,
 ) -> dict[str, float]:
-    """Train on one step's rollouts. Returns figures by catalog name.
+    """Train on one step's rollouts: the only way to an optimizer update. Returns figures by catalog name.
 
-    Args:
-        gate: sees the gap of every token scored under the weights that sampled it, float32 [T], before the first optimizer
-            step; raises if they must not be trained on.
+    ::
+
+        old-logprob pass over minibatches 2 … n ─► forward and backward of minibatch 1 ─► gate(all tokens) ─► update 1 ─► …
+
+    The first minibatch's own forward pass is on the weights that sampled, so only the others need a pass for the gate.
 
     Raises:
         DivergenceError: for a non-finite loss or gradient.
+        Exception: the gate's, before any weight has changed; no gradient is left behind.
     """
     began = time.perf_counter()
     parts = minibatches(rollouts, policy, recipe)
-    if recipe.objective.old_logprobs == "trainer":
-        score_under_sampling_weights(parts[1:], policy, recipe.sampling.temperature)
-    tokens, loss, norms = Tokens(), 0.0, []
-    for number, part in enumerate(parts):
-        loss += accumulate(part, policy, recipe, tokens, on_sampling_weights=number == 0)
-        if number == 0:
-            gate(np.concatenate(tokens.gap))
+    score_under_sampling_weights(parts[1:], policy, recipe.sampling.temperature)
+    tokens, first, *rest = Tokens(), *parts
+    losses = [accumulate(first, policy, recipe, tokens, on_sampling_weights=True)]
+    sampled = at_sampling(parts, rollouts)
+    try:
+        gate(sampled)
+        refuse_divergence(losses[0])
+    except BaseException:
+        optimizer.forget_gradients()
+        raise
+    norms = [optimizer.step(step * len(parts))]
+    for number, part in enumerate(rest, 1):
+        losses.append(accumulate(part, policy, recipe, tokens, on_sampling_weights=False))
+        refuse_divergence(losses[-1])
         norms.append(optimizer.step(step * len(parts) + number))
     clip = recipe.objective.clip_low, recipe.objective.clip_high
     return {
-        **mismatch_figures(np.concatenate(tokens.gap), *clip),
+        **mismatch_figures(sampled.trainer_logprobs - sampled.engine_logprobs, *clip),
         **policy_figures(np.concatenate(tokens.log_ratio), *clip),
         "clip_fraction": float(np.concatenate(tokens.clipped).mean()),
         "entropy_mean_nats": float(np.concatenate(tokens.entropy).mean()),
-        "loss": loss,
+        "loss": float(sum(losses)),
         "grad_norm": float(np.mean(norms)),
         "lr": optimizer.lr_at(step * len(parts)),
         "train_s": time.perf_counter() - began,
     }
+
+
+def at_sampling(parts: list[Minibatch], rollouts: Rollouts) -> AtSampling:
+    """Both sides' numbers as the objective gets them, in the order of the completions."""
+    micros = [micro for part in parts for micro in part]
+    scored = [micro.sampling_logprobs for micro in micros if micro.sampling_logprobs is not None]
+    lengths = rollouts.lengths()
+    return AtSampling(
+        trainer_logprobs=np.concatenate([values.numpy(force=True) for values in scored]),
+        engine_logprobs=np.concatenate([micro.engine_logprobs.numpy(force=True) for micro in micros]),
+        owners=np.repeat(np.arange(len(lengths)), lengths),
+    )
+
+
+def refuse_divergence(loss: float) -> None:
+    """Stop at a loss that is no number.
+
+    Raises:
+        DivergenceError: for one.
+    """
+    if not np.isfinite(loss):
+        raise DivergenceError(
+            "objective", got=f"loss {loss}", expected="a finite number", hint="lower optimizer.lr; look at rollouts/"
+        )
 
 
 @torch.no_grad()
@@ -82,7 +128,8 @@ def score_under_sampling_weights(parts: list[Minibatch], policy: Policy, tempera
 def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, *, on_sampling_weights: bool) -> float:
     """Forward and backward over a minibatch; gradients add up in the parameters. Returns the loss.
 
-    Under ``torch.no_grad()`` forward alone.
+    Under ``torch.no_grad()`` forward alone. A non-finite loss is the caller's to refuse, after the gate, for numbers far off make
+    one.
 
     Args:
         on_sampling_weights: True when no optimizer step has happened since the rollouts: this forward pass is then its own
@@ -94,21 +141,12 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, 
         now = scores.logprobs.detach()
         if on_sampling_weights:
             micro.sampling_logprobs = now
-            tokens.gap.append((now - micro.engine_logprobs).numpy(force=True))
         old = _old_logprobs(micro, recipe)
         inputs = LossInputs(scores.logprobs, old, micro.advantages, micro.token_weights * _correction(micro, recipe))
         outputs = grpo(inputs, recipe.objective.clip_low, recipe.objective.clip_high)
-        loss = float(outputs.loss.detach())
-        if not np.isfinite(loss):
-            raise DivergenceError(
-                "objective",
-                got=f"loss {loss}",
-                expected="a finite number",
-                hint="lower optimizer.lr; look at rollouts/",
-            )
         if torch.is_grad_enabled():
             outputs.loss.backward()
-        total += loss
+        total += float(outputs.loss.detach())
         tokens.log_ratio.append((now - old).numpy(force=True))
         tokens.clipped.append(outputs.clipped.numpy(force=True))
         assert scores.entropy is not None

@@ -1,0 +1,311 @@
+"""The stages of a step, each a function of the run. The loops of this folder only put them in order.
+
+    sample ─► reward ─► train_gated ───────────► sync ─► record ─► checkpoint
+      │         │          gate │                  │
+      │         │     refused ◄─┴─► admitted       └► canary: is version k + 1 served?
+      ▼         ▼        ▼             ▼
+    rollouts/drawn/…   rollouts/refused/…   rollouts/step-….parquet
+
+A step's samples are on disk before anything else is done with them. They get the name that resume trains on only when the gate
+has admitted every token of them, and the gate is in the one stage that trains, replayed or not.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.config.recipe import Recipe
+from lockstep.errors import ParityError, RewardError, WeightSyncError
+from lockstep.loop.session import Session
+from lockstep.parity import layer3_weights
+from lockstep.parity.canary import Canary, CanaryResult
+from lockstep.parity.causes import finding
+from lockstep.parity.certificate import issue
+from lockstep.parity.gate import Gate
+from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
+from lockstep.parity.pair import Pair, draw
+from lockstep.parity.probes import probe_prompts
+from lockstep.records.tokens import SamplingParams
+from lockstep.records.verdicts import Verdict
+from lockstep.rollout import collect, store
+from lockstep.rollout.collect import Rollouts
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.write import append_metrics, append_verdict
+from lockstep.training.checkpoint import save_checkpoint
+from lockstep.training.optimizer import MasterAdamW
+from lockstep.training.step import AtSampling, train
+
+Say = Callable[[str], None]
+PROOF_PROMPTS = 8
+
+
+@dataclass(eq=False)
+class Run:
+    """A run under way."""
+
+    session: Session
+    layout: RunLayout
+    optimizer: MasterAdamW
+    say: Say
+    canary: Canary | None = None
+    gate: Gate | None = None
+    """What rollouts are held to; from the ladder that passed last."""
+    unproven: int = 0
+    """Syncs since the last proof whose update was too small for the canary to miss."""
+
+    @property
+    def pair(self) -> Pair:
+        """Both sides."""
+        return self.session.pair
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is run."""
+        return self.session.pair.recipe
+
+
+def prove(run: Run, when: str) -> LadderResult:
+    """Run the ladder and write its verdicts; on PASS issue the certificate and set the gate.
+
+    Raises:
+        ParityError: when a layer fails: training on this pair would be training on another policy's samples.
+    """
+    result = climb(run.pair, lambda layer: run.say(f"ladder: {layer}"))
+    for verdict in result.verdicts:
+        append_verdict(run.layout.verdicts, verdict, when)
+        run.say(f"  {verdict.layer:<10} {verdict.status:<8} {verdict.summary}")
+    if not result.passed:
+        raise refusal(result)
+    issue(run.pair, result.verdicts, run.layout.certificate)
+    run.canary, run.unproven = result.canary, 0
+    run.gate = Gate.of(run.pair, next(v.figures for v in result.verdicts if v.layer == "numerics"))
+    return result
+
+
+def refusal(result: LadderResult) -> ParityError:
+    """The error that a ladder without a PASS ends in."""
+    verdict = next(v for v in result.verdicts if v.status != "PASS")
+    if verdict.status == "NOT_RUN":
+        return ParityError(f"layer {verdict.layer}", got="NOT_RUN", expected="PASS", hint=verdict.reason)
+    first = verdict.findings[0]
+    return ParityError(
+        f"layer {verdict.layer}, cause {first.cause.replace('_', ' ')}",
+        got=f"{verdict.summary}; effect {first.effect_nats:.3g} nats per token (95 % {first.ci95[0]:.3g} to {first.ci95[1]:.3g})",
+        expected="PASS before the first step",
+        hint=first.fix,
+    )
+
+
+def sample(run: Run, step: int) -> Rollouts:
+    """Draw one step's samples and store them before anything else is done; or take those that an interruption left.
+
+    Raises:
+        ParityError: for a token without a finite log-probability.
+    """
+    drawn = run.layout.drawn(step)
+    if drawn.is_file():
+        run.say(f"step {step + 1}: its samples were drawn before the interruption")
+        rollouts = store.load(drawn, run.recipe.training.group_size)
+    else:
+        rollouts = collect.sample(run.pair.engine, run.pair.task, run.pair.renderer, run.recipe, step)
+        store.save(drawn, rollouts)
+    if rollouts.missing:
+        raise refuse(run, step, [f"{rollouts.missing} tokens without a finite log-probability"])
+    return rollouts
+
+
+def reward(run: Run, step: int, rollouts: Rollouts) -> None:
+    """Score a step's samples, unless an earlier start has.
+
+    Raises:
+        RewardError: when the reward function fails; the samples stay where they are, and resume scores them again.
+    """
+    if np.isfinite(rollouts.rewards).all():
+        return
+    drawn = run.layout.drawn(step)
+    try:
+        collect.score(rollouts, run.pair.task, run.pair.renderer, run.recipe)
+    except RewardError as error:
+        store.save(drawn, rollouts)
+        error.add_note(f"the samples of step {step} are kept in {drawn}; resume scores them again")
+        raise
+    store.save(drawn, rollouts)
+
+
+def train_gated(run: Run, step: int, rollouts: Rollouts, *, replayed: bool = False) -> dict[str, float]:
+    """Train on a step's rollouts, every token of which the gate has admitted. Returns figures by catalog name.
+
+    Args:
+        replayed: they were admitted by an earlier start, and are judged again.
+
+    Raises:
+        ParityError: when the gate refuses them; no weight has changed.
+        DivergenceError: for a non-finite loss or gradient.
+    """
+
+    def admit(tokens: AtSampling) -> None:
+        assert run.gate is not None, "the ladder comes before the first step"
+        reasons = run.gate.refusals(tokens)
+        if reasons:
+            raise refuse(run, step, reasons, replayed=replayed)
+        if not replayed:
+            store.admit(run.layout, step)
+
+    return rollout_figures(rollouts, step) | train(rollouts, run.pair.policy, run.optimizer, run.recipe, step, admit)
+
+
+def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -> ParityError:
+    """Put a step's samples where nothing trains on them, and say why. Replayed ones stay: they were trained on."""
+    kept = run.layout.rollouts(step) if replayed else store.refuse(run.layout, step)
+    return ParityError(
+        f"rollouts of step {step}, before they are trained on",
+        got="; ".join(reasons),
+        expected="every token as the trainer scores it under the weights that drew it",
+        hint=f"they are kept in {kept} and are not trained on; lockstep check names the cause",
+    )
+
+
+def sync(run: Run, version: int) -> dict[str, float]:
+    """Publish, load, and prove by the canary that the engine serves what it was sent.
+
+    Raises:
+        WeightSyncError: when it does not; the cause is named.
+    """
+    assert run.canary is not None
+    began = time.perf_counter()
+    with run.pair.loading(version):
+        trainer = run.canary.trainer_scores(run.pair)
+    run.pair.version = version
+    loaded = time.perf_counter()
+    result = run.canary.measure(run.pair, trainer)
+    verdict = _sync_verdict(run, result, version)
+    append_verdict(run.layout.verdicts, verdict, f"after sync {version}")
+    _refuse_sync(verdict, version)
+    run.unproven = 0 if verdict.status == "PASS" else run.unproven + 1
+    return {
+        "canary_gap_abs_max_nats": result.gap_abs_max_nats,
+        "canary_shift_abs_mean_nats": result.shift_abs_mean_nats,
+        "unproven_syncs": float(run.unproven),
+        "sync_s": loaded - began,
+        "canary_s": time.perf_counter() - loaded,
+    }
+
+
+def record(run: Run, step: int, figures: dict[str, float], spent_s: float) -> None:
+    """A step's line in ``metrics.jsonl``, and one for people."""
+    figures |= {
+        "step_s": spent_s,
+        "tokens_per_s": figures["n_tokens"] / spent_s,
+        "samples_per_s": figures["n_samples"] / spent_s,
+    }
+    append_metrics(run.layout.metrics, step, step + 1, figures)
+    run.say(_line(step, run.recipe.training.steps, figures))
+
+
+def checkpoint(run: Run, version: int) -> None:
+    """Save the weights of ``version``, once their way into the engine is proven.
+
+    Raises:
+        WeightSyncError: when it is refuted.
+    """
+    prove_transport(run, version)
+    save_checkpoint(run.layout.checkpoints, version, run.pair.policy, run.optimizer, run.session.model_path)
+
+
+def prove_transport(run: Run, version: int) -> None:
+    """Where updates were too small for the canary, layer 3's perturbation proves their way into the engine.
+
+    Raises:
+        WeightSyncError: when it is refuted.
+    """
+    if run.unproven:
+        verdict = _perturbed(run)
+        append_verdict(run.layout.verdicts, verdict, f"before checkpoint {version}")
+        _refuse_sync(verdict, version)
+        run.unproven = 0 if verdict.status == "PASS" else run.unproven
+
+
+def _refuse_sync(verdict: Verdict, version: int) -> None:
+    if verdict.status == "FAIL":
+        first = verdict.findings[0]
+        raise WeightSyncError(
+            f"weight sync {version}, cause {first.cause.replace('_', ' ')}",
+            got=first.evidence,
+            expected="engine and trainer to agree on the canary",
+            hint=first.fix,
+        )
+
+
+def _perturbed(run: Run) -> Verdict:
+    """Layer 3 on fresh tokens, against the gap that the ladder measured."""
+    assert run.canary is not None
+    drawn = draw(run.pair, probe_prompts(run.pair, PROOF_PROMPTS, run.pair.seed), SamplingParams(max_tokens=8), run.pair.seed)
+    proof = Canary.of(drawn, PROOF_TOKENS)
+    proof.clean_gap_nats = run.canary.clean_gap_nats
+    return layer3_weights.judge(run.pair, proof, drawn)
+
+
+def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
+    agreement = f"mean |gap| {result.gap_abs_mean_nats:.1e} nats over {result.n_tokens} tokens, limit {result.limit_nats:.1e}"
+    if result.proven:
+        return Verdict(
+            layer="weights",
+            status="PASS",
+            summary=f"version {version} is served: {agreement}",
+            n_tokens=result.n_tokens,
+        )
+    if not result.refuted:
+        return Verdict(
+            layer="weights",
+            status="NOT_RUN",
+            summary=f"version {version} is not refuted: {agreement}",
+            n_tokens=result.n_tokens,
+            reason=f"the update moved the canary by {result.shift_abs_mean_nats:.1e} nats, less than the limit: "
+            "had it been lost, this would not have shown",
+        )
+    # One stale tensor moves little in one step; layer 3 moves every tensor far enough to name it.
+    run.say(f"canary: {agreement}; looking for the cause")
+    named = _perturbed(run)
+    findings = named.findings
+    if named.status != "FAIL":
+        cause = "not_delivered" if result.not_delivered else "unexplained_weights"
+        size = np.full(result.n_tokens, result.gap_abs_mean_nats)
+        findings = (finding(cause, size, np.arange(size.size), agreement, run.pair.engine.fix(cause)),)
+    return Verdict(
+        layer="weights",
+        status="FAIL",
+        summary=agreement,
+        n_tokens=result.n_tokens,
+        findings=findings,
+        figures=named.figures,
+    )
+
+
+def rollout_figures(rollouts: Rollouts, step: int) -> dict[str, float]:
+    """What can be said of rollouts before training, by catalog name."""
+    lengths, rewards = rollouts.lengths(), rollouts.rewards.reshape(-1, rollouts.group_size)
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "flat_group_fraction": float((rewards.std(axis=1) == 0.0).mean()),
+        "completion_tokens_mean": float(lengths.mean()),
+        "truncated_fraction": float(np.mean([c.finish_reason == "length" for c in rollouts.completions])),
+        "n_tokens": float(lengths.sum()),
+        "n_samples": float(len(lengths)),
+        "missing_logprobs": float(rollouts.missing),
+        "lag_steps": float(np.mean([step - span.version for c in rollouts.completions for span in c.version_spans])),
+        "sample_s": rollouts.sample_s,
+        "reward_s": rollouts.reward_s,
+    }
+
+
+def _line(step: int, steps: int, figures: dict[str, float]) -> str:
+    unproven = int(figures["unproven_syncs"])
+    proof = f"weights not proven for {unproven} step{'s' * (unproven > 1)}" if unproven else "weights proven by the canary"
+    return (
+        f"step {step + 1:>3}/{steps}  reward {figures['reward_mean']:.3f}  entropy {figures['entropy_mean_nats']:.2f}  "
+        f"|gap| max {figures['gap_abs_max_nats']:.0e}  canary {figures['canary_gap_abs_max_nats']:.0e}  "
+        f"{proof}  {figures['step_s']:.1f} s"
+    )

@@ -1,0 +1,97 @@
+"""The gate: every token of a step is judged under the weights that drew it, before the step's first optimizer update.
+
+The ladder proves the pair on probes; the gate holds every rollout to that proof. Each of these refuses on its own: the median and
+the mean of the gap are as the ladder measured them on this pair (a bias); the tail and the largest are what arithmetic can bring
+at each token's own probability (a few wrong numbers); the objective clips no more for the mismatch alone than layer 4 allows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.config.recipe import Objective
+from lockstep.metrics.reduce import mean_over_sequences, outside_clip, quantiles_abs
+from lockstep.parity.pair import Pair
+from lockstep.parity.tolerances import (
+    BIAS_Z,
+    GATE_MEDIAN_MULTIPLE,
+    NEGLIGIBLE_NATS,
+    PHANTOM_CLIP_FRACTION,
+    Tolerance,
+    largest_gap,
+)
+from lockstep.training.step import AtSampling
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The gap that the ladder measured on this pair, nats."""
+
+    p50: float
+    mean: float
+    mean_se: float
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float]) -> "Measured":
+        """From the figures of layer 4's verdict. Raises KeyError where one is missing."""
+        return cls(figures["gap_abs_p50_nats"], figures["gap_mean_nats"], figures["gap_mean_se_nats"])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a step's tokens are held to."""
+
+    noise: Tolerance
+    """What arithmetic may bring between the two sides' dtypes."""
+    temperature: float
+    clip: Objective
+    measured: Measured
+
+    @classmethod
+    def of(cls, pair: Pair, numerics: Mapping[str, float]) -> "Gate":
+        """The gate of a pair whose ladder passed, with the figures of its layer 4."""
+        return cls(pair.noise, pair.recipe.sampling.temperature, pair.recipe.objective, Measured.of(numerics))
+
+    def refusals(self, tokens: AtSampling) -> list[str]:
+        """Why ``tokens`` must not be trained on, a sentence each; empty when they may be."""
+        gap = tokens.trainer_logprobs.astype(np.float64) - tokens.engine_logprobs
+        if not gap.size:
+            return ["no token was scored"]
+        unscored = int((~np.isfinite(gap)).sum())
+        if unscored:
+            return [f"{unscored} of {gap.size} tokens without a finite log-probability on both sides"]
+        found = (self._bulk(gap), self._bias(gap, tokens.owners), self._tail(gap, tokens), self._clips(gap))
+        return [reason for reason in found if reason]
+
+    def _bulk(self, gap: np.ndarray) -> str:
+        own = self.measured.p50
+        limit = min(self.noise.p50, max(NEGLIGIBLE_NATS, GATE_MEDIAN_MULTIPLE * own))
+        median = float(np.median(np.abs(gap)))
+        return "" if median <= limit else f"median |gap| {median:.2e} nats, at most {limit:.2e} (the ladder measured {own:.2e})"
+
+    def _bias(self, gap: np.ndarray, owners: np.ndarray) -> str:
+        mean, error = mean_over_sequences(gap, owners)
+        slack = abs(self.measured.mean) + max(NEGLIGIBLE_NATS, self.measured.p50)
+        limit = slack + BIAS_Z * float(np.hypot(error, self.measured.mean_se))
+        return "" if abs(mean) <= limit else f"mean gap {mean:+.2e} nats (± {error:.1e} over sequences), at most {limit:.2e}"
+
+    def _tail(self, gap: np.ndarray, tokens: AtSampling) -> str:
+        limits = largest_gap(np.maximum(tokens.trainer_logprobs, tokens.engine_logprobs), self.noise, self.temperature)
+        beyond = np.flatnonzero(np.abs(gap) > limits)
+        if beyond.size:
+            worst = beyond[np.argmax(np.abs(gap[beyond]) - limits[beyond])]
+            return (
+                f"{beyond.size} of {gap.size} tokens beyond what arithmetic can bring at their probability: token {worst}, "
+                f"of completion {tokens.owners[worst]}, is {gap[worst]:+.2e} nats off, at most {limits[worst]:.2e}"
+            )
+        p999, limit = quantiles_abs(gap)["p999"], self.noise.p999
+        return "" if p999 <= limit else f"|gap| p99.9 {p999:.2e} nats over {gap.size} tokens, at most {limit:g}"
+
+    def _clips(self, gap: np.ndarray) -> str:
+        low, high = self.clip.clip_low, self.clip.clip_high
+        share = float(outside_clip(gap, low, high).mean())
+        if share <= PHANTOM_CLIP_FRACTION:
+            return ""
+        outside = f"outside [{1 - low:g}, {1 + high:g}] for the mismatch alone"
+        return f"{share:.2%} of the tokens lie {outside}, at most {PHANTOM_CLIP_FRACTION:.0%}"
