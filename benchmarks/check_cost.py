@@ -19,7 +19,8 @@ from lockstep.cli.check import QUICK
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.loop import factors
 from lockstep.loop.session import Session, open_session
-from lockstep.loop.sync import Run, run_steps, sync
+from lockstep.loop.stages import Run, sync
+from lockstep.loop.sync import run_steps
 from lockstep.parity import in_flight
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run

@@ -147,7 +147,7 @@ def tiny_hybrid(tokenizer, path):
 
 def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path):
     from lockstep.loop.session import Session
-    from lockstep.loop.sync import Run, sync
+    from lockstep.loop.stages import Run, sync
     from lockstep.runs.layout import new_run
     from lockstep.training.optimizer import MasterAdamW
 
@@ -196,23 +196,26 @@ def test_completions_come_back_to_their_own_prompt(pair):
 
 def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_path):
     from lockstep.loop.session import Session
-    from lockstep.loop.sync import Run, sample
+    from lockstep.loop.stages import Run, reward, sample
     from lockstep.runs.layout import new_run
     from lockstep.runs.read import read_rollouts
 
     layout = new_run(tmp_path / "run")
     run = Run(Session(pair, None, Path()), layout, None, print)
-    original = pair.task._reward
+    original, drawn = pair.task._reward, None
     for broken, needle in ((lambda text, item: 1 / 0, "ZeroDivisionError"), (lambda text, item: float("nan"), "nan")):
         pair.task._reward = broken
         try:
             with pytest.raises(RewardError, match=needle) as raised:
-                sample(run, 0)
+                reward(run, 0, sample(run, 0))
         finally:
             pair.task._reward = original
         assert "completion" in raised.value.hint
         assert raised.value.exit_code == 2
-        assert len(read_rollouts(layout.failed_rollouts(0))) == 16
+        rows = read_rollouts(layout.drawn(0))
+        assert len(rows) == 16
+        assert drawn in (None, [row["token_ids"] for row in rows])  # the second start takes what the first drew
+        drawn = [row["token_ids"] for row in rows]
         assert not layout.rollouts(0).exists()
 
 
