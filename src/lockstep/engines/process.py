@@ -71,7 +71,7 @@ class WorkerProcess:
         (self.directory / "path" / "lockstep").symlink_to(Path(lockstep.__file__).parent)
         env = env | {"PYTHONPATH": str(self.directory / "path"), "VLLM_RPC_BASE_PATH": str(self.directory)}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
+        with open(os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
             self._log_from = log.tell()
             self.popen = subprocess.Popen(
                 [python, "-u", "-m", module, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
