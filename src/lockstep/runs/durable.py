@@ -89,7 +89,7 @@ def append_line(path: Path, line: bytes) -> None:
         RunError: when it cannot be written.
     """
     with writing(path):
-        descriptor = _open_for_append(path)
+        descriptor = open_for_append(path)
         try:
             before = os.fstat(descriptor).st_size
             try:
@@ -105,7 +105,8 @@ def append_line(path: Path, line: bytes) -> None:
         flush_directory(path.parent)
 
 
-def _open_for_append(path: Path) -> int:
+def open_for_append(path: Path) -> int:
+    """A descriptor that writes at the end; the file is private if it is made here. Raises OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)

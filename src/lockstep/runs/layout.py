@@ -14,7 +14,6 @@ runs/<id>/
 
 import contextlib
 import fcntl
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.errors import UsageError
-from lockstep.runs.durable import PARTIAL, PRIVATE_FILE, make_directory, writing
+from lockstep.runs.durable import PARTIAL, make_directory, open_for_append, writing
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class RunLayout:
             UsageError: when one is at it.
         """
         with writing(self.root / ".lock"):
-            descriptor = os.open(self.root / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
-        with open(descriptor, "w") as file:
+            descriptor = open_for_append(self.root / ".lock")
+        with open(descriptor, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
