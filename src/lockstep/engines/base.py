@@ -33,9 +33,17 @@ class Engine(ABC):
     """A running engine. Token ids in, token ids and log-probabilities out; text never crosses this line."""
 
     ready: Ready
-    """Who it is and what it resolved to, read back from the running engine."""
+    """Who it is and what it resolved to, read back from the running engine; there once :meth:`wait_ready` has returned."""
     asked: dict[str, Any]
     """What it was asked for, by the names of its own arguments."""
+
+    def wait_ready(self) -> None:
+        """Wait until it can sample. One with a process of its own is made while that starts, and can be closed meanwhile.
+
+        Raises:
+            EngineError, UsageError: when it does not start; says why.
+        """
+        return  # one in this process is ready once it is made
 
     @abstractmethod
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:

@@ -46,11 +46,22 @@ def choose(config: EngineConfig) -> Choice:
     return Choice("transformers", None, "auto: no vLLM environment is installed")
 
 
-def start(choice: Choice, spec: EngineSpec) -> Engine:
-    """Start the chosen engine; returns when it can sample."""
+def launch(choice: Choice, spec: EngineSpec) -> Engine:
+    """Begin to start the chosen engine. It can be closed at any time, and used once its ``wait_ready`` has returned."""
     if choice.environment is None:
         return _made_by(EMBEDDED[choice.name])(spec)
     return _made_by(ADAPTERS[choice.environment.name, choice.environment.generation])(spec, choice.environment)
+
+
+def start(choice: Choice, spec: EngineSpec) -> Engine:
+    """Start the chosen engine; returns when it can sample, and leaves nothing behind when it cannot."""
+    engine = launch(choice, spec)
+    try:
+        engine.wait_ready()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def _made_by(name: str) -> Callable[..., Engine]:

@@ -6,7 +6,6 @@ torch and transformers, which take 5 s to import, are imported while the engine 
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine, EngineSpec
-from lockstep.engines.registry import Choice, choose, start
+from lockstep.engines.registry import Choice, choose, launch, start
 from lockstep.errors import RecipeError
 from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
@@ -77,13 +76,9 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        pool = stack.enter_context(ThreadPoolExecutor(1))
         spec = _spec(recipe, model_path, directory, engine_log)
-        # An engine of its own process starts while the trainer is loaded; one in this process would load beside it, and
-        # transformers' loading is not safe in two threads.
-        starting = pool.submit(start, choice, spec) if choice.environment else None
-        if starting is not None:
-            stack.callback(_close_when_started, starting)
+        # An engine with a process of its own starts while the trainer is loaded, and whatever ends this ends it in its start.
+        starting = stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
         renderer = Renderer(model_path)
         _refuse_long_prompt(recipe, task, renderer)
         from lockstep.parity.pair import Pair
@@ -91,7 +86,8 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
 
         policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
         publisher = _publisher(recipe, policy.model, directory)
-        engine: Engine = start(choice, spec) if starting is None else starting.result()
+        engine: Engine = starting or stack.enter_context(contextlib.closing(launch(choice, spec)))
+        engine.wait_ready()
         if recipe.engine.weights == "nccl":
             engine.need("nccl_weights")
         say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
@@ -136,11 +132,6 @@ def _publisher(recipe: Recipe, model, directory: Path) -> "Publisher":
     from lockstep.weights.nccl import NcclPublisher
 
     return NcclPublisher(model, directory)
-
-
-def _close_when_started(starting) -> None:
-    with contextlib.suppress(Exception):
-        starting.result().close()
 
 
 def _named(choice: Choice) -> str:

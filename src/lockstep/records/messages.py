@@ -1,7 +1,8 @@
 """The worker protocol: what trainer and engine process say to each other.
 
 Frames are 4 bytes of little-endian length, then one msgpack-encoded message. Requests carry an ``id`` that the reply repeats.
-Decoding is strict: a frame that is not one of these messages is answered with an :class:`Failure` and changes nothing.
+Decoding is strict: a frame that is no request is answered with a :class:`Failure` and changes nothing; one that is no reply ends
+the engine and fails everyone who waits for it.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from lockstep.errors import ProtocolError
 from lockstep.records.capabilities import Capability
 from lockstep.records.semantics import Distribution
 from lockstep.records.tokens import Completion, SamplingParams, Scores
@@ -129,5 +131,56 @@ Reply = Ready | Sampled | Scored | Loaded | Aborted | Counted | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
-decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+
+
+class _Numbered(Struct):
+    """What is read of a frame that is no message."""
+
+    id: int
+
+
+_number_decoder = msgspec.msgpack.Decoder(_Numbered)
+
+
+def decode_request(frame: bytes) -> Request:
+    """The request in a frame.
+
+    Raises:
+        ProtocolError: when it is none, whatever else it is.
+    """
+    return _decoded(_request_decoder, frame, "request")
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """The reply in a frame.
+
+    Raises:
+        ProtocolError: when it is none, whatever else it is.
+    """
+    return _decoded(_reply_decoder, frame, "reply")
+
+
+def number_of(frame: bytes) -> int:
+    """The id of a frame that is no message, so that its sender can be told; 0 where it cannot be read."""
+    try:
+        return _number_decoder.decode(frame).id
+    except _UNDECODABLE:
+        return 0
+
+
+# A frame can also be nested too deep, hold an integer that Python's own cannot be compared with, or announce more than memory.
+_UNDECODABLE = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder, frame: bytes, what: str) -> Any:
+    try:
+        return decoder.decode(frame)
+    except _UNDECODABLE as error:
+        raise ProtocolError(
+            f"worker protocol, {what}",
+            got=f"a frame of {len(frame)} bytes that begins {bytes(frame[:32])!r} ({type(error).__name__}: {error})",
+            expected=f"a {what} of lockstep.records.messages",
+            hint="do both sides run the same Lockstep?",
+        ) from error

@@ -69,41 +69,35 @@ class VllmEngine(Engine):
         env = environment.launch_env() | LOCAL
         try:
             self._process = WorkerProcess(environment.python, self.worker, msgspec.json.encode(config), env, spec.log_path)
-            self.ready = self._process.wait_ready(START_TIMEOUT_S)
         except BaseException:
             self._forget_scratch()
             raise
 
+    def wait_ready(self) -> None:
+        """See :meth:`Engine.wait_ready`."""
+        self.ready = self._process.wait_ready(START_TIMEOUT_S)
+
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
-        reply = self._process.request(Sample, [_packed(prompt) for prompt in prompts], list(params))
-        assert isinstance(reply, Sampled)
-        return reply.completions
+        return self._process.request(Sampled, Sample, [_packed(prompt) for prompt in prompts], list(params)).completions
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        reply = self._process.request(Score, [_packed(sequence) for sequence in sequences], temperature)
-        assert isinstance(reply, Scored)
+        reply = self._process.request(Scored, Score, [_packed(sequence) for sequence in sequences], temperature)
         return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
 
     def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
         if mode != "wait":
             self.need("pause_keep")
-        reply = self._process.request(Load, update, faults, mode)
-        assert isinstance(reply, Loaded)
-        return reply.receipt
+        return self._process.request(Loaded, Load, update, faults, mode).receipt
 
     def abort(self) -> int:
         """See :meth:`Engine.abort`."""
-        reply = self._process.request(Abort)
-        assert isinstance(reply, Aborted)
-        return reply.n_requests
+        return self._process.request(Aborted, Abort).n_requests
 
     def counters(self) -> dict[str, float]:
         """See :meth:`Engine.counters`."""
-        reply = self._process.request(Count)
-        assert isinstance(reply, Counted)
-        return reply.counters
+        return self._process.request(Counted, Count).counters
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""

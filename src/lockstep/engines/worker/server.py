@@ -13,6 +13,7 @@ ends likewise when a process of the engine's is gone.
 """
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -24,9 +25,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
-import msgspec
-
 from lockstep.engines.worker.group import end_group
+from lockstep.errors import ProtocolError
 from lockstep.records.messages import (
     MAX_FRAME_BYTES,
     Abort,
@@ -45,6 +45,7 @@ from lockstep.records.messages import (
     Scored,
     decode_request,
     encode,
+    number_of,
 )
 from lockstep.records.tokens import Completion, Scores
 from lockstep.records.versions import LoadReceipt
@@ -182,8 +183,10 @@ class _Server:
                 frame = await reader.readexactly(length)
                 try:
                     request = decode_request(frame)
-                except (msgspec.DecodeError, msgspec.ValidationError) as error:
-                    _send(writer, Failure(id=0, message=f"malformed frame: {error}", expected="a Request", usage=True))
+                except ProtocolError as error:
+                    refused = Failure(number_of(frame), f"malformed frame: {error.got}", error.expected, error.hint, usage=True)
+                    _send(writer, refused)
+                    await writer.drain()
                     continue
                 task = asyncio.create_task(self._answer(request, writer))
                 tasks.add(task)
@@ -201,8 +204,10 @@ class _Server:
         except Exception as error:
             traceback.print_exc()
             reply = failure_of(request.id, error, fatal=type(error).__name__ == "EngineDeadError")
-        _send(writer, reply)
-        await writer.drain()
+        # The trainer may be gone meanwhile; then the lifeline says so.
+        with contextlib.suppress(ConnectionError):
+            _send(writer, _fitting(request, reply))
+            await writer.drain()
         if isinstance(reply, Failure) and reply.fatal:
             end_process_group()
 
@@ -228,6 +233,15 @@ class _Server:
             self._sampling.add(task)
             task.add_done_callback(self._sampling.discard)
         return await task
+
+
+def _fitting(request: Request, reply: Reply) -> bytes:
+    """The reply's frame, or that of a failure where nobody would take one of its size."""
+    body = encode(reply)
+    if len(body) <= MAX_FRAME_BYTES:
+        return body
+    what, limit = f"{type(reply).__name__} of {len(body)} bytes", f"at most {MAX_FRAME_BYTES}"
+    return encode(Failure(request.id, f"a reply too large for a frame: {what}", limit, "ask in portions", usage=True))
 
 
 def _send(writer: asyncio.StreamWriter, reply: Reply | bytes) -> None:
