@@ -180,7 +180,7 @@ def _decoded(decoder: msgspec.msgpack.Decoder, frame: bytes, what: str) -> Any:
     except _UNDECODABLE as error:
         raise ProtocolError(
             f"worker protocol, {what}",
-            got=f"a frame of {len(frame)} bytes that begins {bytes(frame[:32])!r} ({type(error).__name__}: {error})",
+            got=f"a frame of {len(frame)} bytes that begins {bytes(frame[:32])!r} ({type(error).__name__}: {str(error)[:200]!r})",
             expected=f"a {what} of lockstep.records.messages",
             hint="do both sides run the same Lockstep?",
         ) from error
