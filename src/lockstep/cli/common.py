@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lockstep.cli.console import show
 from lockstep.config.recipe import Recipe, load_recipe
 from lockstep.errors import UsageError
 from lockstep.records.verdicts import Verdict
@@ -37,11 +38,11 @@ def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 def show_ladder(verdicts: Sequence[Verdict]) -> None:
     """Five rows on stdout, and the failing one explained."""
     for verdict in verdicts:
-        print(f"{verdict.layer:<10} {verdict.status:<8} {verdict.summary if verdict.status != 'NOT_RUN' else verdict.reason}")
+        show(f"{verdict.layer:<10} {verdict.status:<8} {verdict.summary if verdict.status != 'NOT_RUN' else verdict.reason}")
         for found in verdict.findings:
             low, high = found.ci95
-            print(f"           cause     {found.cause.replace('_', ' ')}")
+            show(f"           cause     {found.cause.replace('_', ' ')}")
             interval = f"95 % {low:.4f} to {high:.4f}, {found.n_tokens} tokens"
-            print(f"           effect    {found.effect_nats:.4f} nats per token ({interval})")
-            print(f"           evidence  {found.evidence}")
-            print(f"           fix       {found.fix}")
+            show(f"           effect    {found.effect_nats:.4f} nats per token ({interval})")
+            show(f"           evidence  {found.evidence}")
+            show(f"           fix       {found.fix}")

@@ -1,17 +1,66 @@
-"""Talk goes to stderr: one plain line a step, on a terminal with a running clock. Data goes to stdout."""
+"""Talk goes to stderr: one plain line a step, on a terminal with a running clock. Data goes to stdout.
 
+Much of what is shown was written by others: a server's error, a file's column names, a completion, a user's own reward. What a
+terminal would obey is shown as its escape: whatever is printed while a verb runs passes :func:`guarded`, so that no message, no
+traceback and no code of the user's can leave it out. Only this module draws.
+"""
+
+import contextlib
 import os
+import re
 import shutil
 import sys
 import threading
 import time
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, Self, TextIO
 
 import msgspec
 
 from lockstep.errors import LockstepError
 
 TICK_S = 0.2
+OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""C0 but tab and newline, DEL, C1, what turns the direction of writing, other line ends, and halves of a pair."""
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey as its escape."""
+    return OBEYED.sub(lambda found: _escape(found[0], "\\x{:02x}"), text)
+
+
+def _escape(character: str, short: str) -> str:
+    return short.format(ord(character)) if character < "\u0100" else f"\\u{ord(character):04x}"
+
+
+class _Guarded:
+    """A text stream that shows everything as :func:`printable`; the rest is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, escaped."""
+        self.stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Write the lines, escaped."""
+        self.stream.writelines(map(printable, lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """While the body runs, nothing that is printed reaches the terminal as a command to it."""
+    outer = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Guarded(stream) for stream in outer)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = outer
 
 
 class Console:
@@ -62,29 +111,40 @@ class Console:
 
     def _draw(self) -> None:
         width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be drawn over
-        sys.stderr.write(f"\r\x1b[K{self._line(self._text)[:width]}")
-        sys.stderr.flush()
+        self._over(self._line(self._text)[:width])
 
     def _close_line(self) -> None:
         if self._text:
-            sys.stderr.write(f"\r\x1b[K{self._line(self._text)}\n")
-            sys.stderr.flush()
+            self._over(f"{self._line(self._text)}\n")
+
+    def _over(self, line: str) -> None:
+        terminal = getattr(sys.stderr, "stream", sys.stderr)  # under the guard: these codes are our own
+        terminal.write(f"\r\x1b[K{line}")
+        terminal.flush()
 
     def _line(self, text: str) -> str:
-        return f"[{time.perf_counter() - self._began:6.1f}s] {text}"
+        return f"[{time.perf_counter() - self._began:6.1f}s] {printable(text)}"
+
+
+def show(text: str) -> None:
+    """One line, or several, for people on stdout."""
+    print(printable(text))
 
 
 def emit(schema: str, content: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """One JSON document on stdout; what a terminal would obey is in it as JSON's own escape."""
     from lockstep.runs.write import plain
 
     document = {"schema": f"lockstep.{schema}/1", **plain(content)}
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n")
+    text = msgspec.json.format(msgspec.json.encode(document), indent=1).decode()
+    sys.stdout.write(OBEYED.sub(lambda found: _escape(found[0], "\\u{:04x}"), text) + "\n")
 
 
 def fail(error: LockstepError, *, as_json: bool) -> None:
     """Show an error: for people on stderr, for programs also on stdout."""
     if as_json:
-        fields = {name: getattr(error, name) for name in ("boundary", "got", "expected", "hint", "exit_code")}
-        emit("error", {"error": {"type": type(error).__name__, **fields}})
-    print("\n\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        fields = {name: getattr(error, name) for name in ("boundary", "got", "expected", "hint")}
+        # A path of the user's may hold bytes that are no text.
+        fields = {name: text.encode(errors="backslashreplace").decode() for name, text in fields.items()}
+        emit("error", {"error": {"type": type(error).__name__, **fields, "exit_code": error.exit_code}})
+    print(printable("\n\n".join([f"error: {error}", *getattr(error, "__notes__", [])])), file=sys.stderr)

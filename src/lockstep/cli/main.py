@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from lockstep.cli import check, diagnose, engines, faults, models, train
-from lockstep.cli.console import fail
+from lockstep.cli.console import fail, guarded
 from lockstep.errors import LockstepError, UsageError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(engines.app, name="engines")
 app.add_typer(models.app, name="models")
 
 
+@guarded()
 def main() -> None:
     """Run a verb and turn its error into an exit code."""
     as_json = "--json" in sys.argv

@@ -1,0 +1,89 @@
+"""What others wrote reaches the terminal as text and never as a command to it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lockstep.cli.common import show_ladder
+from lockstep.cli.console import OBEYED, Console, emit, fail, guarded, printable, show
+from lockstep.errors import EngineError
+from lockstep.records.verdicts import Finding, Verdict
+
+HOSTILE = "a\x1b]0;owned\x07b\x9b2Jc\rd\x7fe\u202ef\u2066g\u2028h\ud800i\x00j"
+SHOWN = r"a\x1b]0;owned\x07b\x9b2Jc\x0dd\x7fe\u202ef\u2066g\u2028h\ud800i\x00j"
+
+
+def test_everything_that_a_terminal_obeys_is_escaped_and_nothing_else():
+    assert printable(HOSTILE) == SHOWN
+    kept = "tab\tline\n|trainer − engine| ≤ 1e-3 → é 汉 👍\u200d"
+    assert printable(kept) == kept
+    controls = {chr(code) for code in [*range(32), *range(127, 160)]} - {"\t", "\n"}
+    bidi = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    assert all(OBEYED.fullmatch(character) for character in controls | bidi)
+
+
+def test_say_show_fail_and_the_ladder_show_it_escaped(capsys):
+    Console().say(HOSTILE)
+    show(HOSTILE)
+    error = EngineError(HOSTILE, got=HOSTILE, expected=HOSTILE, hint=HOSTILE)
+    error.add_note(HOSTILE)
+    fail(error, as_json=False)
+    found = Finding(cause=HOSTILE, effect_nats=1.0, ci95=(0.5, 1.5), n_tokens=3, evidence=HOSTILE, fix=HOSTILE)
+    show_ladder([Verdict(layer="path", status="FAIL", summary=HOSTILE, n_tokens=3, findings=(found,))])
+    out, err = capsys.readouterr()
+    assert not OBEYED.search(out + err)
+    assert (out.count(SHOWN), err.count(SHOWN)) == (5, 6)
+
+
+def test_the_clock_is_drawn_and_the_text_in_it_is_not_obeyed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    with guarded(), Console() as console:
+        console.say(HOSTILE)
+    err = capsys.readouterr().err
+    drawn = err.split("\r\x1b[K")
+    assert len(drawn) >= 3
+    assert all(part.rstrip("\n").endswith(SHOWN) for part in drawn[1:])
+    assert not OBEYED.search("".join(drawn))
+
+
+def test_what_a_users_own_code_prints_is_guarded_too_and_the_streams_come_back():
+    code = f"""
+import sys
+from lockstep.cli.console import guarded
+outer = sys.stdout, sys.stderr
+with guarded():
+    print({HOSTILE!r})
+    sys.stderr.writelines([{HOSTILE!r}])
+    assert sys.stdout.encoding and not sys.stdout.isatty()
+assert (sys.stdout, sys.stderr) == outer
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == SHOWN + "\n"
+    assert done.stderr == SHOWN
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_hostile_argument_is_no_command_either(flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "lockstep.cli.main", "train", b"\x1b]0;x\x07\xc2\x9b\xff.toml", *flags],
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    text = (done.stdout + done.stderr).decode()
+    assert not OBEYED.search(text)
+    assert r"\x1b]0;x\x07\x9b\udcff.toml" in done.stderr.decode()
+
+
+def test_json_holds_every_character_as_its_own_escape(capsys):
+    text = HOSTILE.replace("\ud800", "")
+    emit("test", {"text": text, "more": "é"})
+    out = capsys.readouterr().out
+    assert not OBEYED.search(out)
+    assert json.loads(out)["text"] == text
+    assert json.loads(out)["more"] == "é"
