@@ -37,6 +37,10 @@ def check(
         Path | None, typer.Option(help="Only say whether this certificate still holds for the recipe's pair.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option(help="Sign the certificate with this key: 32 bytes or more, mode 0600.")
+    ] = None,
+    verify_key: Annotated[Path | None, typer.Option(help="The certificate must be signed with this key.")] = None,
     audit_only: Annotated[bool, typer.Option("--audit-only", help="Only the engine's settings, as engines audit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -45,6 +49,7 @@ def check(
     Exit code: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run.
     """
     _refuse_contradictions(recipe, engine, engine_url, depth, audit_only=audit_only)
+    key = _key(sign_key, verify_key, "--certificate" if certificate else "--rollouts" if rollouts else "--out" if out else "")
     if rollouts is not None:
         from lockstep.cli.logged import check_logged
 
@@ -53,7 +58,7 @@ def check(
         from lockstep.cli.audit import run_audit
 
         raise typer.Exit(run_audit(recipe, engine_url, "0.8.5", set_, engine, as_json=as_json))
-    from lockstep.cli.common import layers_document, planted, show_ladder
+    from lockstep.cli.common import planted
     from lockstep.cli.sides import recipe_of_sides
 
     loaded, faults = recipe_of_sides(recipe, model, engine_url, set_, engine), planted(plant)
@@ -62,17 +67,12 @@ def check(
 
         loaded = with_sets(loaded, QUICK)
     if certificate is not None:
-        raise typer.Exit(_holds(certificate, loaded, as_json=as_json))
+        raise typer.Exit(_holds(certificate, loaded, key, as_json=as_json))
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
         directory = out or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        result = _climb(loaded, directory, depth, faults, console.say)
-    if as_json:
-        emit("check", {"verdict": result.status, "depth": depth, "layers": layers_document(result.verdicts)})
-    else:
-        show_ladder(result.verdicts)
-        if out is not None and result.passed:
-            print(f"certificate: {out / 'certificate.json'}")
+        result = _climb(loaded, directory, depth, faults, console.say, key)
+    _show(result, depth, faults, out, as_json=as_json)
     raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
 
 
@@ -87,11 +87,11 @@ def _refuse_contradictions(recipe: Path | None, engine: str | None, url: str | N
         raise UsageError("check", got="--engine with --engine-url", expected=expected, hint=hint)
 
 
-def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say") -> "LadderResult":
+def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say", key: bytes) -> "LadderResult":
     from lockstep.loop.session import open_session
 
     with open_session(recipe, directory / "engine.log", say, faults) as session:
-        from lockstep.parity.certificate import issue
+        from lockstep.parity.certificate import issue, void
         from lockstep.parity.ladder import climb
         from lockstep.runs.write import append_verdict
 
@@ -100,7 +100,10 @@ def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...
         for verdict in result.verdicts:
             append_verdict(directory / "verdicts.jsonl", verdict, "check")
         if result.passed:
-            issue(session.pair, result.verdicts, directory / "certificate.json", depth)
+            issue(session.pair, result.verdicts, directory / "certificate.json", depth, key)
+        else:
+            stopped = next(verdict.layer for verdict in result.verdicts if verdict.status != "PASS")
+            void(directory / "certificate.json", f"layer {stopped} of a later check here did not pass")
     return result
 
 
@@ -114,12 +117,43 @@ def _deeper(session: "Session", say: "Say") -> dict:
     }
 
 
-def _holds(path: Path, recipe: "Recipe", *, as_json: bool) -> int:
+def _show(result: "LadderResult", depth: str, faults: tuple[str, ...], out: Path | None, *, as_json: bool) -> None:
+    from lockstep.cli.common import layers_document, show_ladder
+
+    if as_json:
+        layers = layers_document(result.verdicts)
+        emit("check", {"verdict": result.status, "depth": depth, "planted": faults, "layers": layers})
+        return
+    show_ladder(result.verdicts)
+    if faults:
+        print(f"planted    {', '.join(faults)}: this certifies nothing")
+    elif out is not None and result.passed:
+        print(f"certificate: {out / 'certificate.json'}")
+
+
+def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:
+    """The bytes of whichever key ``use`` takes; none where no key was given."""
+    wanted = {"--certificate": "--verify-key", "--out": "--sign-key"}.get(use, "")
+    for flag, path in (("--sign-key", sign_key), ("--verify-key", verify_key)):
+        if path is not None and flag != wanted:
+            expected = "--sign-key with --out DIR, --verify-key with --certificate FILE"
+            raise UsageError(
+                "check", got=f"{flag} {f'with {use}' if use else 'alone'}", expected=expected, hint=f"leave {flag} out"
+            )
+    path = sign_key or verify_key
+    if path is None:
+        return b""
+    from lockstep.parity.signature import read_key
+
+    return read_key(path, wanted)
+
+
+def _holds(path: Path, recipe: "Recipe", key: bytes, *, as_json: bool) -> int:
     """Compare a certificate with the pair as it is now. Returns the exit code: 0 while it holds, 1 when anything changed."""
     from lockstep.loop.session import open_session
     from lockstep.parity.certificate import changes, read_certificate
 
-    issued = read_certificate(path)
+    issued = read_certificate(path, key)
     with (
         Console() as console,
         tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch,
@@ -127,7 +161,9 @@ def _holds(path: Path, recipe: "Recipe", *, as_json: bool) -> int:
     ):
         changed = changes(issued, session.pair)
     if as_json:
-        emit("certificate", {"holds": not changed, "issued": issued.issued, "changes": changed})
+        signed = "verified" if key else "not verified" if issued.signature else "none"
+        emit("certificate", {"holds": not changed, "issued": issued.issued, "signature": signed, "changes": changed})
     else:
-        print("\n".join([f"void: {change}" for change in changed]) or f"holds, as issued {issued.issued}")
+        by = ", by the key of --verify-key" if key else ""
+        print("\n".join([f"void: {change}" for change in changed]) or f"holds, as issued {issued.issued}{by}")
     return 1 if changed else 0

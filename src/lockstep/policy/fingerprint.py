@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import torch
+import transformers
 from torch import nn
 
 PATHS = ("_name_or_path", "transformers_version", "_attn_implementation_internal", "attn_implementation")
@@ -35,3 +36,13 @@ def tokenizer_digest(tokenizer) -> str:
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
     digest.update((tokenizer.chat_template or "").encode())
     return digest.hexdigest()
+
+
+def trainer_environment(device: torch.device) -> dict[str, str | int]:
+    """Whose arithmetic the trainer's is: libraries, device, and the threads that a reduction is split over."""
+    return {
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+    }
