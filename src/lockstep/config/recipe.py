@@ -5,7 +5,9 @@ engine's own defaults) goes into the manifest with its reason.
 """
 
 import copy
+import datetime
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,11 @@ Dtype = Literal["float32", "bfloat16"]
 EngineDtype = Literal["float32", "bfloat16", "float16"]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+"""What every generator of random numbers takes, numpy's and an engine's among them."""
+
+UNBOUNDED = ("objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm")
+"""Keys where ``inf`` says that there is no bound; anywhere else it would be a number that nothing can compute with."""
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,7 +83,7 @@ class Objective(_Section, frozen=True):
     name: Literal["grpo"] = "grpo"
     clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     clip_high: PositiveFloat = 0.2
-    """The ratio is held in [1 − clip_low, 1 + clip_high]."""
+    """The ratio is held in [1 − clip_low, 1 + clip_high]; ``inf``: no upper bound."""
     advantage_scale: Literal["std", "none"] = "std"
     """``std`` divides the group-relative advantage by the group's standard deviation (GRPO); ``none`` does not (Dr. GRPO)."""
     loss_scale: Literal["token", "sequence"] = "token"
@@ -112,7 +119,7 @@ class Training(_Section, frozen=True):
     tokens_per_microbatch: Positive = 4096
     """Bound on the tokens of one forward pass; more are accumulated."""
     checkpoint_every: Positive = 20
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Parity(_Section, frozen=True):
@@ -123,7 +130,7 @@ class Parity(_Section, frozen=True):
     """Sampled per probe prompt and pass."""
     canary_tokens: Annotated[int, Meta(ge=8)] = 8
     """Known tokens that engine and trainer score after every weight sync."""
-    seed: int = 20_260_101
+    seed: Seed = 20_260_101
     """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
 
 
@@ -152,17 +159,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | No
         RecipeError: for a file that is not there or no TOML, an unknown key (the nearest is named), a value of the wrong
             type or out of range.
     """
-    if not path.is_file():
-        raise RecipeError(
-            f"recipe {path}",
-            got="no such file",
-            expected="a TOML recipe",
-            hint="ls recipes/  (quickstart.toml is the first one)",
-        )
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}", got=str(error), expected="valid TOML", hint=f"open {path} there") from error
+    table = _read(path)
     if engine is not None:
         section = table.setdefault("engine", {})
         if isinstance(section, dict) and section.get("name", "auto") != engine:
@@ -171,6 +168,20 @@ def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | No
     for override in overrides or []:
         _apply(table, override)
     return parse_recipe(table, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    boundary = f"recipe {path}"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "lockstep init writes one (recipes/quickstart.toml)"
+        raise RecipeError(boundary, got="no such file", expected="a TOML recipe", hint=hint) from error
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise RecipeError(boundary, got=got, expected="a TOML recipe", hint="name a file that can be read") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, nested too deeply
+        raise RecipeError(boundary, got=str(error), expected="valid TOML", hint=f"open {path} there") from error
 
 
 def parse_overrides(table: dict[str, Any], overrides: list[str], source: str) -> Recipe:
@@ -197,15 +208,18 @@ def with_sets(recipe: Recipe, sets: Sequence[str]) -> Recipe:
 def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     """Build a :class:`Recipe` from a nested dict, naming ``source`` in errors."""
     _refuse_unknown_keys(table, Recipe, source, ())
+    _refuse_unrepeatable(table, source, ())
     try:
-        recipe = msgspec.convert(table, Recipe)
+        recipe = msgspec.convert(table, Recipe, str_keys=True)  # TOML's and JSON's keys are text, a token's id too
     except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$")
+        message, _, where = str(error).partition(" - at `")
+        of_a_key, _, where = where.rpartition("$")
         key = where.rstrip("`").lstrip(".") or "(top level)"
+        message = f"keys that are {message.removeprefix('Expected ')}" if of_a_key else message
         raise RecipeError(
             f"recipe {source}, key {key}",
             got=_value_at(table, key),
-            expected=message,
+            expected=message.removeprefix("Expected "),
             hint=f"--set {key}=…  or edit {source}",
         ) from error
     _refuse_untrainable(recipe, source)
@@ -244,15 +258,45 @@ def _refuse_untrainable(recipe: Recipe, source: str) -> None:
         )
 
 
+def _refuse_unrepeatable(value: Any, source: str, path: tuple[str, ...]) -> None:
+    """Refuse what a manifest cannot hold exactly, for a run is reproduced by what stands there.
+
+    Also what equals nothing (NaN), and ``inf`` where it bounds nothing.
+    """
+    where = ".".join(path)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_unrepeatable(item, source, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _refuse_unrepeatable(item, source, (*path, str(number)))
+    elif complaint := _unrepeatable(value, where):
+        raise RecipeError(f"recipe {source}, key {where}", got=complaint[0], expected=complaint[1], hint=f"--set {where}=…")
+
+
+def _unrepeatable(value: Any, where: str) -> tuple[str, str] | None:
+    """(what was got, what was expected) of a value that cannot be kept."""
+    if isinstance(value, float) and not math.isfinite(value) and not (value == math.inf and where in UNBOUNDED):
+        return str(value), f"a finite number; inf is one for {', '.join(UNBOUNDED)} alone"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"a whole number of {value.bit_length()} bits", "one of 64 bits"
+    if isinstance(value, datetime.date | datetime.time):
+        return f"the date or time {value}", "text: put it in quotes"
+    return None
+
+
 def _apply(table: dict[str, Any], override: str) -> None:
+    if override != override.encode(errors="replace").decode():  # bytes of an argument that are no UTF-8
+        raise RecipeError("flag --set", got=ascii(override), expected="UTF-8", hint="--set optimizer.lr=1e-5")
     path, equals, text = override.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
         raise RecipeError("flag --set", got=repr(override), expected="section.key=value", hint="--set optimizer.lr=1e-5")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        read = {}
+    value = read["value"] if len(read) == 1 else text  # more than one: lines after the first, which were not asked for
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})
         if not isinstance(table, dict):

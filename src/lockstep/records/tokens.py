@@ -64,9 +64,9 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[NonNegative, float] = {}
     """Token id → what is added to its logit."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[NonNegative, ...] = ()
     """Sampling stops after any of these; the stop token is kept in the completion."""
     seed: int | None = None
     n: Positive = 1

@@ -29,12 +29,17 @@ class Task:
         self.config = config
         self._items = _dataset(config, seed)
         examples = _dataset(config, seed + EXAMPLES_SEED_OFFSET) if config.examples else []
-        self._shots = [message for i in range(config.examples) for message in _solved(examples[i])]
+        shots = [_item(config.name, examples, number, ("question", "answer")) for number in range(config.examples)]
+        self._shots = [message for item in shots for message in _solved(item)]
         self._reward = _reward(config.reward, self._items)
 
     def item(self, number: int) -> Item:
-        """Question ``number``, counted over the whole run; a finite dataset starts over."""
-        return self._items[number % len(self._items)]
+        """Question ``number``, counted over the whole run; a finite dataset starts over.
+
+        Raises:
+            RecipeError: when the dataset does not give it, or it has no ``question``.
+        """
+        return _item(self.config.name, self._items, number, ("question",))
 
     def messages(self, item: Item) -> list[dict[str, str]]:
         """The conversation that ends with the question."""
@@ -78,19 +83,59 @@ def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
             hint="reasoning_gym:chain_sum",
         )
     if source != "reasoning_gym":
-        return _call(config.name, "task.name")(seed=seed, **config.options)
+        return _not_empty(config.name, _made(config, _call(config.name, "task.name"), seed))
     import reasoning_gym
 
     try:
         # It has __len__ and __getitem__, which is all that is asked of a sequence here.
-        return cast(Sequence[Item], reasoning_gym.create_dataset(name, **({"size": 1_000_000, "seed": seed} | config.options)))
-    except (ValueError, TypeError, AssertionError) as error:
+        items = cast(Sequence[Item], reasoning_gym.create_dataset(name, **({"size": 1_000_000, "seed": seed} | config.options)))
+    except Exception as error:
         raise RecipeError(
             f"recipe, task {config.name}",
             got=f"{type(error).__name__}: {error}",
             expected="a reasoning-gym dataset and its options",
             hint="python -c 'import reasoning_gym.factory as f; print(sorted(f.DATASETS))'",
         ) from error
+    return _not_empty(config.name, items)
+
+
+def _made(config: TaskConfig, function: Callable[..., Any], seed: int) -> Any:
+    try:
+        return function(**({"seed": seed} | config.options))
+    except (Exception, SystemExit) as error:
+        raise RecipeError(
+            f"recipe, task {config.name}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a sequence of {question, answer} mappings",
+            hint=f"it was called with seed={seed} and {config.options}",
+        ) from error
+
+
+def _not_empty(name: str, items: Any) -> Sequence[Item]:
+    try:
+        n = len(items)
+    except TypeError as error:
+        expected = "a sequence: something with a length, indexed by number"
+        raise RecipeError(f"recipe, task {name}", got=type(items).__name__, expected=expected, hint="return a list") from error
+    if not n:
+        raise RecipeError(
+            f"recipe, task {name}", got="an empty dataset", expected="at least one question", hint="see task.options"
+        )
+    return items
+
+
+def _item(name: str, items: Sequence[Item], number: int, needs: tuple[str, ...]) -> Item:
+    where = f"recipe, task {name}, item {number % len(items)}"
+    expected = f"a mapping with {' and '.join(needs)}"
+    try:
+        item = items[number % len(items)]
+    except (Exception, SystemExit) as error:
+        raise RecipeError(where, got=f"{type(error).__name__}: {error}", expected=expected, hint="mend the dataset") from error
+    missing = needs if not isinstance(item, Mapping) else [key for key in needs if key not in item]
+    if missing:
+        got = f"a mapping of {', '.join(map(str, item)) or 'nothing'}" if isinstance(item, Mapping) else type(item).__name__
+        raise RecipeError(where, got=got, expected=expected, hint=f"mend the dataset: it lacks {', '.join(missing)}")
+    return item
 
 
 def _solved(item: Item) -> list[dict[str, str]]:
@@ -113,10 +158,10 @@ def _call(name: str, key: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported, a syntax error among it
         raise RecipeError(
             f"recipe, key {key}",
-            got=f"{name!r} ({error})",
+            got=f"{name!r} ({type(error).__name__}: {error})",
             expected="module:function that can be imported",
             hint="PYTHONPATH=. lockstep …",
         ) from error

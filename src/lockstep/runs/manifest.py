@@ -19,7 +19,7 @@ from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
 from lockstep.records.messages import Ready
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_document
+from lockstep.runs.read import exact, read_document
 from lockstep.runs.write import plain, write_atomically
 
 SCHEMA = "lockstep.manifest/2"
@@ -93,7 +93,7 @@ def build_manifest(
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write it whole."""
-    write_atomically(path, json.format(json.encode(manifest), indent=1))
+    write_atomically(path, json.format(json.encode(plain(manifest)), indent=1))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -107,7 +107,7 @@ def read_manifest(path: Path) -> Manifest:
     if table.get("schema") != SCHEMA:
         raise RunError(f"manifest {path}", got=f"schema {table.get('schema')!r}", expected=SCHEMA, hint=hint)
     try:
-        manifest = convert(table, Manifest)
+        manifest = convert(exact(table), Manifest, str_keys=True)
     except ValidationError as error:
         raise RunError(f"manifest {path}", got=str(error), expected="a whole manifest", hint=hint) from error
     if manifest.recipe_sha256 != _digest(manifest.recipe):

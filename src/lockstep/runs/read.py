@@ -51,6 +51,15 @@ def number(value: Any) -> float:
     return float(value["nonfinite"]) if isinstance(value, dict) else float(value)
 
 
+def exact(value: Any) -> Any:
+    """What :func:`lockstep.runs.write.strict` was given: non-finite floats are floats again."""
+    if isinstance(value, dict):
+        if value.keys() == {"nonfinite"} and value["nonfinite"] in ("nan", "inf", "-inf"):
+            return float(value["nonfinite"])
+        return {key: exact(item) for key, item in value.items()}
+    return [exact(item) for item in value] if isinstance(value, list) else value
+
+
 def drop_partial_line(path: Path) -> None:
     """Cut off a last line that a kill left incomplete, so that the next line starts on its own."""
     if path.is_file():
