@@ -5,15 +5,17 @@ from statistics import fmean
 from typing import Any
 
 from lockstep.runs.layout import RunLayout
+from lockstep.runs.manifest import read_manifest
 from lockstep.runs.read import number, read_lines
 
 
 def summarise(layout: RunLayout) -> dict[str, Any]:
     """The run in a dozen figures; rates and mismatch are over all steps, rewards over its first and last quarter."""
+    planted = list(read_manifest(layout.manifest).planted) if layout.manifest.is_file() else []
     rows = [{name: number(value) for name, value in row["metrics"].items()} for row in read_lines(layout.metrics)]
     verdicts = read_lines(layout.verdicts)
     if not rows:
-        return {"steps": 0, "run": str(layout.root)}
+        return {"steps": 0, "run": str(layout.root), "planted": planted}
     quarter = max(1, len(rows) // 4)
     syncs = [v for v in verdicts if v["when"].startswith("after sync")]
 
@@ -26,6 +28,7 @@ def summarise(layout: RunLayout) -> dict[str, Any]:
     timed = [row for row in rows if "step_s" in row]
     return {
         "run": str(layout.root),
+        "planted": planted,
         "steps": len(rows),
         "reward_first_quarter": first,
         "reward_last_quarter": last,
@@ -67,6 +70,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         ("speed", _speed(s)),
         ("training time", f"{s['training_s']:.0f} s for {s['steps_timed']} of {s['steps']} steps"),
         ("weight syncs proven", f"{s['syncs_proven']} of {s['syncs']}{_too_small(s['syncs_too_small_to_prove'])}"),
+        *([("planted on purpose", f"{', '.join(s['planted'])}: this run certifies nothing")] if s["planted"] else []),
         ("files", s["run"]),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in rows)

@@ -26,35 +26,19 @@ def train(
     plant: Annotated[
         list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
     ] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option(help="Sign the certificate with this key: 32 bytes or more, mode 0600.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
 ) -> None:
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
-    from lockstep.cli.common import planted, recipe_of
-    from lockstep.runs.layout import existing_run, new_run
-    from lockstep.runs.manifest import finished, read_recipe, unfinished_run
+    from lockstep.cli.common import planted
+    from lockstep.parity.signature import read_key
+    from lockstep.runs.layout import new_run
+    from lockstep.runs.manifest import finished
 
-    if resume is not None:
-        if recipe is not None or set_ or engine or out or go_on:
-            raise UsageError(
-                "lockstep train",
-                got="--resume with a recipe or its flags",
-                expected="--resume RUN alone",
-                hint=f"lockstep train --resume {resume}",
-            )
-        layout = existing_run(resume)
-        loaded = read_recipe(layout.manifest)
-    elif recipe is None:
-        raise UsageError(
-            "lockstep train",
-            got="no recipe",
-            expected="one, or --resume RUN",
-            hint="lockstep train recipes/quickstart.toml",
-        )
-    else:
-        loaded = recipe_of(recipe, set_, engine)
-        layout = unfinished_run(loaded, Path("runs")) if go_on and out is None else None
-        loaded = read_recipe(layout.manifest) if layout else loaded
-    faults = planted(plant)
+    loaded, layout = _run_of(recipe, set_, engine, out, resume, go_on=go_on)
+    faults, key = planted(plant), read_key(sign_key, "--sign-key") if sign_key else b""
     from lockstep.loop.session import preflight
 
     preflight(loaded)
@@ -65,7 +49,7 @@ def train(
         if resumed and finished(layout, loaded):
             console.say("its last step is trained and saved: nothing is left to do")
         else:
-            _train(loaded, layout, console.say, faults, resumed=resumed)
+            _train(loaded, layout, console.say, faults, key, resumed=resumed)
     from lockstep.report import summarise, summary_table
 
     summary = summarise(layout)
@@ -75,7 +59,43 @@ def train(
         print(summary_table(summary))
 
 
-def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], faults: tuple[str, ...], *, resumed: bool) -> None:
+def _run_of(
+    recipe: Path | None, set_: list[str] | None, engine: str | None, out: Path | None, resume: Path | None, *, go_on: bool
+) -> "tuple[Recipe, RunLayout | None]":
+    """The recipe, and the run that goes on with it, if one does.
+
+    Raises:
+        UsageError: for flags that contradict each other, and as the recipe's own errors.
+    """
+    from lockstep.cli.common import recipe_of
+    from lockstep.runs.layout import existing_run
+    from lockstep.runs.manifest import read_recipe, unfinished_run
+
+    if resume is not None:
+        if recipe is not None or set_ or engine or out or go_on:
+            raise UsageError(
+                "lockstep train",
+                got="--resume with a recipe or its flags",
+                expected="--resume RUN alone",
+                hint=f"lockstep train --resume {resume}",
+            )
+        layout = existing_run(resume)
+        return read_recipe(layout.manifest), layout
+    if recipe is None:
+        raise UsageError(
+            "lockstep train",
+            got="no recipe",
+            expected="one, or --resume RUN",
+            hint="lockstep train recipes/quickstart.toml",
+        )
+    loaded = recipe_of(recipe, set_, engine)
+    layout = unfinished_run(loaded, Path("runs")) if go_on and out is None else None
+    return (read_recipe(layout.manifest), layout) if layout else (loaded, None)
+
+
+def _train(
+    recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], faults: tuple[str, ...], key: bytes, *, resumed: bool
+) -> None:
     from lockstep.loop.session import open_session
     from lockstep.runs.manifest import refuse_other_run, write_manifest
 
@@ -90,7 +110,7 @@ def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], fa
             write_manifest(layout.manifest, session.manifest)
         optimizer = MasterAdamW(session.pair.policy.model, recipe.optimizer)
         try:
-            run_steps(Run(session, layout, optimizer, say), resumed=resumed)
+            run_steps(Run(session, layout, optimizer, say, sign_key=key), resumed=resumed)
         except LockstepError as error:
             error.add_note(f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}")
             raise

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import lockstep
 from lockstep.engines.channel import Channel
@@ -81,7 +81,7 @@ class WorkerProcess:
             self._write_files(config)
             env = env | {"PYTHONPATH": str(self.directory / "path"), "VLLM_RPC_BASE_PATH": str(self.directory)}
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            log = stack.enter_context(self.log_path.open("ab"))
+            log = stack.enter_context(_private_log(self.log_path))
             self._log_from = log.tell()
             lifeline, write_end = os.pipe()
             stack.callback(os.close, lifeline)
@@ -197,6 +197,10 @@ class WorkerProcess:
         if lifeline >= 0:
             os.close(lifeline)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _private_log(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
 
 def private_directory() -> Path:

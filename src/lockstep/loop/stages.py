@@ -11,7 +11,8 @@ has admitted every token of them, and the gate is in the one stage that trains, 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from lockstep.loop.session import Session
 from lockstep.parity import layer3_weights
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.causes import finding
-from lockstep.parity.certificate import issue
+from lockstep.parity.certificate import issue, void
 from lockstep.parity.gate import Gate
 from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
 from lockstep.parity.pair import Pair, draw
@@ -54,6 +55,8 @@ class Run:
     """What rollouts are held to; from the ladder that passed last."""
     unproven: int = 0
     """Syncs since the last proof whose update was too small for the canary to miss."""
+    sign_key: bytes = b""
+    """Signs the certificate where the user gave one (``parity/signature.py``)."""
 
     @property
     def pair(self) -> Pair:
@@ -64,6 +67,16 @@ class Run:
     def recipe(self) -> Recipe:
         """What is run."""
         return self.session.pair.recipe
+
+
+@contextmanager
+def certified(run: Run) -> Iterator[None]:
+    """While a run goes on: whatever refuses the pair, the ladder, the gate or a sync, voids the run's certificate."""
+    try:
+        yield
+    except ParityError as error:
+        void(run.layout.certificate, f"{error.boundary}: {error.got}")
+        raise
 
 
 def prove(run: Run, when: str) -> LadderResult:
@@ -78,7 +91,7 @@ def prove(run: Run, when: str) -> LadderResult:
         run.say(f"  {verdict.layer:<10} {verdict.status:<8} {verdict.summary}")
     if not result.passed:
         raise refusal(result)
-    issue(run.pair, result.verdicts, run.layout.certificate)
+    issue(run.pair, result.verdicts, run.layout.certificate, key=run.sign_key)
     run.canary, run.unproven = result.canary, 0
     run.gate = Gate.of(run.pair, next(v.figures for v in result.verdicts if v.layer == "numerics"))
     return result

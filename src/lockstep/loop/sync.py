@@ -11,7 +11,7 @@ trained on twice.
 import time
 
 from lockstep.loop.resume import catch_up
-from lockstep.loop.stages import Run, checkpoint, prove, record, reward, sample, sync, train_gated
+from lockstep.loop.stages import Run, certified, checkpoint, prove, record, reward, sample, sync, train_gated
 from lockstep.runs.manifest import finished
 
 
@@ -23,20 +23,24 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         RewardError, DivergenceError, EngineError: as they say; everything sampled so far is on disk.
     """
     run.pair.engine.need("load")
-    training = run.recipe.training
-    first = catch_up(run) if resumed else 0
-    if resumed:
-        run.pair.version = first
-        run.pair.sync(first)
-    prove(run, f"before step {first}")
-    for step in range(first, training.steps):
-        began = time.perf_counter()
-        rollouts = sample(run, step)
-        reward(run, step, rollouts)
-        figures = train_gated(run, step, rollouts)
-        figures |= sync(run, step + 1)
-        record(run, step, figures, time.perf_counter() - began)
-        if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
-            checkpoint(run, step + 1)
-    if first == training.steps and not finished(run.layout, run.recipe):
-        checkpoint(run, first)  # the kill came between the last step and its checkpoint
+    with certified(run):
+        first = catch_up(run) if resumed else 0
+        if resumed:
+            run.pair.version = first
+            run.pair.sync(first)
+        prove(run, f"before step {first}")
+        for step in range(first, run.recipe.training.steps):
+            _step(run, step)
+        if first == run.recipe.training.steps and not finished(run.layout, run.recipe):
+            checkpoint(run, first)  # the kill came between the last step and its checkpoint
+
+
+def _step(run: Run, step: int) -> None:
+    began, training = time.perf_counter(), run.recipe.training
+    rollouts = sample(run, step)
+    reward(run, step, rollouts)
+    figures = train_gated(run, step, rollouts)
+    figures |= sync(run, step + 1)
+    record(run, step, figures, time.perf_counter() - began)
+    if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
+        checkpoint(run, step + 1)

@@ -5,7 +5,6 @@ key of the user's (``signature.py``) proves the second (docs/concepts/certificat
 """
 
 import hashlib
-import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +18,11 @@ from lockstep.parity.pair import Pair
 from lockstep.parity.signature import is_signed_by, sign
 from lockstep.policy.fingerprint import config_digest, tokenizer_digest, trainer_environment, weights_digest
 from lockstep.records.verdicts import LAYERS, Verdict
-from lockstep.runs.manifest import processor
+from lockstep.runs.manifest import processor, steady
 from lockstep.runs.write import plain, write_atomically
 
 SCHEMA = "lockstep.certificate/2"
 HINT = "lockstep check RECIPE --out DIR issues a new one"
-
-VOLATILE = re.compile(r"(?:^|[._])(?:pid|instance|port|ports|path|ip|rank)(?:$|[._])", re.IGNORECASE)
-"""Words in resolved names that differ from start to start and cannot move a log-probability."""
 
 
 class Certificate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +76,7 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
         "model_config_sha256": config_digest(pair.policy.model),
         "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
         "engine": f"{ready.engine} {ready.version} ({ready.generation})",
-        "engine_resolved": {k: v for k, v in sorted(ready.resolved.items()) if not VOLATILE.search(k)},
+        "engine_resolved": steady(ready.resolved),
         "sampling": pair.recipe.sampling,
         "objective": pair.recipe.objective,
         "trainer": {
