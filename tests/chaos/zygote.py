@@ -1,0 +1,104 @@
+"""Runs ``lockstep`` commands one after another, each in a forked child that kills itself where it is told to.
+
+torch is imported once, and no operation of it runs before a fork. Reads one JSON order a line: ``args``; ``kill`` (see
+:class:`Kill`) or null; ``log``, a file for the command's output. Answers each with the exit status, negative for a signal.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+
+class Kill:
+    """SIGKILL, or SIGKILL of the engine alone, at one call of one function in one step.
+
+    Args:
+        target: ``module:function`` or ``module:Class.method``, as the caller looks it up.
+        when: ``enter`` or ``exit``.
+        call: which call in that step, from 0.
+        step: in which step.
+        whom: ``trainer``, ``engine`` or ``both``.
+    """
+
+    def __init__(self, target: str, when: str, call: int, step: int, whom: str = "trainer") -> None:
+        self.target, self.when, self.call, self.step, self.whom = target, when, call, step, whom
+        self.now, self.calls = -1, 0
+
+    def install(self) -> None:
+        """Put itself around the function, and around the loop's step."""
+        loop: Any = importlib.import_module("lockstep.loop.sync")
+        step = loop._step
+
+        def stepped(run, number):
+            self.now, self.calls = number, 0
+            self.run = run
+            return step(run, number)
+
+        loop._step = stepped
+        module, _, path = self.target.partition(":")
+        owner: Any = importlib.import_module(module)
+        *outer, name = path.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        function = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            due = self.now == self.step and self.calls == self.call
+            self.calls += self.now == self.step
+            if due and self.when == "enter":
+                self.strike()
+            found = function(*args, **kwargs)
+            if due and self.when == "exit":
+                self.strike()
+            return found
+
+        setattr(owner, name, watched)
+
+    def strike(self) -> None:
+        """End whom it is to end."""
+        if self.whom != "trainer":
+            os.killpg(self.run.pair.engine._process.popen.pid, signal.SIGKILL)
+        if self.whom != "engine":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(order: dict[str, Any]) -> None:
+    """The command, as a process of its own would run it."""
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if order["kill"]:
+        Kill(**order["kill"]).install()
+    from lockstep.cli.main import main
+
+    sys.argv = ["lockstep", *order["args"]]
+    main()
+
+
+def serve() -> None:
+    """Until the end of standard input."""
+    import torch
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    torch.set_num_threads(1)
+    for name in ("cli.main", "loop.sync", "loop.session", "engines.transformers", "parity.pair", "policy.model", "rendering"):
+        importlib.import_module(f"lockstep.{name}")
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(json.loads(line))
+            except SystemExit as end:
+                os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+            finally:
+                sys.stdout.flush()
+                os._exit(99)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

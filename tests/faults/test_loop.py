@@ -1,0 +1,173 @@
+"""The loop on a tiny pair: what is refused is never trained on, what is trained is never lost, a step says what is proven."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from lockstep.config.recipe import with_sets
+from lockstep.errors import ParityError, RewardError, RunError
+from lockstep.loop.session import open_session
+from lockstep.loop.stages import Run
+from lockstep.loop.sync import run_steps
+from lockstep.parity.certificate import read_certificate
+from lockstep.records.tokens import FLOAT32
+from lockstep.rollout import store
+from lockstep.runs.layout import new_run
+from lockstep.runs.manifest import write_manifest
+from lockstep.runs.read import read_lines
+from lockstep.training.optimizer import MasterAdamW
+
+SETS = [
+    "training.steps=3",
+    "training.prompts_per_step=2",
+    "training.group_size=2",
+    "training.checkpoint_every=9",
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=4",
+    "optimizer.lr=1e-3",
+]
+
+
+class Loop:
+    """One run directory, and starts of the loop on it, each with a trainer and an engine of its own."""
+
+    def __init__(self, recipe, root):
+        self.recipe, self.layout, self.said = recipe, new_run(root / "run"), []
+
+    def start(self, *, resumed=False, before=lambda pair: None):
+        """Run to the end; ``before`` may edit the pair. Returns the weights."""
+        with open_session(self.recipe, self.layout.engine_log, self.said.append) as session:
+            session.pair.task._reward = lambda text, item: len(text) % 3 / 2
+            if not resumed:
+                write_manifest(self.layout.manifest, session.manifest)
+            before(session.pair)
+            optimizer = MasterAdamW(session.pair.policy.model, self.recipe.optimizer)
+            try:
+                run_steps(Run(session, self.layout, optimizer, self.said.append), resumed=resumed)
+            finally:
+                self.weights = torch.cat([p.detach().reshape(-1).clone() for p in session.pair.policy.model.parameters()])
+        return self.weights
+
+
+@pytest.fixture
+def loop(recipe, tmp_path):
+    return Loop(with_sets(recipe, SETS), tmp_path)
+
+
+def edits_from(step, edit):
+    """An engine whose samples are edited from one training step on; the ladder's are not."""
+
+    def edited(pair):
+        original = pair.engine.sample
+
+        def sample(prompts, params):
+            completions = original(prompts, params)
+            training = params[0].n > 1 and pair.version == step
+            return [edit(c) for c in completions] if training else completions
+
+        pair.engine.sample = sample
+
+    return edited
+
+
+def off_by(nats):
+    def edit(completion):
+        if completion.prompt_index == 0:
+            return completion
+        return replace(completion, logprobs=(np.frombuffer(completion.logprobs, FLOAT32) - np.float32(nats)).tobytes())
+
+    return edit
+
+
+@pytest.mark.parametrize("sets", [[], ["training.minibatches=2"], ["training.minibatches=2", "objective.old_logprobs=engine"]])
+def test_refused_rollouts_are_never_trained_on_and_resume_draws_that_step_again(recipe, tmp_path, sets):
+    clean = Loop(with_sets(recipe, SETS + sets), tmp_path / "clean")
+    expected = clean.start()
+    loop = Loop(clean.recipe, tmp_path / "refused")
+    with pytest.raises(ParityError, match="beyond what arithmetic can bring") as raised:
+        loop.start(before=edits_from(1, off_by(3.0)))
+    (refused,) = loop.layout.refusals(1)
+    assert str(refused) in raised.value.hint
+    assert len(store.load(refused, 2).completions) == 4
+    assert not loop.layout.rollouts(1).exists()
+    assert not loop.layout.drawn(1).exists()
+    assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0]
+    with pytest.raises(ParityError, match=r"void|rollouts of step 1"):
+        read_certificate(loop.layout.certificate)
+    assert torch.equal(loop.start(resumed=True), expected)
+    assert refused.exists()
+    assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0, 1, 2]
+    assert read_certificate(loop.layout.certificate).void == ""
+
+
+def test_a_number_that_is_missing_is_refused_before_it_is_scored(loop):
+    def lose(completion):
+        logprobs = np.frombuffer(completion.logprobs, FLOAT32).copy()
+        logprobs[0] = np.nan
+        return replace(completion, logprobs=logprobs.tobytes(), missing=1)
+
+    with pytest.raises(ParityError, match="4 tokens without a finite log-probability"):
+        loop.start(before=edits_from(1, lose))
+    (refused,) = loop.layout.refusals(1)
+    assert np.isnan(store.load(refused, 2).engine_logprobs()).sum() == 4
+
+
+def test_rollouts_of_other_weights_are_not_replayed(loop):
+    loop.start()
+    loop.layout.checkpoints.rename(loop.layout.root / "away")
+    before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in loop.layout.root.glob("rollouts/*.parquet")}
+
+    def others(pair):
+        with torch.no_grad():
+            pair.policy.head.mul_(1.1)
+
+    with pytest.raises(ParityError, match="rollouts of step 0, before they are trained on"):
+        loop.start(resumed=True, before=others)
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in loop.layout.root.glob("rollouts/*.parquet")} == before
+
+
+def test_a_replay_that_gives_other_figures_is_refused(loop):
+    """With one minibatch the ratio is 1 and the loss says nothing: the entropy and the gradient do."""
+    loop.start()
+    loop.layout.checkpoints.rename(loop.layout.root / "away")
+    text = loop.layout.metrics.read_text()
+    row = read_lines(loop.layout.metrics)[0]["metrics"]
+    loop.layout.metrics.write_text(text.replace(f'"grad_norm":{row["grad_norm"]}', f'"grad_norm":{row["grad_norm"] * 1.1}'))
+    with pytest.raises(RunError, match="grad_norm"):
+        loop.start(resumed=True)
+
+
+def test_samples_whose_reward_failed_are_kept_and_scored_by_resume(recipe, tmp_path):
+    clean = Loop(with_sets(recipe, SETS), tmp_path / "clean")
+    expected = clean.start()
+    loop = Loop(clean.recipe, tmp_path / "failed")
+
+    def fail(pair):
+        pair.task._reward = lambda text, item: 1 / 0
+
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        loop.start(before=fail)
+    drawn = store.load(loop.layout.drawn(0), 2)
+    assert np.isnan(drawn.rewards).all()
+    assert torch.equal(loop.start(resumed=True), expected)
+    assert any("drawn before the interruption" in text for text in loop.said)
+
+
+def test_a_step_says_what_is_proven_and_for_how_long_it_was_not(recipe, tmp_path):
+    small = Loop(with_sets(recipe, [*SETS, "optimizer.lr=1e-12"]), tmp_path / "small")
+    small.start()
+    lines = [text for text in small.said if text.startswith("step ")]
+    assert [text.partition("weights ")[2].partition("  ")[0] for text in lines] == [
+        "not proven for 1 step",
+        "not proven for 2 steps",
+        "not proven for 3 steps",
+    ]
+    assert [row["metrics"]["unproven_syncs"] for row in read_lines(small.layout.metrics)] == [1.0, 2.0, 3.0]
+    proven = read_lines(small.layout.verdicts)[-1]
+    assert (proven["when"], proven["status"]) == ("before checkpoint 3", "PASS")
+    large = Loop(with_sets(recipe, SETS), tmp_path / "large")
+    large.start()
+    assert all("weights proven by the canary" in text for text in large.said if text.startswith("step "))
