@@ -131,8 +131,8 @@ def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
         rollouts = read_rollouts(layout.rollouts(step))
         assert len(rollouts) == 16
         assert {row["weight_version"] for row in rollouts} == {step}
-    state = json.loads((layout.checkpoints / f"step-{STEPS:06}" / "state.json").read_text())
-    assert state == {"step": STEPS}
+    state = json.loads((layout.checkpoints / f"step-{STEPS:06}" / "trainer" / "state.json").read_text())
+    assert state["step"] == STEPS
     when = [row["when"] for row in read_lines(layout.verdicts)]
     assert when.count("before step 0") == 5
     assert any(w.startswith("before step ") and w != "before step 0" for w in when), "parity is proven again on resume"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lockstep.config.recipe import Optimizer
 from lockstep.errors import RunError
@@ -67,6 +67,33 @@ def test_any_tool_can_load_it(source, tmp_path, dtype):
     assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"], "engines load all of the top level"
     assert sorted(file.name for file in (path / "trainer").iterdir()) == ["optimizer.safetensors", "state.json"]
     assert json.loads((path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_mixture_of_experts_is_kept_as_other_tools_read_it_and_goes_on_bit_for_bit(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    )
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    policy, optimizer = trained(source)
+    path = save_checkpoint(tmp_path / "checkpoints", 1, policy, optimizer, source)
+    stored = load_file(path / checkpoint.MODEL)
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in stored
+    assert stored.keys() == load_file(source / checkpoint.MODEL).keys() != policy.model.state_dict().keys()
+    assert_equal(dict(AutoModelForCausalLM.from_pretrained(path).state_dict()), tensors(policy))
+    other, its = trained(source, seed=9)
+    assert load_checkpoint(path, other, its) == 1
+    assert_equal(tensors(other), tensors(policy))
+    assert_equal(its.state(), optimizer.state())
 
 
 def test_what_belongs_to_the_model_goes_along_and_other_weights_do_not(source, tmp_path):
