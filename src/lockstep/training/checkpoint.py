@@ -64,18 +64,35 @@ def save_checkpoint(
             _remove(partial)
             make_directory(partial / "trainer")
             _copy_companions(model_path, partial, policy.model.dtype)
-            _save_tensors(_own(checkpoint_weights(policy.model)), partial / MODEL)
-            _save_tensors(optimizer.state(), partial / OPTIMIZER)
-            (partial / STATE).write_bytes(json.encode(CheckpointState(step, run_sha256)))
+            with writing(target / MODEL):
+                _save_tensors(_own(checkpoint_weights(policy.model)), partial / MODEL)
+            with writing(target / OPTIMIZER):
+                _save_tensors(optimizer.state(), partial / OPTIMIZER)
+            with writing(target / STATE):
+                (partial / STATE).write_bytes(json.encode(CheckpointState(step, run_sha256)))
             _flush_tree(partial)
             _put_in_place(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        for older in _named(directory):
-            if older != target:
-                shutil.rmtree(older)
+        keep_newest(directory)
     return target
+
+
+def keep_newest(directory: Path) -> None:
+    """Remove every checkpoint but the newest whole one; one that is half removed has no name that looks whole.
+
+    Raises:
+        RunError: when one cannot be removed.
+    """
+    newest = newest_checkpoint(directory)
+    for older in _named(directory) if newest is not None else ():
+        if older != newest:
+            going = directory / f"{PARTIAL}{older.name}"
+            with writing(older):
+                _remove(going)
+                os.replace(older, going)
+                shutil.rmtree(going)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -211,7 +228,8 @@ def _full_length(path: Path) -> bool:
 
 def _load_tensors(path: Path, part: str) -> dict[str, Tensor]:
     try:
-        return load_file(path / part)
+        # Copied: what is loaded is a map of the file, and the optimizer would go on in it after the checkpoint is gone.
+        return {name: tensor.clone() for name, tensor in load_file(path / part).items()}
     except (OSError, SafetensorError) as error:
         raise _not_whole(path, part, error) from error
 

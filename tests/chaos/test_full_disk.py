@@ -1,0 +1,228 @@
+"""A full disk at each write of a run: an error that names the file, nothing half-written, and the run goes on with room again."""
+
+import errno
+import os
+import shutil
+import subprocess
+import tempfile
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from lockstep.errors import RunError
+from lockstep.rollout import store
+from lockstep.runs.layout import RunLayout, new_run
+from lockstep.runs.read import read_lines
+from lockstep.runs.write import append_metrics, append_verdict, write_atomically
+from lockstep.training import checkpoint
+from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from tests.chaos.tiny_run import HOLDS, Trainer, assert_finished, assert_nothing_half_written, score, start
+
+DISK_KB = 1536
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model_dir):
+    return Trainer.of(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer, tmp_path_factory):
+    """What a run comes to that nothing happens to."""
+    layout = start(tmp_path_factory.mktemp("undisturbed") / "run", trainer)
+    weights = trainer.weights()
+    assert_finished(layout, trainer, weights)
+    return weights
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """Where a flush costs nothing: thousands are made here."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as directory:
+        yield Path(directory)
+
+
+def refusal(action, *args) -> RunError | None:
+    """The error that ``action`` ends in, if it does."""
+    try:
+        action(*args)
+    except RunError as error:
+        return error
+    return None
+
+
+class Disk:
+    """Says no from its ``fails_at``-th operation on that needs the disk, until :meth:`repair`."""
+
+    def __init__(self, monkeypatch, code: int, fails_at: int, *, once: bool = False) -> None:
+        self.code, self.fails_at, self.once = code, fails_at, once
+        self.seen: list[str] = []
+        self.refused: list[str] = []
+        self._patch = monkeypatch
+        for module, name in (
+            *((os, name) for name in ("open", "write", "fsync", "replace", "mkdir", "ftruncate")),
+            (shutil, "copyfile"),
+            (Path, "write_bytes"),
+            (checkpoint, "save_file"),
+        ):
+            monkeypatch.setattr(module, name, self._watch(name, getattr(module, name)))
+
+    def _watch(self, name, real):
+        def watched(*args, **kwargs):
+            if name == "open" and not args[1] & os.O_CREAT:
+                return real(*args, **kwargs)  # reading needs no room
+            if name != "ftruncate":  # neither does shrinking
+                self.seen.append(name)
+                at = len(self.seen) - 1
+                if at == self.fails_at or (at > self.fails_at and not self.once):
+                    self.refused.append(name)
+                    raise OSError(self.code, os.strerror(self.code))
+            return real(*args, **kwargs)
+
+        return watched
+
+    def repair(self) -> None:
+        """There is room again."""
+        self._patch.undo()
+
+
+@pytest.mark.parametrize(
+    ("code", "once"), [(errno.ENOSPC, False), pytest.param(errno.EIO, True, marks=pytest.mark.chaos)], ids=["full", "broken-once"]
+)
+def test_at_each_operation_the_run_says_so_and_goes_on_afterwards(in_memory, monkeypatch, trainer, undisturbed, code, once):
+    refused = set()
+    for n in count():
+        root = in_memory / f"run-{n}"
+        disk = Disk(monkeypatch, code, n, once=once)
+        error = refusal(start, root, trainer)
+        disk.repair()
+        if error is None:
+            assert not disk.refused
+            break
+        assert os.strerror(code) in error.got
+        assert str(root) in error.boundary
+        if (root / "manifest.json").exists():
+            assert f"lockstep train --resume {root}" in error.hint
+        refused.add(disk.refused[0])
+        assert_nothing_half_written(root)
+        assert_finished(start(root, trainer), trainer, undisturbed)
+        shutil.rmtree(root)
+    assert n > 80
+    assert refused == {"open", "write", "fsync", "replace", "mkdir", "copyfile", "write_bytes", "save_file"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 1.5 MB."""
+    if shutil.which("mount") is None:
+        pytest.skip("NOT_RUN: there is no mount(8)")
+    where = tmp_path / "disk"
+    where.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_KB}k", "tmpfs", where], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"NOT_RUN: a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield where
+    subprocess.run(["umount", "--lazy", where], check=True)
+
+
+def fill(disk: Path, left: int = 0) -> None:
+    """Leave ``left`` bytes."""
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    with filler.open("wb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, max(os.statvfs(disk).f_bavail * PAGE - left, 1))
+
+
+def make_room(disk: Path) -> None:
+    (disk / "filler").unlink()
+
+
+def test_each_file_of_a_run_on_a_disk_that_is_full(small_disk, trainer):
+    layout = new_run(small_disk / "run")
+    trainer.restart()
+    scored = score(trainer.draw(0))
+    writes = {
+        "manifest.json": lambda: write_atomically(layout.manifest, b"{}"),
+        "certificate.json": lambda: write_atomically(layout.certificate, b"{}"),
+        "verdicts.jsonl": lambda: append_verdict(layout.verdicts, HOLDS, "before step 0"),
+        "metrics.jsonl": lambda: append_metrics(layout.metrics, 0, 1, {"loss": 0.5}),
+        "drawn/step-000000.parquet": lambda: store.save(layout.drawn(0), trainer.draw(0)),
+        "drawn/step-000000.parquet, scored": lambda: store.save(layout.drawn(0), scored),
+    }
+    for name, write in writes.items():
+        path = layout.root / name.partition(",")[0] if "drawn" not in name else layout.drawn(0)
+        before = path.read_bytes() if path.exists() else b""
+        fill(small_disk)
+        with pytest.raises(RunError, match="got No space left on device, expected room for it") as raised:
+            write()
+        assert str(path) in raised.value.boundary
+        assert (path.read_bytes() if path.exists() else b"") == before
+        assert_nothing_half_written(layout.root)
+        make_room(small_disk)
+        write()
+    assert store.load(layout.drawn(0), 2).rewards.tolist() == [0.0, 1.0]
+    fill(small_disk)
+    assert store.load(store.admit(layout, 0), 2).scored, "a name needs no room here"
+
+
+def test_a_line_that_fits_only_in_part_is_undone(small_disk):
+    layout = new_run(small_disk / "run")
+    append_metrics(layout.metrics, 0, 1, {"loss": 0.5})
+    first = layout.metrics.read_bytes()
+    with layout.metrics.open("ab") as file:  # up to 20 bytes before the end of the page
+        file.write(b'{"pad":"' + b"x" * (PAGE - 20 - len(first) - 11) + b'"}\n')
+    before = layout.metrics.read_bytes()
+    assert len(before) == PAGE - 20
+    fill(small_disk)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"metrics\.jsonl: got No space left on device"):
+            append_metrics(layout.metrics, 1, 2, {"loss": 0.5})
+        assert layout.metrics.read_bytes() == before
+    make_room(small_disk)
+    append_metrics(layout.metrics, 1, 2, {"loss": 0.5})
+    assert [row.get("step") for row in read_lines(layout.metrics)] == [0, None, 1]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, trainer):
+    directory = RunLayout(small_disk / "run").checkpoints
+    trainer.restart()
+    trainer.train(score(trainer.draw(0)))
+
+    def save(step: int) -> Path:
+        return save_checkpoint(directory, step, trainer.policy, trainer.optimizer, trainer.model_path)
+
+    first = save(1)
+    size = sum(path.stat().st_size for path in first.rglob("*"))
+    hit = set()
+    for left in range(0, 2 * size, PAGE):
+        fill(small_disk, left)
+        error = refusal(save, 2)
+        if error is None:
+            break
+        hit.add(Path(error.boundary).name)
+        assert newest_checkpoint(directory) == first
+        assert [path.name for path in directory.iterdir()] == [first.name]
+        assert load_checkpoint(first, trainer.policy, trainer.optimizer) == 1
+        make_room(small_disk)
+    assert {"model.safetensors", "optimizer.safetensors", "state.json"} <= hit, hit
+    assert newest_checkpoint(directory) == directory / "step-000002"
+    assert left > size // 2
+
+
+def test_a_whole_run_on_small_disks_goes_on_when_there_is_room(small_disk, trainer, undisturbed):
+    failed = 0
+    root = small_disk / "run"
+    for left in range(0, DISK_KB * 1024, 8 * PAGE):
+        fill(small_disk, left)
+        error = refusal(start, root, trainer)
+        if error is None:
+            break
+        failed += 1
+        assert "No space left" in error.got
+        assert_nothing_half_written(root)
+        make_room(small_disk)
+        assert_finished(start(root, trainer), trainer, undisturbed)
+        shutil.rmtree(root)
+    assert failed >= 10

@@ -1,0 +1,161 @@
+"""The files of a run, written by the functions that write them and in the loop's order, around a tiny torch model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from lockstep.config.recipe import Optimizer
+from lockstep.policy.model import Policy, load_policy
+from lockstep.records.tokens import FLOAT32, INT32, Completion
+from lockstep.records.verdicts import Verdict
+from lockstep.records.versions import VersionSpan
+from lockstep.rollout import store
+from lockstep.rollout.collect import Rollouts
+from lockstep.runs.layout import RunLayout, new_run
+from lockstep.runs.read import drop_partial_line, read_lines
+from lockstep.runs.write import append_metrics, append_verdict, forget_partials, write_atomically
+from lockstep.training.checkpoint import keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
+from lockstep.training.optimizer import MasterAdamW
+
+STEPS, CHECKPOINT_EVERY, GROUP_SIZE = 3, 2, 2
+HOLDS = Verdict(layer="weights", status="PASS", summary="", n_tokens=1)
+
+
+@dataclass
+class Trainer:
+    """A tiny model that can be put back to its first weights."""
+
+    model_path: Path
+    policy: Policy
+    initial: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model_path: Path) -> "Trainer":
+        """Loaded once; :meth:`restart` is cheap."""
+        policy = load_policy(model_path, "float32", "float32")
+        return cls(model_path, policy, {name: t.detach().clone() for name, t in policy.model.state_dict().items()})
+
+    def restart(self) -> None:
+        """As a new process finds it."""
+        self.policy.model.load_state_dict(self.initial)
+        self.optimizer = MasterAdamW(self.policy.model, Optimizer(lr=1e-2))
+
+    def weights(self) -> dict[str, bytes]:
+        """Bytes of all tensors, the optimizer's too."""
+        tensors = {**self.policy.model.state_dict(), **self.optimizer.state()}
+        return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
+
+    def draw(self, step: int) -> Rollouts:
+        """What these weights would draw: its numbers depend on them."""
+        weight = float(self.policy.head.detach().double().sum())
+        completions = [
+            Completion(
+                prompt_index=0,
+                sample_index=s,
+                token_ids=np.arange(step + s, step + s + 5, dtype=INT32).tobytes(),
+                logprobs=np.full(5, weight + s, FLOAT32).tobytes(),
+                finish_reason="stop",
+                version_spans=(VersionSpan(0, 5, step),),
+            )
+            for s in range(GROUP_SIZE)
+        ]
+        unscored = np.full(GROUP_SIZE, np.nan)
+        return Rollouts(
+            step,
+            GROUP_SIZE,
+            items=[step],
+            prompts=[np.arange(3, dtype=np.int32)],
+            completions=completions,
+            texts=["text"] * GROUP_SIZE,
+            rewards=unscored,
+            advantages=unscored.astype(np.float32),
+        )
+
+    def train(self, rollouts: Rollouts) -> None:
+        """One optimizer step that is a function of the weights and the rollouts alone."""
+        value = float(np.frombuffer(rollouts.completions[0].logprobs, FLOAT32)[0]) + float(rollouts.advantages.sum())
+        for parameter in self.optimizer.parameters:
+            parameter.grad = torch.full_like(parameter, float(np.sin(value))) + parameter.detach().sign() * 0.1
+        self.optimizer.step(rollouts.step)
+
+
+def score(rollouts: Rollouts) -> Rollouts:
+    """Rewards and advantages that say which step they are of."""
+    rollouts.rewards = np.arange(GROUP_SIZE) + rollouts.step * 1.0
+    rollouts.advantages = rollouts.rewards.astype(np.float32)
+    return rollouts
+
+
+def start(root: Path, trainer: Trainer) -> RunLayout:
+    """A whole run, from its directory to its last checkpoint; started again where no manifest was written."""
+    layout = RunLayout(root) if (root / "manifest.json").is_file() else new_run(root)
+    trainer.restart()
+    with layout.held():
+        forget_partials(layout)
+        if not layout.manifest.is_file():
+            write_atomically(layout.manifest, b'{"schema": "lockstep.manifest/1"}')
+        for path in (layout.metrics, layout.verdicts):
+            drop_partial_line(path)
+        checkpoint = newest_checkpoint(layout.checkpoints)
+        first = load_checkpoint(checkpoint, trainer.policy, trainer.optimizer) if checkpoint else 0
+        keep_newest(layout.checkpoints)
+        append_verdict(layout.verdicts, HOLDS, f"before step {first}")
+        write_atomically(layout.certificate, b'{"schema": "lockstep.certificate/1"}')
+        for step in range(first, STEPS):
+            one_step(layout, trainer, step)
+    return layout
+
+
+def one_step(layout: RunLayout, trainer: Trainer, step: int) -> None:
+    """Drawn ─► scored ─► admitted ─► trained ─► synced ─► metrics ─► checkpoint; what is there already is not made again."""
+    if layout.rollouts(step).is_file():
+        rollouts = store.load(layout.rollouts(step), GROUP_SIZE)
+    else:
+        if layout.drawn(step).is_file():
+            rollouts = store.load(layout.drawn(step), GROUP_SIZE)
+        else:
+            rollouts = trainer.draw(step)
+            store.save(layout.drawn(step), rollouts)
+        if not rollouts.scored:
+            score(rollouts)
+            store.save(layout.drawn(step), rollouts)
+        store.admit(layout, step)
+    trainer.train(rollouts)
+    append_verdict(layout.verdicts, HOLDS, f"after sync {step + 1}")
+    if step not in {row["step"] for row in read_lines(layout.metrics)}:
+        append_metrics(layout.metrics, step, step + 1, {"loss": float(step)})
+    if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == STEPS:
+        save_checkpoint(layout.checkpoints, step + 1, trainer.policy, trainer.optimizer, trainer.model_path)
+
+
+def assert_finished(layout: RunLayout, trainer: Trainer, undisturbed: dict[str, bytes]) -> None:
+    """As the run that nothing happened to: same weights, every step once, the last checkpoint there and nothing half-written."""
+    assert trainer.weights() == undisturbed
+    assert [row["step"] for row in read_lines(layout.metrics)] == list(range(STEPS))
+    last = newest_checkpoint(layout.checkpoints)
+    assert last is not None
+    assert last.name == f"step-{STEPS:06d}"
+    trainer.restart()
+    assert load_checkpoint(last, trainer.policy, trainer.optimizer) == STEPS
+    assert trainer.weights() == undisturbed
+    assert [path.name for path in layout.checkpoints.iterdir()] == [last.name]
+
+
+def assert_nothing_half_written(root: Path) -> None:
+    """Every file that lies under its own name is whole, and nothing else lies there."""
+    for path in root.rglob("*"):
+        assert ".partial-" not in path.name, path
+        if path.suffix == ".json":
+            msgspec.json.decode(path.read_bytes())
+        elif path.suffix == ".jsonl":
+            assert path.read_bytes()[-1:] in (b"", b"\n"), path
+            read_lines(path)
+        elif path.suffix == ".parquet":
+            store.load(path, GROUP_SIZE)
+    layout = RunLayout(root)
+    assert len(list(layout.checkpoints.glob("step-*"))) <= 2
+    if (newest := newest_checkpoint(layout.checkpoints)) is not None:
+        assert newest.name.startswith("step-")
