@@ -175,7 +175,7 @@ class TransformersEngine(Engine):
         if mode != "wait":
             self.need("pause_keep")
         began = time.perf_counter()
-        if Path(update.path).resolve().parent != self.weights_dir.resolve():
+        if Path(update.path).parent.resolve() != self.weights_dir.resolve():
             raise EngineError(
                 "engine, load",
                 got=update.path,

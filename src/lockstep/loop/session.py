@@ -4,7 +4,6 @@ torch and transformers, which take 5 s to import, are imported while the engine 
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
 from lockstep.runs.manifest import Manifest, build_manifest
-from lockstep.weights.directory import weights_directory
+from lockstep.weights.directory import remove_weights, weights_directory
 
 if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
@@ -75,7 +74,7 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
     task = Task(recipe.task, recipe.training.seed)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        stack.callback(remove_weights, directory)
         spec = _spec(recipe, model_path, directory, engine_log)
         # An engine with a process of its own starts while the trainer is loaded, and whatever ends this ends it in its start.
         starting = stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
@@ -85,7 +84,7 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
         from lockstep.policy.model import load_policy
 
         policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
-        publisher = _publisher(recipe, policy.model, directory)
+        publisher = _publisher(recipe, policy.model, directory, say)
         engine: Engine = starting or stack.enter_context(contextlib.closing(launch(choice, spec)))
         engine.wait_ready()
         if recipe.engine.weights == "nccl":
@@ -112,7 +111,7 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say) -> Iterator[Engine]:
         finally:
             engine.close()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_weights(directory)
 
 
 def preflight(recipe: Recipe) -> tuple[Choice, Path]:
@@ -124,11 +123,11 @@ def preflight(recipe: Recipe) -> tuple[Choice, Path]:
     return choose(recipe.engine), resolve_model(recipe.model.path)
 
 
-def _publisher(recipe: Recipe, model, directory: Path) -> "Publisher":
+def _publisher(recipe: Recipe, model, directory: Path, say: Say) -> "Publisher":
     if recipe.engine.weights == "shared_memory":
         from lockstep.weights.publish import WeightPublisher
 
-        return WeightPublisher(model, directory)
+        return WeightPublisher(model, directory, say)
     from lockstep.weights.nccl import NcclPublisher
 
     return NcclPublisher(model, directory)

@@ -1,9 +1,9 @@
 """Publish weights through shared memory, without a copy.
 
-The trainer's parameters *are* the published file: they are moved once into a memory map of a safetensors file on a tmpfs,
-and the optimizer updates them in place. Publishing a version stamps its number into the file's header; an engine on the same
-host maps the file and loads from it while no optimizer step runs. Parameters on another device are copied into the map, and so
-are those that a checkpoint holds in another form.
+The trainer's parameters *are* the published file: they are moved once into a memory map of a safetensors file on a tmpfs (on a
+disk where that has no room, ``weights/directory.py``), and the optimizer updates them in place. Publishing a version stamps its
+number into the file's header; an engine on the same host maps the file and loads from it while no optimizer step runs. Parameters
+on another device are copied into the map, and so are those that a checkpoint holds in another form.
 
 The header has a fixed length, so that stamping rewrites a few bytes::
 
@@ -12,7 +12,7 @@ The header has a fixed length, so that stamping rewrites a few bytes::
 
 import json
 import mmap
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lockstep.records.versions import WeightUpdate
+from lockstep.weights.directory import FILE_NAME, reserve
 
-FILE_NAME = "weights.safetensors"
 _PAGE = 4096
 _DTYPE_NAMES = {
     torch.float32: "F32",
@@ -55,9 +55,13 @@ class WeightPublisher:
         model: its parameters and persistent buffers are published under their checkpoint names; tied ones once.
         directory: :func:`~lockstep.weights.directory.weights_directory`'s. It may be removed at any time: the parameters live
             as long as the map.
+        say: told where the file lies when the directory has no room for it.
+
+    Raises:
+        NoRoomError: when there is none anywhere.
     """
 
-    def __init__(self, model: nn.Module, directory: Path) -> None:
+    def __init__(self, model: nn.Module, directory: Path, say: Callable[[str], None] = print) -> None:
         self.directory = directory
         self.path = directory / FILE_NAME
         self._model = model
@@ -65,9 +69,7 @@ class WeightPublisher:
         header, offsets = _header(tensors, 0)
         self._stamp_at = header.index(b"000000000000")
         size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-        with self.path.open("xb+") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.truncate(size)
+        with reserve(directory, size, say) as file:
             self._map = mmap.mmap(file.fileno(), size)
         self._map[: len(header)] = header
         self.copied: dict[str, Tensor] = {}

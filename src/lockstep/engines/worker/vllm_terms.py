@@ -252,7 +252,8 @@ def checked_path(config: Config, request: Load) -> Path:
     Raises:
         BadRequestError: for one outside the weights directory.
     """
-    path = Path(request.update.path).resolve()
+    # The file itself may be a link of the trainer's: where shared memory has no room for it, it lies elsewhere.
+    path = Path(request.update.path).parent.resolve() / Path(request.update.path).name
     if path.parent != Path(config.weights_dir).resolve() or path.suffix != ".safetensors":
         raise BadRequestError(f"weights at {path}", f"a .safetensors file in {config.weights_dir}", "use the run's publisher")
     return path
