@@ -18,6 +18,16 @@ LockstepError                exit 3   could not run
 └── DivergenceError          exit 3   the loss or a gradient is no finite number
 """
 
+import re
+
+USERINFO = re.compile(r"(?<=://)[^/?#\s@]*@")
+QUERY = re.compile(r"(\b\w+://[^\s?#'\"]+)\?[^\s'\"]*")
+
+
+def bare_urls(text: str) -> str:
+    """The text with its URLs less user, password and query, which may be secrets."""
+    return QUERY.sub(r"\1", USERINFO.sub("", text))
+
 
 class LockstepError(Exception):
     """Base of all errors a user can see.
@@ -32,8 +42,8 @@ class LockstepError(Exception):
     exit_code = 3
 
     def __init__(self, boundary: str, *, got: str, expected: str, hint: str) -> None:
-        self.boundary, self.got, self.expected, self.hint = boundary, got, expected, hint
-        super().__init__(f"{boundary}: got {got}, expected {expected}\n\nhint: {hint}")
+        self.boundary, self.got, self.expected, self.hint = map(bare_urls, (boundary, got, expected, hint))
+        super().__init__(f"{self.boundary}: got {self.got}, expected {self.expected}\n\nhint: {self.hint}")
 
 
 class UsageError(LockstepError):

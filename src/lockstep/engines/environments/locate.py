@@ -15,6 +15,7 @@ from lockstep.config.cache import cache_root
 from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for
 from lockstep.errors import NotInstalledError
 from lockstep.records.capabilities import Capability
+from lockstep.records.environment import without_secrets
 
 MARKER = "lockstep-environment.json"
 LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD", "PYTHONDONTWRITEBYTECODE")
@@ -49,9 +50,9 @@ class Environment(Struct, frozen=True, kw_only=True):
         return Path(self.path) / "bin" / "python"
 
     def launch_env(self) -> dict[str, str]:
-        """The environment variables to run it with: this process's, less what would leak in, plus the recipe's."""
+        """The environment variables to run it with: this process's, less secrets and what would leak in, plus the recipe's."""
         recipe = recipe_for(f"{self.name}=={self.version}")
-        env = scrubbed_env()
+        env = without_secrets(scrubbed_env())
         env |= {key: value.format(all_cores=_all_cores()) for key, value in recipe.env.items()}
         kernels = Path(self.path) / "kernels"  # what the first batch compiles, kept for the next start
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "VLLM_CACHE_ROOT": str(kernels / "vllm")}

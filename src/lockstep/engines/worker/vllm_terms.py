@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from msgspec import Struct
 from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
+from lockstep.records.environment import resolved_env
 from lockstep.records.messages import Load, Sample, Score
-from lockstep.records.settings import resolved_settings
+from lockstep.records.settings import resolved_plain, resolved_settings
 from lockstep.records.tokens import Completion, SamplingParams, Scores, finite_logprob, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.versions import LoadReceipt, VersionSpan
 
@@ -188,9 +189,8 @@ def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    resolved = flatten(config) | resolved_settings(config.model_config.hf_text_config.to_dict())
-    resolved |= {f"worker.{key}": value for key, value in inside.items()}
-    resolved |= {f"env.{key}": value for key, value in os.environ.items() if key.startswith(("VLLM_", "OMP_", "LOCKSTEP_"))}
+    resolved = resolved_plain(flatten(config)) | resolved_settings(config.model_config.hf_text_config.to_dict())
+    resolved |= {f"worker.{key}": value for key, value in inside.items()} | resolved_env(os.environ)
     return resolved | {"versions.torch": str(torch.__version__), "versions.transformers": transformers.__version__}
 
 
@@ -319,23 +319,14 @@ def _flat_value(flat: Any, at: int, token: int) -> float | None:
     return None
 
 
-def flatten(config: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """A nested configuration as ``{"section.key": plain value}``; what is no plain value is named by its type."""
-    flat: dict[str, Any] = {}
+def flatten(config: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every setting of a nested configuration, as ``section.key`` and value."""
     for name, value in _fields(config):
         key = f"{prefix}{name}"
         if depth < 2 and _fields(value):
-            flat |= flatten(value, f"{key}.", depth + 1)
-        elif isinstance(value, enum.Enum):
-            flat[key] = value.name
-        elif value is None or isinstance(value, bool | int | float | str):
-            flat[key] = value
-        elif isinstance(value, list | tuple | dict | set):
-            flat[key] = repr(value)[:200]
+            yield from flatten(value, f"{key}.", depth + 1)
         else:
-            text = str(value)
-            flat[key] = text if text.startswith("torch.") else type(value).__name__
-    return flat
+            yield key, value.name if isinstance(value, enum.Enum) else value
 
 
 def _fields(value: Any) -> list[tuple[str, Any]]:
