@@ -121,6 +121,8 @@ def _note(pair: Pair) -> str:
     """Said beside a PASS: precisions that differ and that the clip range bears."""
     body, head = str(pair.policy.model.dtype), str(pair.policy.head_dtype)
     theirs = pair.engine_head_dtype
+    if not pair.engine_dtype:
+        return " (the engine does not tell its dtype)"
     if pair.engine_dtype != body:
         return f" (engine body {pair.engine_dtype}, trainer {body}: the clip range bears it)"
     return f" (engine head {theirs}, trainer {head}: the clip range bears it)" if theirs not in ("", head) else ""

@@ -40,8 +40,8 @@ class Pair:
 
     @property
     def engine_dtype(self) -> str:
-        """What the engine's parameters really are (``torch.bfloat16``)."""
-        return str(self.engine.ready.resolved["worker.parameter_dtype"])
+        """What the engine's parameters really are (``torch.bfloat16``); empty where it does not tell."""
+        return str(self.engine.ready.resolved.get("worker.parameter_dtype", ""))
 
     @property
     def engine_head_dtype(self) -> str:
@@ -50,15 +50,20 @@ class Pair:
 
     @property
     def noise(self) -> Tolerance:
-        """What arithmetic alone may bring between the two sides."""
-        return noise_of(self.engine_dtype, str(self.policy.model.dtype))
+        """What arithmetic alone may bring between the two sides, as far as it is known which arithmetic."""
+        ours = str(self.policy.model.dtype)
+        return noise_of(self.engine_dtype or ours, ours)
 
     @property
     def engine_noise(self) -> Tolerance:
-        """What arithmetic alone may bring between the engine and itself, its head's and its cache's included where known."""
+        """What arithmetic alone may bring between the engine and itself, its head's and its cache's included where known.
+
+        Where nothing is, the trainer's: what the engine should be held to.
+        """
         cache = str(self.engine.ready.resolved.get("cache_config.cache_dtype", "auto"))
         kept = "fp8" if cache.startswith("fp8") else f"torch.{cache}"
-        dtypes = (self.engine_dtype, self.engine_head_dtype or self.engine_dtype, kept)
+        body = self.engine_dtype or str(self.policy.model.dtype)
+        dtypes = (body, self.engine_head_dtype or body, kept)
         return noise_of(*(dtype for dtype in dtypes if dtype in NOISE))
 
     @property

@@ -72,7 +72,7 @@ def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | No
     policy, ours = pair.policy, sample.scored(pair.policy)
     body, head = pair.engine_dtype, pair.engine_head_dtype
     size = float(np.median(np.abs(gap)))
-    if body != str(policy.model.dtype):
+    if body not in ("", str(policy.model.dtype)):
         as_engine = in_dtype(policy, _dtype(body), policy.head_dtype)
         expected = np.median(np.abs(sample.scored(as_engine) - ours))
         if size <= PRECISION_MULTIPLE * expected:
