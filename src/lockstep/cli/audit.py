@@ -11,7 +11,14 @@ from lockstep.records.tokens import SamplingParams
 
 
 def run_audit(
-    path: Path | None, url: str | None, before: str, overrides: list[str] | None, engine: str | None, *, as_json: bool
+    path: Path | None,
+    url: str | None,
+    before: str,
+    overrides: list[str] | None,
+    engine: str | None,
+    api_key_env: str = "",
+    *,
+    as_json: bool,
 ) -> int:
     """Start the engine, or ask the server, and print one row for each setting. Returns the exit code.
 
@@ -29,7 +36,7 @@ def run_audit(
     with (
         Console() as console,
         tempfile.TemporaryDirectory(prefix="lockstep-audit-") as scratch,
-        open_engine(recipe, Path(scratch) / "engine.log", console.say) as running,
+        open_engine(recipe, Path(scratch) / "engine.log", console.say, api_key_env) as running,
     ):
         rows, ready = audit(running, recipe, before), running.ready
     verdicts = {row.verdict for row in rows}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import KeyEnv
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def check(
         list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
     ] = None,
     engine_url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server in place of an engine.")] = None,
+    api_key_env: KeyEnv = "",
     rollouts: Annotated[
         Path | None, typer.Option(help="Logged rollouts of any framework (.parquet, .jsonl) in place of an engine.")
     ] = None,
@@ -57,7 +59,7 @@ def check(
     if audit_only and recipe is not None:
         from lockstep.cli.audit import run_audit
 
-        raise typer.Exit(run_audit(recipe, engine_url, "0.8.5", set_, engine, as_json=as_json))
+        raise typer.Exit(run_audit(recipe, engine_url, "0.8.5", set_, engine, api_key_env, as_json=as_json))
     from lockstep.cli.common import planted
     from lockstep.cli.sides import recipe_of_sides
 
@@ -67,11 +69,11 @@ def check(
 
         loaded = with_sets(loaded, QUICK)
     if certificate is not None:
-        raise typer.Exit(_holds(certificate, loaded, key, as_json=as_json))
+        raise typer.Exit(_holds(certificate, loaded, key, api_key_env, as_json=as_json))
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
         directory = out or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        result = _climb(loaded, directory, depth, faults, console.say, key)
+        result = _climb(loaded, directory, depth, faults, console.say, key, api_key_env)
     _show(result, depth, faults, out, as_json=as_json)
     raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
 
@@ -87,10 +89,12 @@ def _refuse_contradictions(recipe: Path | None, engine: str | None, url: str | N
         raise UsageError("check", got="--engine with --engine-url", expected=expected, hint=hint)
 
 
-def _climb(recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say", key: bytes) -> "LadderResult":
+def _climb(
+    recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say", key: bytes, api_key_env: str
+) -> "LadderResult":
     from lockstep.loop.session import open_session
 
-    with open_session(recipe, directory / "engine.log", say, faults) as session:
+    with open_session(recipe, directory / "engine.log", say, faults, api_key_env) as session:
         from lockstep.parity.certificate import issue, void
         from lockstep.parity.ladder import climb
         from lockstep.runs.write import append_verdict
@@ -122,13 +126,24 @@ def _show(result: "LadderResult", depth: str, faults: tuple[str, ...], out: Path
 
     if as_json:
         layers = layers_document(result.verdicts)
-        emit("check", {"verdict": result.status, "depth": depth, "planted": faults, "layers": layers})
+        found = {"verdict": result.status, "depth": depth, "planted": faults, "note": _note(result), "layers": layers}
+        emit("check", found)
         return
     show_ladder(result.verdicts)
+    if note := _note(result):
+        print(note)
     if faults:
         print(f"planted    {', '.join(faults)}: this certifies nothing")
     elif out is not None and result.passed:
         print(f"certificate: {out / 'certificate.json'}")
+
+
+def _note(result: "LadderResult") -> str:
+    """Said where all that could be judged passed, and something could not be; the last layer runs in no other case."""
+    if result.status != "NOT_RUN" or result.verdicts[-1].status != "PASS":
+        return ""
+    left = " and ".join(verdict.layer for verdict in result.verdicts if verdict.status == "NOT_RUN")
+    return f"nothing failed; {left} needs an engine that Lockstep starts (--engine vllm), hence exit code 3 and no certificate"
 
 
 def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:
@@ -148,7 +163,7 @@ def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:
     return read_key(path, wanted)
 
 
-def _holds(path: Path, recipe: "Recipe", key: bytes, *, as_json: bool) -> int:
+def _holds(path: Path, recipe: "Recipe", key: bytes, api_key_env: str, *, as_json: bool) -> int:
     """Compare a certificate with the pair as it is now. Returns the exit code: 0 while it holds, 1 when anything changed."""
     from lockstep.loop.session import open_session
     from lockstep.parity.certificate import changes, read_certificate
@@ -157,7 +172,7 @@ def _holds(path: Path, recipe: "Recipe", key: bytes, *, as_json: bool) -> int:
     with (
         Console() as console,
         tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch,
-        open_session(recipe, Path(scratch) / "engine.log", console.say) as session,
+        open_session(recipe, Path(scratch) / "engine.log", console.say, (), api_key_env) as session,
     ):
         changed = changes(issued, session.pair)
     if as_json:

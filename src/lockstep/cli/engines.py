@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import KeyEnv
 
 app = typer.Typer(help="Engine environments: each engine version in a Python environment of its own.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -74,6 +75,7 @@ def audit(
     before: Annotated[str, typer.Option("--from", help="The vLLM version you come from.")] = "0.8.5",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")] = None,
+    api_key_env: KeyEnv = "",
     as_json: Json = False,
 ) -> None:
     """Hold what an engine resolved to against what online RL needs: the migration checklist.
@@ -82,7 +84,7 @@ def audit(
     """
     from lockstep.cli.audit import run_audit
 
-    raise typer.Exit(run_audit(recipe, url, before.removeprefix("vllm=="), set_, engine, as_json=as_json))
+    raise typer.Exit(run_audit(recipe, url, before.removeprefix("vllm=="), set_, engine, api_key_env, as_json=as_json))
 
 
 @app.command("list")

@@ -1,12 +1,14 @@
 """``lockstep train``: prove, then train."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import KeyEnv
 from lockstep.errors import LockstepError, UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def train(
     sign_key: Annotated[
         Path | None, typer.Option(help="Sign the certificate with this key: 32 bytes or more, mode 0600.")
     ] = None,
+    api_key_env: KeyEnv = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
 ) -> None:
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
@@ -41,7 +44,7 @@ def train(
     faults, key = planted(plant), read_key(sign_key, "--sign-key") if sign_key else b""
     from lockstep.loop.session import preflight
 
-    preflight(loaded)
+    preflight(loaded, api_key_env)
     resumed = layout is not None
     layout = layout or new_run(out)
     with Console() as console, layout.held():
@@ -49,7 +52,7 @@ def train(
         if resumed and finished(layout, loaded):
             console.say("its last step is trained and saved: nothing is left to do")
         else:
-            _train(loaded, layout, console.say, faults, key, resumed=resumed)
+            _train(loaded, layout, console.say, _Extras(faults, key, api_key_env), resumed=resumed)
     from lockstep.report import summarise, summary_table
 
     summary = summarise(layout)
@@ -93,13 +96,20 @@ def _run_of(
     return (read_recipe(layout.manifest), layout) if layout else (loaded, None)
 
 
-def _train(
-    recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], faults: tuple[str, ...], key: bytes, *, resumed: bool
-) -> None:
+@dataclass(frozen=True)
+class _Extras:
+    """What the command line alone can say."""
+
+    faults: tuple[str, ...]
+    sign_key: bytes
+    api_key_env: str
+
+
+def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], extras: _Extras, *, resumed: bool) -> None:
     from lockstep.loop.session import open_session
     from lockstep.runs.manifest import refuse_other_run, write_manifest
 
-    with open_session(recipe, layout.engine_log, say, faults) as session:
+    with open_session(recipe, layout.engine_log, say, extras.faults, extras.api_key_env) as session:
         from lockstep.loop.stages import Run
         from lockstep.loop.sync import run_steps
         from lockstep.training.optimizer import MasterAdamW
@@ -110,7 +120,7 @@ def _train(
             write_manifest(layout.manifest, session.manifest)
         optimizer = MasterAdamW(session.pair.policy.model, recipe.optimizer)
         try:
-            run_steps(Run(session, layout, optimizer, say, sign_key=key), resumed=resumed)
+            run_steps(Run(session, layout, optimizer, say, sign_key=extras.sign_key), resumed=resumed)
         except LockstepError as error:
             error.add_note(f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}")
             raise

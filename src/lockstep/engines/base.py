@@ -27,6 +27,8 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     weights_dir: Path
     """Where published weights will lie; the engine reads weights from nowhere else."""
     log_path: Path
+    api_key_env: str = ""
+    """The variable that the command line confirmed as holding a server's key; empty where it named none."""
 
 
 class Engine(ABC):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.environments.locate import Environment, find, installed
+from lockstep.errors import UsageError
 
 EMBEDDED = {
     "transformers": "lockstep.engines.transformers:TransformersEngine",
@@ -30,14 +31,28 @@ class Choice:
     reason: str
 
 
-def choose(config: EngineConfig) -> Choice:
-    """Resolve ``auto`` and find the environment. Nothing is started.
+def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
+    """Resolve ``auto`` and find the environment. Nothing is started, and nothing is sent.
+
+    Args:
+        api_key_env: the variable that the command line confirmed as holding a server's key.
 
     Raises:
         NotInstalledError: when the engine asked for is not installed; the hint is the install line.
+        UsageError: for options of a server that cannot be, or an option that would run a checkpoint's own code.
     """
+    if config.name == "openai":
+        from lockstep.engines.openai_http.options import options_of
+
+        options_of(config.options, api_key_env)
+    elif api_key_env:
+        expected, hint = "an engine over HTTP: no other is sent a key", "leave --api-key-env out"
+        raise UsageError("flag --api-key-env", got=f"it with engine.name = {config.name!r}", expected=expected, hint=hint)
     if config.name in EMBEDDED:
         return Choice(config.name, None, "asked for")
+    from lockstep.engines.vllm.served import refuse_options
+
+    refuse_options(config.options)
     if config.name == "vllm":
         return Choice("vllm", find("vllm", config.version or None), "asked for")
     vllms = [environment for environment in installed() if environment.name == "vllm"]

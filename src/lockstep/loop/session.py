@@ -62,20 +62,25 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str, ...] = ()) -> Iterator[Session]:
+def open_session(
+    recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str, ...] = (), api_key_env: str = ""
+) -> Iterator[Session]:
     """Start everything, and end everything on the way out.
+
+    Args:
+        api_key_env: the variable that the command line confirmed as holding a server's key.
 
     Raises:
         UsageError: for a model, an engine, a task or a prompt that cannot be.
         EngineError: when the engine does not start.
     """
-    choice, model_path = preflight(recipe)
+    choice, model_path = preflight(recipe, api_key_env)
     say(f"model {recipe.model.path}, engine {_named(choice)}")
     task = Task(recipe.task, recipe.training.seed)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
         stack.callback(remove_weights, directory)
-        spec = _spec(recipe, model_path, directory, engine_log)
+        spec = _spec(recipe, model_path, directory, engine_log, api_key_env)
         # An engine with a process of its own starts while the trainer is loaded, and whatever ends this ends it in its start.
         starting = stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
         renderer = Renderer(model_path)
@@ -94,18 +99,18 @@ def open_session(recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str,
 
 
 @contextlib.contextmanager
-def open_engine(recipe: Recipe, engine_log: Path, say: Say) -> Iterator[Engine]:
+def open_engine(recipe: Recipe, engine_log: Path, say: Say, api_key_env: str = "") -> Iterator[Engine]:
     """The engine alone, for a look at what it resolves to.
 
     Raises:
         UsageError, EngineError: as :func:`open_session`.
     """
-    choice = choose(recipe.engine)
+    choice = choose(recipe.engine, api_key_env)
     model_path = Path() if choice.name == "openai" else resolve_model(recipe.model.path)
     say(f"starting {_named(choice)}")
     directory = weights_directory()
     try:
-        engine = start(choice, _spec(recipe, model_path, directory, engine_log))
+        engine = start(choice, _spec(recipe, model_path, directory, engine_log, api_key_env))
         try:
             yield engine
         finally:
@@ -114,13 +119,13 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say) -> Iterator[Engine]:
         remove_weights(directory)
 
 
-def preflight(recipe: Recipe) -> tuple[Choice, Path]:
+def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
     """What can be wrong before anything is started or written: the engine's environment and the model.
 
     Raises:
         UsageError: when one is not there; says how to get it.
     """
-    return choose(recipe.engine), resolve_model(recipe.model.path)
+    return choose(recipe.engine, api_key_env), resolve_model(recipe.model.path)
 
 
 def _publisher(recipe: Recipe, model, directory: Path, say: Say) -> "Publisher":
@@ -137,7 +142,7 @@ def _named(choice: Choice) -> str:
     return f"{choice.name} {choice.environment.version}" if choice.environment else f"{choice.name} ({choice.reason})"
 
 
-def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path) -> EngineSpec:
+def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_env: str) -> EngineSpec:
     return EngineSpec(
         model_path=model_path,
         dtype=recipe.engine.dtype or recipe.model.dtype,
@@ -147,6 +152,7 @@ def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path) -> Engin
         | ({"weight_transfer_config": {"backend": "nccl"}} if recipe.engine.weights == "nccl" else {}),
         weights_dir=directory,
         log_path=log.resolve(),
+        api_key_env=api_key_env,
     )
 
 

@@ -14,6 +14,7 @@ from lockstep.engines.environments.locate import Environment
 from lockstep.engines.environments.recipes import recipe_for
 from lockstep.engines.process import WorkerProcess
 from lockstep.engines.vllm.older_form import older_form
+from lockstep.errors import UsageError
 from lockstep.records.messages import Abort, Aborted, Count, Counted, Load, Loaded, Sample, Sampled, Score, Scored
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
@@ -29,6 +30,12 @@ RL_DEFAULTS = {
     "disable_cascade_attn": True,
 }
 """vLLM's own default for ``generation_config`` is ``auto``, which applies a checkpoint's generation_config.json silently."""
+
+REFUSED = {
+    "trust_remote_code": "false: a checkpoint's own code would run in the engine, and could compute what the trainer does not",
+    "hf_token": "no token: nothing is fetched, and a recipe is written down with every run",
+}
+"""Engine options that no recipe can set, and what should be."""
 
 LOCAL = {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 """Nothing is fetched, and what torch.distributed listens on is the loopback."""
@@ -54,6 +61,7 @@ class VllmEngine(Engine):
     fixes: ClassVar[dict[str, str]]
 
     def __init__(self, spec: EngineSpec, environment: Environment) -> None:
+        refuse_options(spec.options)
         self._scratch: Path | None = None
         model_path = spec.model_path
         if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
@@ -111,6 +119,19 @@ class VllmEngine(Engine):
     def _forget_scratch(self) -> None:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def refuse_options(options: dict[str, Any]) -> None:
+    """Refuse what would run code of the checkpoint's, or hold a secret; the value is not shown.
+
+    Raises:
+        UsageError: names the option.
+    """
+    for name, expected in REFUSED.items():
+        if options.get(name) not in (None, False):
+            got = "true" if options[name] is True else f"a {type(options[name]).__name__}"
+            hint = f"take engine.options.{name} out of the recipe"
+            raise UsageError(f"engine.options.{name}", got=got, expected=expected, hint=hint)
 
 
 def _packed(ids: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server over HTTP: token ids in, token ids out, never text.
+"""The engine: token ids in, token ids out, never text.
 
     sample()  ──►  POST /v1/completions per prompt, ``max_connections`` at once  ──►  choices, slotted by prompt and sample
     score()   ──►  the same with ``prompt_logprobs`` (vLLM)
@@ -8,52 +8,50 @@ Each prompt is one request, and its answer is used whole or not at all; so a ret
 """
 
 import asyncio
-import os
-import random
+import re
 import threading
 import time
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import httpx2 as httpx
+import msgspec
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
 from lockstep.engines.base import Engine, EngineSpec
-from lockstep.errors import EngineDied, EngineError, UsageError
+from lockstep.engines.openai_http.exchange import Exchange
+from lockstep.engines.openai_http.options import Options, key_of, options_of
+from lockstep.engines.openai_http.replies import (
+    ABOUT_BYTES,
+    CONFIG_BYTES,
+    MAX_ID,
+    Choice,
+    Completions,
+    Models,
+    ServerInfo,
+    Version,
+    completion_bytes,
+    short,
+)
+from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import Distribution
+from lockstep.records.settings import resolved_plain
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, finite_logprob, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 T = TypeVar("T")
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 8.0
 PROBE = np.arange(300, 316, dtype=np.int32)
 PROBE_TEMPERATURE = 2.0
 RAW_WITHIN_NATS = 0.1
 """Raw numbers equal the re-score to within arithmetic (bf16: 0.04 in the median); at T = 2 they differ by about 1."""
-
-
-class Options(Struct, frozen=True, forbid_unknown_fields=True):
-    """The recipe's ``engine.options`` for this engine."""
-
-    base_url: str
-    """Up to and without ``/v1``."""
-    model: str = ""
-    """As the server calls it; empty: the first that it lists."""
-    api_key_env: str = "LOCKSTEP_API_KEY"
-    """The environment variable that holds the key; the key itself goes into no file."""
-    timeout_s: float = 600.0
-    """For one request, from its sending to its whole answer."""
-    connect_timeout_s: float = 5.0
-    retries: int = 4
-    max_connections: int = 64
-    distribution: Distribution | None = None
-    """Which distribution the server's log-probabilities are of, where it cannot be found out by scoring."""
+TOKEN_NAME = re.compile(r"token_id:([0-9]{1,10})")
+INFO = "/server_info?config_format=json"
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+MAX_SETTINGS = 4000
 
 
 class OpenAIHttpEngine(Engine):
@@ -63,14 +61,8 @@ class OpenAIHttpEngine(Engine):
         began = time.perf_counter()
         self.options = options
         self.asked: dict[str, Any] = {}
-        key = os.environ.get(options.api_key_env)
-        self._http = httpx.AsyncClient(
-            base_url=options.base_url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(options.timeout_s, connect=options.connect_timeout_s, pool=None),
-            limits=httpx.Limits(max_connections=options.max_connections),
-            trust_env=False,
-        )
+        self._exchange = Exchange(options, key_of(options))
+        self._vocabulary = _vocabulary(spec.model_path)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http-engine", daemon=True)
         self._thread.start()
@@ -82,32 +74,40 @@ class OpenAIHttpEngine(Engine):
             raise
 
     def _connect(self, spec: EngineSpec, began: float) -> None:
-        (listed, *_) = self._wait(self._get("/v1/models"))["data"]
-        self.model = self.options.model or listed["id"]
-        self._vllm = listed.get("owned_by") == "vllm"
-        self.max_model_len = min(spec.max_model_len, listed.get("max_model_len") or spec.max_model_len)
-        version = self._wait(self._get("/version")).get("version", "unknown") if self._vllm else "unknown"
-        told = self._wait(self._told()) if self._vllm else {}
-        host = urlsplit(self.options.base_url)
-        resolved = told | {
-            "base_url": f"{host.scheme}://{host.hostname}:{host.port}",
-            "model": self.model,
-            "max_model_len": self.max_model_len,
-            # The recipe's word for it where the server does not say.
-            "worker.parameter_dtype": told.get("model_config.dtype", f"torch.{spec.dtype}"),
-        }
+        cards = self._wait(self._exchange.ask("/v1/models", Models, ABOUT_BYTES)).data
+        listed = next((card for card in cards if card.id == self.options.model), cards[0])
+        self.model = self.options.model or listed.id
+        self._vllm = listed.owned_by == "vllm"
+        self.max_model_len = min(spec.max_model_len, listed.max_model_len or spec.max_model_len)
+        version = self._wait(self._exchange.ask("/version", Version, ABOUT_BYTES)).version if self._vllm else "unknown"
+        told, how = self._told() if self._vllm else ({}, "only vLLM's server tells its configuration")
+        resolved = told | {"base_url": self.options.base_url, "model": self.model, "max_model_len": self.max_model_len}
+        if (dtype := told.get("model_config.dtype")) in DTYPES:  # else unknown: the recipe's word says nothing of the server
+            resolved["worker.parameter_dtype"] = dtype
         self.ready = Ready(
             engine="vllm over HTTP" if self._vllm else "HTTP",
             version=version,
             generation="server",
             distribution=self.options.distribution or "sampler",
             resolved=resolved,
-            capabilities=_capabilities(self._vllm, bool(told)),
+            capabilities=_capabilities(self._vllm, Capability(bool(told), how)),
             start_s=0.0,
         )
         distribution = self.options.distribution or self._identify()
         resolved["measured.logprobs_mode"] = "raw_logprobs" if distribution == "model" else "processed_logprobs"
         self.ready = replace(self.ready, distribution=distribution, start_s=time.perf_counter() - began)
+
+    def _told(self) -> tuple[dict[str, Any], str]:
+        """The resolved configuration, and how it is told or why it is not."""
+        try:
+            sections = self._wait(self._exchange.ask(INFO, ServerInfo, CONFIG_BYTES)).vllm_config
+        except UsageError:
+            return {}, "a server tells its configuration in development mode only (VLLM_SERVER_DEV_MODE=1)"
+        except EngineError as error:
+            return {}, f"GET /server_info was answered with {error.got[:200]}"
+        plain = {name: section for name, section in sections.items() if isinstance(section, dict)}
+        flat = [(f"{name}.{key}", value) for name, section in plain.items() for key, value in section.items()]
+        return resolved_plain(flat[:MAX_SETTINGS]), "GET /server_info"
 
     def _identify(self) -> Distribution:
         """Sample hot and score what came: numbers that are the raw model's equal their re-score."""
@@ -120,6 +120,8 @@ class OpenAIHttpEngine(Engine):
             )
         (found,) = self.sample([PROBE], [SamplingParams(max_tokens=16, temperature=PROBE_TEMPERATURE, seed=1)])
         ids = np.frombuffer(found.token_ids, "<i4")
+        if not ids.size:
+            raise self._odd("no token", "some, of 16 asked for and no stop token")
         (scored,) = self.score([np.r_[PROBE, ids]])
         gap = np.abs(np.frombuffer(found.logprobs, FLOAT32) - scored[-len(ids) :])
         return "model" if float(np.median(gap)) < RAW_WITHIN_NATS else "sampler"
@@ -139,7 +141,9 @@ class OpenAIHttpEngine(Engine):
         return [completion for group in self._wait(_all(jobs)) for completion in group]
 
     async def _complete(self, number: int, prompt: np.ndarray, params: SamplingParams) -> list[Completion]:
-        task = asyncio.ensure_future(self._post("/v1/completions", self._request(prompt, params)))
+        limit = completion_bytes(len(prompt), params.max_tokens, params.n)
+        asking = self._exchange.ask("/v1/completions", Completions, limit, self._request(prompt, params))
+        task = asyncio.ensure_future(asking)
         self._in_flight.add(task)
         try:
             answer = await task
@@ -147,10 +151,13 @@ class OpenAIHttpEngine(Engine):
             return [Completion(number, sample, b"", b"", "abort", ()) for sample in range(params.n)]
         finally:
             self._in_flight.discard(task)
-        choices, counted = answer["choices"], (answer.get("usage") or {}).get("prompt_tokens") or 0
+        choices, counted = answer.choices, (answer.usage.prompt_tokens if answer.usage else None) or 0
         if len(choices) != params.n:
             raise self._odd(f"{len(choices)} choices", f"{params.n}, as asked for")
-        return [self._completion(number, choice, counted) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        choices = sorted(choices, key=lambda choice: choice.index)
+        if (numbers := [choice.index for choice in choices]) != list(range(params.n)):
+            raise self._odd(f"choices with the indices {short(str(numbers))}", f"each of 0 to {params.n - 1} once")
+        return [self._completion(number, choice, counted, params.max_tokens) for choice in choices]
 
     def _request(self, prompt: np.ndarray, params: SamplingParams) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -179,25 +186,28 @@ class OpenAIHttpEngine(Engine):
         }
         return body | (extras if self._vllm else {"return_tokens_as_token_ids": True})
 
-    def _completion(self, number: int, choice: dict[str, Any], prompt_tokens: int) -> Completion:
-        reported = choice.get("logprobs") or {}
-        sent = choice.get("token_ids")
-        sent = [_token_id(token) for token in reported.get("tokens", ())] if sent is None else sent
+    def _completion(self, number: int, choice: Choice, prompt_tokens: int, most: int) -> Completion:
+        named = (choice.logprobs.tokens if choice.logprobs else None) or []
+        sent = [_token_id(token) for token in named] if choice.token_ids is None else choice.token_ids
         ids = [token for token in sent if token is not None]
-        ended_at_once = choice.get("token_ids") == [] and choice.get("finish_reason") == "stop"  # by a stop token it left out
+        ended_at_once = choice.token_ids == [] and choice.finish_reason == "stop"  # by a stop token it left out
         if (not ids and not ended_at_once) or len(ids) != len(sent):
             raise self._odd("a completion without token ids", "return_token_ids: text tokenised again is not what was sampled")
-        values = reported.get("token_logprobs") or [None] * len(ids)
+        if len(ids) > most:
+            raise self._odd(f"{len(ids)} tokens in choice {choice.index}", f"at most {most}, as asked for")
+        if ids and max(ids) >= self._vocabulary:
+            raise self._odd(f"token id {max(ids)}", f"ids below {self._vocabulary}, the size of the recipe's model's vocabulary")
+        values = (choice.logprobs.token_logprobs if choice.logprobs else None) or [None] * len(ids)
         if len(values) != len(ids):
             raise self._odd(f"{len(values)} log-probabilities", f"one for each of {len(ids)} tokens")
         logprobs = [finite_logprob(value) for value in values]
-        reason = choice.get("finish_reason")
+        reason = choice.finish_reason
         return Completion(
             prompt_index=number,
-            sample_index=choice["index"],
+            sample_index=choice.index,
             token_ids=pack_ids(ids),
             logprobs=pack_logprobs(logprobs),
-            finish_reason=reason if reason in ("stop", "length") else "abort",
+            finish_reason="stop" if reason == "stop" else "length" if reason == "length" else "abort",
             version_spans=(VersionSpan(0, len(ids), 0),),
             missing=logprobs.count(None),
             prompt_tokens=prompt_tokens,
@@ -208,14 +218,15 @@ class OpenAIHttpEngine(Engine):
 
     async def _score_one(self, sequence: np.ndarray) -> np.ndarray:
         body = {"model": self.model, "prompt": sequence.tolist(), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        (choice,) = (await self._post("/v1/completions", body))["choices"]
-        entries = choice.get("prompt_logprobs") or []
+        limit = completion_bytes(len(sequence), 1, scored=len(sequence))
+        choices = (await self._exchange.ask("/v1/completions", Completions, limit, body)).choices
+        if len(choices) != 1:
+            raise self._odd(f"{len(choices)} choices", "1, as asked for")
+        entries = choices[0].prompt_logprobs or []
         if len(entries) != len(sequence):
             raise self._odd(f"{len(entries)} prompt log-probabilities", f"{len(sequence)}, the first of them empty")
-        found = [
-            finite_logprob((entry or {}).get(str(token), {}).get("logprob"))
-            for entry, token in zip(entries[1:], sequence[1:].tolist(), strict=True)
-        ]
+        scored = [(entry or {}).get(str(token)) for entry, token in zip(entries[1:], sequence[1:].tolist(), strict=True)]
+        found = [finite_logprob(entry.logprob if entry else None) for entry in scored]
         return np.frombuffer(pack_logprobs(found), FLOAT32)
 
     def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
@@ -234,10 +245,17 @@ class OpenAIHttpEngine(Engine):
     def close(self) -> None:
         """See :meth:`Engine.close`. The server goes on."""
         if self._thread.is_alive():
-            self._wait(self._http.aclose())
+            self._wait(self._end())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._exchange.close()
 
     def fix(self, cause: str) -> str:
         """See :meth:`Engine.fix`."""
@@ -245,64 +263,6 @@ class OpenAIHttpEngine(Engine):
             **dict.fromkeys(("raw_logprobs", "logits_reported"), "start the server with --logprobs-mode processed_logprobs"),
             "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
         }.get(cause, "")
-
-    async def _told(self) -> dict[str, Any]:
-        """The resolved configuration, which a server tells in its development mode only (VLLM_SERVER_DEV_MODE=1)."""
-        response = await self._http.get("/server_info", params={"config_format": "json"})
-        sections = response.json()["vllm_config"] if response.is_success else {}
-        plain = {name: section for name, section in sections.items() if isinstance(section, dict)}
-        return {f"{name}.{key}": value for name, section in plain.items() for key, value in section.items()}
-
-    async def _get(self, path: str) -> dict[str, Any]:
-        return await self._tried("GET", path, None)
-
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return await self._tried("POST", path, body)
-
-    async def _tried(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """One request, repeated after a back-off with full jitter while no answer was received or the server said to wait.
-
-        Raises:
-            EngineDied: when no try reached the server.
-            EngineError, UsageError: when it refused.
-        """
-        attempt = 0
-        while True:
-            wait = random.uniform(0.0, min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt))
-            try:
-                response = await self._http.request(method, path, json=body)
-            except (httpx.TransportError, OSError) as error:
-                failure = EngineDied(
-                    f"engine at {self.options.base_url}{path}",
-                    got=f"{type(error).__name__} after {attempt + 1} tries: {error}",
-                    expected="an answer",
-                    hint="is the server up? Its log says more",
-                )
-            else:
-                if response.is_success:
-                    return response.json()
-                failure = self._refusal(path, response)
-                if response.status_code not in RETRIED:
-                    raise failure
-                wait = max(wait, _retry_after(response))
-            attempt += 1
-            if attempt > self.options.retries:
-                raise failure
-            await asyncio.sleep(wait)
-
-    def _refusal(self, path: str, response: httpx.Response) -> EngineError | UsageError:
-        usage = 400 <= response.status_code < 500 and response.status_code not in RETRIED
-        hint = (
-            "export the key in the variable that engine.options.api_key_env names"
-            if response.status_code == 401
-            else "see its log"
-        )
-        return (UsageError if usage else EngineError)(
-            f"engine at {self.options.base_url}{path}",
-            got=f"status {response.status_code}: {response.text[:500]}",
-            expected="status 200",
-            hint=hint,
-        )
 
     def _odd(self, got: str, expected: str) -> EngineError:
         hint = "is this server one that returns token ids? vLLM is, from 0.10 on"
@@ -323,16 +283,25 @@ async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _token_id(token: str) -> int | None:
-    head, _, number = token.rpartition(":")
-    return int(number) if head == "token_id" and number.isdigit() else None
+    found = TOKEN_NAME.fullmatch(token)
+    return int(found[1]) if found and int(found[1]) <= MAX_ID else None
 
 
-def _retry_after(response: httpx.Response) -> float:
-    value = response.headers.get("retry-after", "")
-    return min(float(value), 60.0) if value.isdigit() else 0.0
+class _ModelConfig(Struct, frozen=True):
+    vocab_size: int | None = None
+    text_config: "_ModelConfig | None" = None
 
 
-def _capabilities(vllm: bool, told: bool) -> dict[str, Capability]:
+def _vocabulary(model_path: Path) -> int:
+    """How many ids the recipe's model has; where it does not say, as many as there could be."""
+    try:
+        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=_ModelConfig)
+    except (OSError, msgspec.DecodeError):
+        return MAX_ID + 1
+    return (config.vocab_size or (config.text_config.vocab_size if config.text_config else None)) or MAX_ID + 1
+
+
+def _capabilities(vllm: bool, told: Capability) -> dict[str, Capability]:
     """What can be done over HTTP: what the server's protocol carries."""
     unsaid = "the protocol does not carry it"
     only_vllm = Capability(vllm, "a vLLM field of the request" if vllm else "not a vLLM server")
@@ -344,10 +313,7 @@ def _capabilities(vllm: bool, told: bool) -> dict[str, Capability]:
         "pause_abort": Capability(False, "closing the connection ends a request, and what was sampled is lost"),
         "pause_keep": Capability(False, unsaid),
         "version_spans": Capability(False, "the server does not say which weights it holds: version 0 stands for all"),
-        "resolved_config": Capability(
-            told,
-            "GET /server_info" if told else "a server tells its configuration in development mode only (VLLM_SERVER_DEV_MODE=1)",
-        ),
+        "resolved_config": told,
         "per_request_seed": Capability(True, "seed"),
         "native_fp32_head": Capability(False, "how the server was started is its owner's affair"),
         "trace_replay": Capability(False, unsaid),
@@ -362,15 +328,6 @@ def connect(spec: EngineSpec) -> OpenAIHttpEngine:
     """The engine of a recipe's options.
 
     Raises:
-        UsageError: for an unknown or a missing option.
+        UsageError: for an unknown or a missing option, a URL that is none, a variable that holds no key.
     """
-    import msgspec
-
-    try:
-        options = msgspec.convert(spec.options, Options)
-    except msgspec.ValidationError as error:
-        hint = "--set engine.options.base_url=http://127.0.0.1:8000"
-        raise UsageError(
-            "engine.options of an HTTP engine", got=str(error), expected="base_url and the like", hint=hint
-        ) from error
-    return OpenAIHttpEngine(spec, options)
+    return OpenAIHttpEngine(spec, options_of(spec.options, spec.api_key_env))

@@ -1,0 +1,128 @@
+"""One request and its whole answer: a deadline over everything, retries within it, and no more bytes read than were asked for."""
+
+import asyncio
+import random
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+from msgspec import Struct
+
+from lockstep.engines.openai_http.options import Options, authorization
+from lockstep.engines.openai_http.replies import decode, short
+from lockstep.errors import EngineDied, EngineError, UsageError
+
+R = TypeVar("R", bound=Struct)
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+FIRST_DELAY_S, LONGEST_DELAY_S, LONGEST_RETRY_AFTER_S = 0.25, 8.0, 60.0
+REFUSAL_BYTES, REFUSAL_SHOWN = 1 << 14, 500
+SHORTEST_KEY = 8
+"""A shorter value is no key, and would be found in every text."""
+
+
+class Exchange:
+    """Requests to one server. Used from one event loop.
+
+    Args:
+        key: sent with every request, and taken out of whatever the server sends back.
+    """
+
+    def __init__(self, options: Options, key: str) -> None:
+        self.options = options
+        self._secret = key.encode() if len(key) >= SHORTEST_KEY else b""
+        self._free = asyncio.Semaphore(options.max_connections)
+        self._http = httpx.AsyncClient(
+            base_url=options.base_url,
+            # Not compressed: a few bytes could be gigabytes.
+            headers={"Accept-Encoding": "identity", **authorization(options, key)},
+            timeout=httpx.Timeout(None, connect=options.connect_timeout_s),
+            limits=httpx.Limits(max_connections=options.max_connections),
+            trust_env=False,
+        )
+
+    async def ask(self, path: str, kind: type[R], limit: int, body: dict[str, Any] | None = None) -> R:
+        """The answer to a GET, or to a POST of ``body``; within ``timeout_s`` from here on, waiting for a free connection aside.
+
+        Args:
+            limit: bytes that the answer may have.
+
+        Raises:
+            EngineDied: when no answer was received.
+            EngineError, UsageError: when it refused, or answered what is no such reply.
+        """
+        failure: EngineError | UsageError | None = None
+        async with self._free:
+            try:
+                async with asyncio.timeout(self.options.timeout_s):
+                    for attempt in range(self.options.retries + 1):
+                        try:
+                            found = await self._once(path, limit, body)
+                        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+                            got = f"{type(error).__name__} after {attempt + 1} tries: {str(error)[:REFUSAL_SHOWN]}"
+                            failure, least = self._no_answer(path, got), 0.0
+                        else:
+                            if isinstance(found, bytes):
+                                return decode(found, kind, f"engine at {self.options.base_url}{path}")
+                            failure, least = found
+                        if attempt < self.options.retries:
+                            most = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt)  # full jitter
+                            await asyncio.sleep(max(random.uniform(0.0, most), least))
+            except TimeoutError:
+                failure = failure or self._no_answer(path, f"no whole answer in {self.options.timeout_s:g} s")
+        assert failure is not None
+        raise failure
+
+    async def _once(self, path: str, limit: int, body: dict[str, Any] | None) -> bytes | tuple[EngineError, float]:
+        """One try: the body, or why another may be worth it and the least wait before that."""
+        async with self._http.stream("GET" if body is None else "POST", path, json=body) as response:
+            if not response.is_success:
+                refusal = self._refusal(path, response, await self._read(response, REFUSAL_BYTES))
+                if isinstance(refusal, UsageError) or response.status_code not in RETRIED:
+                    raise refusal
+                return refusal, _retry_after(response)
+            encoding = response.headers.get("content-encoding", "identity").lower()
+            if encoding != "identity":
+                raise self._odd(path, f"a body compressed with {short(encoding)}", "one that is not, as asked for")
+            found = await self._read(response, limit + 1)
+            if len(found) > limit:
+                raise self._odd(path, f"more than {limit} bytes, beginning {short(found)}", "an answer to what was asked")
+            return found
+
+    async def _read(self, response: httpx.Response, most: int) -> bytes:
+        found = bytearray()
+        async for chunk in response.aiter_raw():
+            found += chunk
+            if len(found) >= most:
+                break
+        read = bytes(found[:most])
+        return read.replace(self._secret, b"(the key)") if self._secret else read
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    def _no_answer(self, path: str, got: str) -> EngineDied:
+        hint = "is the server up? Its log says more"
+        return EngineDied(f"engine at {self.options.base_url}{path}", got=got, expected="an answer", hint=hint)
+
+    def _refusal(self, path: str, response: httpx.Response, body: bytes) -> EngineError | UsageError:
+        usage = 400 <= response.status_code < 500 and response.status_code not in RETRIED
+        hint = (
+            "export the key in the variable that engine.options.api_key_env names"
+            if response.status_code == 401
+            else "see its log"
+        )
+        return (UsageError if usage else EngineError)(
+            f"engine at {self.options.base_url}{path}",
+            got=f"status {response.status_code}: {body.decode(errors='replace')[:REFUSAL_SHOWN]}",
+            expected="status 200",
+            hint=hint,
+        )
+
+    def _odd(self, path: str, got: str, expected: str) -> EngineError:
+        boundary, hint = f"engine at {self.options.base_url}{path}", "is this an OpenAI-compatible server? Its log says more"
+        return EngineError(boundary, got=got, expected=expected, hint=hint)
+
+
+def _retry_after(response: httpx.Response) -> float:
+    value = response.headers.get("retry-after", "")
+    return min(float(value), LONGEST_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else 0.0
