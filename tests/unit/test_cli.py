@@ -1,5 +1,6 @@
 """The command line as a program: exit codes, which stream says what, and how quickly it answers."""
 
+import ast
 import io
 import json
 import os
@@ -7,15 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
+import lockstep as lockstep_rl
 from lockstep.cli.console import Console
 from lockstep.cli.faults import faults
+from lockstep.cli.main import EXTRA
 from lockstep.config.cache import cache_root, locked
 from lockstep.errors import UsageError
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart.toml"
 HEAVY = ("torch", "transformers", "pyarrow", "rich", "pandas", "vllm")
 HELP_LIMIT_S = 0.5
 
@@ -26,11 +33,12 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def lockstep(*args):
-    return subprocess.run([*LOCKSTEP, *args], capture_output=True, text=True, timeout=60)
+    return subprocess.run([*LOCKSTEP, *map(str, args)], capture_output=True, text=True, timeout=60)
 
 
 VERBS = [
     [],
+    ["init"],
     ["train"],
     ["check"],
     ["diagnose"],
@@ -54,6 +62,115 @@ def test_help_imports_nothing_heavy(verb):
     assert done.returncode == 0
     assert "Usage" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+def run_without(modules, *args):
+    """The command where importing one of ``modules`` fails as it does where it is not installed."""
+    code = (
+        f"import sys; sys.argv = ['lockstep', *{[str(arg) for arg in args]!r}]\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {tuple(modules)!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from lockstep.cli.main import main\n"
+        "main()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("args", [["--version"], ["faults", "--list", "--json"]])
+def test_versions_and_faults_are_told_without_torch(args):
+    done = run_without([*HEAVY, "safetensors"], *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stale_head" in done.stdout or done.stdout == f"lockstep {lockstep_rl.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", [["check", QUICKSTART], ["train", QUICKSTART]])
+def test_a_fault_that_is_not_known_is_refused_without_torch(verb):
+    done = run_without(HEAVY, *verb, "--plant", "stale_heat")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: flag --plant: got 'stale_heat', expected one of ")
+    assert "stale_head" in done.stderr
+
+
+def test_the_catalogue_names_only_ways_to_break_the_trainer_that_there_are():
+    from lockstep.parity.faults import FAULTS
+
+    code = ast.parse((ROOT / "src" / "lockstep" / "parity" / "planted_trainer.py").read_text())  # to import it takes torch
+    written = {node.name for node in code.body if isinstance(node, ast.FunctionDef)}
+    named = {fault.trainer.__closure__[0].cell_contents for fault in FAULTS.values() if fault.trainer}
+    assert len(named) >= 9
+    assert named <= written
+
+
+@pytest.mark.parametrize(
+    ("missing", "args"),
+    [
+        ("torch", ["check", QUICKSTART, "--engine", "transformers", "--set", "model.path=MODEL"]),
+        ("torch", ["check", "--rollouts", "ROLLOUTS", "--model", "MODEL"]),
+        ("gguf", ["models", "install", "smollm2-135m-instruct"]),
+        ("reasoning_gym", ["train", QUICKSTART, "--engine", "transformers", "--set", "model.path=MODEL"]),
+        ("huggingface_hub", ["check", QUICKSTART, "--engine", "transformers", "--set", "model.path=org/name"]),
+    ],
+)
+def test_without_the_extra_one_sentence_has_the_line_that_installs_it(missing, args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "rollouts.jsonl").write_text('{"prompt_token_ids": [1], "token_ids": [2], "logprobs": [-0.5]}\n')
+    args = [str(arg).replace("MODEL", str(tmp_path)).replace("ROLLOUTS", str(tmp_path / "rollouts.jsonl")) for arg in args]
+    done = run_without([missing], *args)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error == (
+        f"error: this Python: got no {missing}, expected the trainer's packages beside it\n\n"
+        'hint: pip install "lockstep-rl[trainer]"\n'
+    )
+
+
+def test_without_the_extra_programs_are_told_so_too(tmp_path):
+    done = run_without(["torch"], "models", "install", "smollm2-135m-instruct", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (error["type"], error["exit_code"], error["got"]) == ("NotInstalledError", 2, "no torch")
+
+
+def test_what_the_users_own_reward_lacks_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mine.py").write_text("import torch_geometric_of_mine\n")
+    sets = ["--set", f"model.path={tmp_path}", "--set", "task.reward=mine:reward"]
+    done = lockstep("train", QUICKSTART, "--engine", "transformers", *sets, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "recipe, key task.reward: got 'mine:reward' (ModuleNotFoundError: No module named 'torch_geometric" in done.stderr
+    assert "trainer]" not in done.stderr
+
+
+def test_the_extras_packages_are_those_that_the_command_knows():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = {line.partition(">")[0].replace("-", "_") for line in table["project"]["optional-dependencies"]["trainer"]}
+    assert declared | {"huggingface_hub"} == set(EXTRA)
+
+
+def test_init_writes_the_quick_start_and_overwrites_nothing(tmp_path):
+    done = lockstep("init", tmp_path / "new")
+    assert (done.returncode, done.stderr) == (0, "")
+    path = tmp_path / "new" / "recipes" / "quickstart.toml"
+    assert path.read_bytes() == QUICKSTART.read_bytes()
+    assert f"  lockstep check {path}\n" in done.stdout
+    assert "  lockstep engines install vllm==0.32.0\n" in done.stdout
+    path.write_text("mine")
+    again = lockstep("init", tmp_path / "new")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "nothing is overwritten" in again.stderr
+    assert path.read_text() == "mine"
+    document = json.loads(lockstep("init", tmp_path / "other", "--json").stdout)
+    assert document["schema"] == "lockstep.init/1"
+    assert document["next"][-1] == f"lockstep train {tmp_path / 'other' / 'recipes' / 'quickstart.toml'}"
+    assert lockstep("init", path).returncode == 2  # under a file
+
+
+def test_the_clones_recipe_is_the_packages():
+    assert QUICKSTART.samefile(ROOT / "src" / "lockstep" / "recipes" / "quickstart.toml")
 
 
 def test_describe_tells_the_facts_of_an_engine_that_is_not_installed():

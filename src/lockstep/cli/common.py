@@ -20,12 +20,10 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
 
 
 def planted(names: list[str] | None) -> tuple[str, ...]:
-    """The faults of ``--plant``. Only they need torch, which takes seconds to import."""
-    if not names:
-        return ()
+    """The faults of ``--plant``, known by name."""
     from lockstep.parity.faults import planted as known
 
-    return known(names)
+    return known(names or [])
 
 
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

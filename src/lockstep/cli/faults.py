@@ -41,8 +41,7 @@ def faults(
         unknown = next(name for name in only or () if name not in FAULTS)
         raise UsageError("flag --only", got=repr(unknown), expected=f"one of {', '.join(FAULTS)}", hint="lockstep faults --list")
     if list_:
-        for fault in chosen:
-            print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
+        _list(chosen, as_json=as_json)
         return
     loaded = recipe_of(recipe, set_, engine)
     outcomes = _campaign(loaded, chosen, out, clean=clean)
@@ -57,6 +56,15 @@ def faults(
         for outcome in missed:
             print(_line(outcome))
     raise typer.Exit(1 if missed else 0 if any(outcome.hit for outcome in outcomes) else 3)
+
+
+def _list(chosen: "Sequence[Fault]", *, as_json: bool) -> None:
+    if as_json:
+        told = ("name", "layer", "cause", "how", "generations")
+        emit("faults.list", {"faults": [{name: getattr(fault, name) for name in told} for fault in chosen]})
+        return
+    for fault in chosen:
+        print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
 
 
 def _campaign(recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, clean: bool) -> "list[Outcome]":

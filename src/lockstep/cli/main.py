@@ -2,12 +2,20 @@
 
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
-from lockstep.cli import check, diagnose, engines, faults, models, train
+import lockstep
+from lockstep.cli import check, diagnose, engines, faults, init, models, train
 from lockstep.cli.console import fail, guarded
-from lockstep.errors import LockstepError, UsageError
+from lockstep.errors import LockstepError, NotInstalledError, UsageError
+
+EXTRA = (
+    *("torch", "transformers", "safetensors", "httpx2", "pyarrow", "reasoning_gym", "gguf", "accelerate", "jaxtyping"),
+    "huggingface_hub",
+)
+"""What ``lockstep-rl[trainer]`` brings, by the names that are imported; the last comes with transformers."""
 
 app = typer.Typer(
     name="lockstep",
@@ -17,6 +25,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lockstep {lockstep.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Online RL for language models in which every rollout log-probability is proven before it is trained on."""
+
+
+app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("check")(check.check)
 app.command("diagnose")(diagnose.diagnose)
@@ -40,6 +64,8 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own errors, whose class has no public name
             code = _wrong_usage(error, as_json)
+        elif isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in EXTRA:
+            code = _without_extra(name, as_json)
         else:  # a bug of ours: Python's own exit code, 1, would read as a parity FAIL
             traceback.print_exc()
             code = LockstepError.exit_code
@@ -52,6 +78,14 @@ def _wrong_usage(error, as_json: bool) -> int:
         fail(UsageError("command line", got=error.format_message(), expected=expected, hint=hint), as_json=True)
     else:
         error.show()
+    return error.exit_code
+
+
+def _without_extra(name: str, as_json: bool) -> int:
+    """A plain install has what reads runs and recipes; what the user's own modules lack is told where they are imported."""
+    expected, hint = "the trainer's packages beside it", 'pip install "lockstep-rl[trainer]"'
+    error = NotInstalledError("this Python", got=f"no {name}", expected=expected, hint=hint)
+    fail(error, as_json=as_json)
     return error.exit_code
 
 

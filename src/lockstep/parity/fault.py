@@ -1,16 +1,25 @@
-"""What a planted fault consists of."""
+"""What a planted fault consists of. No torch: the catalogue is shown, and a name checked, before anything is started."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from lockstep.parity.causes import CAUSES
-from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LayerName
 
+if TYPE_CHECKING:
+    from lockstep.parity.pair import Pair
+
 V1 = ("V1",)
+TrainerPlant = Callable[["Pair"], AbstractContextManager[None]]
+
+
+def in_trainer(name: str) -> TrainerPlant:
+    """One of ``planted_trainer.py``, imported when it is planted."""
+    return lambda pair: getattr(import_module("lockstep.parity.planted_trainer"), name)(pair)
 
 
 class Fault(Struct, frozen=True):
@@ -23,9 +32,9 @@ class Fault(Struct, frozen=True):
     """Recipe overrides; those of ``engine.`` need an engine of their own."""
     worker: tuple[str, ...] = ()
     """What the engine's worker does wrong at every load."""
-    proxy: Callable[[Pair], Any] | None = None
+    proxy: Callable[["Pair"], Any] | None = None
     """Stands between the engine and the trainer."""
-    trainer: Callable[[Pair], AbstractContextManager[None]] | None = None
+    trainer: TrainerPlant | None = None
     at_start: bool = False
     """The proxy's weights are loaded before the ladder begins."""
     lifted: bool = False

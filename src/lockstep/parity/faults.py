@@ -9,9 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lockstep.errors import UsageError
-from lockstep.parity import planted_trainer as trainer
 from lockstep.parity import proxies as p
-from lockstep.parity.fault import V1, Fault
+from lockstep.parity.fault import V1, Fault, in_trainer
 from lockstep.parity.faults_of_semantics import SEMANTICS
 
 
@@ -141,13 +140,13 @@ _NUMERICS = (
         "rotary_base_altered",
         "model_config_differs",
         "trainer: a tenth of the checkpoint's rotary base",
-        trainer=trainer.other_rotary_base,
+        trainer=in_trainer("other_rotary_base"),
     ),
     Fault(
         "norm_epsilon_altered",
         "model_config_differs",
         "trainer: another epsilon in every norm",
-        trainer=trainer.other_norm_epsilon,
+        trainer=in_trainer("other_norm_epsilon"),
     ),
     Fault(
         "one_layer_scaled",
@@ -162,13 +161,13 @@ _NUMERICS = (
         "dropout_left_on",
         "trainer_not_repeatable",
         "trainer: dropout of 0.1 behind every feed-forward block",
-        trainer=trainer.dropout_left_on,
+        trainer=in_trainer("dropout_left_on"),
     ),
     Fault(
         "attention_leaks",
         "trainer_batch_dependent",
         "trainer: packed sequences see those before them in the row",
-        trainer=trainer.attention_leaks,
+        trainer=in_trainer("attention_leaks"),
     ),
 )
 
@@ -177,19 +176,19 @@ _OBJECTIVE = (
         "old_logprobs_at_another_temperature",
         "policy_ratio_at_lag_0",
         "trainer: the old-logprob pass uses 1.1 T",
-        trainer=trainer.old_logprobs_at_another_temperature,
+        trainer=in_trainer("old_logprobs_at_another_temperature"),
     ),
     Fault(
         "batch_misaligned",
         "task_tokens_differ",
         "trainer: the engine's numbers lie one token off in the training batch",
-        trainer=trainer.batch_misaligned,
+        trainer=in_trainer("batch_misaligned"),
     ),
     Fault(
         "loss_misscaled",
         "loss_not_explained",
         "trainer: the loss jumps as soon as a ratio is not exactly 1",
-        trainer=trainer.loss_misscaled,
+        trainer=in_trainer("loss_misscaled"),
     ),
 )
 

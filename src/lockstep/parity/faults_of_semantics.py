@@ -1,17 +1,18 @@
 """Planted faults of layer 1."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.parity import planted_trainer as trainer
 from lockstep.parity import proxies as p
-from lockstep.parity.fault import V1, Fault
-from lockstep.parity.pair import Pair
+from lockstep.parity.fault import V1, Fault, in_trainer
+
+if TYPE_CHECKING:
+    from lockstep.parity.pair import Pair
 
 
-def _bos(pair: Pair, prompt: Any) -> Any:
+def _bos(pair: "Pair", prompt: Any) -> Any:
     return np.r_[pair.renderer.tokenizer.bos_token_id, prompt]
 
 
@@ -74,7 +75,7 @@ SEMANTICS = (
         "generation_config_applied",
         "proxy: every request takes the checkpoint's generation_config (T 0.6, top-k 40)",
         proxy=p.edits(edit_requests=p.settings(temperature=0.6, top_k=40)),
-        trainer=trainer.with_generation_config,
+        trainer=in_trainer("with_generation_config"),
     ),
     Fault(
         "temperature_clamped",
@@ -111,7 +112,7 @@ SEMANTICS = (
         "bos_doubled_on_both_sides",
         "bos_doubled",
         "trainer: the renderer puts a second BOS before every prompt",
-        trainer=trainer.renders_two_bos,
+        trainer=in_trainer("renders_two_bos"),
     ),
     Fault(
         "prompt_truncated",

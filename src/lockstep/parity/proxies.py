@@ -2,22 +2,23 @@
 
 Everything still comes from the real engine; what stands between it and the trainer is what breaks in the field: servers that
 apply defaults, clients that re-tokenise, readers that are off by one, transports that lose a tensor.
+
+Named without torch: the catalogue of faults is read by ``lockstep faults --list``; what needs tensors imports it where it does.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec.structs import replace
 
 from lockstep.engines.base import Engine
-from lockstep.parity.grammar import made_of, texts_of
-from lockstep.parity.pair import Pair
-from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
-from lockstep.weights.publish import checkpoint_weights
+
+if TYPE_CHECKING:
+    from lockstep.parity.pair import Pair
 
 CLAMPED = -9999.0
 Prompts = list[np.ndarray]
@@ -27,7 +28,7 @@ Completions = list[Completion]
 class Proxy(Engine):
     """An engine that behaves as ``inner`` does, but for the one hook that a subclass edits."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: "Pair") -> None:
         self.inner, self.pair = pair.engine, pair
         self.ready, self.asked = self.inner.ready, self.inner.asked
 
@@ -96,7 +97,7 @@ def with_ids(completion: Completion, ids: np.ndarray) -> Completion:
     return replace(completion, token_ids=ids.astype(INT32).tobytes())
 
 
-def edits(**hooks: Callable[..., Any]) -> Callable[[Pair], Proxy]:
+def edits(**hooks: Callable[..., Any]) -> "Callable[[Pair], Proxy]":
     """A proxy class with the given hooks, each a function of (proxy, the hook's arguments …)."""
     return type("Edited", (Proxy,), hooks)
 
@@ -121,6 +122,8 @@ def only_of(letters: str) -> Callable[..., Any]:
     """A hook: every request drawn from the tokens of these characters alone, as under a grammar."""
 
     def edit(self: Any, prompts: Any, params: Any) -> Any:
+        from lockstep.parity.grammar import made_of, texts_of
+
         texts = texts_of(self.pair.renderer.tokenizer, self.pair.policy.head.shape[0])
         banned = dict.fromkeys(np.flatnonzero(~made_of(set(letters), texts)).tolist(), -100.0)
         return prompts, [replace(p, logit_bias=banned) for p in params]
@@ -128,7 +131,7 @@ def only_of(letters: str) -> Callable[..., Any]:
     return edit
 
 
-def prompts_edited(edit: Callable[[Pair, np.ndarray], np.ndarray]) -> Callable[..., Any]:
+def prompts_edited(edit: "Callable[[Pair, np.ndarray], np.ndarray]") -> Callable[..., Any]:
     """A hook: every prompt changed."""
     return lambda self, prompts, params: ([edit(self.pair, p).astype(np.int32) for p in prompts], params)
 
@@ -210,6 +213,8 @@ class RawNumbers(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
+        from lockstep.policy.packing import Group
+
         found = self.inner.sample(prompts, [replace(p, top_k=5) for p in params])
         temperature = {p.temperature for p in params}.pop()
         groups = [Group(prompts[c.prompt_index], [ids_of(c)]) for c in found]
@@ -219,7 +224,7 @@ class RawNumbers(Proxy):
 class WarmCacheDrifts(Proxy):
     """Prompts that were seen before are answered a little wrong, as from a stale prefix cache."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: "Pair") -> None:
         super().__init__(pair)
         self._seen: set[bytes] = set()
 
@@ -235,9 +240,9 @@ class WarmCacheDrifts(Proxy):
 class Withheld(Proxy):
     """Updates in which the tensors that ``chosen`` picks keep the values they had when the proxy was put up."""
 
-    def __init__(self, pair: Pair, chosen: Callable[[str], bool]) -> None:
+    def __init__(self, pair: "Pair", chosen: Callable[[str], bool]) -> None:
         super().__init__(pair)
-        tensors = checkpoint_weights(pair.policy.model)
+        tensors = _weights(pair)
         self._old = {name: tensor.detach().clone() for name, tensor in tensors.items() if chosen(name)}
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
@@ -248,15 +253,21 @@ class Withheld(Proxy):
 class OneBehind(Proxy):
     """Each load delivers the weights of the load before it, under the new number."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: "Pair") -> None:
         super().__init__(pair)
-        self._last = {name: tensor.detach().clone() for name, tensor in checkpoint_weights(pair.policy.model).items()}
+        self._last = {name: tensor.detach().clone() for name, tensor in _weights(pair).items()}
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
         """See :meth:`Proxy.edit_update`."""
-        now = {name: tensor.detach().clone() for name, tensor in checkpoint_weights(self.pair.policy.model).items()}
+        now = {name: tensor.detach().clone() for name, tensor in _weights(self.pair).items()}
         old, self._last = self._last, now
         return edited_file(update, lambda name, tensor: old[name])
+
+
+def _weights(pair: "Pair") -> dict[str, Any]:
+    from lockstep.weights.publish import checkpoint_weights
+
+    return checkpoint_weights(pair.policy.model)
 
 
 def edited_file(update: WeightUpdate, edit: Callable[[str, Any], Any]) -> WeightUpdate:

