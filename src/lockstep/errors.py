@@ -104,3 +104,10 @@ class RunError(LockstepError):
 
 class DivergenceError(LockstepError):
     pass
+
+
+class Stopped(SystemExit):
+    """The process was asked to end, by Ctrl-C or by a signal: what is open is closed on the way out.
+
+    No error, and of a type of its own, so that it is told from a ``SystemExit`` that somebody's reward raises.
+    """

@@ -59,7 +59,7 @@ def main() -> None:
     """``… LISTENER_FD LIFELINE_FD CONFIG.json``, as every worker is started."""
     listener = socket.socket(fileno=int(sys.argv[-3]))
     config = msgspec.json.decode(Path(sys.argv[-1]).read_bytes())
-    time.sleep(config.get("start_s", 0.0))
+    time.sleep(float(os.environ.get("LIAR_START_S") or config.get("start_s", 0.0)))
     peer, _ = listener.accept()
     if refusal := config.get("refuse"):
         peer.sendall(framed(Failure(0, refusal, fatal=True)))

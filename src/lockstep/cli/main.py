@@ -1,5 +1,6 @@
 """``lockstep``: the entry point. Exit codes: 0 pass, 1 parity FAIL, 2 usage or configuration, 3 could not run."""
 
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 import lockstep
 from lockstep.cli import check, diagnose, engines, faults, init, models, train
 from lockstep.cli.console import fail, guarded
-from lockstep.errors import LockstepError, NotInstalledError, UsageError
+from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
 
 EXTRA = (
     *("torch", "transformers", "safetensors", "httpx2", "pyarrow", "reasoning_gym", "gguf", "accelerate", "jaxtyping"),
@@ -52,15 +53,20 @@ app.add_typer(models.app, name="models")
 @guarded()
 def main() -> None:
     """Run a verb and turn its error into an exit code."""
+    _end_in_order()
     as_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False)
     except LockstepError as error:
         fail(error, as_json=as_json)
         code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except Stopped as stopped:
+        print("interrupted" if stopped.code == 130 else "ended by a signal", file=sys.stderr)
+        code = stopped.code
+    except SystemExit as error:  # no verb ends that way: some code that it called would end the process, with its own code
+        traceback.print_exc()
+        print(f"error: something called sys.exit({error.code!r})", file=sys.stderr)
+        code = LockstepError.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own errors, whose class has no public name
             code = _wrong_usage(error, as_json)
@@ -70,6 +76,18 @@ def main() -> None:
             traceback.print_exc()
             code = LockstepError.exit_code
     sys.exit(code or 0)
+
+
+def _end_in_order() -> None:
+    """Ctrl-C, SIGTERM and a lost terminal close what is open: an engine, shared memory. A second one ends at once."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # what is ignored stays ignored
+            signal.signal(number, stop)
 
 
 def _wrong_usage(error, as_json: bool) -> int:

@@ -1,0 +1,133 @@
+"""Ctrl-C, SIGTERM and mistakes end a command within seconds, whatever it was doing, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from lockstep.engines.environments.locate import MARKER, Environment
+from lockstep.engines.environments.recipes import recipe_for
+from tests.unit import worker_that_lies
+from tests.unit.tiny_run import write_recipe
+
+LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
+AT_ONCE_S = 5.0
+SHARED = "/dev/shm/lockstep-weights-"
+
+
+@pytest.fixture
+def slow_engine(tmp_path, monkeypatch):
+    """An installed vLLM whose start takes ten minutes, as far as anyone can tell."""
+    recipe = recipe_for("vllm==0.32.0")
+    path = tmp_path / "cache" / "engines" / f"{recipe.name}-{recipe.version}-{recipe.flavour}"
+    (path / "bin").mkdir(parents=True)
+    (path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{worker_that_lies.__file__}" "$@"\n')
+    (path / "bin" / "python").chmod(0o700)
+    environment = Environment(
+        name="vllm",
+        version=recipe.version,
+        generation=recipe.generation,
+        flavour=recipe.flavour,
+        digest=recipe.digest,
+        smoke="",
+        size_bytes=0,
+        built="",
+        path=str(path.resolve()),
+    )
+    (path / MARKER).write_bytes(msgspec.json.encode(environment))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIAR_START_S", "600")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return write_recipe(tmp_path, 100)
+
+
+@pytest.fixture
+def begun():
+    """Begin a command; it ends with the test."""
+    processes = []
+
+    def begin(*args):
+        # Where the tests run in the background of a shell, the interrupt is ignored from the start.
+        ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        processes.append(subprocess.Popen([*LOCKSTEP, *args], stderr=subprocess.PIPE, text=True, **ready))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def shared_of(pid):
+    """The directories of published weights that a process holds open."""
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    return [Path(link) for link in links if link.startswith(SHARED) and Path(link).is_dir()]
+
+
+def engines_of(process):
+    return [child for child in psutil.Process(process.pid).children() if worker_that_lies.__file__ in child.cmdline()]
+
+
+def awaited(found, process):
+    deadline = time.monotonic() + 120
+    while not (value := found()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_engine_starts_ends_at_once(slow_engine, begun, number, code):
+    process = begun("check", slow_engine, "--engine", "vllm")
+    (engine,) = awaited(lambda: engines_of(process), process)
+    (directory,) = shared_of(process.pid)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=AT_ONCE_S)
+    assert time.monotonic() - began < AT_ONCE_S
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert not engine.is_running()
+    assert not directory.exists()
+
+
+def test_a_mistake_found_while_the_engine_starts_ends_at_once(slow_engine, begun):
+    began = time.monotonic()
+    process = begun("check", slow_engine, "--engine", "vllm", "--set", "engine.max_model_len=9")
+    (engine,) = awaited(lambda: engines_of(process), process)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60, "ten minutes are what the engine would take"
+    assert process.returncode == 2
+    assert "engine.max_model_len" in errors
+    assert not engine.is_running()
+
+
+def test_sigterm_with_an_engine_in_the_process_leaves_no_shared_memory(slow_engine, begun, tmp_path):
+    process = begun("train", slow_engine, "--out", tmp_path / "run", "--set", "training.steps=1000")
+    directory = awaited(lambda: [d for d in shared_of(process.pid) if any(d.iterdir())], process)[0]
+    awaited(lambda: (tmp_path / "run" / "verdicts.jsonl").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=AT_ONCE_S)
+    assert process.returncode == 143
+    assert "ended by a signal" in errors
+    assert "Traceback" not in errors
+    assert not directory.exists()
+
+
+def test_what_calls_sys_exit_ends_no_verb_with_success(tmp_path, slow_engine):
+    (tmp_path / "leaves.py").write_text("import sys\ndef items(**_): sys.exit(0)\n")
+    done = subprocess.run(
+        [*LOCKSTEP, "check", slow_engine, "--set", "task.name=leaves:items", "--set", "task.options={}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert done.returncode in (2, 3)
+    assert "leaves" in done.stderr
