@@ -80,7 +80,8 @@ def run_trl(steps, prompts):
 
     from lockstep.config.recipe import load_recipe
     from lockstep.policy.pretrained import resolve_model
-    from lockstep.rollout.tasks import Task, exact_match
+    from lockstep.rollout.rewards import exact_match
+    from lockstep.rollout.tasks import Task
 
     recipe = load_recipe(RECIPE, [f"training.prompts_per_step={prompts}"])
     path = resolve_model(recipe.model.path)

@@ -11,6 +11,7 @@ import msgspec
 import psutil
 import pytest
 
+from lockstep.cli import main
 from lockstep.engines.environments.locate import MARKER, Environment
 from lockstep.engines.environments.recipes import recipe_for
 from tests.unit import worker_that_lies
@@ -121,13 +122,14 @@ def test_sigterm_with_an_engine_in_the_process_leaves_no_shared_memory(slow_engi
     assert not directory.exists()
 
 
-def test_what_calls_sys_exit_ends_no_verb_with_success(tmp_path, slow_engine):
-    (tmp_path / "leaves.py").write_text("import sys\ndef items(**_): sys.exit(0)\n")
-    done = subprocess.run(
-        [*LOCKSTEP, "check", slow_engine, "--set", "task.name=leaves:items", "--set", "task.options={}"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
-    )
-    assert done.returncode in (2, 3)
-    assert "leaves" in done.stderr
+def test_what_calls_sys_exit_under_a_verb_ends_it_with_no_success(monkeypatch, capsys):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(main, "app", lambda **_: sys.exit(0))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 3
+    assert "something called sys.exit(0)" in capsys.readouterr().err

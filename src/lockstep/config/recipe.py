@@ -75,6 +75,11 @@ class Task(_Section, frozen=True):
     system_prompt: str = ""
     reward: str = "exact_match"
     """``exact_match``, ``dataset`` (the dataset's own scorer), or ``module:function`` of (completion, item) → float."""
+    reward_timeout_s: NonNegativeFloat = 60.0
+    """For one completion's reward; one that takes longer ends the run, and the completion is shown. 0: as long as it takes."""
+    reward_workers: NonNegative = 0
+    """Processes that compute rewards and nothing else, so that one that crashes, exits or never returns from C ends in an error.
+    0: the trainer's own. The dataset's items are sent to them, tuples as lists."""
 
 
 class Objective(_Section, frozen=True):

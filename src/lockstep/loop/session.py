@@ -80,6 +80,7 @@ def open_session(
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
         stack.callback(remove_weights, directory)
+        stack.callback(task.close)
         spec = _spec(recipe, model_path, directory, engine_log, api_key_env)
         # An engine with a process of its own starts while the trainer is loaded, and whatever ends this ends it in its start.
         starting = stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None

@@ -14,7 +14,7 @@ from lockstep.errors import EngineError
 from lockstep.objectives.grpo import group_advantages
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
 from lockstep.rendering import Renderer
-from lockstep.rollout.tasks import Item, Task
+from lockstep.rollout.tasks import Task
 
 
 @dataclass(eq=False)
@@ -108,10 +108,9 @@ def score(rollouts: Rollouts, task: Task, renderer: Renderer, recipe: Recipe) ->
         RewardError: at the first reward that is none; the rewards before it stay filled in.
     """
     began = time.perf_counter()
-    for i, text in enumerate(rollouts.texts):
-        number = rollouts.items[i // rollouts.group_size]
-        item: Item = task.item(number)
-        rollouts.rewards[i] = task.reward(text, item, str(item["question"]))
+    items = [task.item(rollouts.items[i // rollouts.group_size]) for i in range(len(rollouts.texts))]
+    for i, reward in enumerate(task.rewards(rollouts.texts, items)):
+        rollouts.rewards[i] = reward
     grouped = rollouts.rewards.reshape(-1, rollouts.group_size)
     rollouts.advantages = group_advantages(grouped, recipe.objective.advantage_scale).reshape(-1)
     rollouts.reward_s = time.perf_counter() - began

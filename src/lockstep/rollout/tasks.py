@@ -1,17 +1,14 @@
 """Tasks: where questions come from and what an answer is worth."""
 
-import importlib
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lockstep.config.recipe import Task as TaskConfig
-from lockstep.errors import RecipeError, RewardError
-
-Item = Mapping[str, Any]
-"""One question: at least ``question`` and ``answer``, both text."""
-Reward = Callable[[str, Item], float]
+from lockstep.errors import RecipeError, Stopped
+from lockstep.rollout.deadline import Overdue, deadline
+from lockstep.rollout.reward_workers import RewardWorkers
+from lockstep.rollout.rewards import Item, Reward, imported, raised, refused, reward_named
 
 EXAMPLES_SEED_OFFSET = 1_000_003
 """The solved examples come from the same generator under a seed no training question uses."""
@@ -31,7 +28,8 @@ class Task:
         examples = _dataset(config, seed + EXAMPLES_SEED_OFFSET) if config.examples else []
         shots = [_item(config.name, examples, number, ("question", "answer")) for number in range(config.examples)]
         self._shots = [message for item in shots for message in _solved(item)]
-        self._reward = _reward(config.reward, self._items)
+        self._workers = RewardWorkers(config, seed) if config.reward_workers else None
+        self._reward = None if self._workers else reward_named(config.reward, self._items)
 
     def item(self, number: int) -> Item:
         """Question ``number``, counted over the whole run; a finite dataset starts over.
@@ -46,31 +44,46 @@ class Task:
         system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
         return [*system, *self._shots, {"role": "user", "content": str(item["question"])}]
 
-    def reward(self, completion: str, item: Item, prompt: str) -> float:
-        """What a completion is worth.
+    def rewards(self, completions: Sequence[str], items: Sequence[Item]) -> Iterator[float]:
+        """What each completion is worth, in order.
 
         Raises:
-            RewardError: when the reward function raises or returns no finite number; prompt and completion are shown.
+            RewardError: at the first whose reward raises, ends the process, takes longer than ``task.reward_timeout_s`` or is no
+                finite number; prompt and completion are shown.
         """
-        where = f"reward {self.config.reward}"
-        shown = f"prompt {prompt[-200:]!r}, completion {completion[:200]!r}"
+        here = (self._here(completion, item) for completion, item in zip(completions, items, strict=True))
+        values = here if self._workers is None else self._workers.rewards(completions, items)
+        for value, completion, item in zip(values, completions, items, strict=True):
+            if not math.isfinite(value):
+                raise refused(self.config.reward, str(value), completion, item)
+            yield value
+
+    def close(self) -> None:
+        """End the processes that compute rewards, where there are any."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def _here(self, completion: str, item: Item) -> float:
+        assert self._reward is not None
+        seconds = self.config.reward_timeout_s if self.config.reward != "exact_match" else 0.0
         try:
-            value = float(self._reward(completion, item))
-        except Exception as error:
-            raise RewardError(
-                where,
-                got=f"{type(error).__name__}: {error}",
-                expected="a finite number",
-                hint=f"it was called on {shown}",
-            ) from error
-        if not math.isfinite(value):
-            raise RewardError(where, got=str(value), expected="a finite number", hint=f"it was called on {shown}")
-        return value
+            with deadline(seconds):
+                return float(self._reward(completion, item))
+        except Stopped:
+            raise
+        except Overdue:
+            raise refused(self.config.reward, f"no answer in {seconds:g} s", completion, item) from None
+        except BaseException as error:
+            raise refused(self.config.reward, raised(error), completion, item) from error
 
 
-def exact_match(completion: str, item: Item) -> float:
-    """1 when the completion is the answer, surrounding white space aside; else 0."""
-    return float(completion.strip() == str(item["answer"]).strip())
+def reward_of(config: TaskConfig, seed: int) -> Reward:
+    """The recipe's reward alone, for a process that computes nothing else.
+
+    Raises:
+        RecipeError: as :class:`Task`.
+    """
+    return reward_named(config.reward, _dataset(config, seed) if config.reward == "dataset" else None)
 
 
 def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
@@ -83,7 +96,7 @@ def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
             hint="reasoning_gym:chain_sum",
         )
     if source != "reasoning_gym":
-        return _not_empty(config.name, _made(config, _call(config.name, "task.name"), seed))
+        return _not_empty(config.name, _made(config, imported(config.name, "task.name"), seed))
     import reasoning_gym
 
     try:
@@ -102,6 +115,8 @@ def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
 def _made(config: TaskConfig, function: Callable[..., Any], seed: int) -> Any:
     try:
         return function(**({"seed": seed} | config.options))
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:
         raise RecipeError(
             f"recipe, task {config.name}",
@@ -129,6 +144,8 @@ def _item(name: str, items: Sequence[Item], number: int, needs: tuple[str, ...])
     expected = f"a mapping with {' and '.join(needs)}"
     try:
         item = items[number % len(items)]
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:
         raise RecipeError(where, got=f"{type(error).__name__}: {error}", expected=expected, hint="mend the dataset") from error
     missing = needs if not isinstance(item, Mapping) else [key for key in needs if key not in item]
@@ -140,31 +157,3 @@ def _item(name: str, items: Sequence[Item], number: int, needs: tuple[str, ...])
 
 def _solved(item: Item) -> list[dict[str, str]]:
     return [{"role": "user", "content": str(item["question"])}, {"role": "assistant", "content": str(item["answer"])}]
-
-
-def _reward(name: str, items: Any) -> Reward:
-    if name == "exact_match":
-        return exact_match
-    if name == "dataset":
-        if not hasattr(items, "score_answer"):
-            raise RecipeError(
-                "recipe, key task.reward", got="'dataset'", expected="a dataset with score_answer", hint="exact_match"
-            )
-        return lambda completion, item: items.score_answer(answer=completion.strip(), entry=item)
-    return _call(name, "task.reward")
-
-
-def _call(name: str, key: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported, a syntax error among it
-        raise RecipeError(
-            f"recipe, key {key}",
-            got=f"{name!r} ({type(error).__name__}: {error})",
-            expected="module:function that can be imported",
-            hint="PYTHONPATH=. lockstep …",
-        ) from error
-    if not inspect.isroutine(function) and not callable(function):
-        raise RecipeError(f"recipe, key {key}", got=f"{name!r}, no function", expected="a function", hint="name a function")
-    return function

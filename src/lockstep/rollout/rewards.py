@@ -1,0 +1,71 @@
+"""What an answer is worth: the rewards there are, and what is said of one that raised, returned no number or did not return."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lockstep.errors import RecipeError, RewardError, Stopped
+
+Item = Mapping[str, Any]
+"""One question: at least ``question`` and ``answer``, both text."""
+Reward = Callable[[str, Item], float]
+
+
+def exact_match(completion: str, item: Item) -> float:
+    """1 when the completion is the answer, surrounding white space aside; else 0."""
+    return float(completion.strip() == str(item["answer"]).strip())
+
+
+def reward_named(name: str, items: Any) -> Reward:
+    """The recipe's reward.
+
+    Raises:
+        RecipeError: when there is none of that name, or the dataset has no scorer.
+    """
+    if name == "exact_match":
+        return exact_match
+    if name == "dataset":
+        if not hasattr(items, "score_answer"):
+            raise RecipeError(
+                "recipe, key task.reward", got="'dataset'", expected="a dataset with score_answer", hint="exact_match"
+            )
+        return lambda completion, item: items.score_answer(answer=completion.strip(), entry=item)
+    return imported(name, "task.reward")
+
+
+def imported(name: str, key: str) -> Callable[..., Any]:
+    """The function ``module:function`` that a key of the recipe names.
+
+    Raises:
+        RecipeError: when it cannot be imported, or is no function.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported, a syntax error among it
+        raise RecipeError(
+            f"recipe, key {key}",
+            got=f"{name!r} ({type(error).__name__}: {error})",
+            expected="module:function that can be imported",
+            hint="PYTHONPATH=. lockstep …",
+        ) from error
+    if not inspect.isroutine(function) and not callable(function):
+        raise RecipeError(f"recipe, key {key}", got=f"{name!r}, no function", expected="a function", hint="name a function")
+    return function
+
+
+def raised(error: BaseException) -> str:
+    """What somebody's code raised, whatever that is: its text may raise again."""
+    try:
+        return f"{type(error).__name__}: {error}"[:2000]
+    except Exception:
+        return type(error).__name__
+
+
+def refused(name: str, got: str, completion: str, item: Item) -> RewardError:
+    """The error of a reward that is none; prompt and completion are shown."""
+    shown = f"prompt {str(item.get('question', ''))[-200:]!r}, completion {completion[:200]!r}"
+    return RewardError(f"reward {name}", got=got, expected="a finite number", hint=f"it was called on {shown}")
