@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
+from lockstep.cli.check import _show
 from lockstep.cli.common import show_ladder
 from lockstep.cli.console import OBEYED, Console, emit, fail, guarded, printable, show
 from lockstep.errors import EngineError
-from lockstep.records.verdicts import Finding, Verdict
+from lockstep.parity.ladder import LadderResult
+from lockstep.records.verdicts import LAYERS, Finding, Verdict
 
 HOSTILE = "a\x1b]0;owned\x07b\x9b2Jc\rd\x7fe\u202ef\u2066g\u2028h\ud800i\x00j"
 SHOWN = r"a\x1b]0;owned\x07b\x9b2Jc\x0dd\x7fe\u202ef\u2066g\u2028h\ud800i\x00j"
@@ -87,3 +89,27 @@ def test_json_holds_every_character_as_its_own_escape(capsys):
     assert not OBEYED.search(out)
     assert json.loads(out)["text"] == text
     assert json.loads(out)["more"] == "é"
+
+
+@pytest.mark.parametrize(
+    ("unable", "said"),
+    [
+        ({"weights"}, "nothing failed; weights needs an engine that Lockstep starts"),
+        ({"path", "weights"}, "nothing failed; path and weights need an engine that Lockstep starts"),
+        ({"semantics", "path", "weights", "numerics", "objective"}, ""),
+        (set(), ""),
+    ],
+)
+def test_a_check_that_could_not_judge_a_layer_says_that_nothing_failed(unable, said, capsys):
+    def verdict(layer):
+        if layer in unable:
+            return Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason="the engine cannot")
+        return Verdict(layer=layer, status="PASS", summary="ok", n_tokens=5)
+
+    result = LadderResult([verdict(layer) for layer in LAYERS], None)
+    for as_json in (False, True):
+        _show(result, "standard", (), None, as_json=as_json)
+        out = capsys.readouterr().out
+        assert said in out
+        assert ("nothing failed" in out) == bool(said)
+    assert json.loads(out)["note"].startswith(said)

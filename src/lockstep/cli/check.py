@@ -142,8 +142,9 @@ def _note(result: "LadderResult") -> str:
     """Said where all that could be judged passed, and something could not be; the last layer runs in no other case."""
     if result.status != "NOT_RUN" or result.verdicts[-1].status != "PASS":
         return ""
-    left = " and ".join(verdict.layer for verdict in result.verdicts if verdict.status == "NOT_RUN")
-    return f"nothing failed; {left} needs an engine that Lockstep starts (--engine vllm), hence exit code 3 and no certificate"
+    left = [verdict.layer for verdict in result.verdicts if verdict.status == "NOT_RUN"]
+    what = f"{' and '.join(left)} need{'s' if len(left) == 1 else ''} an engine that Lockstep starts (--engine vllm)"
+    return f"nothing failed; {what}, hence exit code 3 and no certificate"
 
 
 def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:

@@ -1,0 +1,41 @@
+"""A run on the real vLLM with a secret in every variable that is named like one."""
+
+import subprocess
+import sys
+
+import psutil
+
+from tests.canaries import CANARIES, environment, found_in
+from tests.e2e.conftest import QUICKSTART
+
+FEW = [
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=8",
+    "training.prompts_per_step=4",
+    "training.group_size=4",
+    "training.steps=1",
+]
+
+
+def test_a_run_on_vllm_holds_no_secret_and_neither_do_its_processes(installed, tmp_path):
+    sets = [flag for override in FEW for flag in ("--set", override)]
+    command = [sys.executable, "-m", "lockstep.cli.main", "train", QUICKSTART, *sets, "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    engines: dict[int, dict[str, str]] = {}
+    while True:
+        try:
+            out, err = process.communicate(timeout=2)
+            break
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "/engines/vllm-" in child.exe():
+                    engines[child.pid] = child.environ()
+    assert process.returncode == 0, err
+    assert engines
+    assert not [name for env in engines.values() for name, value in env.items() if value in CANARIES.values()]
+    written = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert {"manifest.json", "certificate.json", "verdicts.jsonl", "engine.log"} <= written
+    assert "env.VLLM_CPU_KVCACHE_SPACE" in (tmp_path / "run" / "manifest.json").read_text()
+    assert found_in(tmp_path / "run", out, err) == {}

@@ -1,0 +1,30 @@
+"""What is known of the two sides."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lockstep.parity.layer4_numerics import _note
+from lockstep.parity.pair import Pair
+from lockstep.parity.tolerances import NOISE
+
+
+def pair_of(trainer, **resolved):
+    engine = SimpleNamespace(ready=SimpleNamespace(resolved={name.replace("__", "."): value for name, value in resolved.items()}))
+    policy = SimpleNamespace(model=SimpleNamespace(dtype=trainer), head_dtype=torch.float32)
+    return Pair(engine, policy, *[SimpleNamespace()] * 4)
+
+
+@pytest.mark.parametrize("trainer", [torch.float32, torch.bfloat16])
+def test_a_dtype_that_the_engine_does_not_tell_is_unknown_and_the_trainers_bounds_hold(trainer):
+    pair = pair_of(trainer)
+    assert (pair.engine_dtype, pair.engine_head_dtype) == ("", "")
+    assert pair.noise == pair.engine_noise == NOISE[str(trainer)]
+    assert _note(pair) == " (the engine does not tell its dtype)"
+
+
+def test_a_dtype_that_it_tells_widens_them():
+    pair = pair_of(torch.float32, worker__parameter_dtype="torch.bfloat16")
+    assert pair.noise == pair.engine_noise == NOISE["torch.bfloat16"]
+    assert "engine body torch.bfloat16" in _note(pair)
