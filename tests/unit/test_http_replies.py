@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 import time
 
 import numpy as np
@@ -12,6 +13,8 @@ from lockstep.engines.openai_http.replies import Completions, completion_bytes, 
 from lockstep.errors import EngineDied, EngineError, LockstepError, UsageError
 from lockstep.records.tokens import FLOAT32
 from tests.hostile_http import VOCABULARY, ask, completions, engine_on, held, hostile_bodies, raw_server
+
+PARAMETERS = "worker.parameter_dtype"
 
 
 @pytest.fixture
@@ -99,20 +102,24 @@ def test_literals_that_are_no_json_are_missing_numbers(engine, server):
 
 
 def test_an_endless_body_is_read_no_further_than_what_was_asked_for(engine, server):
-    sent, limit = [0], completion_bytes(2, 3, 2)
+    sent, ended, limit = [0], threading.Event(), completion_bytes(2, 3, 2)
 
     def endless(handler):
         handler.send_response(200)
         handler.end_headers()
-        while True:
-            handler.wfile.write(b" " * 65536)
-            sent[0] += 65536
+        try:
+            while sent[0] < 2**28:
+                handler.wfile.write(b" " * 65536)
+                sent[0] += 65536
+        finally:
+            ended.set()
 
     server.handlers["/v1/completions"] = endless
     with pytest.raises(EngineError, match=f"more than {limit} bytes"):
         ask(engine)
+    assert ended.wait(5)
     assert limit <= sent[0] + 65536
-    assert sent[0] < limit + 2**23  # what the sockets hold
+    assert sent[0] < limit + 2**26  # what the sockets hold
 
 
 def test_a_dripping_reply_does_not_outlive_its_time(server):
@@ -160,12 +167,14 @@ def test_what_server_info_does_not_say_is_unknown_and_never_the_recipes(server):
         (b'{"vllm_config": {"model_config": {"dtype": "torch.bfloat16"}}}', "torch.bfloat16"),
         (b'{"vllm_config": {"model_config": {"dtype": "torch.owned"}}}', None),
         (b'{"vllm_config": "text"}', None),
+        (b'{"vllm_config": {"model_config": {}, "worker": {"parameter_dtype": "torch.owned"}, "hf_config": {"x": 1}}}', None),
     ]:
         if body is not None:
             server.bodies["/server_info"] = body
         engine = engine_on(server.url)
-        assert engine.ready.resolved.get("worker.parameter_dtype") == dtype
-        assert engine.ready.capabilities["resolved_config"].supported == (body is not None and b"model_config" in body)
+        assert engine.ready.resolved.get(PARAMETERS) == dtype
+        assert engine.ready.capabilities["resolved_config"].supported == (body is not None and b'"dtype"' in body)
+        assert not [name for name in engine.ready.resolved if name.startswith(("worker.", "hf_")) and name != PARAMETERS]
         engine.close()
 
 

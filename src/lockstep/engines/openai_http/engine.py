@@ -51,6 +51,8 @@ RAW_WITHIN_NATS = 0.1
 TOKEN_NAME = re.compile(r"token_id:([0-9]{1,10})")
 INFO = "/server_info?config_format=json"
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+SECTION = re.compile(r"(?!hf_)[a-z_]+_config")
+"""Of vLLM's configuration. What Lockstep measures goes by other names (``worker.…``), under which a server can say nothing."""
 MAX_SETTINGS = 4000
 
 
@@ -105,8 +107,8 @@ class OpenAIHttpEngine(Engine):
             return {}, "a server tells its configuration in development mode only (VLLM_SERVER_DEV_MODE=1)"
         except EngineError as error:
             return {}, f"GET /server_info was answered with {error.got[:200]}"
-        plain = {name: section for name, section in sections.items() if isinstance(section, dict)}
-        flat = [(f"{name}.{key}", value) for name, section in plain.items() for key, value in section.items()]
+        plain = {name: section for name, section in sections.items() if SECTION.fullmatch(name) and isinstance(section, dict)}
+        flat = [(f"{name}.{key[:100]}", value) for name, section in plain.items() for key, value in section.items()]
         return resolved_plain(flat[:MAX_SETTINGS]), "GET /server_info"
 
     def _identify(self) -> Distribution:
