@@ -1,7 +1,18 @@
 """A whole pair without a download: the tiny model behind the transformers engine, with a tokenizer of 97 words."""
 
+import json
+
+import msgspec
+import numpy as np
 import pytest
 from msgspec.structs import replace
+
+from lockstep.records.tokens import INT32, SamplingParams
+
+NEUTRAL = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+SHARP = SamplingParams(max_tokens=16, temperature=0.25)
+"""The tiny model's logits are nearly flat."""
+T = "sampling.temperature=0.25"
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +60,47 @@ def pair(session, recipe):
     session.pair.recipe = replace(recipe)
     yield session.pair
     session.pair.recipe = recipe
+
+
+@pytest.fixture(scope="session")
+def log(session, recipe):
+    """``log(sampling)``: rows as a framework logs them, drawn once for each setting."""
+    known = {}
+
+    from lockstep.parity.pair import draw
+    from lockstep.parity.probes import probe_prompts
+
+    def rows(sampling=SHARP):
+        key = msgspec.json.encode(sampling)
+        if key not in known:
+            session.pair.recipe = replace(recipe)
+            sample = draw(session.pair, probe_prompts(session.pair, 12, 0), sampling, 0)
+            known[key] = [
+                {
+                    "prompt_ids": prompt.tolist(),
+                    "completion_ids": np.frombuffer(c.token_ids, INT32).tolist(),
+                    "logprobs": np.frombuffer(c.logprobs, "<f4").tolist(),
+                }
+                for prompt, c in zip(sample.prompts, sample.completions, strict=True)
+            ]
+        return json.loads(json.dumps(known[key]))
+
+    return rows
+
+
+def verdicts_of(tmp_path, pair, rows, *sets, most_rows=None):
+    from lockstep.config.recipe import parse_overrides
+    from lockstep.parity.logged import judge
+    from lockstep.parity.logged_file import read_logged
+
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
+    recipe = parse_overrides(NEUTRAL, list(sets), "test")
+    return judge(read_logged(path, recipe.sampling), pair.policy, pair.renderer, recipe, most_rows=most_rows)
+
+
+def named(verdicts):
+    failed = [v for v in verdicts if v.status == "FAIL"]
+    assert len(failed) == 1, [(v.layer, v.status, v.summary) for v in verdicts]
+    assert failed[0].findings[0].fix
+    return failed[0].layer, failed[0].findings[0].cause

@@ -1,66 +1,17 @@
 """Rollouts of other frameworks: what they were logged with wrong is named. Drawn by the transformers engine from a tiny model."""
 
-import json
 from contextlib import ExitStack
 
-import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from lockstep.config.recipe import parse_overrides
 from lockstep.errors import UsageError
 from lockstep.parity import planted_trainer
-from lockstep.parity.logged import judge
-from lockstep.parity.logged_file import read_logged
-from lockstep.parity.pair import draw
-from lockstep.parity.probes import probe_prompts
 from lockstep.parity.transforms import BASES
 from lockstep.policy.packing import Group
-from lockstep.records.tokens import INT32, SamplingParams
 from lockstep.weights.publish import named_weights
-
-NEUTRAL = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
-SHARP = SamplingParams(max_tokens=16, temperature=0.25)
-"""The tiny model's logits are nearly flat."""
-T = "sampling.temperature=0.25"
-
-
-@pytest.fixture(scope="module")
-def log(session, recipe):
-    """``log(sampling)``: rows as a framework logs them, drawn once for each setting."""
-    known = {}
-
-    def rows(sampling=SHARP):
-        key = msgspec.json.encode(sampling)
-        if key not in known:
-            session.pair.recipe = replace(recipe)
-            sample = draw(session.pair, probe_prompts(session.pair, 12, 0), sampling, 0)
-            known[key] = [
-                {
-                    "prompt_ids": prompt.tolist(),
-                    "completion_ids": np.frombuffer(c.token_ids, INT32).tolist(),
-                    "logprobs": np.frombuffer(c.logprobs, "<f4").tolist(),
-                }
-                for prompt, c in zip(sample.prompts, sample.completions, strict=True)
-            ]
-        return json.loads(json.dumps(known[key]))
-
-    return rows
-
-
-def verdicts_of(tmp_path, pair, rows, *sets):
-    path = tmp_path / "rollouts.jsonl"
-    path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
-    recipe = parse_overrides(NEUTRAL, list(sets), "test")
-    return judge(read_logged(path, recipe.sampling), pair.policy, pair.renderer, recipe)
-
-
-def named(verdicts):
-    failed = [v for v in verdicts if v.status == "FAIL"]
-    assert len(failed) == 1, [(v.layer, v.status, v.summary) for v in verdicts]
-    assert failed[0].findings[0].fix
-    return failed[0].layer, failed[0].findings[0].cause
+from tests.faults.conftest import SHARP, T, named, verdicts_of
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0])
@@ -176,50 +127,8 @@ def test_a_missing_value_is_counted_and_nothing_is_filled_in(tmp_path, pair, log
     assert "1 of 192" in first.findings[0].evidence
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("", "no row"),
-        ('{"completion_ids": [1], "logprobs": [-1]}', "prompt_token_ids"),
-        ('{"prompt_ids": [1], "completion_ids": [1, 2], "logprobs": [-1]}', "1 log-probabilities in row 1"),
-        ('{"prompt_ids": [], "completion_ids": [1], "logprobs": [-1]}', "no prompt in row 1"),
-        ('{"prompt_ids": "What is 1 + 1?", "completion_ids": [1], "logprobs": [-1]}', "Expected `array`, got `str`"),
-        ('{"prompt_ids": [1], "completion_ids": [1], "logprobs": ["-1"]}', "row 1"),
-        ('{"prompt_ids": [1], "completion_ids": [1], "logprobs": [-1], "top_p": 1.5}', "<= 1"),
-        ('{"prompt_ids": [1], "completion_ids": [], "logprobs": []}', "no token"),
-        ("{", "one JSON object a line"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_usage(tmp_path, content, says):
-    path = tmp_path / "x.jsonl"
-    path.write_text(content)
-    with pytest.raises(UsageError, match=says):
-        read_logged(path, SHARP)
-    with pytest.raises(UsageError, match="no such file"):
-        read_logged(tmp_path / "absent.parquet", SHARP)
-
-
-def test_vllms_word_for_no_top_k_is_read(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt_ids": [1], "completion_ids": [1], "logprobs": [-1], "top_k": -1}')
-    (part,) = read_logged(path, SHARP)
-    assert not part.sampling.truncates
-
-
 def test_ids_of_another_vocabulary_are_usage(tmp_path, pair, log):
     rows = log()
     rows[2]["completion_ids"][0] = 97
-    with pytest.raises(UsageError, match="token 97 in completion 3"):
+    with pytest.raises(UsageError, match="row 3, completion: got id 97 at place 0"):
         verdicts_of(tmp_path, pair, rows, T)
-
-
-def test_lockstep_own_parquet_is_read(tmp_path):
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    table = pa.table({"prompt_token_ids": [[1, 2]], "token_ids": [[3, 4]], "engine_logprobs": [[-1.0, float("nan")]]})
-    parquet.write_table(table, tmp_path / "r.parquet")
-    (part,) = read_logged(tmp_path / "r.parquet", SHARP)
-    assert part.groups[0].completions[0].tolist() == [3, 4]
-    assert np.isnan(part.engine_logprobs).tolist() == [False, True]
-    assert (part.missing, part.sampling.temperature) == (1, 0.25)

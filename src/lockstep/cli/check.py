@@ -34,6 +34,9 @@ def check(
     rollouts: Annotated[
         Path | None, typer.Option(help="Logged rollouts of any framework (.parquet, .jsonl) in place of an engine.")
     ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Of --rollouts: measure the gap on so many completions, spread over the file.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The trainer's model, in place of a recipe or of the recipe's.")] = None,
     certificate: Annotated[
         Path | None, typer.Option(help="Only say whether this certificate still holds for the recipe's pair.")
@@ -55,7 +58,7 @@ def check(
     if rollouts is not None:
         from lockstep.cli.logged import check_logged
 
-        raise typer.Exit(check_logged(rollouts, recipe, model, set_, as_json=as_json))
+        raise typer.Exit(check_logged(rollouts, recipe, model, set_, as_json=as_json, rows=rows))
     if audit_only and recipe is not None:
         from lockstep.cli.audit import run_audit
 

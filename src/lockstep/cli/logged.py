@@ -10,8 +10,19 @@ from lockstep.errors import UsageError
 NEUTRAL = {"model": {"path": ""}, "task": {"name": "logged"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
 
 
-def check_logged(rollouts: Path, recipe: Path | None, model: str | None, overrides: list[str] | None, *, as_json: bool) -> int:
+def check_logged(
+    rollouts: Path,
+    recipe: Path | None,
+    model: str | None,
+    overrides: list[str] | None,
+    *,
+    as_json: bool,
+    rows: int | None = None,
+) -> int:
     """Judge the two layers that need no engine and print all five. Returns the exit code: 1 for a FAIL, else 3.
+
+    Args:
+        rows: measure the gap on so many completions, spread over the file; None on all.
 
     Raises:
         UsageError: for a file or a model that cannot be used.
@@ -26,10 +37,10 @@ def check_logged(rollouts: Path, recipe: Path | None, model: str | None, overrid
     with Console() as console:
         path = resolve_model(loaded.model.path)
         logged = read_logged(rollouts, loaded.sampling)
-        n = sum(sample.engine_logprobs.size for sample in logged)
-        console.say(f"{n} tokens under {len(logged)} sampling settings; scoring them with {loaded.model.path}")
+        size = f"{len(logged.token_ids):,} tokens in {len(logged.spans):,} completions"
+        console.say(f"{size} under {len(logged.samplings)} sampling settings; scoring them with {loaded.model.path}")
         policy = load_policy(path, loaded.model.dtype, loaded.model.head_dtype)
-        verdicts = judge(logged, policy, Renderer(path), loaded, console.say)
+        verdicts = judge(logged, policy, Renderer(path), loaded, console.say, rows)
     status = "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
     if as_json:
         emit("check", {"verdict": status, "layers": layers_document(verdicts)})

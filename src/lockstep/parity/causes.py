@@ -57,6 +57,31 @@ CAUSES: dict[str, Cause] = _of(
             "From one place on in most completions the engine's re-score no longer agrees; before it, it does.",
             "Carry token ids end to end (vLLM: return_token_ids); never re-tokenise text.",
         ),
+        "tokens_not_sampled": (
+            "Tokens that the model did not sample, a tool's output or padding, stand in the completions as if it had.",
+            "Runs of one exact number, 0.0 most often, beside tokens that the trainer finds improbable; the other tokens agree.",
+            "Log a mask (response_mask) and leave those tokens out of the loss; they stay in the context.",
+        ),
+        "placeholder_numbers": (
+            "Single tokens carry a placeholder, 0.0 most often, and not their log-probability: the last, the first, some.",
+            "What is off carries one exact number; the evidence says where it stands. The other tokens agree.",
+            "Log the number that the engine gave the token; of a token that it did not draw (an appended stop), a mask of 0.",
+        ),
+        "mask_contradicted": (
+            "A mask says the reverse of the numbers: what carries none is marked as sampled, and what was sampled is left out.",
+            "Its 1s stand beside numbers that are exactly 0.0 or missing, its 0s beside those that are not.",
+            "1 is for tokens that the model sampled: turn the mask round before the loss takes it.",
+        ),
+        "vocabulary_shifted": (
+            "The ids are those of another vocabulary: from one id on all are moved by a token that was added or left out.",
+            "The trainer agrees once ids from there on are read as so many less or more; both numbers are fitted.",
+            "Give the engine, the trainer and what logs one tokenizer; compare its added tokens and its size.",
+        ),
+        "foreign_logprobs": (
+            "In some completions the tokens are the model's own draws, and the numbers are of other tokens.",
+            "The rows' numbers do not go with the scores of their tokens, which are as likely as draws are; other rows agree.",
+            "Join numbers to tokens by request id and choice, not by position, wherever they pass a proxy, a retry or a log.",
+        ),
         "stop_token_dropped": (
             "A completion that ended at a stop token comes without it: ending is then never trained.",
             "Completions with finish reason stop do not end in one of the stop tokens asked for.",

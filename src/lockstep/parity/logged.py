@@ -3,6 +3,9 @@
 Layers semantics and numerics are judged, and of layer path completions that are corrupted; the rest needs a live engine: NOT_RUN.
 What layer 1 cannot explain may still be a difference between two models: where one that layer 4 knows explains every number, that
 is what is named.
+
+Hypotheses are tried on the first rows of each sampling setting. The gap is measured on every row, or on as many as were asked
+for, spread over the file; the verdict says of how many.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,55 +17,92 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.logged import REASON, LoggedEngine
-from lockstep.errors import UsageError
 from lockstep.parity.alignment import examine, transformed
 from lockstep.parity.causes import CAUSES, finding
-from lockstep.parity.corruption import corrupted
 from lockstep.parity.evidence import Evidence, Floors, within
 from lockstep.parity.fitting import miss_of
 from lockstep.parity.hypotheses import Fit, fits
 from lockstep.parity.layer4_numerics import judge_gap
+from lockstep.parity.logged_masks import settle
+from lockstep.parity.logged_numbers import Gaps, corrupted, foreign, not_greedy, of_all, of_few, placeholders, some_rows
+from lockstep.parity.logged_rows import Logged
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
 from lockstep.parity.sampler import examine_draws
 from lockstep.parity.tolerances import EXPLAINS
 from lockstep.parity.trainer_hypotheses import Explanation, explain
 from lockstep.parity.unasked import unasked
+from lockstep.parity.vocabulary import moved_ids
 from lockstep.policy.model import Policy
 from lockstep.records.verdicts import LAYERS, LayerName, Verdict
 from lockstep.rendering import Renderer
 
 FEW_ROWS = 32
-"""Completions that hypotheses are tried on; the gap is measured on all."""
+"""Completions that hypotheses are tried on; the gap is measured on all. Neighbours, for a log may have mixed them up."""
 FEW_TOKENS = 256
 """The first so many of each."""
+MOST_SETTINGS = 16
+"""Sampling settings that hypotheses are tried under, those of the most rows; the gap is measured under all."""
+SAID_EVERY = 100_000
+"""Scored tokens."""
 UNEXPLAINED = "unexplained_numerics"
+MENDS_OF_A_LOG = {
+    "corrupted_completions": "Join completions to prompts by request id wherever they pass a proxy or a log. If the engine "
+    "returned them so, its state or cache slots are mixed up: look for its version notes; try a larger cache.",
+}
+"""Of causes whose general mend speaks of an engine alone."""
 
 
 class Part:
-    """The completions of a log that were drawn under one setting, and a few of them for hypotheses."""
+    """The completions of a log that were drawn under one setting, and a few of them for hypotheses.
 
-    def __init__(self, pair: Pair, sample: Sampled) -> None:
-        self.pair, self.sample = pair, sample
-        self.n = sample.engine_logprobs.size
-        self.few = _few(sample)
-        self.trainer = self.few.scored(pair.policy)
+    Args:
+        every: its rows that have a judged token.
+        rows: those of them that the gap is measured on.
+        wrong_mask: what is wrong with a mask of the file; empty when nothing is.
+    """
+
+    def __init__(self, pair: Pair, logged: Logged, every: np.ndarray, rows: np.ndarray, wrong_mask: str = "") -> None:
+        self.pair, self.logged, self.every, self.rows, self.wrong_mask = pair, logged, every, rows, wrong_mask
+        self.n = int(logged.counts(rows).sum())
+        self.sampling = logged.samplings[logged.settings[rows[0]]]
 
     @cached_property
-    def gap(self) -> np.ndarray:
-        """trainer − engine of every token, float32 [T]."""
-        return self.sample.scored(self.pair.policy) - self.sample.engine_logprobs
+    def few(self) -> Sampled:
+        """Of the first rows, what was sampled on end."""
+        return self.logged.turns(self.every[:FEW_ROWS], FEW_TOKENS)
+
+    @cached_property
+    def trainer(self) -> np.ndarray:
+        """The trainer's scores of the few: float32 [tokens of those]."""
+        return self.few.scored(self.pair.policy)
+
+    @cached_property
+    def gaps(self) -> Gaps:
+        """trainer − engine of every token that is judged."""
+        gap, done, said = np.empty(self.n, np.float32), 0, SAID_EVERY
+        for portion in self.logged.gaps(self.pair.policy, self.rows, self.sampling.temperature or 1.0):
+            gap[done : done + portion.size] = portion
+            done += portion.size
+            if done >= said and done < self.n:
+                self.pair.say(f"scoring: {done:,} of {self.n:,} tokens")
+                said = done + SAID_EVERY
+        return of_all(self.logged, self.rows, gap)
 
     def semantics(self) -> Verdict:
         """The verdict of layer 1."""
         pair, few = self.pair, self.few
-        if self.sample.missing:
-            text = f"{self.sample.missing} of {self.n} are null, non-finite or clamped"
+        if self.wrong_mask:
+            return self._fail("mask_contradicted", self.wrong_mask, {})
+        values = self.logged.logprobs[self.logged.judged(self.every)]
+        missing = np.count_nonzero(np.isnan(values))
+        if missing:
+            text = f"{missing} of {values.size} are null, non-finite or clamped"
             return self._fail("missing_logprobs", text, {}, np.full(1, np.nan))
         ranked = fits(pair.policy, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
         figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
         figures["minimal_detectable_effect_nats"] = pair.noise.p50
-        told = doubled_bos(pair, few.prompts[0])
+        told = doubled_bos(pair, few.prompts[0]) or placeholders(of_few(few, self.trainer), pair.noise)
         found = (told.cause, told.evidence) if told else self._named(ranked)
         if found is not None:
             return self._fail(*found, figures)
@@ -88,16 +128,41 @@ class Part:
             return "truncation_unmodelled", told if best.truncated else f"{told}; the numbers do not show what was cut"
         if best.temperature != asked.temperature and asked.temperature > 0.0:
             return "raw_logprobs", told
-        hidden = self._rarely_felt()
-        if hidden is not None:
-            return hidden
-        cut = examine_draws(self.pair.policy, self.few.groups, asked).cut() if asked.temperature > 0.0 else ""
+        return self._in_some() or self._drawn()
+
+    def _drawn(self) -> tuple[str, str] | None:
+        """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
+        pair, few = self.pair, self.few
+        if few.sampling.temperature == 0.0:
+            others = not_greedy(pair.policy, few, pair.noise)
+            return ("temperature_altered", others) if others else None
+        cut = examine_draws(pair.policy, few.groups, few.sampling).cut()
         return ("draws_differ", cut) if cut else None
+
+    def _in_some(self) -> tuple[str, str] | None:
+        """What strikes some tokens, or some rows, and leaves the median right."""
+        pair, gaps = self.pair, self.gaps
+        if within(pair.noise, gaps.gap):
+            return None
+        found = placeholders(gaps, pair.noise)
+        some = some_rows(pair, self.logged, self.rows, gaps) if found is None else None
+        if some is not None:
+            found = foreign(pair, gaps, some)
+            if (
+                found is None
+                and not some.plausible
+                and not some.related
+                and corrupted(pair, self.logged, self.rows, gaps) is not None
+            ):
+                return None  # layer path shows them
+        if found is not None:
+            return found.cause, found.evidence
+        return self._rarely_felt()
 
     def _unasked(self, told: str) -> tuple[str, str] | None:
         """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows besides."""
         pair, few, evidence = self.pair, self.few, self._evidence()
-        mangled = transformed(pair, evidence)
+        mangled = transformed(pair, evidence) or moved_ids(pair, few)
         if mangled is not None:
             return mangled.cause, mangled.evidence
         hidden = unasked(pair, few, pair.noise.p50)
@@ -138,37 +203,46 @@ class Part:
 
     def path(self) -> Verdict:
         """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
-        found = corrupted(self.pair, self.sample, self.sample.engine_logprobs + self.gap)
+        found = corrupted(self.pair, self.logged, self.rows, self.gaps)
         if found is None:
             return _not_run("path", REASON)
-        return self._fail("corrupted_completions", found.evidence(), {}, np.abs(self.gap), "path")
+        return self._fail("corrupted_completions", found.evidence(), {}, np.abs(self.gaps.gap), "path")
 
     def _fail(
         self, cause: str, evidence: str, figures: dict[str, Any], size: np.ndarray | None = None, layer: LayerName = "semantics"
     ) -> Verdict:
-        size = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size
-        owners = next(
-            (s.owners for s in (self.few, self.sample) if s.engine_logprobs.size == size.size), np.zeros(size.size, int)
-        )
-        found = finding(cause, size, owners, evidence, CAUSES[cause].mend, self.n)
-        summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sample.sampling.temperature:g}"
+        size, owners = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size, np.zeros(1, int)
+        if size.size == self.trainer.size:
+            owners = self.few.owners
+        elif size.size == self.n:
+            owners = self.gaps.owners
+        mend = MENDS_OF_A_LOG.get(cause, CAUSES[cause].mend)
+        found = finding(cause, size, owners, evidence, mend, self.n)
+        summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sampling.temperature:g}"
         return Verdict(layer=layer, status="FAIL", summary=summary, n_tokens=self.n, findings=(found,), figures=figures)
 
 
 def judge(
-    logged: Sequence[Sampled], policy: Policy, renderer: Renderer, recipe: Recipe, say: Callable[[str], None] = lambda text: None
+    logged: Logged,
+    policy: Policy,
+    renderer: Renderer,
+    recipe: Recipe,
+    say: Callable[[str], None] = lambda text: None,
+    most_rows: int | None = None,
 ) -> list[Verdict]:
     """All five layers' verdicts; a later one is NOT_RUN once one has failed.
 
-    ``say``: told where it takes longer.
+    Args:
+        say: told where it takes longer.
+        most_rows: measure the gap on so many rows, spread over the file; None on all.
     """
     engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
     pair = Pair(engine, policy, nothing, renderer, nothing, recipe, say=say)
-    _refuse_other_vocabulary(policy, logged)
-    parts = [Part(pair, sample) for sample in logged]
+    wrong_mask = settle(logged, policy, renderer)
+    parts = _parts(pair, logged, wrong_mask, most_rows)
     layers: dict[LayerName, Callable[[], Verdict]] = {
-        "semantics": lambda: _worst([part.semantics() for part in parts]),
+        "semantics": lambda: _semantics(parts, logged),
         "path": lambda: _worst([part.path() for part in parts]),
         "numerics": lambda: _numerics(parts),
     }
@@ -182,32 +256,47 @@ def judge(
     return verdicts
 
 
-def _refuse_other_vocabulary(policy: Policy, logged: Sequence[Sampled]) -> None:
-    vocabulary = policy.head.shape[0]
-    for sample in logged:
-        for number, ids in enumerate(sample.sequences, 1):
-            if not 0 <= ids.min() <= ids.max() < vocabulary:
-                got = f"token {ids.max()} in completion {number}"
-                hint = "is --model the one that drew them?"
-                raise UsageError("check --rollouts", got=got, expected=f"ids below the model's {vocabulary}", hint=hint)
+def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -> list[Part]:
+    """One for each sampling setting, those of the most rows first."""
+    usable = logged.usable()
+    measured = usable
+    if most_rows is not None and most_rows < len(usable):
+        measured = usable[np.unique(np.linspace(0, len(usable) - 1, most_rows).astype(np.int64))]
+        logged.notes.append(f"the gap is measured on {len(measured):,} of {len(usable):,} completions, spread over the file")
+    groups = {int(logged.settings[rows[0]]): rows for rows in _by_setting(logged, usable)}
+    chosen = sorted(_by_setting(logged, measured), key=len, reverse=True)
+    if len(chosen) > MOST_SETTINGS:
+        text = f"hypotheses are tried under {MOST_SETTINGS} of {len(chosen):,} sampling settings, those of the most completions"
+        logged.notes.append(text)
+    return [Part(pair, logged, groups[int(logged.settings[rows[0]])], rows, wrong_mask) for rows in chosen]
+
+
+def _by_setting(logged: Logged, rows: np.ndarray) -> list[np.ndarray]:
+    """The rows of each sampling setting."""
+    order = rows[np.argsort(logged.settings[rows], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(logged.settings[order])) + 1)
+
+
+def _semantics(parts: Sequence[Part], logged: Logged) -> Verdict:
+    """The verdict of layer 1 over all parts, with what was left out and what was assumed."""
+    verdict = _worst([part.semantics() for part in parts[:MOST_SETTINGS]])
+    rows = {"rows": len(logged.spans), "rows_measured": sum(len(part.rows) for part in parts)}
+    verdict = replace(verdict, figures=verdict.figures | rows | {"notes": list(logged.notes)})
+    if verdict.status == "PASS":
+        verdict = replace(verdict, n_tokens=sum(part.n for part in parts))
+    return replace(verdict, summary="; ".join([verdict.summary, *logged.notes])) if logged.notes else verdict
 
 
 def _numerics(parts: Sequence[Part]) -> Verdict:
     """The verdict of layer 4 over all parts."""
-    pair, gaps = parts[0].pair, [part.gap for part in parts]
-    starts = np.cumsum([0, *(len(part.sample.completions) for part in parts)])
-    owners = np.concatenate([part.sample.owners + start for part, start in zip(parts, starts, strict=False)])
-    widest = parts[int(np.argmax([np.median(np.abs(gap)) for gap in gaps]))]
-    return judge_gap(np.concatenate(gaps), owners, pair.noise, pair.recipe.objective, widest.explanation, {})
-
-
-def _few(sample: Sampled) -> Sampled:
-    """The first rows of the log, each cut to its first tokens. Neighbours, for a log may have mixed them up."""
-    cut = [
-        replace(c, token_ids=c.token_ids[: 4 * FEW_TOKENS], logprobs=c.logprobs[: 4 * FEW_TOKENS])
-        for c in sample.completions[:FEW_ROWS]
-    ]
-    return Sampled(sample.prompts[:FEW_ROWS], cut, sample.sampling)
+    pair, gaps = parts[0].pair, [part.gaps for part in parts]
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)], dtype=np.int32)
+    owners = np.concatenate([found.owners + start for found, start in zip(gaps, starts, strict=False)])
+    widest = parts[int(np.argmax([np.median(np.abs(found.gap)) for found in gaps]))]
+    gap = np.concatenate([found.gap for found in gaps])
+    verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
+    measured, rows = int(starts[-1]), sum(len(part.every) for part in parts)
+    return verdict if measured == rows else replace(verdict, summary=f"{verdict.summary}; {measured:,} of {rows:,} completions")
 
 
 def _not_run(layer: LayerName, reason: str) -> Verdict:
