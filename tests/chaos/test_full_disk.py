@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import tempfile
 from itertools import count
 from pathlib import Path
@@ -17,10 +16,10 @@ from lockstep.runs.read import read_lines
 from lockstep.runs.write import append_metrics, append_verdict, write_atomically
 from lockstep.training import checkpoint
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from tests.chaos.small_disk import PAGE, mounted
 from tests.chaos.tiny_run import HOLDS, Trainer, assert_finished, assert_nothing_half_written, score, start
 
 DISK_KB = 1536
-PAGE = 4096
 
 
 @pytest.fixture(scope="module")
@@ -115,32 +114,12 @@ def test_at_each_operation_the_run_says_so_and_goes_on_afterwards(in_memory, mon
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 1.5 MB."""
-    if shutil.which("mount") is None:
-        pytest.skip("NOT_RUN: there is no mount(8)")
-    where = tmp_path / "disk"
-    where.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_KB}k", "tmpfs", where], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"NOT_RUN: a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", "--lazy", where], check=True)
-
-
-def fill(disk: Path, left: int = 0) -> None:
-    """Leave ``left`` bytes."""
-    filler = disk / "filler"
-    filler.unlink(missing_ok=True)
-    with filler.open("wb", buffering=0) as file:
-        os.posix_fallocate(file.fileno(), 0, max(os.statvfs(disk).f_bavail * PAGE - left, 1))
-
-
-def make_room(disk: Path) -> None:
-    (disk / "filler").unlink()
+    with mounted(tmp_path / "disk", DISK_KB) as disk:
+        yield disk
 
 
 def test_each_file_of_a_run_on_a_disk_that_is_full(small_disk, trainer):
-    layout = new_run(small_disk / "run")
+    layout = new_run(small_disk.path / "run")
     trainer.restart()
     scored = score(trainer.draw(0))
     writes = {
@@ -154,39 +133,39 @@ def test_each_file_of_a_run_on_a_disk_that_is_full(small_disk, trainer):
     for name, write in writes.items():
         path = layout.root / name.partition(",")[0] if "drawn" not in name else layout.drawn(0)
         before = path.read_bytes() if path.exists() else b""
-        fill(small_disk)
+        small_disk.fill()
         with pytest.raises(RunError, match="got No space left on device, expected room for it") as raised:
             write()
         assert str(path) in raised.value.boundary
         assert (path.read_bytes() if path.exists() else b"") == before
         assert_nothing_half_written(layout.root)
-        make_room(small_disk)
+        small_disk.make_room()
         write()
     assert store.load(layout.drawn(0), 2).rewards.tolist() == [0.0, 1.0]
-    fill(small_disk)
+    small_disk.fill()
     assert store.load(store.admit(layout, 0), 2).scored, "a name needs no room here"
 
 
 def test_a_line_that_fits_only_in_part_is_undone(small_disk):
-    layout = new_run(small_disk / "run")
+    layout = new_run(small_disk.path / "run")
     append_metrics(layout.metrics, 0, 1, {"loss": 0.5})
     first = layout.metrics.read_bytes()
     with layout.metrics.open("ab") as file:  # up to 20 bytes before the end of the page
         file.write(b'{"pad":"' + b"x" * (PAGE - 20 - len(first) - 11) + b'"}\n')
     before = layout.metrics.read_bytes()
     assert len(before) == PAGE - 20
-    fill(small_disk)
+    small_disk.fill()
     for _ in range(2):
         with pytest.raises(RunError, match=r"metrics\.jsonl: got No space left on device"):
             append_metrics(layout.metrics, 1, 2, {"loss": 0.5})
         assert layout.metrics.read_bytes() == before
-    make_room(small_disk)
+    small_disk.make_room()
     append_metrics(layout.metrics, 1, 2, {"loss": 0.5})
     assert [row.get("step") for row in read_lines(layout.metrics)] == [0, None, 1]
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, trainer):
-    directory = RunLayout(small_disk / "run").checkpoints
+    directory = RunLayout(small_disk.path / "run").checkpoints
     trainer.restart()
     trainer.train(score(trainer.draw(0)))
 
@@ -197,7 +176,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, traine
     size = sum(path.stat().st_size for path in first.rglob("*"))
     hit = set()
     for left in range(0, 2 * size, PAGE):
-        fill(small_disk, left)
+        small_disk.fill(left)
         error = refusal(save, 2)
         if error is None:
             break
@@ -205,7 +184,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, traine
         assert newest_checkpoint(directory) == first
         assert [path.name for path in directory.iterdir()] == [first.name]
         assert load_checkpoint(first, trainer.policy, trainer.optimizer) == 1
-        make_room(small_disk)
+        small_disk.make_room()
     assert {"model.safetensors", "optimizer.safetensors", "state.json"} <= hit, hit
     assert newest_checkpoint(directory) == directory / "step-000002"
     assert left > size // 2
@@ -213,16 +192,16 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, traine
 
 def test_a_whole_run_on_small_disks_goes_on_when_there_is_room(small_disk, trainer, undisturbed):
     failed = 0
-    root = small_disk / "run"
+    root = small_disk.path / "run"
     for left in range(0, DISK_KB * 1024, 8 * PAGE):
-        fill(small_disk, left)
+        small_disk.fill(left)
         error = refusal(start, root, trainer)
         if error is None:
             break
         failed += 1
         assert "No space left" in error.got
         assert_nothing_half_written(root)
-        make_room(small_disk)
+        small_disk.make_room()
         assert_finished(start(root, trainer), trainer, undisturbed)
         shutil.rmtree(root)
     assert failed >= 10

@@ -23,7 +23,7 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     model, ids = sys.argv[1], json.loads(sys.argv[2])
-    llm = LLM(model=model, dtype="auto", enforce_eager=True, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=256)
+    llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=256)
     (found,) = llm.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=0))
     scored = [entry[token].logprob for token, entry in zip(ids[1:], found.prompt_logprobs[1:])]
     said = llm.get_tokenizer().decode(ids)

@@ -99,9 +99,7 @@ def read_table(path: Path) -> "tuple[pyarrow.Table, About]":
 
 def _damaged(path: Path, got: str) -> RunError:
     run = next((parent for parent in path.parents if (parent / "manifest.json").is_file()), path.parents[1])
-    return RunError(
-        f"rollouts {path}",
-        got=got,
-        expected=f"a whole file of {SCHEMA_ROLLOUTS}",
-        hint=f"put a copy of it back, or: mv {path} {path}.damaged && lockstep train --resume {run}   (the step is drawn again)",
-    )
+    again = f"rm {path} && lockstep train --resume {run}   (they are drawn again)"
+    gone = f"put a copy of it back, then: lockstep train --resume {run}; without one, start a new run"
+    hint = again if path.parent.name == "drawn" else gone
+    return RunError(f"rollouts {path}", got=got, expected=f"a whole file of {SCHEMA_ROLLOUTS}", hint=hint)
