@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import psutil
@@ -14,6 +16,7 @@ import pytest
 from lockstep.cli import main
 from lockstep.engines.environments.locate import MARKER, Environment
 from lockstep.engines.environments.recipes import recipe_for
+from lockstep.errors import EngineDied, EngineError, Stopped
 from tests.unit import worker_that_lies
 from tests.unit.tiny_run import write_recipe
 
@@ -84,16 +87,15 @@ def awaited(found, process):
     return value
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_the_engine_starts_ends_at_once(slow_engine, begun, number, code):
+def test_ctrl_c_while_the_engine_starts_ends_at_once(slow_engine, begun):
     process = begun("check", slow_engine, "--engine", "vllm")
     (engine,) = awaited(lambda: engines_of(process), process)
     (directory,) = shared_of(process.pid)
     began = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=AT_ONCE_S)
     assert time.monotonic() - began < AT_ONCE_S
-    assert process.returncode == code
+    assert process.returncode == 130
     assert "Traceback" not in errors
     assert not engine.is_running()
     assert not directory.exists()
@@ -133,3 +135,38 @@ def test_what_calls_sys_exit_under_a_verb_ends_it_with_no_success(monkeypatch, c
             signal.signal(number, handler)
     assert ended.value.code == 3
     assert "something called sys.exit(0)" in capsys.readouterr().err
+
+
+def test_a_stop_during_a_load_does_not_wait_for_the_load():
+    from lockstep.parity.pair import Pair
+
+    class Stuck:
+        def __init__(self):
+            self.closed = threading.Event()
+            self.close = self.closed.set
+
+        def load(self, *_):
+            assert self.closed.wait(60)
+            raise EngineDied("engine", got="its end", expected="a running engine", hint="none")
+
+    publisher = SimpleNamespace(publish=lambda version: version, settle=lambda: None)
+    pair = Pair(Stuck(), None, publisher, None, None, None)
+    began = time.monotonic()
+    with pytest.raises(Stopped), pair.loading(1):
+        raise Stopped(130)
+    assert time.monotonic() - began < AT_ONCE_S
+
+
+def test_a_broadcast_that_no_receiver_takes_is_named(monkeypatch):
+    from lockstep.weights import nccl
+
+    publisher, stuck = nccl.NcclPublisher.__new__(nccl.NcclPublisher), threading.Event()
+    publisher._sending, publisher._offer = None, None
+    monkeypatch.setattr(publisher, "_send", stuck.wait, raising=False)
+    monkeypatch.setattr(nccl, "SETTLE_S", 0.1)
+    assert publisher.publish(4).version == 4
+    with pytest.raises(EngineError, match=r"no end in 0\.1 s, expected every receiver to take the weights"):
+        publisher.settle()
+    stuck.set()
+    publisher.publish(5)
+    publisher.settle()

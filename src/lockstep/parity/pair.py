@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
+from lockstep.errors import Stopped
 from lockstep.parity.tolerances import NOISE, Tolerance, noise_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
@@ -93,10 +94,14 @@ class Pair:
             load = thread.submit(self.engine.load, update, self.planted, mode)
             torch.set_num_threads(max(1, threads // 2))
             try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
-            load.result()
+                try:
+                    yield
+                finally:
+                    torch.set_num_threads(threads)
+                load.result()
+            except (Stopped, KeyboardInterrupt):
+                self.engine.close()  # or leaving the thread would wait for the load
+                raise
         self.publisher.settle()
 
 

@@ -7,7 +7,8 @@ After ``ncclCommInitRank`` vLLM's side issues a one-element all-reduce, and this
 Read from the source, held to vLLM's signatures by the contract suite, and not run: Lockstep's own machines have no GPU.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from torch import nn
 from torch.cuda import nccl
 
-from lockstep.errors import UsageError
+from lockstep.errors import EngineError, UsageError
 from lockstep.records.versions import NcclBroadcast, WeightUpdate
 from lockstep.weights.publish import checkpoint_weights
+
+SETTLE_S = 1800.0
 
 
 class NcclPublisher:
@@ -47,13 +50,14 @@ class NcclPublisher:
             shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
         )
         self._comm: Any = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nccl-publisher")
         self._sending: Future[None] | None = None
 
     def publish(self, version: int) -> WeightUpdate:
         """Start sending the present weights as ``version``; the engine's load receives them."""
         self.settle()
-        self._sending = self._pool.submit(self._send)
+        self._sending = Future()
+        # A daemon: one that a stuck receiver holds in NCCL must not hold the end of the process too.
+        threading.Thread(target=self._carry, args=[self._sending], name="nccl-publisher", daemon=True).start()
         return WeightUpdate(version=version, nccl=self._offer)
 
     def settle(self) -> None:
@@ -61,10 +65,22 @@ class NcclPublisher:
 
         Raises:
             RuntimeError: NCCL's, when a receiver is gone.
+            EngineError: when one neither takes what is sent nor goes.
         """
-        if self._sending is not None:
-            self._sending.result()
-            self._sending = None
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            try:
+                sending.result(SETTLE_S)
+            except TimeoutError:
+                got, expected = f"no end in {SETTLE_S:g} s", "every receiver to take the weights"
+                hint = "is the engine stuck in another collective? Its log says; NCCL_DEBUG=INFO says more"
+                raise EngineError("weights, NCCL broadcast", got=got, expected=expected, hint=hint) from None
+
+    def _carry(self, sent: "Future[None]") -> None:
+        try:
+            sent.set_result(self._send())
+        except BaseException as error:
+            sent.set_exception(error)
 
     def _send(self) -> None:
         tensors = checkpoint_weights(self._model)
