@@ -1,6 +1,8 @@
 """The HTTP engine against a server made here that misbehaves on purpose; the contract suite has the real ones."""
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lockstep.cli.console import OBEYED, printable
 from lockstep.engines.base import EngineSpec
 from lockstep.engines.openai_http import connect
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
@@ -257,3 +260,43 @@ def test_an_unknown_option_and_a_missing_url_are_usage(server):
         engine_of(server, base_urll="x")
     with pytest.raises(UsageError, match="base_url"):
         connect(spec_of({}))
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+HEADS = [
+    b"",
+    b"\x00\xff\x1b[2J" * 40,
+    b"SSH-2.0-x\r\n",
+    b"HTTP/1.1 2OO OK\r\n\r\n",
+    b"HTTP/9.9 200 OK\r\n\r\n",
+    b"HTTP/1.1 200 \x1b]0;x\x07\r\n\r\n",
+    OK + b"X: " + b"a" * 200_000,
+    OK + b"Content-Length: -5\r\n\r\n{}",
+    OK + b"Content-Length: 99999999999999999999\r\n\r\n{}",
+    OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    OK + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFFF\r\n",
+    OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    OK + b"Content-Type: text/html; charset=\xff\r\nContent-Length: 2\r\n\r\n{}",
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 50,
+    b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_is_no_http_is_an_error_that_names_the_server(head):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                peer, _ = listener.accept()
+                with peer:
+                    peer.recv(65536)
+                    peer.sendall(head)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = listener.getsockname()[1]
+        with pytest.raises(EngineError, match=f"engine at http://127.0.0.1:{port}/v1/models") as caught:
+            connect(spec_of({"base_url": f"http://127.0.0.1:{port}", "retries": 0, "timeout_s": 5.0}))
+        assert not OBEYED.search(printable(str(caught.value)))
+        thread.join()
