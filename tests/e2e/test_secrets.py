@@ -1,5 +1,6 @@
 """A run on the real vLLM with a secret in every variable that is named like one."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -30,8 +31,9 @@ def test_a_run_on_vllm_holds_no_secret_and_neither_do_its_processes(installed, t
             break
         except subprocess.TimeoutExpired:
             for child in psutil.Process(process.pid).children(recursive=True):
-                if "/engines/vllm-" in child.exe():
-                    engines[child.pid] = child.environ()
+                with contextlib.suppress(psutil.Error):
+                    if "lockstep.engines.worker.vllm_v1" in child.cmdline():
+                        engines[child.pid] = child.environ()
     assert process.returncode == 0, err
     assert engines
     assert not [name for env in engines.values() for name, value in env.items() if value in CANARIES.values()]

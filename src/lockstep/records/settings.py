@@ -15,13 +15,16 @@ SECRETS = frozenset(
 
 OPEN_TABLES = frozenset(
     (
+        "backend_per_kind",
         "hf_overrides",
         "inductor_compile_config",
         "inductor_passes",
+        "linear_backend_per_quant",
         "mm_processor_kwargs",
         "override_generation_config",
         "pass_config",
         "quantization_config",
+        "rope_parameters",
         "rope_scaling",
     )
 )
