@@ -24,7 +24,7 @@ from tests.faults import conftest
 from tests.faults.conftest import NEUTRAL
 
 one_thread, pair, recipe = conftest.one_thread, conftest.pair, conftest.recipe
-session, tiny_checkpoint = conftest.session, conftest.tiny_checkpoint
+session = conftest.session
 
 SLOWEST_S, SLOWEST_CHECK_S = 10.0, 100.0
 LARGEST_KIB = 1 << 20
