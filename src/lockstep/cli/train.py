@@ -50,6 +50,7 @@ def train(
     with Console() as console, layout.held():
         console.say(f"run directory {layout.root}{', which goes on' if resumed else ''}")
         if resumed and finished(layout, loaded):
+            _tidy(layout)
             console.say("its last step is trained and saved: nothing is left to do")
         else:
             _train(loaded, layout, console.say, _Extras(faults, key, api_key_env), resumed=resumed)
@@ -60,6 +61,17 @@ def train(
         emit("train", summary)
     else:
         print(summary_table(summary))
+
+
+def _tidy(layout: "RunLayout") -> None:
+    """What a kill after the last checkpoint left: older ones, and the parts of one that was being removed."""
+    from lockstep.runs.write import forget_partials
+
+    forget_partials(layout)
+    if len(list(layout.checkpoints.iterdir())) > 1:
+        from lockstep.training.checkpoint import keep_newest
+
+        keep_newest(layout.checkpoints)
 
 
 def _run_of(

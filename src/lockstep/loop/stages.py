@@ -135,7 +135,7 @@ def reward(run: Run, step: int, rollouts: Rollouts) -> None:
     Raises:
         RewardError: when the reward function fails; the samples stay where they are, and resume scores them again.
     """
-    if np.isfinite(rollouts.rewards).all():
+    if rollouts.scored:
         return
     drawn = run.layout.drawn(step)
     try:
