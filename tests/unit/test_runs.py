@@ -122,6 +122,6 @@ def test_a_run_does_not_go_on_under_another_torch(tmp_path):
 )
 def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, content):
     layout = made(tmp_path / "a")
-    layout.manifest.write_text(content)
+    layout.manifest.write_bytes(content)
     with pytest.raises(RunError, match=r"manifest\.json"):
         read_manifest(layout.manifest)
