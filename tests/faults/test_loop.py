@@ -171,3 +171,12 @@ def test_a_step_says_what_is_proven_and_for_how_long_it_was_not(recipe, tmp_path
     large = Loop(with_sets(recipe, SETS), tmp_path / "large")
     large.start()
     assert all("weights proven by the canary" in text for text in large.said if text.startswith("step "))
+
+
+def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(loop):
+    loop.start()
+    loop.layout.checkpoints.rename(loop.layout.root / "away")
+    loop.layout.rollouts(1).unlink()
+    with pytest.raises(RunError, match="a step that metrics.jsonl has as trained"):
+        loop.start(resumed=True)
+    assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0, 1, 2]

@@ -73,9 +73,11 @@ def check(
         loaded = with_sets(loaded, QUICK)
     if certificate is not None:
         raise typer.Exit(_holds(certificate, loaded, key, api_key_env, as_json=as_json))
+    from lockstep.runs.durable import make_directory
+
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
         directory = out or Path(scratch)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         result = _climb(loaded, directory, depth, faults, console.say, key, api_key_env)
     _show(result, depth, faults, out, as_json=as_json)
     raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])

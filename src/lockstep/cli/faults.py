@@ -75,12 +75,13 @@ def _campaign(recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, 
     from lockstep.engines.registry import choose
     from lockstep.loop.campaign import clean_configurations, generation_of, run_campaign
     from lockstep.loop.journal import Journal
+    from lockstep.runs.durable import make_directory
 
     names = [fault.name for fault in chosen]
     names += [name for name, _ in clean_configurations(generation_of(choose(recipe.engine)))] if clean else []
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-faults-") as scratch:
         directory = out or Path(scratch)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         journal = Journal(directory / "outcomes.jsonl", recipe)
         done = [outcome for outcome in journal.outcomes() if outcome.name in names]
         if done:

@@ -49,6 +49,14 @@ def catch_up(run: Run) -> int:
             _refuse_other_figures(run, step, figures, recorded[step])
         run.say(f"resume: step {step + 1} replayed from its stored rollouts")
         step += 1
+    lost = sorted(number for number in recorded if number >= step)
+    if lost:
+        raise RunError(
+            f"resume, {run.layout.rollouts(step)}",
+            got="no rollouts of a step that metrics.jsonl has as trained",
+            expected="them, or a checkpoint that holds the step",
+            hint="bring the file back, or start a new run: lockstep train RECIPE",
+        )
     return step
 
 
