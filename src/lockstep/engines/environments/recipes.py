@@ -17,22 +17,29 @@ Flavour = Literal["cpu", "cuda"]
 
 
 class Step(Struct, frozen=True, forbid_unknown_fields=True):
-    """One call of pip: either a few requirements with what they depend on, or a lock file and nothing beside it."""
+    """One call of pip, from wheels alone and with the hash of each.
+
+    A lock by itself is installed as it is. With requirements, pip resolves those, and may choose only files that the lock has.
+    """
 
     title: str
+    lock: str
     requirements: tuple[str, ...] = ()
-    lock: str = ""
 
     @property
-    def pip_args(self) -> list[str]:
-        """What follows ``pip install``."""
-        return ["--no-deps", "-r", str(RECIPES / self.lock)] if self.lock else list(self.requirements)
+    def path(self) -> Path:
+        """Of the lock."""
+        return RECIPES / self.lock
 
     @property
     def content(self) -> list[str]:
-        """What it installs; comments of the lock do not count."""
-        lines = (RECIPES / self.lock).read_text(encoding="utf-8").splitlines() if self.lock else []
-        return [*self.requirements, *(line.strip() for line in lines if line.strip() and not line.startswith("#"))]
+        """What it installs: the requirements, or the lock's versions.
+
+        Neither comments nor hashes count: they say that files are those versions' own, and an environment that has them stays.
+        """
+        lines = [] if self.requirements else self.path.read_text(encoding="utf-8").splitlines()
+        pins = [line.removesuffix("\\").strip() for line in lines if not line.startswith(("#", " "))]
+        return [*self.requirements, *filter(None, pins)]
 
 
 class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
