@@ -28,8 +28,12 @@ REAL_ONLY = {
     "one_layer_scaled",
     "tensor_scaled_on_load",
     "other_checkpoint",
+    "prompts_through_text",
+    "better_of_two",
+    "temperature_behind_the_numbers",
 }
-"""Their tensors are named by SmolLM2's layers; and to the tiny model, whose logits are nearly flat, no token is absurd."""
+"""Their tensors are named by SmolLM2's layers; to the tiny model, whose logits are nearly flat, no token is absurd; and its
+tokenizer makes five ids of one, which come to more than it has positions. test_partial_faults.py has the last three sharper."""
 
 
 @pytest.mark.parametrize("fault", [f for f in HERE if f.name not in REAL_ONLY], ids=lambda f: f.name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import KeyEnv
+from lockstep.cli.flags import KeyEnv, Plant, SignKey
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lockstep.parity.ladder import LadderResult
 
 DEPTHS = ("quick", "standard", "full")
-QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16")
+QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16", "parity.draw_tokens=768")
 
 
 def check(
@@ -26,9 +26,7 @@ def check(
     depth: Annotated[
         str, typer.Option(help="quick: fewer probes. full: also updates in flight, and engines started for one factor each.")
     ] = "standard",
-    plant: Annotated[
-        list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
-    ] = None,
+    plant: Plant = None,
     engine_url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server in place of an engine.")] = None,
     api_key_env: KeyEnv = "",
     rollouts: Annotated[
@@ -42,10 +40,9 @@ def check(
         Path | None, typer.Option(help="Only say whether this certificate still holds for the recipe's pair.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
-    sign_key: Annotated[
-        Path | None, typer.Option(help="Sign the certificate with this key: 32 bytes or more, mode 0600.")
-    ] = None,
+    sign_key: SignKey = None,
     verify_key: Annotated[Path | None, typer.Option(help="The certificate must be signed with this key.")] = None,
+    search_s: Annotated[float | None, typer.Option(help="Seconds to look for a cause; the recipe's parity.search_s.")] = None,
     audit_only: Annotated[bool, typer.Option("--audit-only", help="Only the engine's settings, as engines audit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -53,7 +50,12 @@ def check(
 
     Exit code: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run.
     """
+    if search_s is not None:
+        set_ = [*(set_ or []), f"parity.search_s={search_s}"]
     _refuse_contradictions(recipe, engine, engine_url, depth, audit_only=audit_only)
+    if plant and (rollouts or certificate):
+        expected, hint = "a backend to break", "leave --plant out"
+        raise UsageError("check", got="--plant where no ladder is run", expected=expected, hint=hint)
     key = _key(sign_key, verify_key, "--certificate" if certificate else "--rollouts" if rollouts else "--out" if out else "")
     if rollouts is not None:
         from lockstep.cli.logged import check_logged
@@ -73,12 +75,8 @@ def check(
         loaded = with_sets(loaded, QUICK)
     if certificate is not None:
         raise typer.Exit(_holds(certificate, loaded, key, api_key_env, as_json=as_json))
-    from lockstep.runs.durable import make_directory
-
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
-        directory = out or Path(scratch)
-        make_directory(directory)
-        result = _climb(loaded, directory, depth, faults, console.say, key, api_key_env)
+        result = _climb(loaded, out or Path(scratch), depth, faults, console.say, key, api_key_env)
     _show(result, depth, faults, out, as_json=as_json)
     raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
 
@@ -98,7 +96,9 @@ def _climb(
     recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say", key: bytes, api_key_env: str
 ) -> "LadderResult":
     from lockstep.loop.session import open_session
+    from lockstep.runs.durable import make_directory
 
+    make_directory(directory)
     with open_session(recipe, directory / "engine.log", say, faults, api_key_env) as session:
         from lockstep.parity.certificate import issue, void
         from lockstep.parity.ladder import climb

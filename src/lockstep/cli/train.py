@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import KeyEnv
+from lockstep.cli.flags import KeyEnv, Plant, SignKey
 from lockstep.errors import LockstepError, UsageError
 
 if TYPE_CHECKING:
@@ -25,12 +25,8 @@ def train(
     go_on: Annotated[
         bool, typer.Option("--continue", help="Resume the newest run of this recipe if it was interrupted.")
     ] = False,
-    plant: Annotated[
-        list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
-    ] = None,
-    sign_key: Annotated[
-        Path | None, typer.Option(help="Sign the certificate with this key: 32 bytes or more, mode 0600.")
-    ] = None,
+    plant: Plant = None,
+    sign_key: SignKey = None,
     api_key_env: KeyEnv = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
 ) -> None:

@@ -135,6 +135,11 @@ class Parity(_Section, frozen=True):
     """Sampled per probe prompt and pass."""
     canary_tokens: Annotated[int, Meta(ge=8)] = 8
     """Known tokens that engine and trainer score after every weight sync."""
+    draw_tokens: NonNegative = 3072
+    """Drawn, one each after prompts of one token, to tell whether tokens are drawn from what their numbers are of; 0 leaves it
+    out. So many show a temperature that is off by 5 %."""
+    search_s: PositiveFloat = 60.0
+    """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101
     """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
 

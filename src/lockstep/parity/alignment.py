@@ -6,21 +6,28 @@ first that makes them agree is the cause. Where they do agree and the trainer's 
 to the engine.
 """
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from msgspec.structs import replace
 
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.hypotheses import hidden_of
-from lockstep.parity.pair import Pair, draw
+from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.portions import LEAST_ROWS, where
 from lockstep.parity.prompt_edits import edited_prompts, miscounted_prompts
 from lockstep.parity.rows import MOST, Mangled, off, rows_of
 from lockstep.parity.sampler import distributions
+from lockstep.parity.search import keep_looking
 from lockstep.parity.transforms import transform
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import INT32
 
 STOP_TOKENS = 4
+SCREENED = 3
+"""Rows that an explanation is tried on before it is tried on all."""
 FARTHEST_SHIFT = 3
 SWAP_TOKENS = 8
 """Of each completion, held against every row's prompt."""
@@ -34,16 +41,30 @@ TELLING_NATS = 1e-2
 
 
 def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
-    """The first explanation that fits, if most rows need one."""
+    """The first explanation that fits the rows that are off, if more than one is."""
     neutral, limit = evidence.neutral, pair.noise.p50
-    ours, theirs = rows_of(evidence.neutral.engine_logprobs, neutral.owners), rows_of(evidence.rescored, neutral.owners)
+    ours, theirs = rows_of(neutral.engine_logprobs, neutral.owners), rows_of(evidence.rescored, neutral.owners)
     trainer = rows_of(evidence.trainer, neutral.owners)
-    most_off = np.mean([off(a, b, limit) for a, b in zip(ours, theirs, strict=True)]) >= MOST
-    found = _shifted(ours, theirs, limit) or _swapped(pair, evidence, ours, theirs, limit) if most_off else None
-    found = found or _edited(pair, evidence, ours, theirs)
-    if found is None and np.mean([off(a, c, limit) for a, c in zip(ours, trainer, strict=True)]) >= MOST:
-        found = edited_prompts(pair, evidence, ours) or miscounted_prompts(evidence.neutral)
-    return found
+    wrong = np.array([i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if off(a, b, limit)], int)
+    strange = np.array([i for i, (a, c) in enumerate(zip(ours, trainer, strict=True)) if off(a, c, limit)], int)
+    some_of = [ours[i] for i in wrong], [theirs[i] for i in wrong]
+    looks: list[tuple[str, np.ndarray | None, Callable[[], Mangled | None]]] = []
+    if len(wrong) >= LEAST_ROWS:
+        looks.append(("numbers beside other tokens", wrong, lambda: _shifted(*some_of, limit)))
+    looks.append(("tokens that are others", None, lambda: _edited(pair, evidence, ours, theirs)))
+    if len(strange) >= LEAST_ROWS:
+        looks.append(("edited prompts", strange, lambda: edited_prompts(pair, evidence, ours, strange)))
+        looks.append(("prompts of another length", None, lambda: miscounted_prompts(neutral)))
+    if len(wrong) >= LEAST_ROWS:
+        looks.append(("rows of other requests", wrong, lambda: _swapped(pair, evidence, ours, theirs, wrong)))
+    return pair.search.first((name, lambda rows=rows, look=look: _of(neutral, rows, look())) for name, rows, look in looks)
+
+
+def _of(sample: Sampled, rows: np.ndarray | None, found: Mangled | None) -> Mangled | None:
+    """What was found, with the rows that it speaks of where those are not most."""
+    if found is None or rows is None or len(rows) >= MOST * len(sample.prompts):
+        return found
+    return Mangled(found.cause, f"in {where(sample, rows)}: {found.evidence}")
 
 
 def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
@@ -54,10 +75,16 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
         if within(pair.noise, gap):
             text = f"the trainer's logits fit to {np.median(np.abs(gap)):.1e} (median)"
             return Mangled("logits_reported", f"numbers of up to {neutral.engine_logprobs.max():.3g}; {text}")
-    if not evidence.confirmed(pair):
-        return None
     told = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
-    return None if told is None else Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
+    if told is not None and evidence.confirmed(pair):
+        return Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
+    # What is done to the re-scores too is no difference between them: then both are a function of the trainer's.
+    both = [
+        transform(side, evidence.trainer, neutral.owners, pair.noise) for side in (neutral.engine_logprobs, evidence.rescored)
+    ]
+    if None in both or len({re.sub(r"[-+]?[\d.]+(e-?\d+)?", "#", str(told)) for told in both}) > 1:
+        return None
+    return Mangled("logprobs_transformed", f"the numbers, and those of its re-scores, are the trainer's, {both[0]}")
 
 
 @torch.no_grad()
@@ -78,24 +105,32 @@ def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> 
     return None
 
 
-def _swapped(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:
-    """Numbers that fit another row's tokens, or whole completions that fit another row's prompt."""
-    n = len(ours)
+def _swapped(
+    pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray], wrong: np.ndarray
+) -> Mangled | None:
+    """Numbers that fit another row's tokens, or whole completions that fit another row's prompt. ``wrong``: rows that are off."""
+    n, limit = len(ours), pair.noise.p50
 
     def fits(a: np.ndarray, b: np.ndarray) -> bool:
         return len(a) == len(b) and not off(a, b, limit)
 
-    elsewhere = sum(any(fits(ours[i], theirs[j]) for j in range(n) if j != i) for i in range(n))
-    if elsewhere >= MOST * n:
-        return Mangled("rows_swapped", f"the numbers of {elsewhere} of {n} rows are another row's")
-    groups = evidence.neutral.groups
-    heads = [group.completions[0][:SWAP_TOKENS] for group in groups]
-    temperature = evidence.neutral.temperature
-    after = pair.policy.score([Group(group.prompt, heads) for group in groups], temperature)  # every head after every prompt
-    homes = [i for i in range(n) if any(fits(ours[i][:SWAP_TOKENS], after[j * n + i]) for j in range(n) if j != i)]
-    if len(homes) >= MOST * n:
-        return Mangled("rows_swapped", f"{len(homes)} of {n} completions were drawn after another row's prompt")
-    return None
+    elsewhere = sum(any(fits(ours[i], theirs[j]) for j in range(n) if j != i) for i in wrong)
+    if elsewhere >= MOST * len(wrong):
+        return Mangled("rows_swapped", f"the numbers of {elsewhere} of {len(wrong)} rows are another row's")
+    groups, homes = evidence.neutral.groups, []
+    for tried in dict.fromkeys((SCREENED, len(wrong))):  # a few rows after every prompt, then all that are off
+        rows = wrong[:tried]
+        heads = [groups[i].completions[0][:SWAP_TOKENS] for i in rows]
+        after = pair.policy.score([Group(group.prompt, heads) for group in groups], evidence.neutral.temperature)
+        m = len(rows)
+        homes = [
+            i for at, i in enumerate(rows) if any(fits(ours[i][:SWAP_TOKENS], after[j * m + at]) for j in range(n) if j != i)
+        ]
+        if not homes:
+            return None
+    if len(homes) < MOST * len(wrong):
+        return None
+    return Mangled("rows_swapped", f"{len(homes)} of {len(wrong)} completions were drawn after another row's prompt")
 
 
 def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mangled | None:
@@ -104,7 +139,11 @@ def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list
     if pair.noise.p50 > TELLING_NATS:
         return _no_more_after(ours, theirs, tail)
     wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _first_off(a, b, tail) < len(a)]
-    told = [n for i in wrong if (n := _edits(pair, ours[i], groups[i], neutral.temperature, tail)) is not None]
+    wrong.sort(key=lambda i: len(groups[i].prompt))
+    told = [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[:SCREENED]]
+    if any(told):
+        told += [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[SCREENED:]]
+    told = [n for n in told if n is not None]
     restored = [n for n in told if n]
     if not restored or len(restored) < MOST * len(told):
         return None
@@ -119,6 +158,7 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, ta
     """
     ids = group.completions[0]
     for edits in range(MOST_EDITS + 1):
+        keep_looking()
         (hidden,) = hidden_of(pair.policy, [Group(group.prompt, [ids])])
         logprobs = (pair.policy.logits(hidden) / temperature).log_softmax(-1).numpy(force=True)
         at = _first_off(numbers, logprobs[np.arange(len(ids)), ids], tail)

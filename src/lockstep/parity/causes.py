@@ -167,7 +167,8 @@ CAUSES |= _of(
         "corrupted_completions": (
             "Some completions hold tokens that the engine was sure of, and that its own re-score finds absurd.",
             "Outliers of A − B, all in a minority of completions; they are shown with their text.",
-            "Recurrent state or cache slots are mixed up: look for the engine's version notes; try a larger cache.",
+            "What lies between engine and trainer first: a proxy, or the join of ids with numbers in a log. In the engine itself "
+            "recurrent state or cache slots that are mixed up: its version notes; a larger cache.",
         ),
         "batch_composition": (
             "A sequence scored alone and among others gets different numbers.",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lockstep.errors import UsageError
+from lockstep.parity import partial_proxies as some
 from lockstep.parity import proxies as p
 from lockstep.parity.fault import V1, Fault, in_trainer
 from lockstep.parity.faults_of_semantics import SEMANTICS
@@ -122,6 +123,13 @@ _NUMERICS = (
         "body_precision",
         "engine flag: bf16 against an fp32 trainer, under a clip range of 2 %",
         sets=("engine.dtype=bfloat16", "objective.clip_low=0.02", "objective.clip_high=0.02"),
+    ),
+    Fault(
+        "body_in_bf16_unsaid",
+        "body_precision",
+        "engine flag: as body_in_bf16, and proxy: the engine does not say what it computes in",
+        sets=("engine.dtype=bfloat16", "objective.clip_low=0.02", "objective.clip_high=0.02"),
+        proxy=some.Unsaid,
     ),
     Fault(
         "fp16_engine_bf16_trainer",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lockstep.parity import partial_proxies as some
 from lockstep.parity import proxies as p
 from lockstep.parity.fault import V1, Fault, in_trainer
 
@@ -185,5 +186,71 @@ SEMANTICS = (
         "missing_logprobs",
         "proxy: one −9999 in each completion",
         proxy=p.edits(edit_completions=p.numbers_edited(_missing(-9999.0))),
+    ),
+    Fault(
+        "two_temperatures",
+        "temperature_altered",
+        "proxy: every second request is drawn at T = 0.8",
+        proxy=p.edits(edit_requests=some.every_other(temperature=0.8)),
+    ),
+    Fault(
+        "long_prompts_truncated",
+        "prompt_edited",
+        "proxy: the first 8 tokens of prompts of more than 40 are cut off",
+        proxy=p.edits(edit_requests=some.long_prompts_edited(40, lambda prompt: prompt[8:])),
+    ),
+    Fault(
+        "prompts_through_text",
+        "prompt_edited",
+        "proxy: every prompt is decoded to text and tokenised again",
+        proxy=p.edits(edit_requests=some.through_text),
+    ),
+    Fault(
+        "small_values_floored",
+        "logprobs_transformed",
+        "proxy: no number is below −5, in re-scores neither",
+        proxy=p.edits(**some.scores_too(lambda numbers: np.maximum(numbers, -5.0))),
+    ),
+    Fault(
+        "rounded_everywhere",
+        "logprobs_transformed",
+        "proxy: every number is rounded to two decimals, those of re-scores too",
+        proxy=p.edits(**some.scores_too(lambda numbers: np.round(numbers, 2))),
+    ),
+    Fault(
+        "offset_everywhere",
+        "logprobs_transformed",
+        "proxy: 0.003 is added to every number, those of re-scores too",
+        proxy=p.edits(**some.scores_too(lambda numbers: numbers + 0.003)),
+    ),
+    Fault(
+        "penalty_with_top_k",
+        "hidden_penalties",
+        "proxy: every request is drawn with repetition penalty 1.3 and top-k 20",
+        proxy=p.edits(edit_requests=p.settings(repetition_penalty=1.3, top_k=20)),
+    ),
+    Fault(
+        "better_of_two",
+        "draws_differ",
+        "proxy: a request for one sample gets the likelier of two, with its right numbers",
+        proxy=some.BetterOfTwo,
+    ),
+    Fault(
+        "temperature_behind_the_numbers",
+        "draws_differ",
+        "proxy: tokens are drawn at 0.9 T, the numbers are those at T",
+        proxy=some.drawn_at(0.9),
+    ),
+    Fault(
+        "samples_exchanged",
+        "rows_swapped",
+        "proxy: of several samples of a prompt each has the numbers of the next",
+        proxy=p.edits(edit_completions=some.samples_exchanged),
+    ),
+    Fault(
+        "first_sample_repeated",
+        "draws_differ",
+        "proxy: all samples of a prompt are the first one",
+        proxy=p.edits(edit_completions=some.first_sample_repeated),
     ),
 )

@@ -34,10 +34,13 @@ class Setting:
     grid: Sequence[float]
     under: Callable[[float], AbstractContextManager[None]]
     """The trainer with another value."""
+    of_head: bool = False
+    """True when the body's pass is the same under every value."""
 
 
 def settings_of(policy: Policy) -> Iterator[Setting]:
     """Those that this trainer can take."""
+    yield Setting("logits capped at {:.4g}", CAPS, lambda cap: _holding([(policy, "softcap")], cap), of_head=True)
     module = _rotary(policy.model)
     if module is not None:
         yield Setting("a rotary base of {:.4g}", ROTARY_BASES, lambda base: rotary_base(module, base))
@@ -47,7 +50,6 @@ def settings_of(policy: Policy) -> Iterator[Setting]:
     yield Setting("a norm epsilon of {:.4g}", EPSILONS, lambda epsilon: norm_epsilon(policy.model, epsilon))
     if policy.share_prompts:
         yield Setting("attention scores times {:.4g}", SCALES, lambda scale: attention.altered(scale=scale))
-    yield Setting("logits capped at {:.4g}", CAPS, lambda cap: _holding([(policy, "softcap")], cap))
 
 
 def _rotary(model: nn.Module) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from lockstep.parity.search import keep_looking
+
 GOLDEN = (5**0.5 - 1) / 2
 IMPROVES = 0.9
 """A setting that leaves more of the miss than this is not looked at more closely."""
@@ -28,7 +30,10 @@ def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tr
 
     By golden sections: a bracket of width w is one of w · .618ⁿ after n tries.
     """
-    misses = [miss(value) for value in grid]
+    misses = []
+    for value in grid:
+        keep_looking()
+        misses.append(miss(value))
     at = int(np.argmin(misses))
     if not misses[at] < IMPROVES * now:
         return grid[at], misses[at]
@@ -36,6 +41,7 @@ def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tr
     a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     left, right = miss(float(np.exp(a))), miss(float(np.exp(b)))
     for _ in range(tries - 2):
+        keep_looking()
         if left < right:
             high, b, right = b, a, left
             a = high - GOLDEN * (high - low)

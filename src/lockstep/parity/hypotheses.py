@@ -6,7 +6,7 @@ The order of operations is vLLM's (vllm/v1/sample/sampler.py): bias, penalties, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
@@ -32,6 +32,8 @@ class Fit:
     largest: float
     miss: float
     """The median, or the tail where that is worse (``fitting.miss_of``)."""
+    gap: np.ndarray = field(repr=False, compare=False)
+    """engine − candidate, float32 [T]; infinite where the candidate holds the token impossible."""
 
 
 def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams, enough: float = 0.0) -> list[Fit]:
@@ -46,9 +48,10 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
     found = []
     for semantics, scores in zip(candidates, scored_under(policy, groups, sampling, candidates), strict=True):
         with np.errstate(invalid="ignore"):
-            gap = np.abs(scores - engine)
+            gap = engine - scores
         gap[np.isnan(gap)] = np.inf
-        found.append(Fit(semantics, float(np.median(gap)), float(gap.max()), miss_of(gap)))
+        size = np.abs(gap)
+        found.append(Fit(semantics, float(np.median(size)), float(size.max()), miss_of(size), gap))
     return sorted(found, key=lambda fit: (max(fit.p50, enough), fit.miss))
 
 
@@ -127,10 +130,22 @@ def edit(
     counts = torch.zeros(logits.shape[1], device=logits.device)
     for token in completion[:start]:
         counts[token] += 1
+    penalties = {name: getattr(sampling, name) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
     for row in range(len(out)):
         seen = in_prompt | (counts > 0)
-        penalised = torch.where(out[row] > 0, out[row] / sampling.repetition_penalty, out[row] * sampling.repetition_penalty)
-        out[row] = torch.where(seen, penalised, out[row])
-        out[row] -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+        out[row] = torch.where(seen, penalised(out[row], counts, **penalties), out[row])
         counts[completion[start + row]] += 1
     return out
+
+
+def penalised(
+    logits: Tensor,
+    counts: Tensor,
+    *,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+) -> Tensor:
+    """Logits of tokens that were seen. ``counts``: how often each is in the completion alone."""
+    scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+    return scaled - frequency_penalty * counts - presence_penalty * (counts > 0)

@@ -15,6 +15,7 @@ from lockstep.parity import layer1_semantics, layer2_path, layer3_weights, layer
 from lockstep.parity.canary import Canary
 from lockstep.parity.evidence import gather, steadied
 from lockstep.parity.pair import Pair
+from lockstep.parity.precision import presumed_dtype
 from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
 
 PROOF_TOKENS = 64
@@ -59,7 +60,9 @@ def climb(
         deeper: what else is measured once a layer has passed; returns that layer's verdict anew.
     """
     on_layer("semantics")
+    pair.begin_search()
     evidence = gather(pair)
+    pair.presumed_dtype = presumed_dtype(pair, evidence)
     proof = Canary.of(evidence.neutral, PROOF_TOKENS)
     steps: dict[LayerName, Callable[[list[Verdict]], Verdict]] = {
         "semantics": lambda done: layer1_semantics.judge(pair, evidence),

@@ -21,12 +21,14 @@ from msgspec.structs import replace
 
 from lockstep.parity.alignment import dropped_stop, examine, transformed
 from lockstep.parity.causes import finding
+from lockstep.parity.draws import draw_many, weigh_many
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.fitting import miss_of
+from lockstep.parity.groups import examine_groups
 from lockstep.parity.hypotheses import Fit, fits, hidden_of, scored_under
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.prompt_edits import doubled_bos
-from lockstep.parity.rows import Mangled
+from lockstep.parity.rows import MOST, Mangled
 from lockstep.parity.sampler import RARELY_ABOVE, Explained, examine_draws, likeliest_temperature
 from lockstep.parity.tolerances import EXPLAINS, SEMANTICS_MARGIN
 from lockstep.parity.unasked import unasked
@@ -126,7 +128,8 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
             findings=(failed,),
             figures=figures,
         )
-    summary = _passed(pair, evidence, told)
+    seen = figures.get("draws_would_see", "")
+    summary = f"{_passed(pair, evidence, told)}{f'; {seen}, would have been seen' if seen else ''}"
     return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
 
 
@@ -199,17 +202,33 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
         size = np.abs(scores - evidence.own_trainer)
     elif hidden is not None:
         cause, text = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
+        sample, gap = _missed(evidence, told)
+        return finding(cause, np.abs(gap), sample.owners, text, pair.engine.fix(cause), evidence.n_tokens)
     elif told.best is None:
-        if _path_may_explain(pair, evidence, told):
-            return None
-        cause = "unexplained_semantics"
-        if np.mean(evidence.own_trainer - own.engine_logprobs > told.limit) <= RARELY_ABOVE:
-            text = f"hardly a number is below the trainer's, as under a mask that changes from token to token (a grammar); {text}"
+        return None if _path_may_explain(pair, evidence, told) else _unexplained(pair, evidence, told)
     elif told.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
         cause, text = _raw(pair, own, text)
     else:
         return None
     return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
+
+
+def _missed(evidence: Evidence, told: Identified) -> tuple[Sampled, np.ndarray]:
+    """The sample on which what was asked for does not explain the numbers, and engine − what comes nearest, float32 [T]."""
+    if told.best is None:
+        return evidence.telling, told.ranked[0].gap
+    return evidence.neutral, evidence.neutral.engine_logprobs - evidence.trainer
+
+
+def _unexplained(pair: Pair, evidence: Evidence, told: Identified) -> Finding:
+    sample, gap = _missed(evidence, told)
+    finite = gap[np.isfinite(gap)]
+    text = f"{told.evidence()}{pair.search.told()}"
+    if np.mean(gap > told.limit) >= MOST and np.mean(gap < -told.limit) <= RARELY_ABOVE:
+        text = f"hardly a number is below the trainer's, as under a mask that changes from token to token (a grammar); {text}"
+    owners = sample.owners[np.isfinite(gap)]
+    cause = "unexplained_semantics"
+    return finding(cause, np.abs(finite), owners, text, pair.engine.fix(cause), evidence.n_tokens)
 
 
 def _path_may_explain(pair: Pair, evidence: Evidence, told: Identified) -> bool:
@@ -255,4 +274,38 @@ def _draws(pair: Pair, evidence: Evidence, told: Identified, figures: dict) -> F
             return finding("draws_differ", draws.sizes, sample.owners, text, pair.engine.fix("draws_differ"), evidence.n_tokens)
         if evidence.own is evidence.neutral:
             break
-    return None
+    return _grouped(pair, evidence, figures) or _many_draws(pair, evidence, figures)
+
+
+def _grouped(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None:
+    """Are requests for several samples answered as those for one are? Asked where those for one are right."""
+    if not within(pair.noise, evidence.own.engine_logprobs - evidence.own_trainer):
+        return None
+    found, sample, gap = examine_groups(pair, evidence.own.sampling)
+    figures["grouped_gap_abs_max_nats"] = float(np.abs(gap).max())
+    if found is None:
+        return None
+    owners = sample.owners if gap.size == sample.owners.size else np.zeros(gap.size, int)
+    return finding(found.cause, np.abs(gap), owners, found.evidence, pair.engine.fix(found.cause), sample.owners.size)
+
+
+def _many_draws(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None:
+    """Draws enough for small effects; the smallest that would have been seen goes into the figures."""
+    n_tokens = pair.recipe.parity.draw_tokens
+    if not n_tokens:
+        return None
+    singles, crowd = draw_many(pair, evidence.own.sampling, n_tokens)
+    drawn = weigh_many(pair.policy, singles, crowd)
+    figures |= {
+        "draws_log_evidence": drawn.log_evidence,
+        "draws_n_tokens": drawn.singles.n + drawn.crowd.n,
+        "draws_smallest_temperature": drawn.smallest_temperature,
+        "draws_power_better_of_two": drawn.power_of_two,
+        "draws_would_see": drawn.told(),
+    }
+    if not drawn.odd:
+        return None
+    worst = max(drawn.parts, key=lambda part: max(part.log_products))
+    size = worst.excess * np.sign(worst.excess_nats)
+    cause, fix = "draws_differ", pair.engine.fix("draws_differ")
+    return finding(cause, size, np.arange(size.size), drawn.oddity(), fix, drawn.singles.n + drawn.crowd.n)

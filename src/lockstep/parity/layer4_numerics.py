@@ -16,8 +16,9 @@ from lockstep.metrics.reduce import mean_over_sequences, mismatch_figures, outsi
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.precision import in_dtype
 from lockstep.parity.tolerances import PHANTOM_CLIP_FRACTION, Tolerance
-from lockstep.parity.trainer_hypotheses import explain, in_dtype
+from lockstep.parity.trainer_hypotheses import explain
 from lockstep.records.verdicts import Verdict
 
 PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)

@@ -121,7 +121,7 @@ class Part:
                 return found
             if self.other is not None:
                 return None
-            return "unexplained_semantics", f"{told}; is --model the checkpoint that drew them?"
+            return "unexplained_semantics", f"{told}; is --model the checkpoint that drew them?{self.pair.search.told()}"
         if asked.penalises:
             return "penalties_unmodelled", told
         if asked.truncates:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 from lockstep.errors import Stopped
+from lockstep.parity.search import Search
 from lockstep.parity.tolerances import NOISE, Tolerance, noise_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
@@ -38,11 +39,22 @@ class Pair:
     """Planted faults that every weight load is given (``faults.py``)."""
     say: Callable[[str], None] = lambda text: None
     """Told where naming a cause takes longer."""
+    presumed_dtype: str = ""
+    """Of an engine that does not say what it computes in: the one whose rounding, tried on the trainer, has the gap's size."""
+    search: Search = field(init=False)
+    """What is tried when something does not fit, bounded in time."""
+
+    def __post_init__(self) -> None:
+        self.begin_search()
+
+    def begin_search(self) -> None:
+        """A check begins, with the recipe's whole time for its search."""
+        self.search = Search(self.recipe.parity.search_s, lambda text: self.say(text))
 
     @property
     def engine_dtype(self) -> str:
-        """What the engine's parameters really are (``torch.bfloat16``); empty where it does not tell."""
-        return str(self.engine.ready.resolved.get("worker.parameter_dtype", ""))
+        """What the engine's parameters really are (``torch.bfloat16``), or are presumed to be; empty where nobody knows."""
+        return str(self.engine.ready.resolved.get("worker.parameter_dtype", "")) or self.presumed_dtype
 
     @property
     def engine_head_dtype(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lockstep.parity.fitting import fitted, miss_of
+from lockstep.parity.hypotheses import penalised
 from lockstep.parity.pair import Sampled
 from lockstep.parity.sampler import Explained, Held, every_part
 
@@ -44,22 +45,30 @@ class PenaltyFit:
 
     def scores(self, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0) -> Tensor:
         """The drawn tokens' log-probabilities, float32 [N]."""
-        z = torch.where(self.z > 0, self.z / repetition_penalty, self.z * repetition_penalty)
-        z = z - frequency_penalty * self.counts - presence_penalty * (self.counts > 0)
+        z = penalised(
+            self.z,
+            self.counts,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )
         held = torch.where(self.seen < 0, float("-inf"), z)
         whole = torch.logaddexp(self.rest, (held / self.temperature).logsumexp(-1))
         edited = torch.where(self.was_seen, z, 0.0).sum(1)
         return torch.where(self.was_seen.any(1), edited, self.drawn) / self.temperature - whole
 
 
-def hidden_penalty(sample: Sampled, held: Held, limit: float) -> Explained | None:
+def hidden_penalty(
+    sample: Sampled, held: Held, limit: float, seen: tuple[list[Tensor], list[Tensor]] | None = None
+) -> Explained | None:
     """The one penalty that explains the numbers; None where none does.
 
     Args:
         held: of ``sample``.
+        seen: :func:`seen_before`, where it is known already.
         limit: a fit is an explanation when it misses by at most this, nats.
     """
-    fit = PenaltyFit(held.logits, held.ids, *seen_before(sample), sample.temperature)
+    fit = PenaltyFit(held.logits, held.ids, *(seen or seen_before(sample)), sample.temperature)
 
     def miss(**penalty: float) -> float:
         return miss_of(fit.scores(**penalty) - held.engine)

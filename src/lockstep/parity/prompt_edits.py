@@ -9,28 +9,39 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from lockstep.parity.evidence import Evidence
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.rows import MOST, Mangled, off, rows_of
+from lockstep.parity.search import keep_looking
 from lockstep.policy.packing import Group
 
 FEW = 0.25
 """Of the rows may stay off under the right edit: prompts so short that it left nothing of them."""
+SCREENED = 3
+"""Rows that an edit is tried on before it is tried on all."""
 
 
-def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray]) -> Mangled | None:
+def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], strange: np.ndarray) -> Mangled | None:
     """The edit of its own prompts under which the trainer agrees with the engine.
 
     Args:
         ours: score A of ``neutral``, by row.
+        strange: the rows in which it does not, int [R].
     """
-    limit, temperature = pair.noise.p50, evidence.neutral.temperature
-    for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)):
-        groups = [Group(edit(group.prompt), group.completions) for group in evidence.neutral.groups if len(group.prompt) > 2]
-        kept = [a for a, group in zip(ours, evidence.neutral.groups, strict=True) if len(group.prompt) > 2]
-        wrong = [off(a, c, limit) for a, c in zip(kept, pair.policy.score(groups, temperature), strict=True)]
-        if np.mean(wrong) < FEW:
+    groups = evidence.neutral.groups
+    rows = sorted((i for i in strange.tolist() if len(groups[i].prompt) > 2), key=lambda i: len(groups[i].prompt))
+
+    def agree(edit: Callable[[np.ndarray], np.ndarray], some: list[int]) -> np.ndarray:
+        keep_looking()
+        edited = [Group(edit(groups[i].prompt), groups[i].completions) for i in some]
+        scored = pair.policy.score(edited, evidence.neutral.temperature)
+        return np.array([not off(ours[i], c, pair.noise.p50) for i, c in zip(some, scored, strict=True)])
+
+    first = [rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, SCREENED).astype(int))] if rows else []
+    for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)) if rows else ():
+        if 2 * agree(edit, first[:2]).sum() >= len(first[:2]) and agree(edit, rows).mean() > 1 - FEW:
             return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
     return None
 
@@ -44,6 +55,18 @@ def _additions(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np
         cause, name = "bos_doubled" if token == bos else "prompt_edited", ascii(tokenizer.decode([token]))
         yield cause, f"{name} put before them", lambda p, t=token: np.r_[t, p].astype(np.int32)
         yield "prompt_edited", f"{name} put after them", lambda p, t=token: np.r_[p, t].astype(np.int32)
+    for special in (False, True):
+        yield (
+            "prompt_edited",
+            f"decoded to text and tokenised again{', with special tokens added' if special else ''}",
+            partial(retokenised, tokenizer, add_special_tokens=special),
+        )
+
+
+def retokenised(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, *, add_special_tokens: bool = False) -> np.ndarray:
+    """The ids that a prompt's own text has, which need not be those it was made of."""
+    ids = tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=add_special_tokens)
+    return np.array(ids or prompt[:1], np.int32)
 
 
 def _cuts(

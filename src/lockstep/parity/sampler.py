@@ -5,7 +5,7 @@ The temperature and the truncation are *fitted*, not looked up in a list, so tha
 what then explains the numbers to within arithmetic counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lockstep.parity.fitting import fitted, miss_of
 from lockstep.parity.hypotheses import edit, fits, hidden_of
-from lockstep.parity.tolerances import DRAWS_Z, LOG_CHANCE
+from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LOG_CHANCE
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK, kept
@@ -24,6 +24,12 @@ from lockstep.records.tokens import SamplingParams
 
 FITTED_TOKENS = 128
 """Whole distributions that are held at once for a fit."""
+SCREENED_TOKENS = 24
+"""Of those: what a hypothesis is fitted on before it is proven on the others."""
+SCREEN_SLACK = 2.0
+"""A fit may miss on the screened tokens by this multiple of what is an explanation: they are few."""
+TOLD_APART = 5e-3
+"""Temperatures nearer to each other than this, relatively, are one."""
 TEMPERATURES = np.geomspace(0.05, 4.0, 45).tolist()
 LARGEST_TOP_K = 4096
 """Ranks past this speak against a truncation that matters."""
@@ -51,29 +57,88 @@ class Held(NamedTuple):
     engine: Tensor
     """What was reported for it, float32 [N]."""
 
+    def screened(self) -> "Held":
+        """A few of them, of every part."""
+        at = spread(len(self.ids), SCREENED_TOKENS)
+        return Held(self.logits[at], self.ids[at], self.engine[at])
+
+    def left(self, z: Tensor) -> float:
+        """How far the numbers are from those of processed logits: float32 [N, V] (``fitting.miss_of``)."""
+        return miss_of(z.log_softmax(-1).gather(1, self.ids[:, None])[:, 0] - self.engine)
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """``most`` of ``n`` places, evenly: int [N]."""
+    return np.unique(np.linspace(0, n - 1, most).astype(int))
+
 
 def hidden_settings(
     policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float, held: Held
 ) -> Explained | None:
-    """The checkpoint's generation_config, another temperature, or a truncation, in this order; None when none fits.
+    """The first of :func:`setting_hypotheses` that fits; None when none does."""
+    for _, look in setting_hypotheses(policy, groups, engine, asked, limit, lambda: held):
+        found = look()
+        if found is not None:
+            return found
+    return None
+
+
+def setting_hypotheses(
+    policy: Policy,
+    groups: Sequence[Group],
+    engine: np.ndarray,
+    asked: SamplingParams,
+    limit: float,
+    held: Callable[[], Held],
+) -> list[tuple[str, Callable[[], Explained | None]]]:
+    """Another temperature, the checkpoint's generation_config, a truncation, each with its name.
 
     Args:
         groups: one completion each.
         engine: what the engine reported, float32 [T].
         limit: a fit is an explanation when it misses by at most this, nats.
-        held: of the same groups.
+        held: gives tokens of the same groups.
     """
-    served = generation_config(policy, asked)
-    if served is not None:
-        best = fits(policy, groups, engine, served)[0]
-        if best.miss <= limit:
-            settings = ", ".join(
-                f"{name} {getattr(served, name):g}" for name in _CONFIGURABLE if getattr(served, name) != getattr(asked, name)
-            )
-            return Explained("generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.miss)
+    return [
+        ("another temperature", lambda: hidden_temperature(held(), asked, limit)),
+        ("the checkpoint's generation_config.json", lambda: _as_configured(policy, groups, engine, asked, limit)),
+        ("a truncation", lambda: _truncated(held(), asked, limit)),
+    ]
+
+
+def hidden_temperature(held: Held, asked: SamplingParams, limit: float) -> Explained | None:
+    """A temperature other than the one asked for, which explains what that one does not."""
+    base = asked.temperature or 1.0
     temperature, miss = fitted_temperature(*held)
-    if miss <= limit:
-        return Explained("temperature_altered", f"temperature {temperature:.3g}", miss)
+    other = abs(np.log(temperature / base)) > TOLD_APART
+    if not (other and miss <= min(limit, EXPLAINS * held.left(held.logits / base))):
+        return None
+    return Explained("temperature_altered", f"temperature {temperature:.3g}", miss)
+
+
+def _as_configured(
+    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
+) -> Explained | None:
+    served = generation_config(policy, asked)
+    if served is None:
+        return None
+    first = groups[:SCREENED_ROWS]
+    tokens = sum(len(group.completions[0]) for group in first)
+    if not fits(policy, first, engine[:tokens], served)[0].miss <= SCREEN_SLACK * limit:
+        return None
+    best = fits(policy, groups, engine, served)[0]
+    if not best.miss <= limit:
+        return None
+    settings = ", ".join(
+        f"{name} {getattr(served, name):g}" for name in _CONFIGURABLE if getattr(served, name) != getattr(asked, name)
+    )
+    return Explained("generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.miss)
+
+
+SCREENED_ROWS = 2
+
+
+def _truncated(held: Held, asked: SamplingParams, limit: float) -> Explained | None:
     for base in dict.fromkeys((asked.temperature or 1.0, 1.0)):
         found = fitted_truncation(held.logits / base, held.ids, held.engine, limit)
         if found is not None:
@@ -95,27 +160,32 @@ def generation_config(policy: Policy, asked: SamplingParams) -> SamplingParams |
 
 def every_part(n_tokens: int) -> np.ndarray:
     """Which tokens are held for a fit, int [N]."""
-    return np.unique(np.linspace(0, n_tokens - 1, FITTED_TOKENS).astype(int))
+    return spread(n_tokens, FITTED_TOKENS)
 
 
-def tokens_of_every_part(policy: Policy, groups: Sequence[Group], engine: np.ndarray) -> Held:
-    """Those of :func:`every_part`; ``engine`` is float32 [T]."""
-    at = every_part(len(engine))
+def tokens_of_every_part(
+    policy: Policy,
+    groups: Sequence[Group],
+    engine: np.ndarray,
+    at: np.ndarray | None = None,
+    hidden: Sequence[Tensor] | None = None,
+) -> Held:
+    """Those of :func:`every_part`, or the tokens ``at``; ``engine`` is float32 [T]. ``hidden``: where it is known already."""
+    at = every_part(len(engine)) if at is None else at
     ids = np.concatenate([group.completions[0] for group in groups])[at]
+    hidden = hidden_of(policy, groups) if hidden is None else hidden
     with torch.no_grad():
-        logits = policy.logits(torch.cat(hidden_of(policy, groups))[torch.from_numpy(at)])
+        logits = policy.logits(torch.cat(list(hidden))[torch.from_numpy(at)])
     device = logits.device
     return Held(logits, torch.as_tensor(ids.astype(np.int64), device=device), torch.as_tensor(engine[at], device=device))
 
 
 def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[float, float]:
-    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss)."""
-
-    def miss(temperature: float) -> float:
-        scored = (logits / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        return miss_of(scored - engine)
-
-    return fitted(TEMPERATURES, miss, float("inf"), tries=40)
+    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss). Fitted on a few of them."""
+    held = Held(logits, ids, engine)
+    few = held.screened()
+    temperature, _ = fitted(TEMPERATURES, lambda t: few.left(few.logits / t), float("inf"), tries=40)
+    return temperature, held.left(logits / temperature)
 
 
 def fitted_truncation(logits: Tensor, ids: Tensor, engine: Tensor, limit: float) -> tuple[str, float] | None:

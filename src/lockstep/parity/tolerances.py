@@ -51,6 +51,10 @@ SmolLM2, where bf16 brings 0.03. Nearer to 1 another temperature is drawn at."""
 DRAWS_Z = 6.0
 """The same chance in standard errors of Σ(log p + H), whose sum over some hundred bounded terms is close to normal."""
 
+DRAWS_FALSE_ALARM = 1e-4
+"""Chance at most, by Markov's inequality and without an approximation, that honest draws fail the test of many draws
+(``draws.py``): one check in ten thousand. At 8e-10, as above, it would take half as many draws again to see the same."""
+
 REPLAY_WRONG_MULTIPLE = 3.0
 """The two assumptions about the cache are told apart when the one that is not in force misses by this multiple of the other.
 In fp32 it missed by 0.15 nats in the mean against 1e-5 (SmolLM2, vLLM 0.32.0)."""
@@ -74,6 +78,14 @@ PRECISION_MULTIPLE = 6.0
 """A difference of dtype explains a gap of at most this multiple of what the trainer's own model shows between the two: another
 kernel rounds in other places. A bf16 body beside an fp32 trainer measured 0.9 times that on vLLM 0.32.0 (0.024 against 0.027 nats
 in the median), and 4.4 times on 0.8.5 (0.12), whose norms round between their steps."""
+
+QUANTISED_CORRELATION = 0.7
+"""Between the gaps and what the trainer's own weights, rounded alike, bring to each token: weights that are rounded in one way
+err in one way, where another kernel's roundings are its own. Two bf16 kernels on one checkpoint in bf16 correlate by less."""
+
+CENTRED = 0.5
+"""|median gap| over median |gap|: rounding errs to both sides; what errs to one side by more than half of its size is no
+rounding."""
 
 POLICY_RATIO_AT_LAG_0 = 0.0
 """At lag 0 the trainer's log-probabilities are compared with themselves, bit for bit."""
@@ -138,5 +150,5 @@ def largest_gap(logprobs: np.ndarray, noise: Tolerance, temperature: float) -> n
 
 
 def noise_of(*dtypes: str) -> Tolerance:
-    """The widest noise among the dtypes that took part (``"torch.float32"`` …)."""
-    return max((NOISE[dtype] for dtype in dtypes), key=lambda tolerance: tolerance.p999)
+    """The widest noise among the dtypes that took part (``"torch.float32"`` …); an empty one is not known."""
+    return max((NOISE[dtype] for dtype in dtypes if dtype), key=lambda tolerance: tolerance.p999)

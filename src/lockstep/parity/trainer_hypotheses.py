@@ -1,13 +1,13 @@
 """Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried on the trainer.
 
-A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by token. The engine's own
-model configuration, another setting of the model (``fitted_settings.py``) or a scaled tensor must make the gap vanish.
+A precision has the gap's size (``precision.py``). The engine's own model configuration, another setting of the model
+(``fitted_settings.py``) or a scaled tensor must make the gap vanish: fitted on a few dozen tokens, proven on more.
 """
 
-import copy
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,27 +16,26 @@ from torch import Tensor
 
 from lockstep.parity import attribution
 from lockstep.parity.canary import Canary
-from lockstep.parity.fitted_settings import settings_of
+from lockstep.parity.fitted_settings import Setting, settings_of
 from lockstep.parity.fitting import fitted
+from lockstep.parity.hypotheses import hidden_of
 from lockstep.parity.model_settings import departures, with_settings
 from lockstep.parity.pair import Pair, Sampled
-from lockstep.parity.tolerances import EXPLAINS, PRECISION_MULTIPLE
+from lockstep.parity.portions import of_rows
+from lockstep.parity.precision import Explanation, precision
+from lockstep.parity.search import Looks, keep_looking
+from lockstep.parity.tolerances import EXPLAINS
 from lockstep.policy import attention
-from lockstep.policy.model import Policy
 
 WINDOWS = tuple(2**n for n in range(3, 13))
 SETTING_ROWS = 4
 """At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves nothing anywhere."""
+SCREENED_CONTEXT = 112
+"""Tokens, prompts and all, on which a setting is fitted before it is proven."""
+SCREEN_SLACK = 3.0
+"""A median over so few may be that much larger."""
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What explains a gap."""
-
-    cause: str
-    evidence: str
 
 
 def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
@@ -45,101 +44,113 @@ def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
     Args:
         gap: trainer − engine, float32 [T].
     """
-    pair.say("numerics: the gap is too large; trying what may explain it, which can take minutes")
-    found = _precision(pair, sample, gap)
-    if found is None and np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
-        found = _setting(pair, sample) or _scale(pair, sample)
-    found = found or Explanation(
-        "unexplained_numerics", "no difference of precision, setting or scale that was tried explains it"
-    )
+    search, before = pair.search, len(pair.search.tried)
+    looks: list[Looks[Explanation]] = [("a difference of precision", lambda: precision(pair, sample, gap))]
+    if np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
+        looks += [*_Settings(pair, sample).looks(), ("a scaled tensor", lambda: _scale(pair, sample))]
+    found = search.first(looks)
+    if found is None:
+        tried = ", ".join(search.tried[before:]) or "nothing"
+        found = Explanation("unexplained_numerics", f"tried, and not the explanation: {tried}{search.told()}")
     if found.cause in ("unexplained_numerics", "tensor_scaled") and (engines := departures(pair)):
         return replace(found, evidence=f"{found.evidence}; suspected, not proven: {_told(engines)}")
     return found
 
 
-def in_dtype(policy: Policy, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
-    """A copy of the policy that computes in another precision (score D in fp32)."""
-    model: Any = copy.deepcopy(policy.model)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32 on every side
-        parameter.data = parameter.data.to(dtype)
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    return replace(policy, model=model, head=head.weight, head_bias=bias, head_dtype=head_dtype)
-
-
-def _precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:
-    """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
-    policy, ours = pair.policy, sample.scored(pair.policy)
-    body, head = pair.engine_dtype, pair.engine_head_dtype
-    size = float(np.median(np.abs(gap)))
-    if body not in ("", str(policy.model.dtype)):
-        as_engine = in_dtype(policy, _dtype(body), policy.head_dtype)
-        expected = np.median(np.abs(sample.scored(as_engine) - ours))
-        if size <= PRECISION_MULTIPLE * expected:
-            return Explanation(
-                "body_precision", f"engine {body}, trainer {policy.model.dtype}: alone worth {expected:.1e} nats (median)"
-            )
-    if head not in ("", str(policy.head_dtype)):
-        as_engine = replace(policy, head_dtype=_dtype(head))
-        expected = np.median(np.abs(sample.scored(as_engine) - ours))
-        if size <= PRECISION_MULTIPLE * expected:
-            return Explanation(
-                "head_precision", f"head in {head}, trainer's in {policy.head_dtype}: alone worth {expected:.1e} nats (median)"
-            )
-    if body == str(policy.model.dtype) != "torch.float32":
-        return _coarser(pair, sample, ours)
-    return None
-
-
-def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | None:
-    """One dtype on both sides, and the engine rounds more coarsely in it: it lies farther from fp32 (score D)."""
-    reference = in_dtype(pair.policy, torch.float32, torch.float32)
-    scores = sample.scored(reference)
-    trainer, engine = (float(np.median(np.abs(side - scores))) for side in (ours, sample.engine_logprobs))
-    if not trainer < engine <= PRECISION_MULTIPLE * trainer:
-        return None
-    text = f"both in {pair.engine_dtype}; from fp32 the trainer is {trainer:.1e} nats away, the engine {engine:.1e} (medians)"
-    return Explanation("body_precision", text)
-
-
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name.removeprefix("torch."))
-
-
-def _setting(pair: Pair, sample: Sampled) -> Explanation | None:
+class _Settings:
     """Another configuration of the model, or of its attention, under which the trainer agrees with the engine."""
-    few = _first(sample, max(SETTING_ROWS, len(sample.prompts) // 4))
-    engine = few.engine_logprobs
 
-    def miss(context) -> float:
+    def __init__(self, pair: Pair, sample: Sampled) -> None:
+        self.pair, self.few, self.least = pair, _first(sample, max(SETTING_ROWS, len(sample.prompts) // 4)), screened(sample)
+
+    @cached_property
+    def now(self) -> tuple[float, float]:
+        """What both miss by as the trainer is, nats: the screened rows, and the rows for the proof."""
+        return self._miss(nullcontext(), self.least), self._miss(nullcontext(), self.few)
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        return torch.cat(hidden_of(self.pair.policy, self.least.groups))
+
+    def looks(self) -> Iterator[Looks[Explanation]]:
+        """Each with its name, the cheap and the likely ones first."""
+        if departures(self.pair):
+            yield "the engine's own configuration", self._departures
+        for setting in settings_of(self.pair.policy):
+            yield setting.told.partition("{")[0].strip().removeprefix("a "), lambda setting=setting: self._fitted(setting)
+        if self.pair.policy.share_prompts:
+            yield "keys and values in a narrower dtype", self._cache
+            yield "a sliding window", self._window
+
+    def _miss(self, context: AbstractContextManager[None], sample: Sampled) -> float:
+        keep_looking()
         with context:
-            return float(np.median(np.abs(few.scored(pair.policy) - engine)))
+            return float(np.median(np.abs(sample.scored(self.pair.policy) - sample.engine_logprobs)))
 
-    now = miss(nullcontext())
-    enough = min(pair.noise.p50, EXPLAINS * now)
-    engines = departures(pair)
-    other = with_settings(pair.policy, {path: theirs for path, (_, theirs) in engines.items()}) if engines else None
-    if other is not None:
-        left = float(np.median(np.abs(few.scored(other) - engine)))
-        if left <= enough:
-            return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
-    for name, kept in CACHES.items() if pair.policy.share_prompts else ():
-        left = miss(attention.altered(kept=kept))
-        if left <= EXPLAINS * now:
-            text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
-            return Explanation("kv_cache_precision", text)
-    for setting in settings_of(pair.policy):
-        value, left = fitted(setting.grid, lambda v, setting=setting: miss(setting.under(v)), now)
-        if left <= enough:
-            text = f"with {setting.told.format(value)} the trainer agrees to {left:.1e} nats"
-            return Explanation("model_config_differs", text)
-    told = [theirs for path, (_, theirs) in engines.items() if path[-1] == "sliding_window" and theirs]
-    longest = max(len(ids) for ids in few.sequences)  # a wider window is none
-    for window in [w for w in (*told, *WINDOWS) if w < longest] if pair.policy.share_prompts else ():
-        left = miss(attention.altered(window=window))
-        if left <= enough:
-            return Explanation("model_config_differs", f"with a sliding window of {window} the trainer agrees to {left:.1e} nats")
-    return None
+    def _enough(self, now: float) -> float:
+        return min(self.pair.noise.p50, EXPLAINS * now)
+
+    def _departures(self) -> Explanation | None:
+        engines = departures(self.pair)
+        other = with_settings(self.pair.policy, {path: theirs for path, (_, theirs) in engines.items()})
+        if other is None:
+            return None
+        left = float(np.median(np.abs(self.few.scored(other) - self.few.engine_logprobs)))
+        if not left <= self._enough(self.now[1]):
+            return None
+        return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
+
+    def _fitted(self, setting: Setting) -> Explanation | None:
+        def miss(value: float) -> float:
+            return self._of_head(setting.under(value)) if setting.of_head else self._miss(setting.under(value), self.least)
+
+        value, left = fitted(setting.grid, miss, self.now[0])
+        if not left <= SCREEN_SLACK * self._enough(self.now[0]):
+            return None
+        left = self._miss(setting.under(value), self.few)
+        if not left <= self._enough(self.now[1]):
+            return None
+        return Explanation("model_config_differs", f"with {setting.told.format(value)} the trainer agrees to {left:.1e} nats")
+
+    @torch.no_grad()
+    def _of_head(self, context: AbstractContextManager[None]) -> float:
+        """What the screened rows miss by under another head alone: the body's pass is shared."""
+        keep_looking()
+        least, policy = self.least, self.pair.policy
+        ids = torch.from_numpy(np.concatenate([group.completions[0] for group in least.groups]).astype(np.int64))
+        with context:
+            scored = policy.project(self._hidden, ids.to(self._hidden.device), least.temperature).logprobs
+        return float(np.median(np.abs(scored.numpy(force=True) - least.engine_logprobs)))
+
+    def _cache(self) -> Explanation | None:
+        for name, kept in CACHES.items():
+            if not self._miss(attention.altered(kept=kept), self.least) <= SCREEN_SLACK * EXPLAINS * self.now[0]:
+                continue
+            left, now = self._miss(attention.altered(kept=kept), self.few), self.now[1]
+            if left <= EXPLAINS * now:
+                text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
+                return Explanation("kv_cache_precision", text)
+        return None
+
+    def _window(self) -> Explanation | None:
+        told = [theirs for path, (_, theirs) in departures(self.pair).items() if path[-1] == "sliding_window" and theirs]
+        longest = max(len(ids) for ids in self.few.sequences)  # a wider window is none
+        for window in [w for w in (*told, *WINDOWS) if w < longest]:
+            left = self._miss(attention.altered(window=window), self.few)
+            if left <= self._enough(self.now[1]):
+                text = f"with a sliding window of {window} the trainer agrees to {left:.1e} nats"
+                return Explanation("model_config_differs", text)
+        return None
+
+
+def screened(sample: Sampled) -> Sampled:
+    """A few rows whose contexts come to few tokens, the longest that do: a setting is felt more over a longer one."""
+    lengths = np.array([len(ids) for ids in sample.sequences])
+    order, rows = np.argsort(-lengths, kind="stable"), []
+    for row in order.tolist():
+        if lengths[row] <= SCREENED_CONTEXT / 2 and sum(lengths[rows]) + lengths[row] <= SCREENED_CONTEXT:
+            rows.append(row)
+    return of_rows(sample, sorted(rows or [int(order[-1])]))
 
 
 def _rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

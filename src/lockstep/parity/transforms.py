@@ -48,8 +48,24 @@ def _functions(a: np.ndarray, b: np.ndarray, owners: np.ndarray) -> Iterator[tup
     yield f"none below a floor of {a.min():.3g}", np.maximum(b, a.min())
     yield f"none above a ceiling of {a.max():.3g}", np.minimum(b, a.max())
     yield f"{np.median(a - b):+.3g} to each", b + np.median(a - b)
+    yield from _beyond(a, b)
     factor = float(a @ b / max(b @ b, 1e-30))
     yield f"times {factor:.3f}", factor * b
+
+
+LEAST_REPLACED = 3
+"""Numbers beyond a threshold that must be one and the same."""
+
+
+def _beyond(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Numbers below, or above, some value that are replaced by one constant."""
+    for side, order in (("below", np.argsort(b)), ("above", np.argsort(-b))):
+        same = a[order] == a[order[0]]
+        count = len(same) if same.all() else int(same.argmin())
+        if LEAST_REPLACED <= count < len(a):
+            changed = b.copy()
+            changed[order[:count]] = a[order[0]]
+            yield f"{a[order[0]]:.3g} in the place of each {side} {b[order[count]]:.3g}", changed
 
 
 def _by_row(values: np.ndarray, owners: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
