@@ -1,4 +1,4 @@
-"""A file of rollouts in memory: flat arrays with spans, 14 bytes a token whatever the file held.
+"""A file of rollouts in memory: flat arrays with spans, about 10 bytes a token (9, its share of the prompt, 1 for each mask).
 
 A row's tokens lie at ``spans[row]`` of ``token_ids`` and ``logprobs``, its prompt at ``prompt_spans[row]`` of ``prompt_ids``.
 Taking pads away moves a span. A token that the model did not sample keeps its place, for what follows was drawn after it;

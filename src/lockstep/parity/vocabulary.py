@@ -13,9 +13,9 @@ from lockstep.parity.rows import Mangled
 from lockstep.policy.packing import Group
 
 MOVES = (1, -1, 2, -2)
-ROWS, TOKENS = 4, 48
+ROWS, TOKENS = 4, 32
 """Of the sample: some dozens of passes."""
-PLACES = 12
+PLACES = 9
 """Ids from which the others may be moved that are tried before the best is looked at more closely."""
 IMPROVES = 0.8
 """Of the miss: a move that leaves more at every one of those places is no better anywhere."""
