@@ -8,6 +8,7 @@ Hypotheses are tried on the first rows of each sampling setting. The gap is meas
 for, spread over the file; the verdict says of how many.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -43,8 +44,8 @@ FEW_TOKENS = 256
 """The first so many of each."""
 MOST_SETTINGS = 16
 """Sampling settings that hypotheses are tried under, those of the most rows; the gap is measured under all."""
-SAID_EVERY = 100_000
-"""Scored tokens."""
+SAID_EVERY_S = 10.0
+"""How far the scoring is."""
 UNEXPLAINED = "unexplained_numerics"
 MENDS_OF_A_LOG = {
     "corrupted_completions": "Join completions to prompts by request id wherever they pass a proxy or a log. If the engine "
@@ -80,13 +81,13 @@ class Part:
     @cached_property
     def gaps(self) -> Gaps:
         """trainer − engine of every token that is judged."""
-        gap, done, said = np.empty(self.n, np.float32), 0, SAID_EVERY
+        gap, done, said = np.empty(self.n, np.float32), 0, time.monotonic()
         for portion in self.logged.gaps(self.pair.policy, self.rows, self.sampling.temperature or 1.0):
             gap[done : done + portion.size] = portion
             done += portion.size
-            if done >= said and done < self.n:
+            if time.monotonic() - said > SAID_EVERY_S:
                 self.pair.say(f"scoring: {done:,} of {self.n:,} tokens")
-                said = done + SAID_EVERY
+                said = time.monotonic()
         return of_all(self.logged, self.rows, gap)
 
     def semantics(self) -> Verdict:

@@ -17,7 +17,7 @@ from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import CLAMPED_LOGPROB, Completion, SamplingParams
 
-SCORED_AT_ONCE = 32768
+SCORED_AT_ONCE = 8192
 """Tokens, prompts included: what is packed at a time."""
 
 

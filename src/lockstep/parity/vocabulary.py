@@ -15,7 +15,7 @@ from lockstep.policy.packing import Group
 MOVES = (1, -1, 2, -2)
 ROWS, TOKENS = 4, 32
 """Of the sample: some dozens of passes."""
-PLACES = 9
+PLACES = 12
 """Ids from which the others may be moved that are tried before the best is looked at more closely."""
 IMPROVES = 0.8
 """Of the miss: a move that leaves more at every one of those places is no better anywhere."""
