@@ -29,10 +29,10 @@ def long_prompts_edited(longer_than: int, edit: Callable[[np.ndarray], np.ndarra
 
 def through_text(self: Proxy, prompts: Prompts, params: list[SamplingParams]) -> Any:
     """A hook: every prompt decoded and tokenised again."""
-    limit = self.pair.recipe.engine.max_model_len
-    room = [limit - asked.max_tokens for asked in params]
     from lockstep.parity.prompt_edits import retokenised
 
+    limit = self.pair.recipe.engine.max_model_len
+    room = [limit - asked.max_tokens for asked in params]
     return [retokenised(self.pair.renderer.tokenizer, p)[:most] for p, most in zip(prompts, room, strict=True)], params
 
 
@@ -88,10 +88,13 @@ class TemperatureBehind(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
-        found = self.inner.sample(prompts, [replace(p, temperature=p.temperature * self.factor) for p in params])
         from lockstep.policy.packing import Group
 
-        groups = [Group(prompts[c.prompt_index], [ids_of(c)]) for c in found]
+        found = self.inner.sample(prompts, [replace(p, temperature=p.temperature * self.factor) for p in params])
+        of_prompt: dict[int, list[np.ndarray]] = {}
+        for c in found:
+            of_prompt.setdefault(c.prompt_index, []).append(ids_of(c))
+        groups = [Group(prompts[at], samples) for at, samples in of_prompt.items()]
         (temperature,) = {p.temperature for p in params}
         return [with_numbers(c, s) for c, s in zip(found, self.pair.policy.score(groups, temperature), strict=True)]
 
