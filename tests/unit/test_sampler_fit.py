@@ -10,10 +10,12 @@ from lockstep.parity.logit_bias import BiasFit
 from lockstep.parity.pair import Sampled
 from lockstep.parity.penalties import PenaltyFit, seen_before
 from lockstep.parity.sampler import (
+    Held,
     examine_draws,
     fitted_temperature,
     fitted_truncation,
     hidden_settings,
+    hidden_temperature,
     tokens_of_every_part,
 )
 from lockstep.policy.model import load_policy
@@ -76,6 +78,16 @@ def test_the_temperature_is_fitted(logits, temperature):
     found, miss = fitted_temperature(logits, ids, numbers)
     assert found == pytest.approx(temperature, rel=1e-3)
     assert miss < LIMIT
+
+
+def test_the_temperature_that_was_asked_for_is_never_the_cause(logits):
+    ids, numbers = sampled(logits, PLAIN)
+    numbers[::9] = 0.0  # the median still fits, and so does T = 1, which was asked for
+    assert hidden_temperature(Held(logits, ids, numbers), PLAIN, 0.5) is None
+    ids, numbers = sampled(logits, replace(PLAIN, temperature=0.9))
+    other = hidden_temperature(Held(logits, ids, numbers), PLAIN, LIMIT)
+    assert other is not None
+    assert other.name == "temperature 0.9"
 
 
 @pytest.mark.parametrize("biases", [{7: 3.0}, {7: -100.0}, {7: 1.37, 20: -100.0}, {3: -2.0, 7: 0.5, 11: 4.0}])
