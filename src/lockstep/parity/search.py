@@ -38,6 +38,7 @@ class Search:
         self.tried: list[str] = []
         self.not_tried: list[str] = []
         self._began = self._said = 0.0
+        self._trying = ""
 
     def first(self, hypotheses: Iterable[Looks[T]]) -> T | None:
         """What the first of them finds that finds anything; None where none does, or the time is over."""
@@ -46,7 +47,8 @@ class Search:
                 if self.over:
                     self._note(self.not_tried, name)
                     continue
-                self._tell(name)
+                self._trying = name
+                self.tell()
                 try:
                     found = look()
                 except OutOfTimeError:
@@ -76,11 +78,12 @@ class Search:
         if name not in names:
             names.append(name)
 
-    def _tell(self, name: str) -> None:
+    def tell(self) -> None:
+        """What is being tried, where that takes long: most of what a clean check looks at is answered at once."""
         now = self._now()
-        if not self._said or now - self._said >= SAID_EVERY_S:
-            self.say(f"looking for the cause, {now:.0f} of at most {self.limit_s:g} s: {name}")
-            self._said = max(now, 1e-9)
+        if now - self._said >= SAID_EVERY_S:
+            self.say(f"looking for the cause, {now:.0f} of at most {self.limit_s:g} s: {self._trying}")
+            self._said = now
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -104,5 +107,8 @@ def keep_looking() -> None:
         OutOfTimeError: when the search that is running has no time left.
     """
     search = _RUNNING.get()
-    if search is not None and search.over:
+    if search is None:
+        return
+    if search.over:
         raise OutOfTimeError
+    search.tell()
