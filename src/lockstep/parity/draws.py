@@ -1,9 +1,9 @@
-"""Layer 1: the power of the draws. Many tokens are drawn, one each after two ids, and weighed against tempered distributions.
+"""Layer 1: the power of the draws. Many tokens are drawn, one each after one id, and weighed against tempered distributions.
 
 A draw y from p is weighed by w = p(y)^λ / Σ p^(1+λ), what the distribution tempered by 1/(1 + λ) gives it over what p gives it.
 Under p the expectation of Π w is 1 at every token, whatever came before, so that by Markov's inequality Π w exceeds 1/α with a
-chance of at most α: no approximation, and the mean of several such products is one again. Two samples are drawn, after two
-random ids, where SmolLM2 has var(log p) of 8 nats² at T = 1 and of 5 at T = 0.7:
+chance of at most α: no approximation, and the mean of several such products is one again. Two samples are drawn, after one
+random id, where SmolLM2 has var(log p) of 11 nats² at T = 1 and of 4 at T = 0.7 (a second id doubles what the engine computes):
 
 * ``singles``: n = 1, one token each, every one of them a request of its own. The better of two draws per request is far out here,
   where a longer completion counts as one draw too and costs as many passes as it has tokens;
@@ -126,10 +126,10 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> tuple[Samp
     rng, vocabulary = np.random.default_rng(pair.seed), pair.policy.head.shape[0]
     one = replace(sampling, max_tokens=1, stop_token_ids=())
     return (
-        _requested(pair, list(rng.integers(0, vocabulary, (singles, 2)).astype(np.int32)), one, pair.seed + 1),
+        _requested(pair, list(rng.integers(0, vocabulary, (singles, 1)).astype(np.int32)), one, pair.seed + 1),
         _requested(
             pair,
-            list(rng.integers(0, vocabulary, (prompts, 2)).astype(np.int32)),
+            list(rng.integers(0, vocabulary, (prompts, 1)).astype(np.int32)),
             replace(one, n=CROWD),
             pair.seed + 2 + singles,
         ),
