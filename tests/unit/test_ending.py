@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and mistakes end a command within seconds, whatever it was doing, and nothing is left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -70,7 +71,10 @@ def begun():
 
 def shared_of(pid):
     """The directories of published weights that a process holds open."""
-    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            links.append(os.readlink(entry))
     return [Path(link) for link in links if link.startswith(SHARED) and Path(link).is_dir()]
 
 

@@ -240,6 +240,7 @@ def judge(
     engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
     pair = Pair(engine, policy, nothing, renderer, nothing, recipe, say=say)
+    pair.begin_search()
     wrong_mask = settle(logged, policy, renderer)
     parts = _parts(pair, logged, wrong_mask, most_rows)
     layers: dict[LayerName, Callable[[], Verdict]] = {

@@ -1,5 +1,6 @@
 """The two sides that the ladder compares, and the tokens it compares them on."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,11 +42,8 @@ class Pair:
     """Told where naming a cause takes longer."""
     presumed_dtype: str = ""
     """Of an engine that does not say what it computes in: the one whose rounding, tried on the trainer, has the gap's size."""
-    search: Search = field(init=False)
-    """What is tried when something does not fit, bounded in time."""
-
-    def __post_init__(self) -> None:
-        self.begin_search()
+    search: Search = field(default_factory=lambda: Search(math.inf))
+    """What is tried when something does not fit; each check bounds it in time."""
 
     def begin_search(self) -> None:
         """A check begins, with the recipe's whole time for its search."""

@@ -99,7 +99,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def presumed_dtype(pair: Pair, evidence: Evidence) -> str:
     """What an engine computes in that does not say; empty where it does, or where nothing that was tried has the gap's size."""
-    if pair.engine.ready.resolved["worker.parameter_dtype"]:
+    if pair.engine.ready.resolved.get("worker.parameter_dtype"):
         return ""
     gap = evidence.rescored - evidence.trainer
     if within(pair.trainer_noise, gap):
