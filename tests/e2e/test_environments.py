@@ -76,10 +76,13 @@ class Toy:
         for folder in (self.wheels, self.folder):
             folder.mkdir()
         for name in ("toy_base", "toy_top"):
-            make_wheel(self.wheels, name)
-            digest = hashlib.sha256((self.wheels / f"{name}-1.0-py3-none-any.whl").read_bytes()).hexdigest()
-            lock = self.folder / f"{name.replace('_', '-')}.lock"
-            lock.write_text(f"# a toy\n{name}==1.0 \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{digest}\n")
+            (self.folder / f"{name.replace('_', '-')}.lock").write_text(f"# a toy\n{self.pin(name)}")
+
+    def pin(self, name):
+        """A new wheel's line in a lock."""
+        make_wheel(self.wheels, name)
+        digest = hashlib.sha256((self.wheels / f"{name}-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+        return f"{name}==1.0 \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{digest}\n"
 
     def __call__(self, **changes):
         values = {"system": platform.system(), "machine": platform.machine(), "disk_gb": 0.001}
@@ -260,12 +263,13 @@ def test_what_leaks_into_an_environment_is_dropped(toy, monkeypatch):
 
 
 def test_a_failed_step_shows_pips_last_lines_and_the_next_install_goes_on_from_it(toy):
-    (toy.wheels / "toy_top-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(InstallError, match=re.escape("toy_top-1.0-py3-none-any.whl")) as caught:
+    wheel = toy.wheels / "toy_top-1.0-py3-none-any.whl"
+    wheel.rename(toy.wheels / "away")
+    with pytest.raises(InstallError, match=re.escape("No matching distribution found for toy_top==1.0")) as caught:
         install("toy", lambda _: None)
     assert ".log" in caught.value.hint
     assert installed() == []
-    make_wheel(toy.wheels, "toy_top")
+    (toy.wheels / "away").rename(wheel)
     said = []
     assert install("toy", said.append) == find("toy", None)
     assert [text for text in said if "step 1 of 4" in text] == []
@@ -280,9 +284,8 @@ def test_a_changed_recipe_is_built_from_nothing(toy):
     install("toy", lambda _: None)
     stray = path_of(recipe_for("toy")) / "stray"
     stray.touch()
-    make_wheel(toy.wheels, "toy_more")
-    text = (toy.folder / "toy.toml").read_text()
-    (toy.folder / "toy.toml").write_text(text.replace('toy_top-1.0-py3-none-any.whl"', 'toy_top-1.0-py3-none-any.whl", "pip"'))
+    with (toy.folder / "toy-top.lock").open("a") as lock:
+        lock.write(toy.pin("toy_more"))
     assert installed() == []
     install("toy", lambda _: None)
     assert not stray.exists()
