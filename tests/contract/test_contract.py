@@ -277,7 +277,8 @@ def test_the_ladder_over_http_judges_what_it_can(side):
     """The workers' ladders are climbed end to end in tests/e2e."""
     if side.name != "http:vllm==0.32.0":
         pytest.skip("NOT_RUN: one server will do")
-    sets = ["parity.probe_prompts=6", "parity.probe_tokens=12", "sampling.temperature=0.7", "engine.max_model_len=512"]
+    small = ["parity.probe_prompts=6", "parity.probe_tokens=12", "parity.draw_tokens=256"]
+    sets = [*small, "sampling.temperature=0.7", "engine.max_model_len=512"]
     recipe, model = load_recipe(QUICKSTART, sets), resolve_model(MODEL)
     pair = Pair(side.engine, side.policy, side.publisher, Renderer(model), Task(recipe.task, 0), recipe)
     verdicts = climb(pair).verdicts

@@ -10,7 +10,13 @@ from lockstep.config.recipe import load_recipe
 from lockstep.errors import LockstepError
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
-SMALL = ["parity.probe_prompts=6", "parity.probe_tokens=12", "training.prompts_per_step=4", "training.group_size=4"]
+SMALL = [
+    "parity.probe_prompts=6",
+    "parity.probe_tokens=12",
+    "parity.draw_tokens=256",
+    "training.prompts_per_step=4",
+    "training.group_size=4",
+]
 """A smaller ladder and batch than the quick start's: the same code on fewer tokens."""
 
 

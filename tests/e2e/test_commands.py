@@ -17,7 +17,13 @@ from lockstep.runs.read import read_lines, read_rollouts
 from tests.e2e.conftest import QUICKSTART, tiny_checkpoint
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
-FEW = ["parity.probe_prompts=4", "parity.probe_tokens=8", "training.prompts_per_step=4", "training.group_size=4"]
+FEW = [
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=8",
+    "parity.draw_tokens=256",
+    "training.prompts_per_step=4",
+    "training.group_size=4",
+]
 """What is shown here is the command; what the ladder finds is shown in test_ladder.py."""
 SETS = [flag for override in FEW for flag in ("--set", override)]
 STEPS = 12

@@ -12,6 +12,7 @@ from tests.e2e.conftest import QUICKSTART
 FEW = [
     "parity.probe_prompts=4",
     "parity.probe_tokens=8",
+    "parity.draw_tokens=128",
     "training.prompts_per_step=4",
     "training.group_size=4",
     "training.steps=1",

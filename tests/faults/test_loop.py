@@ -27,6 +27,7 @@ SETS = [
     "training.checkpoint_every=9",
     "parity.probe_prompts=4",
     "parity.probe_tokens=4",
+    "parity.draw_tokens=128",
     "optimizer.lr=1e-3",
 ]
 

@@ -36,6 +36,7 @@ group_size = 2
 [parity]
 probe_prompts = 4
 probe_tokens = 8
+draw_tokens = 128
 """
 
 
