@@ -157,6 +157,17 @@ def test_samples_whose_reward_failed_are_kept_and_scored_by_resume(recipe, tmp_p
     assert any("drawn before the interruption" in text for text in loop.said)
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_bf16_run_whose_ladder_measured_next_to_nothing_is_not_refused_for_its_rounding(recipe, tmp_path, seed):
+    """Both sides run the same kernels here, so that their medians agree to 0 until training has moved the logits."""
+    sets = ["model.dtype=bfloat16", "training.steps=6", "training.group_size=4", "training.prompts_per_step=4"]
+    loop = Loop(with_sets(recipe, [*SETS, *sets, f"training.seed={seed}", "sampling.temperature=0.7"]), tmp_path)
+    loop.start()
+    medians = [row["metrics"]["gap_abs_p50_nats"] for row in read_lines(loop.layout.metrics)]
+    assert len(medians) == 6
+    assert max(medians) > 1e-4
+
+
 def test_a_step_says_what_is_proven_and_for_how_long_it_was_not(recipe, tmp_path):
     small = Loop(with_sets(recipe, [*SETS, "optimizer.lr=1e-12"]), tmp_path / "small")
     small.start()

@@ -119,7 +119,8 @@ NEGLIGIBLE_NATS = 1e-4
 
 GATE_MEDIAN_MULTIPLE = 3.0
 """A step's median |gap| may be this multiple of what the ladder measured on this pair. Its probes hold random ids, on which the
-gap is larger than on a task's own text; a bias of .3 nats is ten times a bf16 pair's median of .03."""
+gap is larger than on a task's own text; a bias of .3 nats is ten times a bf16 pair's median of .03. A third of the dtype's noise
+is never refused: two sides with the same kernels agree to 0 in bf16 before training moves the logits, and to .003 after it."""
 
 BIAS_Z = 6.0
 """Standard errors over sequences by which a step's mean gap may lie beyond the ladder's, besides one median of slack: a chance of

@@ -40,7 +40,7 @@ class WeightsExtension:
             "head_class": type(head).__name__,
             "head_dtype": str(_head_product(model).dtype),
             "head_tied": bool(getattr(model.config, "tie_word_embeddings", False)),
-            "head_packed": hasattr(head, "cpu_linear"),
+            "head_packed": _is_packed(model),
             "logprobs_mode": str(getattr(sampler, "logprobs_mode", None)),
             "plugin_active": is_active(),
             "sampler": type(sampler).__module__,
@@ -92,6 +92,22 @@ def _head_product(model: Any) -> Any:
     hidden = torch.ones(1, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
     with torch.inference_mode():
         return model.logits_processor(model.lm_head, hidden)
+
+
+def _is_packed(model: Any) -> bool:
+    """True when the logits come from a packed copy, seen by doubling the visible weight: an AVX2 CPU has none under 0.18.1."""
+    import torch
+
+    head = _head(model)
+    if not hasattr(head, "cpu_linear"):
+        return False
+    before = _head_product(model)
+    with torch.inference_mode():
+        head.weight.mul_(2.0)
+        try:
+            return bool(torch.equal(before, _head_product(model)))
+        finally:
+            head.weight.mul_(0.5)  # exact: a power of two
 
 
 def _flashinfer() -> bool:
