@@ -122,6 +122,8 @@ def generation_of(choice: Choice) -> str:
 
 
 def _climb(pair: Pair, name: str, fault: Fault | None) -> Outcome:
+    if fault is not None and "stale_head" in fault.worker and pair.engine.ready.resolved.get("worker.head_packed") is False:
+        return _outcome(name, fault, [], 0.0, "this engine keeps no packed copy of its head here, so none goes stale")
     began = time.perf_counter()
     with planted(pair, fault) if fault is not None else ExitStack():
         verdicts = climb(pair).verdicts
