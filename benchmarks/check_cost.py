@@ -17,11 +17,10 @@ from pathlib import Path
 
 from lockstep.cli.check import QUICK
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
-from lockstep.loop import factors
-from lockstep.loop.session import Session, open_session
+from lockstep.loop.open import Session, open_engine, open_session
 from lockstep.loop.stages import Run, sync
 from lockstep.loop.sync import run_steps
-from lockstep.parity import in_flight
+from lockstep.parity.deep import factors, in_flight
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import processor, write_manifest
@@ -75,7 +74,7 @@ def depths(session: Session, recipe: Recipe, repeats: int) -> dict[str, list[flo
 def full(session: Session) -> float:
     """Seconds of one full climb."""
     deeper = {
-        "path": lambda verdict: factors.deepen(session.pair, say, verdict),
+        "path": lambda verdict: factors.deepen(session.pair, verdict, open_engine),
         "weights": lambda verdict: in_flight.deepen(session.pair, verdict),
     }
     return _timed(session, deeper)

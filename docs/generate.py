@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from lockstep.faults.catalogue import FAULTS
 from lockstep.parity.causes import CAUSES
-from lockstep.parity.faults import FAULTS
 from lockstep.records.verdicts import LAYERS
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -15,9 +15,9 @@ from pyarrow import parquet
 
 from lockstep.config.recipe import parse_overrides
 from lockstep.errors import UsageError
-from lockstep.parity.logged import judge
-from lockstep.parity.logged_file import MASKS, SETTINGS, read_logged
-from lockstep.parity.logged_masks import settle
+from lockstep.parity.logged.file import MASKS, SETTINGS, read_logged
+from lockstep.parity.logged.judge import judge
+from lockstep.parity.logged.masks import settle
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import LAYERS
 from tests.faults import conftest

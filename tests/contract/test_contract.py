@@ -17,10 +17,10 @@ from lockstep.config.recipe import Model, Recipe, Training, load_recipe
 from lockstep.config.recipe import Task as TaskConfig
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
-from lockstep.parity.hypotheses import fits
+from lockstep.parity.deep.replay import replay
+from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair
-from lockstep.parity.replay import replay
 from lockstep.policy.packing import Group
 from lockstep.policy.pretrained import resolve_model
 from lockstep.records.capabilities import CAPABILITIES

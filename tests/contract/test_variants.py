@@ -13,7 +13,7 @@ import lockstep
 from lockstep.engines.environments import tiny_model
 from lockstep.engines.registry import start
 from lockstep.errors import UsageError
-from lockstep.parity.hypotheses import fits
+from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.records.tokens import SamplingParams
 
 VLLMS = ["vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0"]

@@ -54,7 +54,7 @@ def installed():
 @pytest.fixture(scope="session")
 def session(installed, tmp_path_factory):
     """A running vLLM and a trainer, with the quick start's recipe made smaller."""
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
 
     with open_session(load_recipe(QUICKSTART, SMALL), tmp_path_factory.mktemp("run") / "engine.log", print) as opened:
         yield opened

@@ -13,18 +13,19 @@ from transformers import FalconH1Config
 
 from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RewardError, RunError, WeightSyncError
-from lockstep.loop import factors
-from lockstep.loop.campaign import planted
-from lockstep.loop.session import open_engine, open_session
-from lockstep.parity import certificate, layer4_numerics
+from lockstep.faults.campaign import planted
+from lockstep.faults.catalogue import FAULTS
+from lockstep.faults.fault import Fault
+from lockstep.faults.proxies import Withheld, edits, numbers_of, with_numbers
+from lockstep.loop.open import open_engine, open_session
+from lockstep.parity import certificate
 from lockstep.parity.canary import Canary
+from lockstep.parity.deep import factors
 from lockstep.parity.evidence import gather
-from lockstep.parity.fault import Fault
-from lockstep.parity.faults import FAULTS
 from lockstep.parity.ladder import climb
+from lockstep.parity.layers import numerics as layer4_numerics
 from lockstep.parity.pair import draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.proxies import Withheld, edits, numbers_of, with_numbers
 from lockstep.records.tokens import INT32, SamplingParams
 from lockstep.records.verdicts import Verdict
 from tests.e2e.conftest import QUICKSTART, SMALL, tiny_checkpoint
@@ -89,12 +90,10 @@ def test_a_starved_cache_really_preempts_changes_no_number_and_fails_where_it_do
             starved.append(stack.enter_context(open_engine(*args)))
             return nullcontext(starved[0])
 
-        monkeypatch.setattr(factors, "open_engine", kept)
-        verdict = factors.deepen(pair, print, path)
+        verdict = factors.deepen(pair, path, kept)
         # A preempted request that goes on over half a cache: its later numbers are off.
         broken = edits(edit_completions=tail_off)(SimpleNamespace(engine=starved[0]))
-        monkeypatch.setattr(factors, "open_engine", lambda *args: nullcontext(broken))
-        failed = factors.deepen(pair, print, path)
+        failed = factors.deepen(pair, path, lambda *args: nullcontext(broken))
     assert (verdict.status, verdict.figures["factors_not_run"]) == ("PASS", [])
     assert verdict.figures["num_preemptions"] > 0
     assert 0 < verdict.figures["preemption_abs_max_nats"] <= P999_NATS
@@ -146,7 +145,7 @@ def tiny_hybrid(tokenizer, path):
 
 
 def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path):
-    from lockstep.loop.session import Session
+    from lockstep.loop.open import Session
     from lockstep.loop.stages import Run, sync
     from lockstep.runs.layout import new_run
     from lockstep.training.optimizer import MasterAdamW
@@ -195,7 +194,7 @@ def test_completions_come_back_to_their_own_prompt(pair):
 
 
 def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_path):
-    from lockstep.loop.session import Session
+    from lockstep.loop.open import Session
     from lockstep.loop.stages import Run, reward, sample
     from lockstep.runs.layout import new_run
     from lockstep.runs.read import read_rollouts
@@ -241,7 +240,7 @@ def test_the_resolved_configuration_is_read_back(session):
 @pytest.fixture(scope="module")
 def half(installed, tmp_path_factory):
     """A bf16 engine beside an fp32 trainer."""
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
 
     recipe = load_recipe(QUICKSTART, [*SMALL, "engine.dtype=bfloat16"])
     with open_session(recipe, tmp_path_factory.mktemp("half") / "engine.log", print) as opened:

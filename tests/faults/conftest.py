@@ -48,7 +48,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def session(recipe, tmp_path_factory):
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
 
     with open_session(recipe, tmp_path_factory.mktemp("run") / "engine.log", print) as opened:
         yield opened
@@ -90,8 +90,8 @@ def log(session, recipe):
 
 def verdicts_of(tmp_path, pair, rows, *sets, most_rows=None):
     from lockstep.config.recipe import parse_overrides
-    from lockstep.parity.logged import judge
-    from lockstep.parity.logged_file import read_logged
+    from lockstep.parity.logged.file import read_logged
+    from lockstep.parity.logged.judge import judge
 
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))

@@ -7,17 +7,17 @@ import torch
 from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
-from lockstep.loop.campaign import planted
-from lockstep.parity import layer3_weights
+from lockstep.faults.campaign import planted
+from lockstep.faults.catalogue import FAULTS
+from lockstep.faults.proxies import RawNumbers, edits, numbers_of, with_numbers
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import CAUSES
 from lockstep.parity.evidence import gather
-from lockstep.parity.faults import FAULTS
-from lockstep.parity.fitted_settings import norm_epsilon, settings_of
+from lockstep.parity.explain.weights.fitted_settings import norm_epsilon, settings_of
+from lockstep.parity.explain.weights.trainer_hypotheses import CACHES, explain
 from lockstep.parity.ladder import climb
+from lockstep.parity.layers import weights as layer3_weights
 from lockstep.parity.pair import Sampled
-from lockstep.parity.proxies import RawNumbers, edits, numbers_of, with_numbers
-from lockstep.parity.trainer_hypotheses import CACHES, explain
 from lockstep.policy import attention
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]

@@ -6,9 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
-from lockstep.loop.campaign import run_campaign
-from lockstep.loop.journal import Journal
-from lockstep.parity.faults import FAULTS
+from lockstep.faults.campaign import run_campaign
+from lockstep.faults.catalogue import FAULTS
+from lockstep.faults.journal import Journal
 
 TWO = [FAULTS["nan_values"], FAULTS["rows_swapped"]]
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
 from lockstep.errors import ParityError, RewardError, RunError
-from lockstep.loop.session import open_session
+from lockstep.loop.open import open_session
 from lockstep.loop.stages import Run
 from lockstep.loop.sync import run_steps
 from lockstep.parity.certificate import read_certificate

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 from lockstep.config.recipe import with_sets
-from lockstep.loop.campaign import planted
-from lockstep.parity import layer1_semantics
-from lockstep.parity.alignment import examine
+from lockstep.faults.campaign import planted
+from lockstep.faults.catalogue import FAULTS
+from lockstep.faults.partial_proxies import BetterOfTwo, Unsaid, drawn_at
+from lockstep.faults.proxies import edits, numbers_of, with_numbers
 from lockstep.parity.evidence import gather
-from lockstep.parity.faults import FAULTS
+from lockstep.parity.explain.numerics.precision import Form, nearest
+from lockstep.parity.explain.semantics.alignment import examine
+from lockstep.parity.explain.semantics.prompt_edits import retokenised
 from lockstep.parity.ladder import climb
+from lockstep.parity.layers import semantics as layer1_semantics
 from lockstep.parity.pair import Sampled
-from lockstep.parity.partial_proxies import BetterOfTwo, Unsaid, drawn_at
-from lockstep.parity.precision import Form, nearest
-from lockstep.parity.prompt_edits import retokenised
-from lockstep.parity.proxies import edits, numbers_of, with_numbers
 from lockstep.parity.search import Search, keep_looking
 from lockstep.policy.packing import Group
 
@@ -115,7 +115,7 @@ def test_draws_that_are_a_little_off_are_seen(pair, recipe, proxy, monkeypatch):
 @pytest.fixture(scope="module")
 def coarse(recipe, tmp_path_factory):
     """An engine in bf16 in front of a trainer in fp32, with a clip range that cannot bear it."""
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
 
     sets = ["engine.dtype=bfloat16", "objective.clip_low=0.002", "objective.clip_high=0.002", "parity.draw_tokens=0"]
     with open_session(with_sets(recipe, sets), tmp_path_factory.mktemp("run") / "engine.log", print) as opened:

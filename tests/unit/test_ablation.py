@@ -3,7 +3,7 @@
 import pytest
 
 from lockstep.config.recipe import parse_recipe, with_sets
-from lockstep.loop.ablation import ablate
+from lockstep.diagnose.ablation import ablate
 
 TABLE = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
 

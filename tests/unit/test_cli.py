@@ -95,9 +95,9 @@ def test_a_fault_that_is_not_known_is_refused_without_torch(verb):
 
 
 def test_the_catalogue_names_only_ways_to_break_the_trainer_that_there_are():
-    from lockstep.parity.faults import FAULTS
+    from lockstep.faults.catalogue import FAULTS
 
-    code = ast.parse((ROOT / "src" / "lockstep" / "parity" / "planted_trainer.py").read_text())  # to import it takes torch
+    code = ast.parse((ROOT / "src" / "lockstep" / "faults" / "trainer.py").read_text())  # to import it takes torch
     written = {node.name for node in code.body if isinstance(node, ast.FunctionDef)}
     named = {fault.trainer.__closure__[0].cell_contents for fault in FAULTS.values() if fault.trainer}
     assert len(named) >= 9
@@ -324,7 +324,7 @@ def test_the_faults_are_listed_and_an_unknown_one_is_refused():
 
 def test_the_confusion_matrix_counts_every_outcome():
     from lockstep.cli.faults import confusion, show_matrix
-    from lockstep.loop.campaign import Outcome
+    from lockstep.faults.campaign import Outcome
 
     def outcome(planted, found, *, cause="x", statuses=("PASS", "FAIL"), not_run=""):
         return Outcome(

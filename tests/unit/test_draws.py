@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.parity.draws import CROWD, POWER, TILTS, Drawn, weigh
+from lockstep.parity.explain.semantics.draws import CROWD, POWER, TILTS, Drawn, weigh
 from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
 
 SIMULATIONS = 200

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.parity.grammar import hidden_mask, masks
-from lockstep.parity.sampler import Held
+from lockstep.parity.explain.semantics.grammar import hidden_mask, masks
+from lockstep.parity.explain.semantics.sampler import Held
 from lockstep.policy.packing import Group
 
 TEXTS = ["", *"0123456789", *"abcdefghijklmnop", *(a + b for a in "abcé7 " for b in "xyzü3\n")]

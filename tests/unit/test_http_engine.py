@@ -15,8 +15,8 @@ from lockstep.cli.console import OBEYED, printable
 from lockstep.engines.base import EngineSpec
 from lockstep.engines.openai_http import connect
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
+from lockstep.parity.explain.semantics.prompt_edits import miscounted_prompts
 from lockstep.parity.pair import Sampled
-from lockstep.parity.prompt_edits import miscounted_prompts
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 from lockstep.records.versions import WeightUpdate
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.parity.hypotheses import candidate_logprobs, candidates_of, edit, fits
+from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of, edit, fits
 from lockstep.policy.model import load_policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import SamplingParams

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from lockstep.errors import UsageError
-from lockstep.parity.logged_file import LARGEST_ID, read_logged
+from lockstep.parity.logged.file import LARGEST_ID, read_logged
 from lockstep.records.tokens import SamplingParams
 
 SHARP = SamplingParams(max_tokens=16, temperature=0.25)

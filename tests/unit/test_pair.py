@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lockstep.parity.layer4_numerics import _note
+from lockstep.parity.layers.numerics import _note
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import NOISE
 

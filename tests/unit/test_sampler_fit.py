@@ -5,11 +5,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from lockstep.parity.hypotheses import candidate_logprobs, candidates_of, hidden_of
-from lockstep.parity.logit_bias import BiasFit
-from lockstep.parity.pair import Sampled
-from lockstep.parity.penalties import PenaltyFit, seen_before
-from lockstep.parity.sampler import (
+from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of, hidden_of
+from lockstep.parity.explain.semantics.logit_bias import BiasFit
+from lockstep.parity.explain.semantics.penalties import PenaltyFit, seen_before
+from lockstep.parity.explain.semantics.sampler import (
     Held,
     examine_draws,
     fitted_temperature,
@@ -18,6 +17,7 @@ from lockstep.parity.sampler import (
     hidden_temperature,
     tokens_of_every_part,
 )
+from lockstep.parity.pair import Sampled
 from lockstep.policy.model import load_policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import kept

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from lockstep.parity.explain.semantics.transforms import transform
 from lockstep.parity.tolerances import NOISE
-from lockstep.parity.transforms import transform
 
 FP32 = NOISE["torch.float32"]
 OWNERS = np.repeat(np.arange(4), 16)

@@ -31,7 +31,7 @@ def run_audit(
     if before not in VERSIONS:
         raise UsageError("flag --from", got=before, expected=f"one of {', '.join(VERSIONS)}", hint="--from 0.8.5")
     recipe = _recipe(path, url, overrides, engine)
-    from lockstep.loop.session import open_engine
+    from lockstep.loop.open import open_engine
 
     with (
         Console() as console,

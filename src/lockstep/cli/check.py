@@ -12,7 +12,7 @@ from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
     from lockstep.config.recipe import Recipe
-    from lockstep.loop.session import Say, Session
+    from lockstep.loop.open import Say, Session
     from lockstep.parity.ladder import LadderResult
 
 DEPTHS = ("quick", "standard", "full")
@@ -95,7 +95,7 @@ def _refuse_contradictions(recipe: Path | None, engine: str | None, url: str | N
 def _climb(
     recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say", key: bytes, api_key_env: str
 ) -> "LadderResult":
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
     from lockstep.runs.durable import make_directory
 
     make_directory(directory)
@@ -104,7 +104,7 @@ def _climb(
         from lockstep.parity.ladder import climb
         from lockstep.runs.write import append_verdict
 
-        deeper = _deeper(session, say) if depth == "full" else {}
+        deeper = _deeper(session) if depth == "full" else {}
         result = climb(session.pair, lambda layer: say(f"ladder: {layer}"), deeper)
         for verdict in result.verdicts:
             append_verdict(directory / "verdicts.jsonl", verdict, "check")
@@ -116,12 +116,12 @@ def _climb(
     return result
 
 
-def _deeper(session: "Session", say: "Say") -> dict:
-    from lockstep.loop import factors
-    from lockstep.parity import in_flight
+def _deeper(session: "Session") -> dict:
+    from lockstep.loop.open import open_engine
+    from lockstep.parity.deep import factors, in_flight
 
     return {
-        "path": lambda verdict: factors.deepen(session.pair, say, verdict),
+        "path": lambda verdict: factors.deepen(session.pair, verdict, open_engine),
         "weights": lambda verdict: in_flight.deepen(session.pair, verdict),
     }
 
@@ -171,7 +171,7 @@ def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:
 
 def _holds(path: Path, recipe: "Recipe", key: bytes, api_key_env: str, *, as_json: bool) -> int:
     """Compare a certificate with the pair as it is now. Returns the exit code: 0 while it holds, 1 when anything changed."""
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
     from lockstep.parity.certificate import changes, read_certificate
 
     issued = read_certificate(path, key)

@@ -21,7 +21,7 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
 
 def planted(names: list[str] | None) -> tuple[str, ...]:
     """The faults of ``--plant``, known by name."""
-    from lockstep.parity.faults import planted as known
+    from lockstep.faults.catalogue import planted as known
 
     return known(names or [])
 

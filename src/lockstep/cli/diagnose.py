@@ -24,7 +24,7 @@ def diagnose(
     from lockstep.cli.common import recipe_of
 
     loaded = recipe_of(recipe, set_, engine)
-    from lockstep.loop.ablation import ablate, mended
+    from lockstep.diagnose.ablation import ablate, mended
     from lockstep.parity.tolerances import noise_of
 
     with Console() as console:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lockstep.config.recipe import Recipe
-    from lockstep.loop.campaign import Outcome
-    from lockstep.parity.fault import Fault
+    from lockstep.faults.campaign import Outcome
+    from lockstep.faults.fault import Fault
 
 DEFAULT = Path("recipes/quickstart.toml")
 
@@ -34,7 +34,7 @@ def faults(
     be planted.
     """
     from lockstep.cli.common import recipe_of
-    from lockstep.parity.faults import FAULTS
+    from lockstep.faults.catalogue import FAULTS
 
     chosen = [FAULTS[name] for name in only or FAULTS if name in FAULTS]
     if len(chosen) != len(only or FAULTS):
@@ -73,8 +73,8 @@ def _campaign(recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, 
     import tempfile
 
     from lockstep.engines.registry import choose
-    from lockstep.loop.campaign import clean_configurations, generation_of, run_campaign
-    from lockstep.loop.journal import Journal
+    from lockstep.faults.campaign import clean_configurations, generation_of, run_campaign
+    from lockstep.faults.journal import Journal
     from lockstep.runs.durable import make_directory
 
     names = [fault.name for fault in chosen]

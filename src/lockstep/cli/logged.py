@@ -28,8 +28,8 @@ def check_logged(
         UsageError: for a file or a model that cannot be used.
     """
     loaded = _recipe(recipe, model, overrides)
-    from lockstep.parity.logged import judge
-    from lockstep.parity.logged_file import read_logged
+    from lockstep.parity.logged.file import read_logged
+    from lockstep.parity.logged.judge import judge
     from lockstep.policy.model import load_policy
     from lockstep.policy.pretrained import resolve_model
     from lockstep.rendering import Renderer

@@ -38,7 +38,7 @@ def train(
 
     loaded, layout = _run_of(recipe, set_, engine, out, resume, go_on=go_on)
     faults, key = planted(plant), read_key(sign_key, "--sign-key") if sign_key else b""
-    from lockstep.loop.session import preflight
+    from lockstep.loop.open import preflight
 
     preflight(loaded, api_key_env)
     resumed = layout is not None
@@ -114,7 +114,7 @@ class _Extras:
 
 
 def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], extras: _Extras, *, resumed: bool) -> None:
-    from lockstep.loop.session import open_session
+    from lockstep.loop.open import open_session
     from lockstep.runs.manifest import refuse_other_run, write_manifest
 
     with open_session(recipe, layout.engine_log, say, extras.faults, extras.api_key_env) as session:

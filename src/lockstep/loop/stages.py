@@ -19,13 +19,13 @@ import numpy as np
 
 from lockstep.config.recipe import Recipe
 from lockstep.errors import ParityError, RewardError, WeightSyncError
-from lockstep.loop.session import Session
-from lockstep.parity import layer3_weights
+from lockstep.loop.open import Session
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.causes import finding
 from lockstep.parity.certificate import issue, void
 from lockstep.parity.gate import Gate
 from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
+from lockstep.parity.layers import weights as layer3_weights
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.records.tokens import SamplingParams

@@ -150,7 +150,7 @@ CAUSES: dict[str, Cause] = _of(
         "unexplained_semantics": (
             "No hypothesis explains the engine's log-probabilities, although its re-score at T = 1 is the trainer's.",
             "Every candidate is fitted, and the prompts edited in every known way; the best is too far off.",
-            "Compare the engine's sampler with the list of candidates in parity/hypotheses.py.",
+            "Compare the engine's sampler with the list of candidates in parity/explain/semantics/hypotheses.py.",
         ),
     },
 )

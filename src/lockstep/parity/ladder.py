@@ -11,11 +11,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lockstep.parity import layer1_semantics, layer2_path, layer3_weights, layer4_numerics, layer5_objective
 from lockstep.parity.canary import Canary
 from lockstep.parity.evidence import gather, steadied
+from lockstep.parity.explain.numerics.precision import presumed_dtype
+from lockstep.parity.layers import numerics, objective, path, semantics, weights
 from lockstep.parity.pair import Pair
-from lockstep.parity.precision import presumed_dtype
 from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
 
 PROOF_TOKENS = 64
@@ -65,11 +65,11 @@ def climb(
     pair.presumed_dtype = presumed_dtype(pair, evidence)
     proof = Canary.of(evidence.neutral, PROOF_TOKENS)
     steps: dict[LayerName, Callable[[list[Verdict]], Verdict]] = {
-        "semantics": lambda done: layer1_semantics.judge(pair, evidence),
-        "path": lambda done: layer2_path.judge(pair, evidence),
-        "weights": lambda done: layer3_weights.judge(pair, proof, evidence.neutral),
-        "numerics": lambda done: layer4_numerics.judge(pair, evidence, done[1]),
-        "objective": lambda done: layer5_objective.judge(pair, pair.seed),
+        "semantics": lambda done: semantics.judge(pair, evidence),
+        "path": lambda done: path.judge(pair, evidence),
+        "weights": lambda done: weights.judge(pair, proof, evidence.neutral),
+        "numerics": lambda done: numerics.judge(pair, evidence, done[1]),
+        "objective": lambda done: objective.judge(pair, pair.seed),
     }
     # What the engine cannot do is NOT_RUN with its own reason, and does not keep the layers after it from being judged.
     load = pair.engine.ready.capabilities["load"]

@@ -46,7 +46,7 @@ class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     id: int
     update: WeightUpdate
     faults: tuple[str, ...] = ()
-    """Planted faults (``parity/faults.py``); empty outside tests."""
+    """Planted faults (``faults/catalogue.py``); empty outside tests."""
     mode: LoadMode = "wait"
 
 

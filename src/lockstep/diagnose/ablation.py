@@ -1,0 +1,160 @@
+"""Controlled ablation: one factor at a time from a failing configuration to a good one, each step measured on real engines.
+
+    failing ──mend factor 1──► ──mend factor 2──► … ──► good
+       gap₀           gap₁              gap₂             gapₙ = what is left unexplained
+
+The effect of a factor is what its step takes off the mean |gap|, so the effects and the rest sum to the total. How much each
+would take off *alone* is measured too: where the two differ, factors act together.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+
+from lockstep.config.recipe import Recipe, with_sets
+from lockstep.loop.open import Say, open_session
+from lockstep.metrics.reduce import bootstrap_mean_ci95
+from lockstep.parity.pair import draw
+from lockstep.parity.probes import probe_prompts
+from lockstep.records.tokens import SamplingParams
+
+NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+}
+"""Sampling that the trainer scores as it is drawn. The temperature is no fault: it stays."""
+
+
+class Factor(Struct, frozen=True, kw_only=True):
+    """One difference between the failing configuration and a good one."""
+
+    name: str
+    """``engine.options.logprobs_mode=raw_logprobs → the default of Lockstep``."""
+    flag: str
+    """What mends it."""
+    effect_nats: float = float("nan")
+    """Mean |gap| that mending it takes off, after those before it were mended."""
+    alone_nats: float = float("nan")
+    """Mean |gap| that mending it alone takes off the failing configuration."""
+
+
+class Ablation(Struct, frozen=True, kw_only=True):
+    """What explains a gap."""
+
+    total_nats: float
+    """Mean |trainer − engine| of the failing configuration."""
+    ci95: tuple[float, float]
+    factors: tuple[Factor, ...]
+    unexplained_nats: float
+    """What is left with every factor mended."""
+
+
+Measure = Callable[[Recipe], tuple[float, tuple[float, float]]]
+
+
+def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callable[[Recipe], Recipe]]]:
+    """Everything in which a recipe differs from what Lockstep would set, in the ladder's order.
+
+    Args:
+        version: an engine version that is known to be good, to go over to last.
+    """
+    found: list[tuple[Factor, Callable[[Recipe], Recipe]]] = []
+    for name, neutral in NEUTRAL.items():
+        value = getattr(recipe.sampling, name)
+        if value != neutral:
+            flag = f"--set sampling.{name}={neutral}"
+            found.append((Factor(name=f"sampling.{name}={value}", flag=flag), _sampling(name, neutral)))
+    options = recipe.engine.options if recipe.engine.name != "openai" else {}  # a server's settings are its owner's
+    for name, value in options.items():
+        flag = f"leave engine.options.{name} out"
+        found.append((Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name)))
+    for name in ("head_dtype", "dtype"):
+        asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
+        if asked not in (None, own) or (asked is not None and own != "float32"):
+            found.append((Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}"), _engine(name, None)))
+    for name in ("head_dtype", "dtype"):
+        if getattr(recipe.model, name) != "float32":
+            text = f"model.{name}={getattr(recipe.model, name)}"
+            found.append((Factor(name=text, flag=f"--set model.{name}=float32"), _model(name)))
+    if version is not None:
+        text = f"engine.version={recipe.engine.version or 'newest'}"
+        found.append((Factor(name=text, flag=f"--set engine.version={version}"), _engine("version", version)))
+    return found
+
+
+def mended(recipe: Recipe, version: str | None) -> Recipe:
+    """The good configuration: every factor mended."""
+    for _, mend in factors_of(recipe, version):
+        recipe = mend(recipe)
+    return recipe
+
+
+def _sampling(name: str, value: Any) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, sampling=replace(recipe.sampling, **{name: value}))
+
+
+def _without_option(name: str) -> Callable[[Recipe], Recipe]:
+    def mend(recipe: Recipe) -> Recipe:
+        options = {key: value for key, value in recipe.engine.options.items() if key != name}
+        return replace(recipe, engine=replace(recipe.engine, options=options))
+
+    return mend
+
+
+def _engine(name: str, value: Any) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, engine=replace(recipe.engine, **{name: value}))
+
+
+def _model(name: str) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: with_sets(recipe, [f"model.{name}=float32"])
+
+
+def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | None = None) -> Ablation:
+    """Measure the failing configuration, then every step towards the good one; engines are started as needed.
+
+    Raises:
+        EngineError: when an engine does not start.
+    """
+    measure = measure or _measure
+    known: dict[bytes, tuple[float, tuple[float, float]]] = {}
+
+    def measured(configuration: Recipe, what: str) -> tuple[float, tuple[float, float]]:
+        key = msgspec.json.encode(configuration)
+        if key not in known:
+            say(f"diagnose: {what}")
+            known[key] = measure(configuration)
+        return known[key]
+
+    total, interval = measured(recipe, "as it is")
+    at, gap, found = recipe, total, []
+    for factor, mend in factors_of(recipe, version):
+        alone, _ = measured(mend(recipe), f"{factor.name} mended alone")
+        at = mend(at)
+        left, _ = measured(at, f"{factor.name} mended besides")
+        found.append(msgspec.structs.replace(factor, effect_nats=gap - left, alone_nats=total - alone))
+        gap = left
+    return Ablation(total_nats=total, ci95=interval, factors=tuple(found), unexplained_nats=gap)
+
+
+def _measure(recipe: Recipe) -> tuple[float, tuple[float, float]]:
+    """Mean |trainer − engine| on the probes with the recipe's own sampling, nats, and its 95 % interval."""
+    with (
+        tempfile.TemporaryDirectory(prefix="lockstep-diagnose-") as scratch,
+        open_session(recipe, Path(scratch) / "engine.log", lambda text: None) as session,
+    ):
+        pair, parity = session.pair, recipe.parity
+        sampling: SamplingParams = replace(recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
+        sample = draw(pair, probe_prompts(pair, parity.probe_prompts, pair.seed), sampling, pair.seed)
+        gap = np.abs(sample.scored(pair.policy) - sample.engine_logprobs)
+        return float(gap.mean()), bootstrap_mean_ci95(gap, sample.owners)

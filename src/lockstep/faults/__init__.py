@@ -1,0 +1,1 @@
+"""Breaks a backend on purpose, and holds the ladder to naming it."""

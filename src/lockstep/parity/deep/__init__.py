@@ -1,0 +1,1 @@
+"""What ``--depth full`` adds: factors of the path, updates in flight."""

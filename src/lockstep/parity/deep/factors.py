@@ -1,0 +1,148 @@
+"""Full depth: one factor of the engine's path at a time, each on an engine that is started with it and compared with itself.
+
+    recipe's engine ── passes ──►  same, prefill in portions      ─► A against its own B, corruption
+                                   same, asynchronous scheduling  ─► …
+                                   same, a starved KV cache       ─► …
+
+The trainer has no part in it, so only engines are started. What an engine cannot be started with is NOT_RUN, and said.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.config.recipe import Recipe
+from lockstep.engines.base import Engine
+from lockstep.errors import EngineDied, LockstepError
+from lockstep.metrics.reduce import quantiles_abs
+from lockstep.parity.causes import finding
+from lockstep.parity.evidence import within
+from lockstep.parity.explain.path.corruption import corrupted
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.probes import LONGEST, ROOM, probe_prompts
+from lockstep.records.messages import Ready
+from lockstep.records.tokens import SamplingParams
+from lockstep.records.verdicts import Finding, Verdict
+
+PROMPTS = 16
+BLOCK = 32
+"""Tokens of a small cache block, after which a decoding request asks for another; the CPU's attention wants multiples of 32."""
+SPARE_BLOCKS = 4
+"""Beyond what one request of that length needs: fewer and the engine refuses to start."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One way through the engine, by the engine's own options."""
+
+    cause: str
+    options: Callable[[Ready], dict[str, Any]]
+    """Of the recipe's engine as it resolved."""
+    tokens: int = 16
+    """Sampled of each probe."""
+    counter: str = ""
+    """The engine's own count of what is switched on; while it is 0, nothing was measured."""
+
+
+def _starved(ready: Ready) -> dict[str, Any]:
+    """A cache of small blocks that holds little more than the longest probe: decoding requests run out of it."""
+    longest = min(int(ready.resolved["model_config.max_model_len"]), LONGEST + BLOCK + ROOM)
+    blocks = -(-longest // BLOCK) + SPARE_BLOCKS
+    return {"num_gpu_blocks_override": blocks, "block_size": BLOCK, "max_model_len": longest, "disable_log_stats": False}
+
+
+FACTORS = (
+    # 64 tokens a step: the longer probes are prefilled in two or three portions beside the decodes of the others.
+    Factor("chunked_prefill", lambda _: {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}),
+    Factor("async_scheduling", lambda _: {"async_scheduling": True}),
+    Factor("preemption", _starved, tokens=BLOCK, counter="num_preemptions"),
+)
+GENERATIONS = ("V1",)
+
+
+Opener = Callable[[Recipe, Path, Callable[[str], None]], AbstractContextManager[Engine]]
+"""Starts an engine on a recipe, with its log file and someone to tell."""
+
+
+def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
+    """Layer 2's verdict with every factor measured besides, each on an engine that ``open_engine`` starts.
+
+    A failing factor fails the layer.
+    """
+    ready, findings, figures, skipped = pair.engine.ready, list(path.findings), dict(path.figures), []
+    for factor in FACTORS if ready.generation in GENERATIONS else ():
+        pair.say(f"ladder: path: {factor.cause.replace('_', ' ')}")
+        options = factor.options(ready)
+        try:
+            sample, rescored, counted = _measure(pair, factor, options, open_engine)
+        except _NotStartedError as error:
+            skipped.append(f"{factor.cause}: {error}")
+            continue
+        except EngineDied as error:
+            size, text = np.full(1, np.nan), f"the engine died with {options}: {error.got}"
+            findings.append(finding(factor.cause, size, np.zeros(1, int), text, pair.engine.fix(factor.cause)))
+            continue
+        gap = sample.engine_logprobs - rescored
+        figures |= {factor.counter: counted} if factor.counter else {}
+        figures |= {f"{factor.cause}_abs_{name}_nats": value for name, value in quantiles_abs(gap).items()}
+        found = _judge(pair, factor, options, sample, rescored)
+        findings += [found] if found is not None else []
+    if ready.generation not in GENERATIONS:
+        skipped.append(f"no factor can be switched in {ready.engine} {ready.version}")
+    figures["factors_not_run"] = skipped
+    told = [factor.cause.replace("_", " ") for factor in FACTORS if f"{factor.cause}_abs_max_nats" in figures]
+    summary = f"{path.summary}; {', '.join(told) or 'no factor'} too{'; not run: ' + '; '.join(skipped) if skipped else ''}"
+    if findings:
+        summary = f"the engine disagrees with itself: {findings[0].cause.replace('_', ' ')}"
+    return Verdict(
+        layer="path",
+        status="FAIL" if findings else path.status,
+        summary=summary,
+        n_tokens=path.n_tokens,
+        findings=tuple(findings),
+        figures=figures,
+    )
+
+
+class _NotStartedError(Exception):
+    """The engine does not start with the factor, or ignores it."""
+
+
+def _measure(pair: Pair, factor: Factor, options: dict[str, Any], open_engine: Opener) -> tuple[Sampled, np.ndarray, float]:
+    """A sample, its own re-score, and the factor's count, on an engine with the factor on.
+
+    No seeds: vLLM 0.32 cannot chunk a seeded prompt.
+    """
+    recipe = replace(pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | options))
+    prompts = probe_prompts(pair, PROMPTS, pair.seed)
+    room = int(options.get("max_model_len", recipe.engine.max_model_len)) - max(map(len, prompts)) - 1
+    plain = SamplingParams(max_tokens=min(factor.tokens, room))
+    with tempfile.TemporaryDirectory(prefix="lockstep-factor-") as scratch, ExitStack() as stack:
+        try:
+            engine = stack.enter_context(open_engine(recipe, Path(scratch) / "engine.log", lambda text: None))
+        except LockstepError as error:
+            raise _NotStartedError(ascii(error.got)) from error
+        resolved = {key.rpartition(".")[2]: value for key, value in engine.ready.resolved.items()}
+        ignored = [name for name, value in options.items() if resolved.get(name, value) != value]
+        if ignored:
+            raise _NotStartedError(f"{ignored[0]} resolved to {resolved[ignored[0]]}")
+        sample = Sampled(prompts, engine.sample(prompts, [plain] * len(prompts)), plain)
+        counted = engine.counters().get(factor.counter, 0.0)
+        if factor.counter and not counted:
+            raise _NotStartedError(f"the engine counts no {factor.counter}")
+        return sample, sample.rescored(engine), counted
+
+
+def _judge(pair: Pair, factor: Factor, options: dict[str, Any], sample: Sampled, rescored: np.ndarray) -> Finding | None:
+    gap = sample.engine_logprobs - rescored
+    found = corrupted(pair, sample, rescored)
+    if found is None and within(pair.engine_noise, gap):
+        return None
+    text = found.evidence() if found is not None else f"A − B reaches {np.abs(gap).max():.1e} nats with {options}"
+    return finding(factor.cause, np.abs(gap), sample.owners, text, pair.engine.fix(factor.cause))

@@ -1,0 +1,64 @@
+"""Layer 3 at full depth: updates under requests in flight, proven by piecewise replay in both modes."""
+
+import numpy as np
+
+from lockstep.parity.causes import finding
+from lockstep.parity.deep.replay import Replayed, replay
+from lockstep.parity.evidence import within
+from lockstep.parity.pair import Pair
+from lockstep.parity.tolerances import REPLAY_WRONG_MULTIPLE
+from lockstep.records.verdicts import Finding, Verdict
+from lockstep.records.versions import LoadMode
+
+MODES: tuple[LoadMode, ...] = ("keep", "recompute")
+
+
+def deepen(pair: Pair, weights: Verdict) -> Verdict:
+    """Layer 3's verdict with both modes replayed besides; a mode that does not fit fails it."""
+    capability = pair.engine.ready.capabilities["pause_keep"]
+    if not capability.supported:
+        summary = f"{weights.summary}; updates in flight not run: {capability.how}"
+        return _with(weights, summary, [], {"in_flight_not_run": capability.how}, 0)
+    figures, findings, n = {}, [], 0
+    for mode in MODES:
+        found = replay(pair, mode)
+        figures |= {
+            f"in_flight_{mode}_{name}_abs_max_nats": float(part.max()) if part.size else float("nan")
+            for name, part in (("before", found.before), ("after", found.right), ("wrong_assumption", found.wrong))
+        }
+        figures[f"in_flight_{mode}_n_tokens"] = found.right.size
+        figures[f"in_flight_{mode}_told_apart"] = bool(
+            found.right.size and found.wrong.mean() >= REPLAY_WRONG_MULTIPLE * found.right.mean()
+        )
+        n += found.before.size + found.right.size
+        findings += _findings(pair, found)
+    lone = [mode for mode in MODES if not figures[f"in_flight_{mode}_n_tokens"]]
+    if lone and not findings:
+        reason = f"mode {lone[0]}: no completion spanned the switch, so nothing was compared; more probe tokens make it likelier"
+        return Verdict(layer="weights", status="NOT_RUN", summary="not judged", reason=reason, figures=weights.figures | figures)
+    proven = " and ".join(f"{figures[f'in_flight_{mode}_after_abs_max_nats']:.0e} ({mode})" for mode in MODES)
+    return _with(weights, f"{weights.summary}; in flight, token by token, to {proven}", findings, figures, n)
+
+
+def _findings(pair: Pair, found: Replayed) -> list[Finding]:
+    if not found.right.size:
+        return []
+    right = np.r_[found.before, found.right]
+    if within(pair.noise, right):
+        return []
+    text = (
+        f"mode {found.mode}: before the switch {found.before.max():.1e} nats, after it {found.right.max():.1e}, "
+        f"under the other assumption {found.wrong.max():.1e} (largest)"
+    )
+    return [finding("in_flight_update", right, np.zeros(right.size, int), text, pair.engine.fix("in_flight_update"))]
+
+
+def _with(weights: Verdict, summary: str, findings: list[Finding], figures: dict, n: int) -> Verdict:
+    return Verdict(
+        layer="weights",
+        status="FAIL" if findings else weights.status,
+        summary=f"after an update in flight, {findings[0].evidence}" if findings else summary,
+        n_tokens=weights.n_tokens + n,
+        findings=(*weights.findings, *findings),
+        figures=weights.figures | figures,
+    )

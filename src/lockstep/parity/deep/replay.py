@@ -1,0 +1,106 @@
+"""Piecewise replay: are tokens that were sampled across an in-flight update scored by the weights that really drew them?
+
+While the engine samples, perturbed weights are loaded under it. Each completion is then replayed by the trainer: what lies before
+the switch under the old weights; what lies after it under the new ones, over a cache that the old ones filled (mode ``keep``) or
+over one of their own (mode ``recompute``). The assumption that is *not* in force is scored too: it must not fit.
+"""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.parity.layers.weights import PROBE_VERSION, perturbed
+from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.probes import probe_prompts
+from lockstep.policy.packing import Group
+from lockstep.policy.replay import kept_cache_logprobs, weights
+from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
+from lockstep.records.versions import LoadMode
+
+PROMPTS = 6
+TOKENS = 64
+EARLIEST = 0.3
+"""Of the time that the sample takes undisturbed: when the load begins."""
+
+
+@dataclass(eq=False)
+class Replayed:
+    """|trainer − engine|, nats, of tokens across one switch; float [tokens]."""
+
+    mode: LoadMode
+    n_spanning: int
+    """Completions with tokens on both sides of the switch."""
+    before: np.ndarray
+    """Tokens before the switch, under the old weights."""
+    kept: np.ndarray
+    """Tokens after it, under the new weights over the old cache."""
+    recomputed: np.ndarray
+    """The same tokens, under the new weights throughout."""
+
+    @property
+    def right(self) -> np.ndarray:
+        """After the switch, under the assumption of :attr:`mode`."""
+        return self.kept if self.mode == "keep" else self.recomputed
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """After the switch, under the other one."""
+        return self.recomputed if self.mode == "keep" else self.kept
+
+
+def replay(pair: Pair, mode: LoadMode) -> Replayed:
+    """Update in flight, replay, and put the weights back on both sides.
+
+    Raises:
+        CapabilityError: when this engine cannot load under requests in flight.
+    """
+    pair.engine.need("pause_keep")
+    limit = pair.recipe.engine.max_model_len
+    sampling = SamplingParams(max_tokens=min(TOKENS, limit // 2))
+    prompts = [prompt[: limit - sampling.max_tokens - 1] for prompt in probe_prompts(pair, PROMPTS, pair.seed)]
+    began = time.perf_counter()
+    draw(pair, prompts, sampling, pair.seed)
+    undisturbed = time.perf_counter() - began
+    try:
+        with perturbed(pair, pair.seed) as before, ThreadPoolExecutor(1) as pool:
+            drawn = pool.submit(draw, pair, prompts, sampling, pair.seed + 7)
+            time.sleep(EARLIEST * undisturbed)
+            pair.sync(PROBE_VERSION, mode)
+            return _against(pair, drawn.result(), before, mode)
+    finally:
+        pair.sync(pair.version)
+
+
+def _against(pair: Pair, sample: Sampled, before: dict, mode: LoadMode) -> Replayed:
+    """The trainer holds the new weights."""
+    pieces, engine = [], []
+    for prompt, completion in zip(sample.prompts, sample.completions, strict=True):
+        spans = completion.version_spans
+        if [span.version for span in spans] == [pair.version, PROBE_VERSION]:
+            pieces.append((prompt, np.frombuffer(completion.token_ids, INT32), spans[0].stop))
+            engine.append(np.frombuffer(completion.logprobs, FLOAT32))
+    if not pieces:
+        empty = np.empty(0, np.float32)
+        return Replayed(mode, 0, empty, empty, empty)
+    groups = [Group(prompt, [tokens]) for prompt, tokens, _ in pieces]
+    new = pair.policy.score(groups, 1.0)
+    with weights(before):
+        old = pair.policy.score(groups, 1.0)
+    kept = kept_cache_logprobs(pair.policy, pieces, before, 1.0)
+    after = [e[n:] for e, (_, _, n) in zip(engine, pieces, strict=True)]
+    return Replayed(
+        mode,
+        len(pieces),
+        before=_gap(
+            [o[:n] for o, (_, _, n) in zip(old, pieces, strict=True)],
+            [e[:n] for e, (_, _, n) in zip(engine, pieces, strict=True)],
+        ),
+        kept=_gap(kept, after),
+        recomputed=_gap([c[n:] for c, (_, _, n) in zip(new, pieces, strict=True)], after),
+    )
+
+
+def _gap(trainer: list[np.ndarray], engine: list[np.ndarray]) -> np.ndarray:
+    return np.abs(np.concatenate(trainer) - np.concatenate(engine))

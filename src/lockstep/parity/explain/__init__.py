@@ -1,0 +1,1 @@
+"""Names the cause of a gap: everything that fits, tries and tells."""

@@ -1,0 +1,1 @@
+"""Layer 1: which distribution, which tokens."""

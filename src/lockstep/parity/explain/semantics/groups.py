@@ -1,0 +1,77 @@
+"""Layer 1: requests for several samples, as training makes them. Everything else is judged on requests for one."""
+
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.parity.evidence import Evidence, Floors, within
+from lockstep.parity.explain.fitting import miss_of
+from lockstep.parity.explain.rows import Mangled
+from lockstep.parity.explain.semantics.alignment import examine, transformed
+from lockstep.parity.explain.semantics.draws import draw_groups
+from lockstep.parity.explain.semantics.unasked import unasked
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.probes import probe_prompts
+from lockstep.parity.tolerances import EXPLAINS, LOG_CHANCE
+from lockstep.policy.packing import Group
+from lockstep.records.tokens import SamplingParams
+
+PROMPTS = 4
+TOKENS = 8
+"""Of each sample."""
+
+
+def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, Sampled, np.ndarray]:
+    """Draw ``training.group_size`` samples of a few prompts: what is wrong with them, they, and trainer − engine, float32 [T].
+
+    Only where one sample a request is right: then what is wrong here is wrong because of n. The prompts are new ones, for a
+    warm prefix cache is layer 2's.
+    """
+    shortest = sorted(probe_prompts(pair, 2 * PROMPTS, pair.seed + 1), key=len)[:PROMPTS]
+    sampling = replace(asked, n=pair.recipe.training.group_size, max_tokens=TOKENS)
+    sample = draw_groups(pair, shortest, sampling)
+    if sample.missing:
+        text = f"{sample.missing} of {sample.engine_logprobs.size} tokens came without a finite log-probability"
+        return Mangled("missing_logprobs", _only(sampling, text)), sample, np.full(1, np.nan, np.float32)
+    groups: dict[int, Group] = {}
+    for prompt, completion in zip(sample.prompts, sample.groups, strict=True):
+        found = groups.setdefault(id(prompt), Group(prompt, []))
+        groups[id(prompt)] = Group(prompt, [*found.completions, completion.completions[0]])
+    trainer = np.concatenate(pair.policy.score(list(groups.values()), sampling.temperature or 1.0))
+    gap = trainer - sample.engine_logprobs
+    found = _repeated(list(groups.values()), trainer) if within(pair.noise, gap) else _explained(pair, sample, trainer)
+    return (None if found is None else Mangled(found.cause, _only(sampling, found.evidence))), sample, gap
+
+
+def _only(sampling: SamplingParams, text: str) -> str:
+    return f"only where one request asks for n = {sampling.n} samples: {text}"
+
+
+def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
+    """Samples of one prompt that are alike more often than chance makes them."""
+    log_chance, count, at = 0.0, 0, 0
+    for group in groups:
+        known: dict[bytes, int] = {}
+        for ids in group.completions:
+            earlier = known.get(ids.tobytes(), 0)
+            if earlier:
+                log_chance += min(float(trainer[at : at + len(ids)].sum()) + np.log(len(group.completions)), 0.0)
+                count += 1
+            known[ids.tobytes()] = earlier + 1
+            at += len(ids)
+    if log_chance >= LOG_CHANCE:
+        return None
+    return Mangled("draws_differ", f"{count} samples repeat another of their prompt; the chance of that is e^{log_chance:.0f}")
+
+
+def _explained(pair: Pair, sample: Sampled, trainer: np.ndarray) -> Mangled:
+    """What is wrong with the numbers, as far as layer 1 knows it. The trainer stands in for the engine's re-score."""
+    n = trainer.size
+    floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))
+    evidence = Evidence(sample, sample, sample, trainer, trainer, trainer, floors)
+    size = np.abs(trainer - sample.engine_logprobs)
+    found = transformed(pair, evidence)
+    if found is None:
+        hidden = unasked(pair, sample, min(pair.noise.p50, EXPLAINS * miss_of(size)))
+        found = None if hidden is None else Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
+    text = f"the trainer differs by {np.median(size):.1e} nats in the median, {size.max():.1e} at most{pair.search.told()}"
+    return found or examine(pair, evidence) or Mangled("unexplained_semantics", text)

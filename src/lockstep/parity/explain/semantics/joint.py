@@ -1,0 +1,128 @@
+"""Layer 1: a truncation together with a penalty or another temperature, where neither alone explains the numbers.
+
+What goes before the truncation is one number, which is fitted; for each of its values one sort gives the numbers under every
+top-k at once, and under the top-p that the kept masses point to.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.parity.explain.fitting import fitted, miss_of
+from lockstep.parity.explain.semantics.hypotheses import penalised
+from lockstep.parity.explain.semantics.sampler import (
+    LARGEST_TOP_K,
+    SCREEN_SLACK,
+    SCREENED_TOKENS,
+    TEMPERATURES,
+    Explained,
+    Held,
+    spread,
+)
+from lockstep.parity.tolerances import EXPLAINS
+
+REPETITION = tuple(float(1.0 + v) for v in np.geomspace(0.02, 1.0, 10))
+ADDED = tuple(float(v) for v in np.geomspace(0.05, 2.0, 10))
+LEAST_P = 0.02
+"""Quantile of the kept masses: their least is the top-p, but for noise."""
+
+
+class Cut:
+    """Numbers under a truncation of processed logits.
+
+    Args:
+        z: float32 [N, V].
+        ids: int64 [N], what was drawn.
+        engine: float32 [N], what was reported for it.
+    """
+
+    def __init__(self, z: Tensor, ids: Tensor, engine: Tensor) -> None:
+        self.engine = engine
+        self.drawn = z.gather(1, ids[:, None])[:, 0]
+        self.whole = z.logsumexp(-1)
+        ordered = z.topk(min(LARGEST_TOP_K // 4, z.shape[1])).values
+        self.kept = ordered.logcumsumexp(-1)  # [N, K]
+        self.below = ordered > self.drawn[:, None]
+
+    def best(self) -> tuple[float, str]:
+        """The least miss, and under which truncation."""
+        return min(self._top_k(), self._top_p())
+
+    def top_k(self, k: int) -> float:
+        """The miss under one top-k."""
+        numbers = self.drawn - self.kept[:, min(k, self.kept.shape[1]) - 1]
+        return miss_of(self._held(numbers, self.below.sum(-1) >= k))
+
+    def top_p(self, p: float) -> float:
+        """The miss under one top-p."""
+        mass = (self.kept - self.whole[:, None]).exp()
+        short = mass < p  # where even the last does not reach p, that last is the best that is known
+        at = short.sum(-1).clamp(max=mass.shape[1] - 1)
+        numbers = self.drawn - self.kept.gather(1, at[:, None])[:, 0]
+        return miss_of(self._held(numbers, self.below.sum(-1) > at))
+
+    def _held(self, numbers: Tensor, impossible: Tensor) -> Tensor:
+        return torch.where(impossible, torch.inf, numbers - self.engine)
+
+    def _top_k(self) -> tuple[float, str]:
+        gap = (self.drawn[:, None] - self.kept - self.engine[:, None]).abs()
+        ranks = torch.arange(self.kept.shape[1], device=gap.device)
+        gap = torch.where(self.below.sum(-1, keepdim=True) > ranks, torch.inf, gap)
+        k = int(gap.median(0).values.argmin()) + 1
+        return self.top_k(k), f"top-k {k}"
+
+    def _top_p(self) -> tuple[float, str]:
+        mass = (self.drawn - self.whole - self.engine).double().exp()
+        least = float(mass.clamp(max=1.0).quantile(LEAST_P))
+        tried = {round(least, 2), round(least, 3), np.floor(least * 100) / 100}
+        return min(((self.top_p(p), f"top-p {p:g}") for p in tried if 0.0 < p < 1.0), default=(float("inf"), ""))
+
+
+def hidden_cut(held: Held, seen: tuple[Sequence[Tensor], Sequence[Tensor]], temperature: float, limit: float) -> Explained | None:
+    """A truncation behind one fitted number that explains the tokens; None where none does.
+
+    Args:
+        held: the tokens.
+        seen: what came before each of them, and how often (``penalties.seen_before``).
+        temperature: that was asked for.
+        limit: a fit is an explanation when it misses by at most this, nats.
+    """
+    few = spread(len(held.ids), SCREENED_TOKENS)
+    without = Cut(held.logits / temperature, held.ids, held.engine).best()[0]
+    for cause, name, grid, edit in _kinds(seen, temperature):
+
+        def cut(value: float, at: np.ndarray, edit=edit) -> Cut:
+            return Cut(edit(held.logits[at], value, at), held.ids[at], held.engine[at])
+
+        value, left = fitted(grid, lambda v, cut=cut: cut(v, few).best()[0], without, tries=30)
+        if not left <= SCREEN_SLACK * limit:
+            continue
+        miss, told = cut(value, np.arange(len(held.ids))).best()
+        if miss <= min(limit, EXPLAINS * without):
+            return Explained(cause, f"{name} {value:.3g} with {told}", miss)
+    return None
+
+
+def _kinds(
+    seen: tuple[Sequence[Tensor], Sequence[Tensor]], asked: float
+) -> list[tuple[str, str, Sequence[float], Callable[[Tensor, float, np.ndarray], Tensor]]]:
+    """Cause, name, values, and what a value does to the logits of tokens ``at``."""
+
+    def edit(kind: str) -> Callable[[Tensor, float, np.ndarray], Tensor]:
+        def under(logits: Tensor, value: float, at: np.ndarray) -> Tensor:
+            out = logits.clone()
+            for row, token in enumerate(at.tolist()):
+                ids = seen[0][token].to(out.device)
+                out[row, ids] = penalised(out[row, ids], seen[1][token].to(out.device), **{kind: value})
+            return out / asked
+
+        return under
+
+    return [
+        ("hidden_penalties", "repetition penalty", REPETITION, edit("repetition_penalty")),
+        ("hidden_truncation", "temperature", TEMPERATURES, lambda logits, value, at: logits / value),
+        ("hidden_penalties", "presence penalty", ADDED, edit("presence_penalty")),
+        ("hidden_penalties", "frequency penalty", ADDED, edit("frequency_penalty")),
+    ]

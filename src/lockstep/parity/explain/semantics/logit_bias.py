@@ -1,0 +1,102 @@
+"""Layer 1: is a bias added to the logits of a few tokens, or are they banned, though nobody asked for it?
+
+With a bias b on token x every number moves by b·[drawn = x] − log(1 + p_x·(eᵇ − 1)). Tokens are taken one at a time, as in
+matching pursuit: the one whose direction [drawn = x] − p_x the miss lies along most, then its bias, then the next. They are
+fitted on some tokens and proven on all.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.parity.evidence import within
+from lockstep.parity.explain.fitting import fitted, miss_of
+from lockstep.parity.explain.semantics.sampler import Explained, Held, distributions
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.tolerances import EXPLAINS
+from lockstep.policy.model import Policy
+
+MOST_BIASED = 6
+"""Tokens."""
+CANDIDATES = 4
+"""Of each step, whose bias is fitted."""
+SIZES = tuple(float(size) for size in np.geomspace(0.02, 20.0, 11))
+"""A token that is 20 nats down is as good as banned."""
+ENOUGH = 0.5
+"""Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked for."""
+SUPPORT = 4
+"""Numbers that each bias must mend: one that mends the number of a single drawn token explains nothing."""
+
+
+class BiasFit:
+    """Biases that are found one after the other.
+
+    Args:
+        logprobs: float32 [N, V], of the whole distribution.
+        ids: int64 [N], what was drawn.
+        engine: float32 [N], what was reported for it.
+    """
+
+    def __init__(self, logprobs: Tensor, ids: Tensor, engine: Tensor) -> None:
+        self.p, self.ids = logprobs.exp(), ids
+        drawn = logprobs.gather(1, ids[:, None])[:, 0]
+        self.gap = (engine - drawn).double()
+        self.length = self.p.square().sum(0).index_add_(0, ids, 1.0 - 2.0 * drawn.exp()).clamp(min=1e-6).sqrt()
+        self.biases: dict[int, float] = {}
+
+    def left(self, biases: dict[int, float]) -> Tensor:
+        """What the numbers still differ by under the biases, float64 [N]."""
+        shift, mass = torch.zeros_like(self.gap), torch.ones_like(self.gap)
+        for token, bias in biases.items():
+            shift += bias * (self.ids == token)
+            mass += self.p[:, token].double() * np.expm1(bias)
+        return self.gap - shift + mass.clamp(min=1e-12).log()
+
+    def step(self) -> float:
+        """Give the token that mends most its bias, one that has none yet or one again; the mean |left| after it, nats."""
+        left = self.left(self.biases)
+        along = (-(left.float() @ self.p)).index_add_(0, self.ids, left.float())
+        best = (along.abs() / self.length).topk(CANDIDATES).indices.tolist()
+        now = float(left.abs().mean())
+        mean, bias, token = min((*self._fitted(token, float(along[token]), now), token) for token in {*self.biases, *best})
+        self.biases[token] = bias
+        return mean
+
+    def _fitted(self, token: int, along: float, now: float) -> tuple[float, float]:
+        """The mean |left| under the best bias for ``token``, and that bias."""
+        sign = np.sign(self.biases.get(token, along))
+
+        def miss(size: float) -> float:
+            return float(self.left(self.biases | {token: sign * size}).abs().mean())
+
+        size, left = fitted(SIZES, miss, now, tries=36)
+        return left, float(sign * size)
+
+
+def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
+    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: of ``sample``."""
+    engine, temperature = sample.engine_logprobs, sample.temperature
+    fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
+    now, after = np.inf, float(fit.gap.abs().mean())
+    while ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:
+        now, after = after, fit.step()
+    if not after <= EXPLAINS * float(fit.gap.abs().mean()):
+        return None
+    before, left = (np.abs(scored - engine) for scored in _scored(pair.policy, sample, fit.biases))
+    supported = (before > pair.noise.p50).sum() >= SUPPORT * len(fit.biases)
+    if not (fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()):
+        return None
+    decode = pair.renderer.tokenizer.decode
+    told = (f"{bias * temperature:+.3g} on {decode([token])!a}" for token, bias in fit.biases.items())
+    return Explained("hidden_logit_bias", f"a logit bias of {', '.join(told)}", miss_of(left))
+
+
+def _scored(policy: Policy, sample: Sampled, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The trainer's log-probabilities without the biases and under them, float32 [T] each."""
+    tokens, values = list(biases), torch.tensor(list(biases.values()), device=policy.head.device)
+    plain, biased = [], []
+    for z, ids in distributions(policy, sample.groups, sample.sampling):
+        plain.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+        z[:, tokens] += values
+        biased.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    return torch.cat(plain).numpy(force=True), torch.cat(biased).numpy(force=True)

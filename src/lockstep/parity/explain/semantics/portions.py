@@ -1,0 +1,94 @@
+"""Layer 1: which rows does an explanation speak of? Where it is not all of them, they are split and told apart.
+
+A file may hold rows drawn under two settings and say so of none; a server may edit long prompts alone. Then no hypothesis
+explains the whole, and one explains the rows that are off.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lockstep.parity.explain.semantics.sampler import TEMPERATURES, TOLD_APART, Explained, Held, fitted_temperature
+from lockstep.parity.pair import Sampled
+
+LEAST_ROWS = 2
+"""One row that is off is corruption, which layer 2 looks for."""
+LEAST_TOKENS = 12
+"""Of a part that is to be explained by itself."""
+OFF_QUANTILE = 0.8
+"""Of a row's |gap|: a setting that is felt by a fifth of its tokens makes it one that is off."""
+ROW_TOKENS = 6
+"""Of each row, to which a temperature of its own is fitted."""
+MOST_SETTINGS = 4
+"""Temperatures that rows of one file are told apart by."""
+SHOWN = 8
+
+
+def rows_off(sample: Sampled, gap: np.ndarray, limit: float) -> np.ndarray:
+    """Rows with a fifth of their numbers beyond ``limit``: int [R]. ``gap``: float32 [T]."""
+    size = np.nan_to_num(np.abs(gap), nan=np.inf)
+    found = [np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample.prompts))]
+    return np.flatnonzero(np.array(found) > limit)
+
+
+def of_rows(sample: Sampled, rows: Sequence[int] | np.ndarray) -> Sampled:
+    """Some rows of a sample."""
+    return Sampled([sample.prompts[row] for row in rows], [sample.completions[row] for row in rows], sample.sampling)
+
+
+def where(sample: Sampled, rows: np.ndarray) -> str:
+    """Which rows they are, for people: by the length of their prompts or completions where that tells them from the others."""
+    count = f"{len(rows)} of {len(sample.prompts)} rows"
+    inside = np.isin(np.arange(len(sample.prompts)), rows)
+    if inside.all():
+        return f"all {len(sample.prompts)} rows"
+    for what, values in (
+        ("prompts", np.array([len(prompt) for prompt in sample.prompts])),
+        ("completions", np.bincount(sample.owners, minlength=len(sample.prompts))),
+    ):
+        least, most = values[inside].min(), values[inside].max()
+        if least > values[~inside].max():
+            return f"{count}, those with {what} of {least} tokens or more"
+        if most < values[~inside].min():
+            return f"{count}, those with {what} of {most} tokens or fewer"
+    shown = ", ".join(str(row + 1) for row in rows[:SHOWN])
+    return f"{count} ({shown}{', …' if len(rows) > SHOWN else ''})"
+
+
+def places_of_rows(sample: Sampled) -> np.ndarray:
+    """The first tokens of each row: int [N]."""
+    return np.flatnonzero(sample.positions < ROW_TOKENS)
+
+
+def temperatures_of_rows(sample: Sampled, held: Held, owners: np.ndarray, limit: float) -> Explained | None:
+    """Temperatures that explain each row by one of them; None where they do not.
+
+    Args:
+        held: the tokens of :func:`places_of_rows`.
+        owners: the row of each of them, int [N].
+        limit: a row is explained when half of its numbers are missed by at most this, nats.
+    """
+    ids, rest, told = held.ids[:, None], np.arange(len(sample.prompts)), []
+    misses = [((held.logits / t).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs() for t in TEMPERATURES]
+    by_row = np.array([[float(m[np.flatnonzero(owners == row)].median()) for m in misses] for row in rest])  # [R, grid]
+    worst = 0.0
+    while len(rest) and len(told) < MOST_SETTINGS:
+        nearest = by_row[rest].argmin(1)
+        common = int(np.bincount(nearest).argmax())
+        chosen = rest[np.abs(nearest - common) <= 1]
+        at = np.flatnonzero(np.isin(owners, chosen))
+        temperature, _ = fitted_temperature(held.logits[at], held.ids[at], held.engine[at])
+        left = ((held.logits / temperature).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs()
+        off = np.array([float(left[np.flatnonzero(owners == row)].median()) for row in rest])
+        fit = rest[off <= limit]
+        if not len(fit):
+            return None
+        worst = max(worst, float(off[off <= limit].max()))
+        told.append((temperature, fit))
+        rest = np.setdiff1d(rest, fit)
+    asked = sample.temperature
+    if len(rest) or len(told) < 2:
+        return None
+    others = [(t, rows) for t, rows in told if abs(np.log(t / asked)) > TOLD_APART]
+    text = " and ".join(f"temperature {t:.3g} in {where(sample, rows)}" for t, rows in others)
+    return Explained("temperature_altered", text, worst) if others else None

@@ -1,0 +1,116 @@
+"""Layer 1: was the prompt edited on its way to the engine?
+
+The trainer edits its own prompts alike and scores again; the edit under which it agrees with the engine is the evidence. Where a
+prompt is cut, at either end, by so many tokens or down to so many, the number is fitted.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lockstep.parity.evidence import Evidence
+from lockstep.parity.explain.rows import MOST, Mangled, off, rows_of
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.search import keep_looking
+from lockstep.policy.packing import Group
+
+FEW = 0.25
+"""Of the rows may stay off under the right edit: prompts so short that it left nothing of them."""
+SCREENED = 3
+"""Rows that an edit is tried on before it is tried on all."""
+
+
+def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], strange: np.ndarray) -> Mangled | None:
+    """The edit of its own prompts under which the trainer agrees with the engine.
+
+    Args:
+        ours: score A of ``neutral``, by row.
+        strange: the rows in which it does not, int [R].
+    """
+    groups = evidence.neutral.groups
+    rows = sorted((i for i in strange.tolist() if len(groups[i].prompt) > 2), key=lambda i: len(groups[i].prompt))
+
+    def agree(edit: Callable[[np.ndarray], np.ndarray], some: list[int]) -> np.ndarray:
+        keep_looking()
+        edited = [Group(edit(groups[i].prompt), groups[i].completions) for i in some]
+        scored = pair.policy.score(edited, evidence.neutral.temperature)
+        return np.array([not off(ours[i], c, pair.noise.p50) for i, c in zip(some, scored, strict=True)])
+
+    first = [rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, SCREENED).astype(int))] if rows else []
+    for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)) if rows else ():
+        if 2 * agree(edit, first[:2]).sum() >= len(first[:2]) and agree(edit, rows).mean() > 1 - FEW:
+            return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
+    return None
+
+
+def _additions(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+    """A special token or a newline before or after every prompt."""
+    tokenizer = pair.renderer.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    for token in dict.fromkeys(t for t in (bos, eos, *newline[:1]) if t is not None):
+        cause, name = "bos_doubled" if token == bos else "prompt_edited", ascii(tokenizer.decode([token]))
+        yield cause, f"{name} put before them", lambda p, t=token: np.r_[t, p].astype(np.int32)
+        yield "prompt_edited", f"{name} put after them", lambda p, t=token: np.r_[p, t].astype(np.int32)
+    for special in (False, True):
+        yield (
+            "prompt_edited",
+            f"decoded to text and tokenised again{', with special tokens added' if special else ''}",
+            partial(retokenised, tokenizer, add_special_tokens=special),
+        )
+
+
+def retokenised(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, *, add_special_tokens: bool = False) -> np.ndarray:
+    """The ids that a prompt's own text has, which need not be those it was made of."""
+    ids = tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=add_special_tokens)
+    return np.array(ids or prompt[:1], np.int32)
+
+
+def _cuts(
+    pair: Pair, evidence: Evidence, ours: list[np.ndarray]
+) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+    """The cut that is fitted on the shortest row that is off: so many tokens left out at one end, or so many kept."""
+    pairs = zip(ours, evidence.neutral.groups, rows_of(evidence.trainer, evidence.neutral.owners), strict=True)
+    cut = [(len(g.prompt), i) for i, (a, g, c) in enumerate(pairs) if len(g.prompt) > 2 and off(a, c, pair.noise.p50)]
+    if not cut:
+        return
+    n, row = min(cut)
+    numbers, group = ours[row], evidence.neutral.groups[row]
+    for end, other, left in (("first", "last", lambda p, k: p[k:]), ("last", "first", lambda p, k: p[: len(p) - k])):
+        shorter = [Group(left(group.prompt, k), group.completions) for k in range(1, n)]
+        scores = pair.policy.score(shorter, evidence.neutral.temperature)
+        k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
+        yield "prompt_edited", f"the {end} {k} tokens left out", partial(_left, left, k)
+        yield "prompt_edited", f"only the {other} {n - k} tokens kept", partial(_kept, left, n - k)
+
+
+def _left(left: Callable[[np.ndarray, int], np.ndarray], k: int, prompt: np.ndarray) -> np.ndarray:
+    return left(prompt, k) if len(prompt) > k else prompt
+
+
+def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndarray) -> np.ndarray:
+    return left(prompt, max(len(prompt) - n, 0))
+
+
+def miscounted_prompts(sample: Sampled) -> Mangled | None:
+    """Prompts that the engine itself says were longer or shorter than they were: something was put in that cannot be guessed."""
+    counts = [(c.prompt_tokens, len(p)) for c, p in zip(sample.completions, sample.prompts, strict=True) if c.prompt_tokens]
+    wrong = [(counted, sent) for counted, sent in counts if counted != sent]
+    if not wrong or len(wrong) < MOST * len(counts):
+        return None
+    counted, sent = wrong[0]
+    text = (
+        f"the engine counts another number of tokens in {len(wrong)} of {len(counts)} prompts: {counted} where {sent} were sent"
+    )
+    return Mangled("prompt_edited", text)
+
+
+def doubled_bos(pair: Pair, prompt: np.ndarray) -> Mangled | None:
+    """Looks at one of the task's prompts itself: both sides would agree on a doubled BOS."""
+    bos = pair.renderer.tokenizer.bos_token_id
+    if bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
+        return Mangled("bos_doubled", f"the task's prompts begin with token {bos} twice")
+    return None

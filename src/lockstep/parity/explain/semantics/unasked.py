@@ -1,0 +1,97 @@
+"""Layer 1: settings that nobody asked for and that explain an engine's numbers, of all rows or of those that are off."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.parity.explain.fitting import miss_of
+from lockstep.parity.explain.semantics.grammar import hidden_mask
+from lockstep.parity.explain.semantics.hypotheses import hidden_of
+from lockstep.parity.explain.semantics.joint import hidden_cut
+from lockstep.parity.explain.semantics.logit_bias import hidden_bias
+from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_before
+from lockstep.parity.explain.semantics.portions import (
+    LEAST_ROWS,
+    LEAST_TOKENS,
+    of_rows,
+    places_of_rows,
+    rows_off,
+    temperatures_of_rows,
+    where,
+)
+from lockstep.parity.explain.semantics.sampler import Explained, Held, setting_hypotheses, tokens_of_every_part
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.search import Looks
+from lockstep.parity.tolerances import EXPLAINS
+
+
+def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
+    """The first of them that does.
+
+    ``limit``: a fit is an explanation when it misses by at most this, nats.
+    """
+    look = _Look(pair, sample, limit)
+    return pair.search.first([*look.settings(), *look.portions()])
+
+
+class _Look:
+    """One sample, the passes over it that all hypotheses share, and the hypotheses."""
+
+    def __init__(self, pair: Pair, sample: Sampled, limit: float) -> None:
+        self.pair, self.sample, self.limit = pair, sample, limit
+
+    def settings(self) -> Iterator[Looks[Explained]]:
+        """Settings of all of the sample, the cheap ones first."""
+        pair, sample, limit = self.pair, self.sample, self.limit
+        numbers = sample.engine_logprobs
+        yield from setting_hypotheses(pair.policy, sample.groups, numbers, sample.sampling, limit, lambda: self.held)
+        yield "a penalty", lambda: hidden_penalty(sample, self.held, limit, self.seen)
+        yield "a logit bias", lambda: hidden_bias(pair, sample, self.held)
+        yield "a mask", lambda: hidden_mask(pair, sample, self.held, limit)
+        yield "a truncation behind a penalty", lambda: hidden_cut(self.held, self.seen, sample.temperature, limit)
+
+    def portions(self) -> Iterator[Looks[Explained]]:
+        """Settings of some of its rows."""
+        yield "the rows that are off by themselves", self._those_off
+        yield "rows at temperatures of their own", self._temperatures
+
+    @cached_property
+    def hidden(self) -> list[Tensor]:
+        return hidden_of(self.pair.policy, self.sample.groups)
+
+    @cached_property
+    def held(self) -> Held:
+        return tokens_of_every_part(self.pair.policy, self.sample.groups, self.sample.engine_logprobs, hidden=self.hidden)
+
+    @cached_property
+    def seen(self) -> tuple[list[Tensor], list[Tensor]]:
+        return seen_before(self.sample)
+
+    @cached_property
+    def gap(self) -> np.ndarray:
+        """engine − trainer at the temperature that was asked for, float32 [T]."""
+        hidden = torch.cat(self.hidden)
+        ids = np.concatenate([group.completions[0] for group in self.sample.groups]).astype(np.int64)
+        with torch.no_grad():
+            scored = self.pair.policy.project(hidden, torch.from_numpy(ids).to(hidden.device), self.sample.temperature).logprobs
+        return self.sample.engine_logprobs - scored.numpy(force=True)
+
+    def _those_off(self) -> Explained | None:
+        off = rows_off(self.sample, self.gap, self.pair.noise.p50)
+        part = of_rows(self.sample, off)
+        if not LEAST_ROWS <= len(off) < len(self.sample.prompts) or part.engine_logprobs.size < LEAST_TOKENS:
+            return None
+        chosen = np.isin(self.sample.owners, off)
+        look = _Look(self.pair, part, min(self.pair.noise.p50, EXPLAINS * miss_of(self.gap[chosen])))
+        look.hidden = [self.hidden[row] for row in off]
+        found = self.pair.search.first((f"{name}, of the rows that are off", tried) for name, tried in look.settings())
+        return None if found is None else replace(found, name=f"{found.name}, in {where(self.sample, off)},")
+
+    def _temperatures(self) -> Explained | None:
+        at = places_of_rows(self.sample)
+        held = tokens_of_every_part(self.pair.policy, self.sample.groups, self.sample.engine_logprobs, at, self.hidden)
+        return temperatures_of_rows(self.sample, held, self.sample.owners[at], self.limit)

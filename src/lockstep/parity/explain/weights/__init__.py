@@ -1,0 +1,1 @@
+"""Layer 3: which tensor, which setting of the model."""

@@ -1,0 +1,198 @@
+"""Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried on the trainer.
+
+A precision has the gap's size (``precision.py``). The engine's own model configuration, another setting of the model
+(``fitted_settings.py``) or a scaled tensor must make the gap vanish: fitted on a few dozen tokens, proven on more.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.parity.canary import Canary
+from lockstep.parity.explain.fitting import fitted
+from lockstep.parity.explain.numerics.precision import Explanation, precision
+from lockstep.parity.explain.semantics.hypotheses import hidden_of
+from lockstep.parity.explain.semantics.portions import of_rows
+from lockstep.parity.explain.weights import attribution
+from lockstep.parity.explain.weights.fitted_settings import Setting, settings_of
+from lockstep.parity.explain.weights.model_settings import departures, with_settings
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.search import Looks, keep_looking
+from lockstep.parity.tolerances import EXPLAINS
+from lockstep.policy import attention
+
+WINDOWS = tuple(2**n for n in range(3, 13))
+SETTING_ROWS = 4
+"""At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves nothing anywhere."""
+SCREENED_CONTEXT = 112
+"""Tokens, prompts and all, on which a setting is fitted before it is proven."""
+SCREEN_SLACK = 3.0
+"""A median over so few may be that much larger."""
+SCALED_TOKENS = 64
+"""Of the sample, for the search for a scaled tensor."""
+
+
+def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
+    """The first hypothesis that explains a gap of the recipe's own sample.
+
+    Args:
+        gap: trainer − engine, float32 [T].
+    """
+    search, before = pair.search, len(pair.search.tried)
+    looks: list[Looks[Explanation]] = [("a difference of precision", lambda: precision(pair, sample, gap))]
+    if np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
+        looks += [*_Settings(pair, sample).looks(), ("a scaled tensor", lambda: _scale(pair, sample))]
+    found = search.first(looks)
+    if found is None:
+        tried = ", ".join(search.tried[before:]) or "nothing"
+        found = Explanation("unexplained_numerics", f"tried, and not the explanation: {tried}{search.told()}")
+    if found.cause in ("unexplained_numerics", "tensor_scaled") and (engines := departures(pair)):
+        return replace(found, evidence=f"{found.evidence}; suspected, not proven: {_told(engines)}")
+    return found
+
+
+class _Settings:
+    """Another configuration of the model, or of its attention, under which the trainer agrees with the engine."""
+
+    def __init__(self, pair: Pair, sample: Sampled) -> None:
+        self.pair, self.few, self.least = pair, _first(sample, max(SETTING_ROWS, len(sample.prompts) // 4)), screened(sample)
+
+    @cached_property
+    def now(self) -> tuple[float, float]:
+        """What both miss by as the trainer is, nats: the screened rows, and the rows for the proof."""
+        return self._miss(nullcontext(), self.least), self._miss(nullcontext(), self.few)
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        return torch.cat(hidden_of(self.pair.policy, self.least.groups))
+
+    def looks(self) -> Iterator[Looks[Explanation]]:
+        """Each with its name, the cheap and the likely ones first."""
+        if departures(self.pair):
+            yield "the engine's own configuration", self._departures
+        for setting in settings_of(self.pair.policy):
+            yield setting.told.partition("{")[0].strip().removeprefix("a "), lambda setting=setting: self._fitted(setting)
+        if self.pair.policy.share_prompts:
+            yield "keys and values in a narrower dtype", self._cache
+            yield "a sliding window", self._window
+
+    def _miss(self, context: AbstractContextManager[None], sample: Sampled) -> float:
+        keep_looking()
+        with context:
+            return float(np.median(np.abs(sample.scored(self.pair.policy) - sample.engine_logprobs)))
+
+    def _enough(self, now: float) -> float:
+        return min(self.pair.noise.p50, EXPLAINS * now)
+
+    def _departures(self) -> Explanation | None:
+        engines = departures(self.pair)
+        other = with_settings(self.pair.policy, {path: theirs for path, (_, theirs) in engines.items()})
+        if other is None:
+            return None
+        left = float(np.median(np.abs(self.few.scored(other) - self.few.engine_logprobs)))
+        if not left <= self._enough(self.now[1]):
+            return None
+        return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
+
+    def _fitted(self, setting: Setting) -> Explanation | None:
+        def miss(value: float) -> float:
+            return self._of_head(setting.under(value)) if setting.of_head else self._miss(setting.under(value), self.least)
+
+        value, left = fitted(setting.grid, miss, self.now[0])
+        if not left <= SCREEN_SLACK * self._enough(self.now[0]):
+            return None
+        left = self._miss(setting.under(value), self.few)
+        if not left <= self._enough(self.now[1]):
+            return None
+        return Explanation("model_config_differs", f"with {setting.told.format(value)} the trainer agrees to {left:.1e} nats")
+
+    @torch.no_grad()
+    def _of_head(self, context: AbstractContextManager[None]) -> float:
+        """What the screened rows miss by under another head alone: the body's pass is shared."""
+        keep_looking()
+        least, policy = self.least, self.pair.policy
+        ids = torch.from_numpy(np.concatenate([group.completions[0] for group in least.groups]).astype(np.int64))
+        with context:
+            scored = policy.project(self._hidden, ids.to(self._hidden.device), least.temperature).logprobs
+        return float(np.median(np.abs(scored.numpy(force=True) - least.engine_logprobs)))
+
+    def _cache(self) -> Explanation | None:
+        for name, kept in CACHES.items():
+            if not self._miss(attention.altered(kept=kept), self.least) <= SCREEN_SLACK * EXPLAINS * self.now[0]:
+                continue
+            left, now = self._miss(attention.altered(kept=kept), self.few), self.now[1]
+            if left <= EXPLAINS * now:
+                text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
+                return Explanation("kv_cache_precision", text)
+        return None
+
+    def _window(self) -> Explanation | None:
+        told = [theirs for path, (_, theirs) in departures(self.pair).items() if path[-1] == "sliding_window" and theirs]
+        longest = max(len(ids) for ids in self.few.sequences)  # a wider window is none
+        for window in [w for w in (*told, *WINDOWS) if w < longest]:
+            left = self._miss(attention.altered(window=window), self.few)
+            if left <= self._enough(self.now[1]):
+                text = f"with a sliding window of {window} the trainer agrees to {left:.1e} nats"
+                return Explanation("model_config_differs", text)
+        return None
+
+
+def screened(sample: Sampled) -> Sampled:
+    """A few rows whose contexts come to few tokens, the longest that do: a setting is felt more over a longer one."""
+    lengths = np.array([len(ids) for ids in sample.sequences])
+    order, rows = np.argsort(-lengths, kind="stable"), []
+    for row in order.tolist():
+        if lengths[row] <= SCREENED_CONTEXT / 2 and sum(lengths[rows]) + lengths[row] <= SCREENED_CONTEXT:
+            rows.append(row)
+    return of_rows(sample, sorted(rows or [int(order[-1])]))
+
+
+def _rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).to(t.dtype)
+
+
+def _cut(t: Tensor) -> Tensor:
+    """To fp8_e4m3 towards zero: three bits behind the leading one, subnormals below 2⁻⁶."""
+    quantum = torch.exp2((torch.frexp(t.float())[1] - 1).clamp(min=-6).float() - 3)
+    return ((t / quantum).trunc() * quantum).to(t.dtype)
+
+
+CACHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp8_e4m3": _rounded(torch.float8_e4m3fn),
+    "fp8_e4m3, cut instead of rounded": _cut,  # vLLM 0.32.0 on a CPU
+    "fp8_e5m2": _rounded(torch.float8_e5m2),
+    "bfloat16": _rounded(torch.bfloat16),
+    "float16": _rounded(torch.float16),
+}
+
+
+def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:
+    return ", ".join(f"{path[-1]} is {theirs} in the engine, {ours} in the trainer" for path, (ours, theirs) in engines.items())
+
+
+def _first(sample: Sampled, n: int) -> Sampled:
+    return Sampled(sample.prompts[:n], sample.completions[:n], sample.sampling)
+
+
+def _scale(pair: Pair, sample: Sampled) -> Explanation | None:
+    """A tensor, or a natural set of them, that the engine holds times a constant."""
+    if pair.engine.ready.capabilities["rescore"].supported:
+        canary = Canary.of(sample, SCALED_TOKENS)
+        engine = canary.engine_scores(pair)
+    else:
+        rows = 1 + int(np.searchsorted(np.bincount(sample.owners).cumsum(), SCALED_TOKENS))
+        few = _first(sample, rows)
+        canary, engine = Canary(few.groups, few.temperature), few.engine_logprobs
+    enough = min(pair.noise.p50, EXPLAINS * float(np.abs(engine - canary.trainer_scores(pair)).mean()))
+    named = attribution.scaled(pair, canary, engine, enough)
+    if named is None:
+        return None
+    others = f"; {' or '.join(named.alike[:3])} would look the same" if named.alike else ""
+    text = f"with {named.label} times {named.factor:.4g} the trainer agrees to {named.miss:.1e} nats{others}"
+    return Explanation("tensor_scaled", text)

@@ -1,0 +1,1 @@
+"""The five layers, in the order in which they are run."""

@@ -1,0 +1,140 @@
+"""Layer 4: what gap is left, against each side's own noise and against the objective's clip range.
+
+The gap is judged by its tail (a median and a p999) and by the phantom clip fraction, never by a mean. The floors come first: C
+against C, the same rows twice, and C against C′, each sequence by itself; B against B′ is layer 2's. Where the trainer's body is
+not in fp32, score D says which side is how far from fp32 arithmetic.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from lockstep.config.recipe import Objective
+from lockstep.metrics.reduce import mean_over_sequences, mismatch_figures, outside_clip, quantiles_abs
+from lockstep.parity.causes import finding
+from lockstep.parity.evidence import Evidence, within
+from lockstep.parity.explain.numerics.precision import in_dtype
+from lockstep.parity.explain.weights.trainer_hypotheses import explain
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.tolerances import PHANTOM_CLIP_FRACTION, Tolerance
+from lockstep.records.verdicts import Verdict
+
+PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
+POSITIONS = (0, 1, 4, 16, 64, 256)
+
+
+def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
+    """The verdict of layer 4.
+
+    Args:
+        path: layer 2's verdict, for the engine's floor.
+    """
+    sample, trainer = evidence.own, evidence.own_trainer
+    gap = trainer - sample.engine_logprobs
+    again, alone = evidence.floors.repeat, evidence.floors.alone
+    floor_engine = path.figures.get("batch_composition_abs_p999_nats", 0.0)  # not measured where the engine cannot re-score
+    figures: dict[str, Any] = {
+        "floor_trainer_repeat_abs_p999_nats": quantiles_abs(again)["p999"],
+        "floor_trainer_abs_p999_nats": quantiles_abs(alone)["p999"],
+        "floor_engine_abs_p999_nats": floor_engine,
+        "by_probability": _binned(gap, np.exp(sample.engine_logprobs), PROBABILITIES),
+        "by_position": _binned(gap, sample.positions, POSITIONS),
+    }
+    floor = max(figures["floor_trainer_abs_p999_nats"], floor_engine, float(np.finfo(np.float32).eps))
+    figures["gap_p999_in_floors"] = quantiles_abs(gap)["p999"] / floor
+    for cause, size, owners in (
+        ("trainer_not_repeatable", again, sample.owners),
+        ("trainer_batch_dependent", alone, sample.owners[evidence.floors.half]),
+    ):
+        if not within(pair.trainer_noise, size):
+            text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
+            found = finding(cause, np.abs(size), owners, text)
+            return Verdict(layer="numerics", status="FAIL", summary=text, n_tokens=size.size, findings=(found,), figures=figures)
+    if pair.policy.model.dtype != torch.float32:
+        figures |= _against_reference(pair, sample, trainer)
+    figures["note"] = _note(pair)
+
+    def cause_of() -> tuple[str, str, str]:
+        found = explain(pair, sample, gap)
+        return found.cause, found.evidence, pair.engine.fix(found.cause)
+
+    return judge_gap(gap, sample.owners, pair.noise, pair.recipe.objective, cause_of, figures)
+
+
+def judge_gap(
+    gap: np.ndarray,
+    owners: np.ndarray,
+    noise: Tolerance,
+    clip: Objective,
+    cause_of: Callable[[], tuple[str, str, str]],
+    figures: dict[str, Any],
+) -> Verdict:
+    """Judge a gap by its tail and by the phantom clips that it makes.
+
+    Args:
+        gap: float [T], nats, of tokens that both sides scored under one version.
+        owners: int [T], the completion of each.
+        cause_of: asked when the gap is too large: cause, evidence, mend.
+        figures: goes into the verdict besides; its ``note`` goes into the summary.
+    """
+    quantiles = quantiles_abs(gap)
+    phantom = outside_clip(gap, clip.clip_low, clip.clip_high)
+    figures = figures | mismatch_figures(gap, clip.clip_low, clip.clip_high) | {"n_tokens": gap.size}
+    figures |= {f"gap_abs_{name}_nats": value for name, value in quantiles.items()}
+    figures["gap_mean_nats"], figures["gap_mean_se_nats"] = mean_over_sequences(gap, owners)
+    figures["minimal_detectable_effect_nats"] = noise.p50
+    exceeded = []
+    if not (quantiles["p50"] <= noise.p50 and quantiles["p999"] <= noise.p999):
+        exceeded.append(
+            f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e} nats; "
+            f"arithmetic allows {noise.p50:g}, {noise.p999:g}"
+        )
+    if not phantom.mean() <= PHANTOM_CLIP_FRACTION:
+        exceeded.append(
+            f"the objective, clipping outside [{1 - clip.clip_low:g}, {1 + clip.clip_high:g}], would clip {phantom.mean():.2%} "
+            f"of the tokens for the mismatch alone; the limit is {PHANTOM_CLIP_FRACTION:.0%}"
+        )
+    if exceeded:
+        cause, evidence, fix = cause_of()
+        found = finding(cause, np.abs(gap), owners, "; ".join([*exceeded, evidence]), fix)
+        summary = f"the gap exceeds what the arithmetic and the objective bear ({cause.replace('_', ' ')})"
+        return Verdict(layer="numerics", status="FAIL", summary=summary, n_tokens=gap.size, findings=(found,), figures=figures)
+    summary = (
+        f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats "
+        f"over {gap.size} tokens; phantom clips {phantom.mean():.2%}{figures.get('note', '')}"
+    )
+    return Verdict(layer="numerics", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)
+
+
+def _against_reference(pair: Pair, sample: Sampled, trainer: np.ndarray) -> dict[str, float]:
+    """Score D: the trainer's model in fp32, body and head."""
+    reference = in_dtype(pair.policy, torch.float32, torch.float32)
+    scores = sample.scored(reference)
+    return {
+        "trainer_to_reference_abs_p50_nats": float(np.median(np.abs(trainer - scores))),
+        "engine_to_reference_abs_p50_nats": float(np.median(np.abs(sample.engine_logprobs - scores))),
+    }
+
+
+def _note(pair: Pair) -> str:
+    """Said beside a PASS: precisions that differ and that the clip range bears."""
+    body, head = str(pair.policy.model.dtype), str(pair.policy.head_dtype)
+    theirs = pair.engine_head_dtype
+    if not pair.engine_dtype:
+        return " (the engine does not tell its dtype)"
+    if pair.engine_dtype != body:
+        return f" (engine body {pair.engine_dtype}, trainer {body}: the clip range bears it)"
+    return f" (engine head {theirs}, trainer {head}: the clip range bears it)" if theirs not in ("", head) else ""
+
+
+def _binned(gap: np.ndarray, by: np.ndarray, edges: tuple[float, ...]) -> dict[str, dict[str, float]]:
+    """|gap| in each bin that holds tokens: count, p50 and max."""
+    found = {}
+    for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
+        part = np.abs(gap[(by >= low) & (by < high)])
+        if part.size:
+            name = f"{low:g}-{high:g}"
+            found[name] = {"n": float(part.size), "p50_nats": float(np.median(part)), "max_nats": float(part.max())}
+    return found

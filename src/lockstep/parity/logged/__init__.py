@@ -1,0 +1,1 @@
+"""Logs of others, without an engine."""

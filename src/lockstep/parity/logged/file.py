@@ -1,0 +1,379 @@
+"""Read rollouts that another framework logged: token ids, log-probabilities, masks, sampling settings.
+
+The file may be any: it is read a row (JSONL) or a few hundred rows (Parquet) at a time, into typed arrays, and whatever it holds
+that cannot be used is one error that names file, row, column, what stands there and what should.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from lockstep.errors import UsageError
+from lockstep.parity.logged.rows import Collected, Logged
+from lockstep.records.tokens import SamplingParams
+
+COLUMNS = {
+    "prompt": ("prompt_token_ids", "prompt_ids", "prompts", "input_ids"),
+    "tokens": ("token_ids", "completion_token_ids", "completion_ids", "response_ids", "responses", "output_ids"),
+    "logprobs": ("engine_logprobs", "logprobs", "rollout_log_probs", "token_logprobs", "old_logprobs", "response_logprobs"),
+}
+"""Names by which Lockstep, TRL, verl and others log them; the first that holds lists counts."""
+MASKS = ("response_mask", "completion_mask", "loss_mask", "action_mask", "sampled_mask", "tool_mask", "env_mask")
+"""1 where the model sampled the token, 0 where a tool, the environment or padding put it. One for each token of the completion,
+or of prompt and completion. ``masks.py`` holds them against the numbers."""
+ATTENTION = ("attention_mask", "prompt_attention_mask", "prompt_mask", "completion_attention_mask")
+"""1 where a token is none of the padding, which is taken away."""
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+LONGEST_LINE = 32 << 20
+"""Bytes of one JSON row: a million tokens. Its values are Python objects until they are packed."""
+LARGEST_ID = 2**31 - 1
+ROWS_AT_ONCE = 256
+SHOWN = 40
+WHOLE_SEQUENCE = 4
+"""Tokens of a completion that must end ``input_ids`` for these to be read as prompt and completion together."""
+HINT = "token ids and log-probabilities of each completion"
+
+Row = Mapping[str, Any]
+"""A row by column: lists as JSON has them, or numpy arrays; scalars."""
+
+
+class UnusableError(Exception):
+    """What stands in one column of a row, and what should."""
+
+    def __init__(self, column: str, got: str, expected: str) -> None:
+        self.column, self.got, self.expected = column, got, expected
+        super().__init__(column, got, expected)
+
+
+def read_logged(path: Path, default: SamplingParams) -> Logged:
+    """Read a Parquet or JSONL file.
+
+    Args:
+        default: for settings that a row does not have.
+
+    Raises:
+        UsageError: for a file that is not there or cannot be used.
+    """
+    names, rows = _opened(path)
+    found = Collected([name for name in MASKS if name in names])
+    settings: dict[tuple, int] = {}
+    samplings: list[SamplingParams] = []
+    whole = names["prompt"] == "input_ids"
+    for number, row in rows:
+        try:
+            told = _told(row)
+            if (setting := settings.get(told, -1)) < 0:
+                samplings.append(_sampling(default, told))
+                setting = settings[told] = len(samplings) - 1
+            whole = _take(found, names, number, row, setting, whole)
+        except UnusableError as error:
+            raise _unusable(path, error.got, error.expected, f", row {number}, column {error.column}") from None
+    if not found.settings and not found.empty:
+        raise _unusable(path, "no row", "at least one completion")
+    if not found.token_ids:
+        raise _unusable(path, "no token", "at least one completion that is not empty")
+    logged = found.done(path, samplings, padded=any(name in names for name in ATTENTION))
+    logged.notes += [f"{found.empty} rows without a completion left out"] if found.empty else []
+    logged.notes += ["input_ids read as prompt and completion together"] if whole else []
+    return logged
+
+
+def _take(found: Collected, names: dict[str, str], number: int, row: Row, setting: int, whole: bool) -> bool:
+    """Take a row in. Returns whether ``input_ids`` holds prompt and completion together, which the first row says."""
+    prompt, tokens = (_ids(names[role], row) for role in ("prompt", "tokens"))
+    if whole:
+        first = not found.settings and not found.empty
+        whole = not first or (_ends_with(prompt, tokens) and len(tokens) >= WHOLE_SEQUENCE)
+        prompt = _without(prompt, tokens) if whole else prompt
+    numbers = _logprobs(names, row, len(tokens))
+    if not len(prompt):
+        raise UnusableError(names["prompt"], "no prompt", "at least one token")
+    masks = {name: _mask(name, row, len(prompt), len(tokens)) for name in found.masks}
+    unpadded = _unpadded(names, row, len(prompt), len(tokens))
+    if len(tokens):
+        found.add(number, prompt, tokens, numbers, masks, setting, unpadded)
+    else:
+        found.empty += 1
+    return whole
+
+
+def _opened(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
+    """Column by role (and by its own name where it has no role), and the rows with their numbers."""
+    if path.is_dir():
+        raise _unusable(path, "a directory", "one .parquet or .jsonl file", hint=f"name a file in it: ls {path}")
+    if not path.exists():
+        raise _unusable(path, "no such file", "a .parquet or .jsonl file")
+    if not path.is_file():
+        raise _unusable(path, "no regular file", "a .parquet or .jsonl file")
+    try:
+        with path.open("rb") as file:
+            parquet = file.read(4) == b"PAR1" or path.suffix == ".parquet"
+    except OSError as error:
+        raise _unusable(path, str(error), "a file that can be read") from error
+    return _parquet(path) if parquet else _jsonl(path)
+
+
+def _named(path: Path, lists: dict[str, bool]) -> dict[str, str]:
+    """Which column plays which role.
+
+    Args:
+        lists: by column that is there, whether it holds lists.
+    """
+    names = {}
+    for role, known in COLUMNS.items():
+        there = [name for name in known if name in lists]
+        if not there:
+            columns = ", ".join(ascii(name)[1 : SHOWN + 1].rstrip("'") for name in list(lists)[:SHOWN])
+            raise _unusable(path, f"columns {columns}", f"one of {', '.join(known)}")
+        names[role] = next((name for name in there if lists[name]), there[0])
+    return names | {name: name for name in (*MASKS, *ATTENTION, *SETTINGS) if name in lists}
+
+
+def _jsonl(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
+    lines = _lines(path)
+    first = next(lines, None)
+    if first is None:
+        raise _unusable(path, "no row", "at least one completion")
+    names = _named(path, {name: isinstance(value, list) for name, value in first[1].items()})
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        yield first
+        yield from lines
+
+    return names, rows()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """The objects of a JSONL file with the numbers of their lines."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise _unusable(path, f"more than {LONGEST_LINE >> 20} MiB", "one completion a line", f", row {number}")
+                line = line.removeprefix(b"\xef\xbb\xbf").strip()
+                if not line:
+                    continue
+                row = _decoded(line)
+                if not isinstance(row, dict):
+                    got = f"{type(row).__name__} {ascii(row)[:SHOWN]}" if not isinstance(row, list) else "an array"
+                    raise _unusable(path, got, "a JSON object", f", row {number}")
+                yield number, row
+    except (OSError, ValueError, RecursionError) as error:
+        got = "values nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:200]
+        raise _unusable(path, got, "Parquet, or one JSON object a line", f", row {number}") from None
+
+
+def _decoded(line: bytes) -> Any:
+    try:
+        return msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        if b"NaN" not in line and b"Infinity" not in line:
+            raise
+        return json.loads(line.decode())  # which takes NaN and the infinities: they are counted as missing
+
+
+def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    expected = "a Parquet file"
+    try:
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        kinds = {name: _holds_lists(pa, schema.field(at).type) for at, name in enumerate(schema.names)}
+        names = _named(path, kinds)
+        if len(set(schema.names)) < len(schema.names):
+            raise _unusable(path, "two columns of one name", expected)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise _unusable(path, _first_line(error), expected) from None
+    columns = list(dict.fromkeys(names.values()))
+    for name in columns:
+        _refuse_type(pa, path, name, schema.field(name).type)
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        number = 0
+        try:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+                parts = {name: _values(pa, batch.column(name)) for name in batch.schema.names}
+                for at in range(batch.num_rows):
+                    number += 1
+                    yield number, {name: part[at] for name, part in parts.items()}
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            raise _unusable(path, _first_line(error), expected, f", after row {number}") from None
+
+    return names, rows()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _holds_lists(pa: Any, kind: Any) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_number(pa: Any, kind: Any) -> bool:
+    told = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return any(is_so(kind) for is_so in told)
+
+
+def _refuse_type(pa: Any, path: Path, name: str, kind: Any) -> None:
+    wanted = kind if name in SETTINGS else kind.value_type if _holds_lists(pa, kind) else None
+    if wanted is None or not _is_number(pa, wanted):
+        expected = "a number" if name in SETTINGS else "a list of numbers"
+        raise _unusable(path, f"values of type {str(kind)[:SHOWN]}", expected, f", column {name}")
+
+
+def _values(pa: Any, column: Any) -> list:
+    """A column's values by row: numpy arrays of lists, Python's own of scalars."""
+    if not _holds_lists(pa, column.type):
+        return column.to_pylist()
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.large_list(column.type.value_type))
+    ends, flat = column.offsets.to_numpy(), column.values
+    there = np.ones(len(column), bool) if not column.null_count else column.is_valid().to_numpy(zero_copy_only=False)
+    holes = flat.is_null().to_numpy(zero_copy_only=False) if flat.null_count else None
+    values = flat.to_numpy(zero_copy_only=False) if not pa.types.is_null(flat.type) else np.full(len(flat), np.nan)
+    if holes is not None:  # integers with a null among them come as floats, which a list of ids is not
+        values = np.where(holes, np.nan, values.astype(np.float64))
+    return [values[ends[row] : ends[row + 1]] if there[row] else None for row in range(len(column))]
+
+
+def _ids(name: str, row: Row) -> np.ndarray:
+    """Token ids, int32."""
+    expected = f"a list of ids from 0 to {LARGEST_ID}"
+    values = _list(name, row, expected)
+    if isinstance(values, np.ndarray):
+        ids = values if values.dtype.kind in "iu" or not len(values) else None
+    else:
+        try:
+            ids = np.asarray(array("q", values), np.int64)
+        except (TypeError, OverflowError):
+            ids = None
+    if ids is None or (len(ids) and not 0 <= ids.min() <= ids.max() <= LARGEST_ID):
+        raise UnusableError(name, _culprit(values, lambda v: isinstance(v, int | np.integer) and 0 <= v <= LARGEST_ID), expected)
+    return ids.astype(np.int32)
+
+
+def _logprobs(names: dict[str, str], row: Row, n_tokens: int) -> np.ndarray:
+    """Log-probabilities, float64; NaN for null."""
+    name, expected = names["logprobs"], "a list of numbers; null, NaN and the infinities are counted as missing"
+    values = _list(name, row, expected)
+    if len(values) != n_tokens:
+        raise UnusableError(name, f"{len(values)} log-probabilities", f"one for each of {n_tokens} tokens in {names['tokens']}")
+    if isinstance(values, np.ndarray) and values.dtype.kind != "b":
+        return values.astype(np.float64)
+    try:
+        return np.asarray(array("d", [np.nan if v is None else v for v in values]), np.float64)
+    except (TypeError, OverflowError):
+        culprit = _culprit(values, lambda v: v is None or (isinstance(v, int | float) and abs(v) < 1e300))
+        raise UnusableError(name, culprit, expected) from None
+
+
+def _bits(name: str, row: Row) -> np.ndarray:
+    expected = "a list of 0 and 1, or of false and true"
+    values = _list(name, row, expected)
+    try:
+        bits = np.asarray(values if isinstance(values, np.ndarray) else array("d", values), np.float64)
+    except (TypeError, OverflowError, ValueError):
+        raise UnusableError(name, _culprit(values, lambda v: v in (0, 1)), expected) from None
+    if not np.isin(bits, (0.0, 1.0)).all():
+        raise UnusableError(name, _culprit(values, lambda v: v in (0, 1)), expected)
+    return bits == 1.0
+
+
+def _mask(name: str, row: Row, n_prompt: int, n_tokens: int) -> np.ndarray:
+    """bool [T]; of one over prompt and completion the completion's part."""
+    bits = _bits(name, row)
+    if len(bits) not in (n_tokens, n_prompt + n_tokens):
+        expected = f"one for each of {n_tokens} tokens, or of {n_prompt} + {n_tokens} with the prompt"
+        raise UnusableError(name, f"{len(bits)} values", expected)
+    return bits[len(bits) - n_tokens :]
+
+
+def _unpadded(names: dict[str, str], row: Row, n_prompt: int, n_tokens: int) -> tuple[slice, slice]:
+    """What of prompt and completion is no padding, as the attention masks say."""
+    kept = [slice(0, n_prompt), slice(0, n_tokens)]
+    for name in (name for name in ATTENTION if name in names):
+        bits = _bits(name, row)
+        parts = {
+            n_prompt + n_tokens: (bits[:n_prompt], bits[n_prompt:]),
+            n_tokens: (None, bits),
+            **({n_prompt: (bits, None)} if not name.startswith("completion") else {}),
+        }.get(len(bits))
+        if parts is None:
+            expected = f"one for each of {n_prompt} + {n_tokens} tokens of prompt and completion"
+            raise UnusableError(name, f"{len(bits)} values", expected)
+        for side, part in enumerate(parts):
+            if part is None or part.all() or (side == 0 and not part.any()):  # of a prompt all 0: a mask of the loss
+                continue
+            at = np.flatnonzero(part)
+            start, stop = (int(at[0]), int(at[-1]) + 1) if at.size else (0, 0)
+            if not part[start:stop].all():
+                raise UnusableError(
+                    name, f"0 between 1s, at place {start + int(part[start:stop].argmin())}", "pads at the ends only"
+                )
+            kept[side] = slice(max(kept[side].start, start), min(kept[side].stop, stop))
+    return kept[0], kept[1]
+
+
+def _list(name: str, row: Row, expected: str) -> Any:
+    values = row.get(name)
+    if not isinstance(values, list | np.ndarray):
+        got = "nothing" if values is None else f"{type(values).__name__} {ascii(values)[:SHOWN]}"
+        raise UnusableError(name, got, expected)
+    return values
+
+
+def _culprit(values: Any, fits: Any) -> str:
+    """The first value that does not fit, and where it stands."""
+    for at, value in enumerate(values):
+        if not fits(value):
+            shown = "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else ascii(value)[:SHOWN]
+            return f"{shown} at place {at}"
+    return f"values of type {getattr(values, 'dtype', 'bool')}"
+
+
+def _ends_with(prompt: np.ndarray, tokens: np.ndarray) -> bool:
+    return len(prompt) > len(tokens) and np.array_equal(prompt[len(prompt) - len(tokens) :], tokens)
+
+
+def _without(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    if not _ends_with(prompt, tokens):
+        raise UnusableError(
+            "input_ids", "ids that do not end in the completion", "prompt and completion together, as in the first row"
+        )
+    return prompt[: len(prompt) - len(tokens)]
+
+
+def _told(row: Row) -> tuple:
+    """The settings of a row, in the order of ``SETTINGS``; None where it has none."""
+    told = tuple(row.get(name) for name in SETTINGS)
+    for name, value in zip(SETTINGS, told, strict=True):
+        if not isinstance(value, int | float | None) or abs(value or 0) > LARGEST_ID or value != value:
+            got = "an array" if isinstance(value, list) else ascii(value)[:SHOWN]
+            raise UnusableError(name, got, f"a number, at most {LARGEST_ID}")
+    return told
+
+
+def _sampling(default: SamplingParams, told: tuple) -> SamplingParams:
+    changes = {name: value for name, value in zip(SETTINGS, told, strict=True) if value is not None}
+    if changes.get("top_k") == -1:  # vLLM's word for none
+        changes["top_k"] = 0
+    try:
+        return msgspec.convert(msgspec.structs.asdict(default) | changes, SamplingParams)
+    except msgspec.ValidationError as error:
+        column = next((name for name in SETTINGS if f"$.{name}" in str(error)), "of settings")
+        raise UnusableError(column, str(error)[:200], f"numbers in {', '.join(SETTINGS)}") from None
+
+
+def _unusable(path: Path, got: str, expected: str, where: str = "", hint: str = HINT) -> UsageError:
+    return UsageError(f"rollouts {path}{where}", got=got, expected=expected, hint=hint)

@@ -1,0 +1,311 @@
+"""Rollouts that another framework logged, judged by the trainer alone. No engine runs.
+
+Layers semantics and numerics are judged, and of layer path completions that are corrupted; the rest needs a live engine: NOT_RUN.
+What layer 1 cannot explain may still be a difference between two models: where one that layer 4 knows explains every number, that
+is what is named.
+
+Hypotheses are tried on the first rows of each sampling setting. The gap is measured on every row, or on as many as were asked
+for, spread over the file; the verdict says of how many.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.config.recipe import Recipe
+from lockstep.engines.logged import REASON, LoggedEngine
+from lockstep.parity.causes import CAUSES, finding
+from lockstep.parity.evidence import Evidence, Floors, within
+from lockstep.parity.explain.fitting import miss_of
+from lockstep.parity.explain.semantics.alignment import examine, transformed
+from lockstep.parity.explain.semantics.hypotheses import Fit, fits
+from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
+from lockstep.parity.explain.semantics.sampler import examine_draws
+from lockstep.parity.explain.semantics.unasked import unasked
+from lockstep.parity.explain.semantics.vocabulary import moved_ids
+from lockstep.parity.explain.weights.trainer_hypotheses import Explanation, explain
+from lockstep.parity.layers.numerics import judge_gap
+from lockstep.parity.logged.masks import settle
+from lockstep.parity.logged.numbers import Gaps, corrupted, foreign, not_greedy, of_all, of_few, placeholders, some_rows
+from lockstep.parity.logged.rows import Logged
+from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.tolerances import EXPLAINS
+from lockstep.policy.model import Policy
+from lockstep.records.verdicts import LAYERS, LayerName, Verdict
+from lockstep.rendering import Renderer
+
+FEW_ROWS = 32
+"""Completions that hypotheses are tried on; the gap is measured on all. Neighbours, for a log may have mixed them up."""
+FEW_TOKENS = 256
+"""The first so many of each."""
+MOST_SETTINGS = 16
+"""Sampling settings that hypotheses are tried under, those of the most rows; the gap is measured under all."""
+SAID_EVERY_S = 10.0
+"""How far the scoring is."""
+UNEXPLAINED = "unexplained_numerics"
+MENDS_OF_A_LOG = {
+    "corrupted_completions": "Join completions to prompts by request id wherever they pass a proxy or a log. If the engine "
+    "returned them so, its state or cache slots are mixed up: look for its version notes; try a larger cache.",
+}
+"""Of causes whose general mend speaks of an engine alone."""
+
+
+class Part:
+    """The completions of a log that were drawn under one setting, and a few of them for hypotheses.
+
+    Args:
+        every: its rows that have a judged token.
+        rows: those of them that the gap is measured on.
+        wrong_mask: what is wrong with a mask of the file; empty when nothing is.
+    """
+
+    def __init__(self, pair: Pair, logged: Logged, every: np.ndarray, rows: np.ndarray, wrong_mask: str = "") -> None:
+        self.pair, self.logged, self.every, self.rows, self.wrong_mask = pair, logged, every, rows, wrong_mask
+        self.n = int(logged.counts(rows).sum())
+        self.sampling = logged.samplings[logged.settings[rows[0]]]
+
+    @cached_property
+    def few(self) -> Sampled:
+        """Of the first rows, what was sampled on end."""
+        return self.logged.turns(self.every[:FEW_ROWS], FEW_TOKENS)
+
+    @cached_property
+    def trainer(self) -> np.ndarray:
+        """The trainer's scores of the few: float32 [tokens of those]."""
+        return self.few.scored(self.pair.policy)
+
+    @cached_property
+    def gaps(self) -> Gaps:
+        """trainer − engine of every token that is judged."""
+        gap, done, said = np.empty(self.n, np.float32), 0, time.monotonic()
+        for portion in self.logged.gaps(self.pair.policy, self.rows, self.sampling.temperature or 1.0):
+            gap[done : done + portion.size] = portion
+            done += portion.size
+            if time.monotonic() - said > SAID_EVERY_S:
+                self.pair.say(f"scoring: {done:,} of {self.n:,} tokens")
+                said = time.monotonic()
+        return of_all(self.logged, self.rows, gap)
+
+    def semantics(self) -> Verdict:
+        """The verdict of layer 1."""
+        pair, few = self.pair, self.few
+        if self.wrong_mask:
+            return self._fail("mask_contradicted", self.wrong_mask, {})
+        values = self.logged.logprobs[self.logged.judged(self.every)]
+        missing = np.count_nonzero(np.isnan(values))
+        if missing:
+            text = f"{missing} of {values.size} are null, non-finite or clamped"
+            return self._fail("missing_logprobs", text, {}, np.full(1, np.nan))
+        ranked = fits(pair.policy, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
+        figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
+        figures["minimal_detectable_effect_nats"] = pair.noise.p50
+        told = doubled_bos(pair, few.prompts[0]) or placeholders(of_few(few, self.trainer), pair.noise)
+        found = (told.cause, told.evidence) if told else self._named(ranked)
+        if found is not None:
+            return self._fail(*found, figures)
+        summary = f"the log holds what the trainer scores: the {ranked[0].semantics.describe()}"
+        if not ranked[0].p50 <= pair.noise.p50:
+            summary = "the log's numbers are those of another model, which layer numerics names"
+        return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=self.n, figures=figures)
+
+    def _named(self, ranked: Sequence[Fit]) -> tuple[str, str] | None:
+        """Cause and evidence of what is wrong with the numbers; None where nothing is."""
+        asked, best = self.few.sampling, ranked[0].semantics
+        told = "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
+        if not ranked[0].p50 <= self.pair.noise.p50:
+            found = self._unasked(told)
+            if found is not None:
+                return found
+            if self.other is not None:
+                return None
+            return "unexplained_semantics", f"{told}; is --model the checkpoint that drew them?{self.pair.search.told()}"
+        if asked.penalises:
+            return "penalties_unmodelled", told
+        if asked.truncates:
+            return "truncation_unmodelled", told if best.truncated else f"{told}; the numbers do not show what was cut"
+        if best.temperature != asked.temperature and asked.temperature > 0.0:
+            return "raw_logprobs", told
+        return self._in_some() or self._drawn()
+
+    def _drawn(self) -> tuple[str, str] | None:
+        """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
+        pair, few = self.pair, self.few
+        if few.sampling.temperature == 0.0:
+            others = not_greedy(pair.policy, few, pair.noise)
+            return ("temperature_altered", others) if others else None
+        cut = examine_draws(pair.policy, few.groups, few.sampling).cut()
+        return ("draws_differ", cut) if cut else None
+
+    def _in_some(self) -> tuple[str, str] | None:
+        """What strikes some tokens, or some rows, and leaves the median right."""
+        pair, gaps = self.pair, self.gaps
+        if within(pair.noise, gaps.gap):
+            return None
+        found = placeholders(gaps, pair.noise)
+        some = some_rows(pair, self.logged, self.rows, gaps) if found is None else None
+        if some is not None:
+            found = foreign(pair, gaps, some)
+            if (
+                found is None
+                and not some.plausible
+                and not some.related
+                and corrupted(pair, self.logged, self.rows, gaps) is not None
+            ):
+                return None  # layer path shows them
+        if found is not None:
+            return found.cause, found.evidence
+        return self._rarely_felt()
+
+    def _unasked(self, told: str) -> tuple[str, str] | None:
+        """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows besides."""
+        pair, few, evidence = self.pair, self.few, self._evidence()
+        mangled = transformed(pair, evidence) or moved_ids(pair, few)
+        if mangled is not None:
+            return mangled.cause, mangled.evidence
+        hidden = unasked(pair, few, pair.noise.p50)
+        if hidden is not None:
+            return hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {told}"
+        mangled = examine(pair, evidence)
+        return None if mangled is None else (mangled.cause, f"{mangled.evidence}; {told}")
+
+    def _rarely_felt(self) -> tuple[str, str] | None:
+        """A setting, or tokens that are others, where the median token feels nothing of it."""
+        pair, few = self.pair, self.few
+        gap = few.engine_logprobs - self.trainer
+        if within(pair.noise, gap):
+            return None
+        found = unasked(pair, few, min(pair.noise.p50, EXPLAINS * miss_of(gap)))
+        if found is not None:
+            return found.cause, f"{found.name} fits to {found.miss:.1e} nats"
+        mangled = examine(pair, self._evidence())
+        return None if mangled is None else (mangled.cause, mangled.evidence)
+
+    def _evidence(self) -> Evidence:
+        """The trainer's scores stand in for the engine's own."""
+        n = self.trainer.size
+        floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))
+        return Evidence(self.few, self.few, self.few, self.trainer, self.trainer, self.trainer, floors)
+
+    @cached_property
+    def other(self) -> Explanation | None:
+        """A difference between two models that explains the numbers."""
+        found = explain(self.pair, self.few, self.trainer - self.few.engine_logprobs)
+        return None if found.cause == UNEXPLAINED else found
+
+    def explanation(self) -> tuple[str, str, str]:
+        """Cause, evidence and mend of the gap."""
+        if self.other is not None:
+            return self.other.cause, self.other.evidence, CAUSES[self.other.cause].mend
+        return UNEXPLAINED, "nothing is known of the engine that drew them", "say what it ran in: --set engine.dtype=bfloat16"
+
+    def path(self) -> Verdict:
+        """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
+        found = corrupted(self.pair, self.logged, self.rows, self.gaps)
+        if found is None:
+            return _not_run("path", REASON)
+        return self._fail("corrupted_completions", found.evidence(), {}, np.abs(self.gaps.gap), "path")
+
+    def _fail(
+        self, cause: str, evidence: str, figures: dict[str, Any], size: np.ndarray | None = None, layer: LayerName = "semantics"
+    ) -> Verdict:
+        size, owners = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size, np.zeros(1, int)
+        if size.size == self.trainer.size:
+            owners = self.few.owners
+        elif size.size == self.n:
+            owners = self.gaps.owners
+        mend = MENDS_OF_A_LOG.get(cause, CAUSES[cause].mend)
+        found = finding(cause, size, owners, evidence, mend, self.n)
+        summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sampling.temperature:g}"
+        return Verdict(layer=layer, status="FAIL", summary=summary, n_tokens=self.n, findings=(found,), figures=figures)
+
+
+def judge(
+    logged: Logged,
+    policy: Policy,
+    renderer: Renderer,
+    recipe: Recipe,
+    say: Callable[[str], None] = lambda text: None,
+    most_rows: int | None = None,
+) -> list[Verdict]:
+    """All five layers' verdicts; a later one is NOT_RUN once one has failed.
+
+    Args:
+        say: told where it takes longer.
+        most_rows: measure the gap on so many rows, spread over the file; None on all.
+    """
+    engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
+    nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
+    pair = Pair(engine, policy, nothing, renderer, nothing, recipe, say=say)
+    pair.begin_search()
+    wrong_mask = settle(logged, policy, renderer)
+    parts = _parts(pair, logged, wrong_mask, most_rows)
+    layers: dict[LayerName, Callable[[], Verdict]] = {
+        "semantics": lambda: _semantics(parts, logged),
+        "path": lambda: _worst([part.path() for part in parts]),
+        "numerics": lambda: _numerics(parts),
+    }
+    verdicts: list[Verdict] = []
+    for layer in LAYERS:
+        failed = next((verdict.layer for verdict in verdicts if verdict.status == "FAIL"), None)
+        if failed is not None:
+            verdicts.append(_not_run(layer, f"layer {failed} did not pass"))
+        else:
+            verdicts.append(layers[layer]() if layer in layers else _not_run(layer, REASON))
+    return verdicts
+
+
+def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -> list[Part]:
+    """One for each sampling setting, those of the most rows first."""
+    usable = logged.usable()
+    measured = usable
+    if most_rows is not None and most_rows < len(usable):
+        measured = usable[np.unique(np.linspace(0, len(usable) - 1, most_rows).astype(np.int64))]
+        logged.notes.append(f"the gap is measured on {len(measured):,} of {len(usable):,} completions, spread over the file")
+    groups = {int(logged.settings[rows[0]]): rows for rows in _by_setting(logged, usable)}
+    chosen = sorted(_by_setting(logged, measured), key=len, reverse=True)
+    if len(chosen) > MOST_SETTINGS:
+        text = f"hypotheses are tried under {MOST_SETTINGS} of {len(chosen):,} sampling settings, those of the most completions"
+        logged.notes.append(text)
+    return [Part(pair, logged, groups[int(logged.settings[rows[0]])], rows, wrong_mask) for rows in chosen]
+
+
+def _by_setting(logged: Logged, rows: np.ndarray) -> list[np.ndarray]:
+    """The rows of each sampling setting."""
+    order = rows[np.argsort(logged.settings[rows], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(logged.settings[order])) + 1)
+
+
+def _semantics(parts: Sequence[Part], logged: Logged) -> Verdict:
+    """The verdict of layer 1 over all parts, with what was left out and what was assumed."""
+    verdict = _worst([part.semantics() for part in parts[:MOST_SETTINGS]])
+    rows = {"rows": len(logged.spans), "rows_measured": sum(len(part.rows) for part in parts)}
+    verdict = replace(verdict, figures=verdict.figures | rows | {"notes": list(logged.notes)})
+    if verdict.status == "PASS":
+        verdict = replace(verdict, n_tokens=sum(part.n for part in parts))
+    return replace(verdict, summary="; ".join([verdict.summary, *logged.notes])) if logged.notes else verdict
+
+
+def _numerics(parts: Sequence[Part]) -> Verdict:
+    """The verdict of layer 4 over all parts."""
+    pair, gaps = parts[0].pair, [part.gaps for part in parts]
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)], dtype=np.int32)
+    owners = np.concatenate([found.owners + start for found, start in zip(gaps, starts, strict=False)])
+    widest = parts[int(np.argmax([np.median(np.abs(found.gap)) for found in gaps]))]
+    gap = np.concatenate([found.gap for found in gaps])
+    verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
+    measured, rows = int(starts[-1]), sum(len(part.every) for part in parts)
+    return verdict if measured == rows else replace(verdict, summary=f"{verdict.summary}; {measured:,} of {rows:,} completions")
+
+
+def _not_run(layer: LayerName, reason: str) -> Verdict:
+    return Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=reason)
+
+
+def _worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first that failed, or what all say, over all tokens."""
+    failed = next((verdict for verdict in verdicts if verdict.status == "FAIL"), None)
+    return replace(verdicts[0], n_tokens=sum(v.n_tokens for v in verdicts)) if failed is None else failed
