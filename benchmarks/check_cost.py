@@ -25,7 +25,6 @@ from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import processor, write_manifest
 from lockstep.runs.read import number, read_lines
-from lockstep.training.optimizer import MasterAdamW
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 SYNC_PAIRS = 24
@@ -91,7 +90,7 @@ def shares(session: Session, root: Path) -> list[float]:
     """What the canary adds to a sync, over the median step of a short run whose first step warms up; one share for each pair."""
     layout, pair = new_run(root), session.pair
     write_manifest(layout.manifest, session.manifest)
-    run = Run(session, layout, MasterAdamW(pair.policy.model, pair.recipe.optimizer), say)
+    run = Run(session, layout, say)
     run_steps(run, resumed=False)
     step = statistics.median(number(row["metrics"]["step_s"]) for row in read_lines(layout.metrics)[1:])
     added = []

@@ -1,10 +1,32 @@
 """Shared by all tests: a tiny random model, made here, so that unit tests need no download."""
 
 import json
+import os
+import sys
 
 import pytest
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+REAL_MODELS = {"contract", "e2e"}
+"""Folders whose tests compute on models for which a second thread pays."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_that_pay(request, monkeypatch_module):
+    """One thread for tiny models, here and in the processes that a test starts: more of them wait for one another by spinning."""
+    n = len(os.sched_getaffinity(0)) if request.path.parent.name in REAL_MODELS else 1
+    if n == 1:
+        monkeypatch_module.setenv("OMP_NUM_THREADS", "1")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(n)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    """``monkeypatch`` for a whole module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture(scope="session")

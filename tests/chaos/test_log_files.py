@@ -197,8 +197,9 @@ def fuzz(tmp_path, policy, renderer, numbers):
 def sides(tiny_checkpoint):
     from lockstep.policy.model import load_policy
     from lockstep.rendering import Renderer
+    from lockstep.training.trainer import Trainer
 
-    return load_policy(tiny_checkpoint, "float32", "float32"), Renderer(tiny_checkpoint)
+    return Trainer(load_policy(tiny_checkpoint, "float32", "float32"), None), Renderer(tiny_checkpoint)
 
 
 def test_a_changed_file_is_read_or_refused_by_name(tmp_path, sides):
@@ -228,7 +229,7 @@ def judged(tmp_path, pair, number):
     recipe = parse_overrides(NEUTRAL, [], "test")
     began = time.perf_counter()
     try:
-        verdicts = judge(read_logged(path, recipe.sampling), pair.policy, pair.renderer, recipe)
+        verdicts = judge(read_logged(path, recipe.sampling), pair.trainer, pair.renderer, recipe)
     except UsageError:
         return 0
     assert [v.layer for v in verdicts] == list(LAYERS)

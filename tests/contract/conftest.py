@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,6 +20,7 @@ from lockstep.engines.worker.group import end_group
 from lockstep.errors import LockstepError
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion
+from lockstep.training.trainer import Trainer
 from lockstep.weights.directory import weights_directory
 from lockstep.weights.publish import WeightPublisher
 
@@ -35,8 +37,8 @@ class Side:
 
     name: str
     engine: Engine
-    policy: object
-    publisher: WeightPublisher
+    trainer: Trainer
+    weights_dir: Path
     pids: list[int]
     """The engine's first process; none where it is this one."""
 
@@ -47,9 +49,9 @@ class Side:
         first = psutil.Process(self.pids[0])
         return [first, *first.children(recursive=True)]
 
-    def trainer(self, groups: list[Group], temperature: float = 1.0) -> list[np.ndarray]:
+    def scored(self, groups: list[Group], temperature: float = 1.0) -> list[np.ndarray]:
         """Score C of each completion."""
-        return self.policy.score(groups, temperature)
+        return self.trainer.score(groups, temperature)
 
 
 def groups_of(prompts: list[np.ndarray], completions: list[Completion]) -> list[Group]:
@@ -65,7 +67,7 @@ def logprobs_of(completions: list[Completion]) -> np.ndarray:
     return np.frombuffer(b"".join(c.logprobs for c in completions), FLOAT32)
 
 
-def spec_of(publisher, log, **changes) -> EngineSpec:
+def spec_of(weights_dir, log, **changes) -> EngineSpec:
     from lockstep.policy.pretrained import resolve_model
 
     settings = {
@@ -74,7 +76,7 @@ def spec_of(publisher, log, **changes) -> EngineSpec:
         "head_dtype": "float32",
         "max_model_len": MAX_MODEL_LEN,
         "options": {},
-        "weights_dir": publisher.directory,
+        "weights_dir": weights_dir,
         "log_path": log,
     }
     return EngineSpec(**(settings | changes))
@@ -160,7 +162,7 @@ def trainer():
             raise
         pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
     policy, directory = load_policy(path, "float32", "float32"), weights_directory()
-    yield policy, WeightPublisher(policy.model, directory)
+    yield Trainer(policy, None, lambda model: WeightPublisher(model, directory)), directory
     shutil.rmtree(directory)
 
 

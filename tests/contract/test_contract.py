@@ -100,7 +100,7 @@ def test_tokens_and_logprobs_line_up(side):
     assert all(len(ids_of(c)) == 9 and len(c.logprobs) == 36 and c.missing == 0 for c in found)
     assert {c.finish_reason for c in found} == {"length"}
     assert len({c.token_ids for c in found}) == 12, "samples of one prompt differ"
-    gap = np.concatenate(side.trainer(groups_of(prompts, found))) - logprobs_of(found)
+    gap = np.concatenate(side.scored(groups_of(prompts, found))) - logprobs_of(found)
     assert np.abs(gap).max() <= EXACT_NATS
 
 
@@ -137,7 +137,7 @@ def test_semantics(side, setting):
     rows, tokens = (3, 8) if side.name == "transformers" else (5, 10)  # there each prompt is a pass of its own
     prompts, sampling = prompts_of(8, seed=2)[:rows], SamplingParams(max_tokens=tokens, **asked)
     found = draw(side, prompts, max_tokens=tokens, **asked)
-    ranked = fits(side.policy, groups_of(prompts, found), logprobs_of(found), sampling)
+    ranked = fits(side.trainer, groups_of(prompts, found), logprobs_of(found), sampling)
     declared, best = side.engine.semantics(sampling), ranked[0]
     assert (best.semantics.temperature, best.semantics.truncated, best.semantics.penalised) == (
         declared.temperature,
@@ -152,14 +152,14 @@ def test_semantics(side, setting):
 def test_prompt_logprobs_are_what_they_are_declared_to_be(side):
     sequences = prompts_of(5, seed=3, low=20)
     groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
-    gap = np.concatenate(side.engine.score(sequences)) - np.concatenate(side.trainer(groups))
+    gap = np.concatenate(side.engine.score(sequences)) - np.concatenate(side.scored(groups))
     assert np.abs(gap).max() <= GIVEN_NATS
     capability = side.engine.ready.capabilities["rescore_at_temperature"]
     if not capability.supported:
         with pytest.raises(CapabilityError):
             side.engine.score(sequences, temperature=0.5)
         return
-    gap = np.concatenate(side.engine.score(sequences, temperature=0.5)) - np.concatenate(side.trainer(groups, 0.5))
+    gap = np.concatenate(side.engine.score(sequences, temperature=0.5)) - np.concatenate(side.scored(groups, 0.5))
     assert np.abs(gap).max() <= 2 * GIVEN_NATS
 
 
@@ -190,7 +190,7 @@ def test_one_token_completions(side):
     prompts = prompts_of(20, seed=6)
     found = draw(side, prompts, max_tokens=1)
     assert [len(ids_of(c)) for c in found] == [1] * 20
-    assert np.abs(np.concatenate(side.trainer(groups_of(prompts, found))) - logprobs_of(found)).max() <= EXACT_NATS
+    assert np.abs(np.concatenate(side.scored(groups_of(prompts, found))) - logprobs_of(found)).max() <= EXACT_NATS
 
 
 def test_200_concurrent_requests_come_back_to_their_callers(side):
@@ -201,12 +201,12 @@ def test_200_concurrent_requests_come_back_to_their_callers(side):
         answers = list(pool.map(lambda rows: draw(side, rows, max_tokens=2 if side.pids else 1), callers))
     found = [completion for answer in answers for completion in answer]
     own = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts, found, strict=True)]
-    gap = np.abs(np.concatenate(side.trainer(own)) - logprobs_of(found))
+    gap = np.abs(np.concatenate(side.scored(own)) - logprobs_of(found))
     # After a few random ids one token of 400 may be so ill-conditioned that the trainer alone and in a batch differ by 7e-4.
     assert np.quantile(gap, 0.99) <= EXACT_NATS
     assert gap.max() <= GIVEN_NATS
     swapped = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts[10:] + prompts[:10], found, strict=True)]
-    gaps = np.abs(np.concatenate(side.trainer(swapped)) - logprobs_of(found)).reshape(200, -1).mean(1)
+    gaps = np.abs(np.concatenate(side.scored(swapped)) - logprobs_of(found)).reshape(200, -1).mean(1)
     assert gaps.min() > GIVEN_NATS, "content tells every row apart"
     assert (gaps > APART_NATS).mean() > 0.95, "content tells the rows apart; here and there another row's token is as likely"
 
@@ -224,7 +224,7 @@ def test_abort_gives_back_what_there_is(side):
     kept = [c for c in found if c.token_ids]
     assert kept or not side.engine.ready.capabilities["pause_abort"].supported
     if kept:
-        assert np.abs(np.concatenate(side.trainer(groups_of(prompts, kept))) - logprobs_of(kept)).max() <= EXACT_NATS
+        assert np.abs(np.concatenate(side.scored(groups_of(prompts, kept))) - logprobs_of(kept)).max() <= EXACT_NATS
     assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
 
 
@@ -234,7 +234,7 @@ def test_parity_when_tempered(side, record_property):
     prompts = prompts_of(2, seed=9)
     found = draw(side, prompts, n=n, max_tokens=length, temperature=0.7)
     temperature = side.engine.semantics(SamplingParams(max_tokens=1, temperature=0.7)).temperature
-    gap = np.concatenate(side.trainer(groups_of(prompts, found), temperature)) - logprobs_of(found)
+    gap = np.concatenate(side.scored(groups_of(prompts, found), temperature)) - logprobs_of(found)
     assert gap.size == 2 * n * length
     record_property("note", f"{np.abs(gap).max():.1e}")
     assert np.abs(gap).max() <= EXACT_NATS
@@ -245,31 +245,31 @@ def test_a_weight_update_is_proven_by_scoring(side):
         pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['load'].how}")
     sequences = prompts_of(4, seed=10, low=16)
     groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
-    parameters = list(side.policy.model.parameters())
-    saved, old = [p.detach().clone() for p in parameters], np.concatenate(side.trainer(groups))
+    parameters = list(side.trainer._policy.model.parameters())
+    saved, old = [p.detach().clone() for p in parameters], np.concatenate(side.scored(groups))
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
             for p in parameters:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.02 * p.square().mean().sqrt())
-        new = np.concatenate(side.trainer(groups))
+        new = np.concatenate(side.scored(groups))
         assert np.abs(new - old).mean() > APART_NATS
         if side.engine.ready.resolved.get("worker.head_packed"):
-            side.engine.load(side.publisher.publish(6), ("stale_head",))
+            side.engine.load(side.trainer.publish(6), ("stale_head",))
             stale = np.concatenate(side.engine.score(sequences))
             assert np.abs(stale - new).mean() > APART_NATS, "without the mend the head stays old"
             assert np.abs(stale - old).mean() > APART_NATS, "and the body is new"
-        receipt = side.engine.load(side.publisher.publish(7))
+        receipt = side.engine.load(side.trainer.publish(7))
         assert receipt.version == 7
         assert np.abs(np.concatenate(side.engine.score(sequences)) - new).max() <= GIVEN_NATS
         found = draw(side, sequences, max_tokens=4)
         assert {c.version_spans[0].version for c in found} == {7}
-        assert np.abs(np.concatenate(side.trainer(groups_of(sequences, found))) - logprobs_of(found)).max() <= EXACT_NATS
+        assert np.abs(np.concatenate(side.scored(groups_of(sequences, found))) - logprobs_of(found)).max() <= EXACT_NATS
     finally:
         with torch.no_grad():
             for p, value in zip(parameters, saved, strict=True):
                 p.copy_(value)
-        side.engine.load(side.publisher.publish(0))
+        side.engine.load(side.trainer.publish(0))
     assert np.abs(np.concatenate(side.engine.score(sequences)) - old).max() <= GIVEN_NATS
 
 
@@ -280,7 +280,7 @@ def test_the_ladder_over_http_judges_what_it_can(side):
     small = ["parity.probe_prompts=6", "parity.probe_tokens=12", "parity.draw_tokens=256"]
     sets = [*small, "sampling.temperature=0.7", "engine.max_model_len=512"]
     recipe, model = load_recipe(QUICKSTART, sets), resolve_model(MODEL)
-    pair = Pair(side.engine, side.policy, side.publisher, Renderer(model), Task(recipe.task, 0), recipe)
+    pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
     verdicts = climb(pair).verdicts
     assert [v.status for v in verdicts] == ["PASS", "PASS", "NOT_RUN", "PASS", "PASS"], verdicts
     assert "takes no weights" in verdicts[2].reason
@@ -291,7 +291,7 @@ def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
     if not capability.supported:
         pytest.skip(f"NOT_RUN: {capability.how}")
     recipe, model = load_recipe(QUICKSTART, ["engine.max_model_len=512"]), resolve_model(MODEL)
-    pair = Pair(side.engine, side.policy, side.publisher, Renderer(model), Task(recipe.task, 0), recipe)
+    pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
     for mode in ("keep", "recompute"):
         found = replay(pair, mode)
         assert found.n_spanning >= 3
@@ -347,7 +347,7 @@ def test_the_death_of_the_engine_is_told_at_once(side):
     def ask():
         try:
             if loads:
-                side.engine.load(side.publisher.publish(9))
+                side.engine.load(side.trainer.publish(9))
             else:
                 draw(side, prompts_of(2), max_tokens=MAX_MODEL_LEN - 40)
         except EngineError as error:

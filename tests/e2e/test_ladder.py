@@ -148,14 +148,13 @@ def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path
     from lockstep.loop.open import Session
     from lockstep.loop.stages import Run, sync
     from lockstep.runs.layout import new_run
-    from lockstep.training.optimizer import MasterAdamW
 
     layout = new_run(tmp_path / "run")
-    run = Run(Session(pair, None, Path()), layout, MasterAdamW(pair.policy.model, pair.recipe.optimizer), print)
+    run = Run(Session(pair, None, Path()), layout, print)
     sample = draw(pair, probe_prompts(pair, 4, pair.seed), SamplingParams(max_tokens=8), pair.seed)
     run.canary = Canary.of(sample, pair.recipe.parity.canary_tokens)
     run.canary.clean_gap_nats = run.canary.measure(pair).gap_abs_mean_nats
-    saved = {p: p.detach().clone() for p in pair.policy.model.parameters()}
+    saved = {p: p.detach().clone() for p in pair.trainer._policy.model.parameters()}
     try:
         with torch.no_grad():
             for parameter in saved:
@@ -177,18 +176,18 @@ def test_the_engine_keeps_no_view_of_the_published_memory(pair):
     probe = [np.arange(100, 140, dtype=np.int32)]
     (before,) = pair.engine.score(probe)
     with torch.no_grad():
-        saved = pair.policy.head.detach().clone()
-        pair.policy.head.mul_(3.0)
+        saved = pair.trainer._policy.head.detach().clone()
+        pair.trainer._policy.head.mul_(3.0)
     (after,) = pair.engine.score(probe)
     with torch.no_grad():
-        pair.policy.head.copy_(saved)
+        pair.trainer._policy.head.copy_(saved)
     np.testing.assert_array_equal(before, after)
 
 
 def test_completions_come_back_to_their_own_prompt(pair):
     prompts = [np.array([1000 + row, 7, 7], np.int32) for row in range(40)]
     found = draw(pair, prompts, SamplingParams(max_tokens=3), seed=5)
-    trainer = np.concatenate(pair.policy.score(found.groups, 1.0))
+    trainer = np.concatenate(pair.trainer.score(found.groups, 1.0))
     assert np.abs(trainer - found.engine_logprobs).max() < P999_NATS
     assert all(len(np.frombuffer(c.token_ids, INT32)) == 3 for c in found.completions)
 

@@ -96,7 +96,7 @@ def verdicts_of(tmp_path, pair, rows, *sets, most_rows=None):
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
     recipe = parse_overrides(NEUTRAL, list(sets), "test")
-    return judge(read_logged(path, recipe.sampling), pair.policy, pair.renderer, recipe, most_rows=most_rows)
+    return judge(read_logged(path, recipe.sampling), pair.trainer, pair.renderer, recipe, most_rows=most_rows)
 
 
 def named(verdicts):

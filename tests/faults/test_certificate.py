@@ -28,7 +28,7 @@ def test_each_change_alone_voids_it(pair, issued, monkeypatch):
         assert len(found) >= 1
         assert all(any(needle in change for change in found) for needle in needles), found
 
-    weight = next(pair.policy.model.parameters())
+    weight = next(pair.trainer._policy.model.parameters())
     with torch.no_grad():
         old = weight.view(-1)[7].clone()
         weight.view(-1)[7] = torch.nextafter(old, old + 1)  # the last bit of one weight
@@ -54,12 +54,12 @@ def test_each_change_alone_voids_it(pair, issued, monkeypatch):
     voided("tokenizer_sha256")
     tokenizer.chat_template = template
 
-    epsilon = pair.policy.model.config.rms_norm_eps
-    pair.policy.model.config.rms_norm_eps = 1e-3
+    epsilon = pair.trainer._policy.model.config.rms_norm_eps
+    pair.trainer._policy.model.config.rms_norm_eps = 1e-3
     voided("model_config_sha256")
-    pair.policy.model.config.rms_norm_eps = epsilon
+    pair.trainer._policy.model.config.rms_norm_eps = epsilon
 
-    monkeypatch.setattr(pair.policy, "head_dtype", torch.bfloat16)
+    monkeypatch.setattr(pair.trainer._policy, "head_dtype", torch.bfloat16)
     voided("trainer.head_dtype")
     monkeypatch.undo()
 

@@ -1,5 +1,6 @@
 """Every fault that needs no engine flag, on a tiny model: named in its own layer with its own cause; and silence without one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -13,12 +14,12 @@ from lockstep.faults.proxies import RawNumbers, edits, numbers_of, with_numbers
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import CAUSES
 from lockstep.parity.evidence import gather
-from lockstep.parity.explain.weights.fitted_settings import norm_epsilon, settings_of
-from lockstep.parity.explain.weights.trainer_hypotheses import CACHES, explain
+from lockstep.parity.explain.weights.fitted_settings import settings_of
+from lockstep.parity.explain.weights.trainer_hypotheses import explain
 from lockstep.parity.ladder import climb
 from lockstep.parity.layers import weights as layer3_weights
 from lockstep.parity.pair import Sampled
-from lockstep.policy import attention
+from lockstep.policy.variant_settings import AttentionScaled, CacheKept, NormEpsilon, SlidingWindow
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
 REAL_ONLY = {
@@ -61,7 +62,7 @@ def test_a_clean_pair_passes(pair, recipe, temperature, seed):
 
 
 def test_an_engine_that_starts_from_other_weights_is_found_below_semantics(pair):
-    norm = pair.policy.model.get_submodule("model.layers.0.input_layernorm").weight
+    norm = pair.trainer._policy.model.get_submodule("model.layers.0.input_layernorm").weight
     with torch.no_grad():
         norm.mul_(1.05)
     try:
@@ -97,7 +98,7 @@ def test_every_cause_has_a_planted_fault_or_says_nothing_is_known():
 def test_a_setting_that_the_engine_resolved_otherwise_is_named(pair, session, monkeypatch):
     settings = {"hf_config.rms_norm_eps": 0.1}
     monkeypatch.setattr(session.pair.engine, "ready", replace(pair.engine.ready, resolved=pair.engine.ready.resolved | settings))
-    with norm_epsilon(session.pair.engine.model, 0.1):
+    with in_engine(session, NormEpsilon(0.1)):
         verdicts = climb(pair).verdicts
     assert [v.status for v in verdicts[:4]] == ["PASS", "PASS", "PASS", "FAIL"], [v.summary for v in verdicts]
     found = verdicts[3].findings[0]
@@ -105,8 +106,13 @@ def test_a_setting_that_the_engine_resolved_otherwise_is_named(pair, session, mo
     assert "rms_norm_eps is 0.1 in the engine, 1e-06 in the trainer" in found.evidence
 
 
+def in_engine(session, variant):
+    """The engine's own model, in this process, under a variant."""
+    return variant.held(dataclasses.replace(session.pair.trainer._policy, model=session.pair.engine.model))
+
+
 def test_a_setting_that_nobody_tells_is_fitted(pair, session):
-    with norm_epsilon(session.pair.engine.model, 0.03):
+    with in_engine(session, NormEpsilon(0.03)):
         found = climb(pair).verdicts[3].findings[0]
     assert found.cause == "model_config_differs"
     assert "norm epsilon of 0.03 " in found.evidence
@@ -136,16 +142,16 @@ def test_penalties_behind_raw_numbers_weigh_what_they_do_to_the_draws(pair, reci
 
 
 @pytest.mark.parametrize(
-    ("altered", "cause", "told"),
+    ("variant", "cause", "told"),
     [
-        ({"kept": CACHES["fp8_e5m2"]}, "kv_cache_precision", "kept in fp8_e5m2 "),
-        ({"kept": CACHES["fp8_e4m3, cut instead of rounded"]}, "kv_cache_precision", "fp8_e4m3, cut"),
-        ({"window": 16}, "model_config_differs", "sliding window of 16 "),
-        ({"scale": 2.5}, "model_config_differs", "attention scores times 2.5 "),
+        (CacheKept("fp8_e5m2"), "kv_cache_precision", "kept in fp8_e5m2 "),
+        (CacheKept("fp8_e4m3, cut instead of rounded"), "kv_cache_precision", "fp8_e4m3, cut"),
+        (SlidingWindow(16), "model_config_differs", "sliding window of 16 "),
+        (AttentionScaled(2.5), "model_config_differs", "attention scores times 2.5 "),
     ],
 )
-def test_another_attention_is_named(pair, altered, cause, told):
-    found = explained_under(pair, attention.altered(**altered))
+def test_another_attention_is_named(pair, variant, cause, told):
+    found = explained_under(pair, variant)
     assert found.cause == cause, found
     assert told in found.evidence
 
@@ -153,21 +159,21 @@ def test_another_attention_is_named(pair, altered, cause, told):
 @pytest.mark.parametrize("told", ["a rotary base of 5e+04 ", "positions divided by 4 ", "logits capped at 6 "])
 def test_another_setting_is_fitted(pair, told):
     with torch.no_grad():
-        pair.policy.head.mul_(40.0)  # or the tiny model's logits are too small for any cap
+        pair.trainer._policy.head.mul_(40.0)  # or the tiny model's logits are too small for any cap
     try:
-        setting = next(s for s in settings_of(pair.policy) if told.startswith(s.told.partition("{")[0]))
-        found = explained_under(pair, setting.under(float(told.split()[-1])))
+        setting = next(s for s in settings_of(pair.trainer) if told.startswith(s.told.partition("{")[0]))
+        found = explained_under(pair, setting.variant(float(told.split()[-1])))
     finally:
         with torch.no_grad():
-            pair.policy.head.div_(40.0)
+            pair.trainer._policy.head.div_(40.0)
     assert found.cause == "model_config_differs", found
     assert f"with {told}the trainer" in found.evidence
 
 
-def explained_under(pair, altered):
-    """What explains an engine that computes as the trainer does under ``altered``."""
+def explained_under(pair, variant):
+    """What explains an engine that computes as the trainer does under ``variant``."""
     sample = gather(pair).own
-    with altered:
-        numbers = sample.scored(pair.policy)
+    with pair.trainer.holding(variant):
+        numbers = sample.scored(pair.trainer)
     completions = [with_numbers(c, numbers[sample.owners == at]) for at, c in enumerate(sample.completions)]
-    return explain(pair, Sampled(sample.prompts, completions, sample.sampling), sample.scored(pair.policy) - numbers)
+    return explain(pair, Sampled(sample.prompts, completions, sample.sampling), sample.scored(pair.trainer) - numbers)

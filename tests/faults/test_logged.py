@@ -85,7 +85,7 @@ def test_draws_that_are_truncated_behind_whole_numbers_are_noticed(tmp_path, pai
     rows = log(replace(SHARP, temperature=1.0, top_k=3))
     for row in rows:
         group = [np.asarray(row["completion_ids"], np.int32)]
-        (scores,) = pair.policy.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], 1.0)
+        (scores,) = pair.trainer.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], 1.0)
         row["logprobs"] = scores.tolist()
     assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "draws_differ")
 
@@ -98,7 +98,7 @@ def test_another_model_configuration_is_numerics(tmp_path, pair, log, plant):
 
 
 def test_another_checkpoint_is_numerics_where_one_scale_explains_it(tmp_path, pair, log):
-    rows, tensor = log(), named_weights(pair.policy.model)["model.layers.1.mlp.down_proj.weight"]
+    rows, tensor = log(), named_weights(pair.trainer._policy.model)["model.layers.1.mlp.down_proj.weight"]
     with ExitStack() as stack:
         tensor.data.mul_(1.1)
         stack.callback(tensor.data.div_, 1.1)

@@ -18,7 +18,6 @@ from lockstep.rollout import store
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import write_manifest
 from lockstep.runs.read import read_lines
-from lockstep.training.optimizer import MasterAdamW
 
 SETS = [
     "training.steps=3",
@@ -45,11 +44,12 @@ class Loop:
             if not resumed:
                 write_manifest(self.layout.manifest, session.manifest)
             before(session.pair)
-            optimizer = MasterAdamW(session.pair.policy.model, self.recipe.optimizer)
             try:
-                run_steps(Run(session, self.layout, optimizer, self.said.append), resumed=resumed)
+                run_steps(Run(session, self.layout, self.said.append), resumed=resumed)
             finally:
-                self.weights = torch.cat([p.detach().reshape(-1).clone() for p in session.pair.policy.model.parameters()])
+                self.weights = torch.cat(
+                    [p.detach().reshape(-1).clone() for p in session.pair.trainer._policy.model.parameters()]
+                )
         return self.weights
 
 
@@ -123,7 +123,7 @@ def test_rollouts_of_other_weights_are_not_replayed(loop):
 
     def others(pair):
         with torch.no_grad():
-            pair.policy.head.mul_(1.1)
+            pair.trainer._policy.head.mul_(1.1)
 
     with pytest.raises(ParityError, match="rollouts of step 0, before they are trained on"):
         loop.start(resumed=True, before=others)

@@ -52,7 +52,7 @@ def test_prompts_through_text_are_told(pair):
     numbers = {}
     for at, group in enumerate(evidence.neutral.groups):
         prompt = retokenised(tokenizer, group.prompt) if at in short else group.prompt
-        (numbers[at],) = pair.policy.score([Group(prompt, group.completions)], 1.0)
+        (numbers[at],) = pair.trainer.score([Group(prompt, group.completions)], 1.0)
     completions = [with_numbers(c, numbers[at]) for at, c in enumerate(evidence.neutral.completions)]
     evidence.neutral = Sampled(evidence.neutral.prompts, completions, evidence.neutral.sampling)
     found = examine(pair, evidence)

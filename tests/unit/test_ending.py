@@ -142,7 +142,7 @@ def test_what_calls_sys_exit_under_a_verb_ends_it_with_no_success(monkeypatch, c
 
 
 def test_a_stop_during_a_load_does_not_wait_for_the_load():
-    from lockstep.parity.pair import Pair
+    from lockstep.weights.sync import push
 
     class Stuck:
         def __init__(self):
@@ -153,10 +153,9 @@ def test_a_stop_during_a_load_does_not_wait_for_the_load():
             assert self.closed.wait(60)
             raise EngineDied("engine", got="its end", expected="a running engine", hint="none")
 
-    publisher = SimpleNamespace(publish=lambda version: version, settle=lambda: None)
-    pair = Pair(Stuck(), None, publisher, None, None, None)
+    trainer = SimpleNamespace(publish=lambda version: version, settle=lambda: None)
     began = time.monotonic()
-    with pytest.raises(Stopped), pair.loading(1):
+    with pytest.raises(Stopped), push(trainer, Stuck(), 1):
         raise Stopped(130)
     assert time.monotonic() - began < AT_ONCE_S
 

@@ -8,11 +8,12 @@ from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, can
 from lockstep.policy.model import load_policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import SamplingParams
+from lockstep.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model_dir):
-    return load_policy(tiny_model_dir, "float32", "float32")
+def trainer(tiny_model_dir):
+    return Trainer(load_policy(tiny_model_dir, "float32", "float32"), None)
 
 
 SAMPLING = SamplingParams(
@@ -33,7 +34,7 @@ def test_eight_candidates_under_everything_and_one_under_nothing():
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_the_distribution_that_was_reported_wins(policy, at):
+def test_the_distribution_that_was_reported_wins(trainer, at):
     # Tokens that the truncation keeps, so that each candidate is possible.
     rng = np.random.default_rng(at)
     candidates, groups = candidates_of(SAMPLING), []
@@ -41,16 +42,15 @@ def test_the_distribution_that_was_reported_wins(policy, at):
         prompt, tokens = rng.integers(0, 97, 5).astype(np.int32), []
         for _ in range(8):
             group = Group(np.r_[prompt, tokens].astype(np.int32), [np.array([0], np.int32)])
-            (row,) = policy.rows([group], 1 << 20)
             with torch.no_grad():
-                logits = policy.logits(policy.hidden(row))
+                logits = trainer.logits(trainer.hidden([group])[0])
             edited = edit(logits, prompt, torch.tensor([*tokens, 0]), len(tokens), SAMPLING)
             both = sorted(set(edited[0].topk(30).indices.tolist()) & set(logits[0].topk(30).indices.tolist()))
             tokens.append(both[rng.integers(len(both))])
         groups.append(Group(prompt, [np.array(tokens, np.int32)]))
-    engine = np.concatenate([candidate_logprobs(policy, g, SAMPLING, candidates)[at] for g in groups])
+    engine = np.concatenate([candidate_logprobs(trainer, g, SAMPLING, candidates)[at] for g in groups])
     engine = engine + rng.normal(0, 1e-5, engine.size).astype(np.float32)
-    ranked = fits(policy, groups, engine, SAMPLING)
+    ranked = fits(trainer, groups, engine, SAMPLING)
     assert ranked[0].semantics == candidates[at]
     assert ranked[1].p50 > 100 * ranked[0].p50
 

@@ -12,8 +12,8 @@ from lockstep.parity.tolerances import NOISE
 
 def pair_of(trainer, **resolved):
     engine = SimpleNamespace(ready=SimpleNamespace(resolved={name.replace("__", "."): value for name, value in resolved.items()}))
-    policy = SimpleNamespace(model=SimpleNamespace(dtype=trainer), head_dtype=torch.float32)
-    return Pair(engine, policy, *[SimpleNamespace()] * 4)
+    ours = SimpleNamespace(dtype=str(trainer), head_dtype="torch.float32")
+    return Pair(engine, ours, *[SimpleNamespace()] * 3)
 
 
 @pytest.mark.parametrize("trainer", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of, hidden_of
+from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of
 from lockstep.parity.explain.semantics.logit_bias import BiasFit
 from lockstep.parity.explain.semantics.penalties import PenaltyFit, seen_before
 from lockstep.parity.explain.semantics.sampler import (
@@ -22,6 +22,7 @@ from lockstep.policy.model import load_policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import kept
 from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
+from lockstep.training.trainer import Trainer
 
 LIMIT = 1e-4
 PLAIN = SamplingParams(max_tokens=16)
@@ -107,22 +108,22 @@ def test_biases_are_fitted(logits, biases):
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model_dir):
-    return load_policy(tiny_model_dir, "float32", "float32")
+def trainer(tiny_model_dir):
+    return Trainer(load_policy(tiny_model_dir, "float32", "float32"), None)
 
 
 SHARP = 2.0
 """The tiny model's logits are nearly flat; the asked temperature is its inverse."""
 
 
-def drawn(policy, sampling, n=40, seed=0):
+def drawn(trainer, sampling, n=40, seed=0):
     """Groups whose completions are drawn from the policy itself, all of them one token at a time."""
     rng = np.random.default_rng(seed)
     prompts, tokens = [rng.integers(0, 97, 5).astype(np.int32) for _ in range(n)], np.empty((n, 0), np.int32)
     for _ in range(8):
         groups = [Group(np.r_[p, t].astype(np.int32), [np.zeros(1, np.int32)]) for p, t in zip(prompts, tokens, strict=True)]
         with torch.no_grad():
-            z = policy.logits(torch.cat(hidden_of(policy, groups))) * SHARP / sampling.temperature
+            z = trainer.logits(torch.cat(trainer.hidden(groups))) * SHARP / sampling.temperature
         if sampling.truncates:
             z = z.masked_fill(~kept(z.log_softmax(-1), sampling), float("-inf"))
         p = z.double().softmax(-1).numpy()
@@ -132,44 +133,44 @@ def drawn(policy, sampling, n=40, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_honest_draws_are_not_odd(policy, seed):
-    groups = drawn(policy, PLAIN, seed=seed)
-    assert examine_draws(policy, groups, replace(PLAIN, temperature=1 / SHARP)).oddity() == ""
+def test_honest_draws_are_not_odd(trainer, seed):
+    groups = drawn(trainer, PLAIN, seed=seed)
+    assert examine_draws(trainer, groups, replace(PLAIN, temperature=1 / SHARP)).oddity() == ""
 
 
 @pytest.mark.parametrize("hidden", [{"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.4}])
-def test_draws_from_another_distribution_are_odd(policy, hidden):
-    groups = drawn(policy, replace(PLAIN, **hidden))
-    assert examine_draws(policy, groups, replace(PLAIN, temperature=1 / SHARP)).oddity()
+def test_draws_from_another_distribution_are_odd(trainer, hidden):
+    groups = drawn(trainer, replace(PLAIN, **hidden))
+    assert examine_draws(trainer, groups, replace(PLAIN, temperature=1 / SHARP)).oddity()
 
 
 @pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.4}, {"frequency_penalty": 0.3}])
-def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(policy, penalty):
+def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(trainer, penalty):
     sampling, rng = replace(PLAIN, temperature=0.5), np.random.default_rng(3)
     groups = [Group(rng.integers(0, 20, n).astype(np.int32), [rng.integers(0, 20, 9).astype(np.int32)]) for n in (2, 9, 5)]
     asked = replace(sampling, **penalty)
     (penalised,) = [c for c in candidates_of(asked) if c.penalised and c.temperature == 0.5]
-    expected = [candidate_logprobs(policy, group, asked, [penalised])[0] for group in groups]
+    expected = [candidate_logprobs(trainer, group, asked, [penalised])[0] for group in groups]
     completions = [
         Completion(0, 0, pack_ids(g.completions[0]), pack_logprobs(e), "length", ())
         for g, e in zip(groups, expected, strict=True)
     ]
     sample = Sampled([group.prompt for group in groups], completions, sampling)
-    logits, ids, numbers = tokens_of_every_part(policy, groups, sample.engine_logprobs)
+    logits, ids, numbers = tokens_of_every_part(trainer, groups, sample.engine_logprobs)
     fit = PenaltyFit(logits, ids, *seen_before(sample), sampling.temperature)
     # float32 numbers near 16 have a spacing of 1e-6, logits at T = 0.5 twice that; two orders of summing differ by a few.
     np.testing.assert_allclose(fit.scores(**penalty).numpy(), numbers.numpy(), rtol=0.0, atol=1e-5)
     assert np.abs(fit.scores().numpy() - numbers.numpy()).max() > 1e-2
 
 
-def test_hidden_settings_of_a_whole_policy(policy):
-    groups = drawn(policy, PLAIN, n=12)
-    engine = np.concatenate(policy.score(groups, 0.8))
-    held = tokens_of_every_part(policy, groups, engine)
-    found = hidden_settings(policy, groups, engine, replace(PLAIN, temperature=0.5), LIMIT, held)
+def test_hidden_settings_of_a_whole_policy(trainer):
+    groups = drawn(trainer, PLAIN, n=12)
+    engine = np.concatenate(trainer.score(groups, 0.8))
+    held = tokens_of_every_part(trainer, groups, engine)
+    found = hidden_settings(trainer, groups, engine, replace(PLAIN, temperature=0.5), LIMIT, held)
     assert found is not None
     assert found.cause == "temperature_altered"
     assert "0.8" in found.name
     noise = np.random.default_rng(0).normal(0, 0.1, engine.size).astype(np.float32)
-    held = tokens_of_every_part(policy, groups, engine + noise)
-    assert hidden_settings(policy, groups, engine + noise, replace(PLAIN, temperature=0.5), LIMIT, held) is None
+    held = tokens_of_every_part(trainer, groups, engine + noise)
+    assert hidden_settings(trainer, groups, engine + noise, replace(PLAIN, temperature=0.5), LIMIT, held) is None

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lockstep.weights.directory import PREFIX, SETTLED_S, weights_directory
-from lockstep.weights.publish import WeightPublisher
+from lockstep.weights.publish import DoublePublisher, WeightPublisher
 
 SIZES = {
     "vocab_size": 64,
@@ -48,6 +48,28 @@ def test_a_mixture_of_experts_is_published_as_its_checkpoint_holds_it(tmp_path):
     assert all(torch.equal(published[name], checkpoint[name]) for name in checkpoint)
     assert publisher.copied
     assert all(".experts." in name for name in publisher.copied)
+
+
+def test_of_two_buffers_one_keeps_the_version_that_is_read_while_the_trainer_steps(tmp_path):
+    config = Qwen3MoeConfig(**SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
+    model = AutoModelForCausalLM.from_config(config)
+    publisher = DoublePublisher(model, tmp_path)
+    own = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    held = {}
+    for version in range(1, 5):
+        update = publisher.publish(version)
+        (tmp_path / f"checkpoint-{version}").mkdir()
+        model.save_pretrained(tmp_path / f"checkpoint-{version}")
+        held[version] = load_file(tmp_path / f"checkpoint-{version}" / "model.safetensors"), update.path
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)  # a step, before any engine has read
+        for wanted, path in [held[at] for at in (version - 1, version) if at in held]:
+            published = load_file(path)
+            assert all(torch.equal(published[name], wanted[name]) for name in wanted)
+            assert published.keys() == wanted.keys()
+    assert {path for _, path in held.values()} == {str(path) for path in tmp_path.glob("*weights.safetensors")}
+    assert own == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, "its memory stays its own"
 
 
 def test_what_killed_trainers_left_is_removed_and_what_is_held_stays():

@@ -30,17 +30,16 @@ def check_logged(
     loaded = _recipe(recipe, model, overrides)
     from lockstep.parity.logged.file import read_logged
     from lockstep.parity.logged.judge import judge
-    from lockstep.policy.model import load_policy
     from lockstep.policy.pretrained import resolve_model
     from lockstep.rendering import Renderer
+    from lockstep.training.trainer import Trainer
 
     with Console() as console:
         path = resolve_model(loaded.model.path)
         logged = read_logged(rollouts, loaded.sampling)
         size = f"{len(logged.token_ids):,} tokens in {len(logged.spans):,} completions"
         console.say(f"{size} under {len(logged.samplings)} sampling settings; scoring them with {loaded.model.path}")
-        policy = load_policy(path, loaded.model.dtype, loaded.model.head_dtype)
-        verdicts = judge(logged, policy, Renderer(path), loaded, console.say, rows)
+        verdicts = judge(logged, Trainer.load(path, loaded), Renderer(path), loaded, console.say, rows)
     status = "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
     if as_json:
         emit("check", {"verdict": status, "layers": layers_document(verdicts)})

@@ -120,15 +120,13 @@ def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], ex
     with open_session(recipe, layout.engine_log, say, extras.faults, extras.api_key_env) as session:
         from lockstep.loop.stages import Run
         from lockstep.loop.sync import run_steps
-        from lockstep.training.optimizer import MasterAdamW
 
         if resumed:
             refuse_other_run(layout.manifest, session.manifest)
         else:
             write_manifest(layout.manifest, session.manifest)
-        optimizer = MasterAdamW(session.pair.policy.model, recipe.optimizer)
         try:
-            run_steps(Run(session, layout, optimizer, say, sign_key=extras.sign_key), resumed=resumed)
+            run_steps(Run(session, layout, say, sign_key=extras.sign_key), resumed=resumed)
         except LockstepError as error:
             error.add_note(f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}")
             raise

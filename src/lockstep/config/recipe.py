@@ -43,6 +43,8 @@ class Model(_Section, frozen=True):
     """Of the trainer's body; fp32 master weights are kept beside a bf16 body."""
     head_dtype: Dtype = "float32"
     """Of the last matrix product, on the trainer's side and, through the adapter, on the engine's."""
+    device: str = "auto"
+    """Where the trainer computes: ``cpu``, ``cuda``, ``cuda:1``. ``auto``: CUDA where there is one, else the CPU."""
 
 
 class Engine(_Section, frozen=True):
@@ -59,6 +61,9 @@ class Engine(_Section, frozen=True):
     max_model_len: Positive = 1024
     weights: Literal["shared_memory", "nccl"] = "shared_memory"
     """What carries weights to it. ``nccl``: trainer and engine each on GPUs of their own."""
+    double_buffer: bool = False
+    """Weights are copied into one of two files by turns, so that the trainer may step while an engine still reads. Costs two
+    copies of them in memory; without it the published file is the trainer's own memory."""
     options: dict[str, Any] = {}
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
@@ -123,6 +128,8 @@ class Training(_Section, frozen=True):
     """Optimizer steps per batch of rollouts."""
     tokens_per_microbatch: Positive = 4096
     """Bound on the tokens of one forward pass; more are accumulated."""
+    gradient_checkpointing: bool = False
+    """Layers are computed again in the backward pass: memory for time."""
     checkpoint_every: Positive = 20
     seed: Seed = 0
 

@@ -156,5 +156,5 @@ def _measure(recipe: Recipe) -> tuple[float, tuple[float, float]]:
         pair, parity = session.pair, recipe.parity
         sampling: SamplingParams = replace(recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
         sample = draw(pair, probe_prompts(pair, parity.probe_prompts, pair.seed), sampling, pair.seed)
-        gap = np.abs(sample.scored(pair.policy) - sample.engine_logprobs)
+        gap = np.abs(sample.scored(pair.trainer) - sample.engine_logprobs)
         return float(gap.mean()), bootstrap_mean_ci95(gap, sample.owners)

@@ -96,7 +96,7 @@ class TemperatureBehind(Proxy):
             of_prompt.setdefault(c.prompt_index, []).append(ids_of(c))
         groups = [Group(prompts[at], samples) for at, samples in of_prompt.items()]
         (temperature,) = {p.temperature for p in params}
-        return [with_numbers(c, s) for c, s in zip(found, self.pair.policy.score(groups, temperature), strict=True)]
+        return [with_numbers(c, s) for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)]
 
 
 def drawn_at(factor: float) -> Callable[["Pair"], Proxy]:

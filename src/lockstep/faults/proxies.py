@@ -124,7 +124,7 @@ def only_of(letters: str) -> Callable[..., Any]:
     def edit(self: Any, prompts: Any, params: Any) -> Any:
         from lockstep.parity.explain.semantics.grammar import made_of, texts_of
 
-        texts = texts_of(self.pair.renderer.tokenizer, self.pair.policy.head.shape[0])
+        texts = texts_of(self.pair.renderer.tokenizer, self.pair.trainer.vocabulary)
         banned = dict.fromkeys(np.flatnonzero(~made_of(set(letters), texts)).tolist(), -100.0)
         return prompts, [replace(p, logit_bias=banned) for p in params]
 
@@ -174,7 +174,7 @@ def token_edited(at: int) -> Callable[..., Any]:
     """A hook: one token of each completion becomes another."""
 
     def edit(self: Proxy, completions: Completions) -> Completions:
-        vocabulary, found = self.pair.policy.head.shape[0], []
+        vocabulary, found = self.pair.trainer.vocabulary, []
         for c in completions:
             ids = ids_of(c).copy()
             if len(ids) > at + 1:
@@ -194,7 +194,7 @@ def stop_dropped(self: Proxy, completions: Completions) -> Completions:
 
 def some_corrupted(self: Proxy, completions: Completions) -> Completions:
     """A hook: the last two tokens of one completion in eight are noise that the engine is sure of."""
-    rng, vocabulary, found = np.random.default_rng(0), self.pair.policy.head.shape[0], []
+    rng, vocabulary, found = np.random.default_rng(0), self.pair.trainer.vocabulary, []
     for number, c in enumerate(completions):
         ids, numbers = ids_of(c).copy(), numbers_of(c).copy()
         if number % 8 == 3 and len(ids) > 4:
@@ -218,7 +218,7 @@ class RawNumbers(Proxy):
         found = self.inner.sample(prompts, [replace(p, top_k=5) for p in params])
         temperature = {p.temperature for p in params}.pop()
         groups = [Group(prompts[c.prompt_index], [ids_of(c)]) for c in found]
-        return [with_numbers(c, s) for c, s in zip(found, self.pair.policy.score(groups, temperature), strict=True)]
+        return [with_numbers(c, s) for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)]
 
 
 class WarmCacheDrifts(Proxy):
@@ -242,8 +242,7 @@ class Withheld(Proxy):
 
     def __init__(self, pair: "Pair", chosen: Callable[[str], bool]) -> None:
         super().__init__(pair)
-        tensors = _weights(pair)
-        self._old = {name: tensor.detach().clone() for name, tensor in tensors.items() if chosen(name)}
+        self._old = {name: tensor for name, tensor in pair.trainer.weights().items() if chosen(name)}
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
         """See :meth:`Proxy.edit_update`."""
@@ -255,19 +254,12 @@ class OneBehind(Proxy):
 
     def __init__(self, pair: "Pair") -> None:
         super().__init__(pair)
-        self._last = {name: tensor.detach().clone() for name, tensor in _weights(pair).items()}
+        self._last = pair.trainer.weights()
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
         """See :meth:`Proxy.edit_update`."""
-        now = {name: tensor.detach().clone() for name, tensor in _weights(self.pair).items()}
-        old, self._last = self._last, now
+        old, self._last = self._last, self.pair.trainer.weights()
         return edited_file(update, lambda name, tensor: old[name])
-
-
-def _weights(pair: "Pair") -> dict[str, Any]:
-    from lockstep.weights.publish import checkpoint_weights
-
-    return checkpoint_weights(pair.policy.model)
 
 
 def edited_file(update: WeightUpdate, edit: Callable[[str, Any], Any]) -> WeightUpdate:

@@ -1,78 +1,37 @@
 """Ways to break the trainer on purpose. Each is a context that puts back what it broke."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import GenerationConfig
 
-from lockstep.parity.explain.weights.fitted_settings import norm_epsilon, rotary_base
 from lockstep.parity.pair import Pair
-from lockstep.policy import model as policy_model
-from lockstep.policy.packing import Block, Packed
+from lockstep.policy.variant_settings import DropoutLeftOn, Generating, NormEpsilon, OneBlockRows, RotaryBase
 from lockstep.training import batch, step
 
 DROPOUT = 0.1
 
 
-@contextmanager
-def dropout_left_on(pair: Pair) -> Iterator[None]:
+def dropout_left_on(pair: Pair) -> AbstractContextManager[None]:
     """Dropout behind every feed-forward block, and the model left in training mode."""
-    hooks = [
-        module.register_forward_hook(lambda m, _, out: nn.functional.dropout(out, DROPOUT, m.training))
-        for name, module in pair.policy.model.named_modules()
-        if name.endswith(".mlp")
-    ]
-    pair.policy.model.train()
-    try:
-        yield
-    finally:
-        pair.policy.model.eval()
-        for hook in hooks:
-            hook.remove()
+    return pair.trainer.holding(DropoutLeftOn(DROPOUT))
 
 
-@contextmanager
-def attention_leaks(pair: Pair) -> Iterator[None]:
+def attention_leaks(pair: Pair) -> AbstractContextManager[None]:
     """A packed row is one block: each sequence attends to all that lie before it in its row."""
-    pack = policy_model.pack
-
-    def leaky(*args: Any, **kwargs: Any) -> list[Packed]:
-        rows = pack(*args, **kwargs)
-        return [
-            Packed(
-                r.token_ids, r.position_ids, (Block(0, len(r.token_ids), None),), r.predictors, r.targets, r.completions, r.spans
-            )
-            if len(r.completions) > 1
-            else r
-            for r in rows
-        ]
-
-    policy_model.pack = leaky
-    try:
-        yield
-    finally:
-        policy_model.pack = pack
+    return pair.trainer.holding(OneBlockRows())
 
 
-@contextmanager
-def other_rotary_base(pair: Pair) -> Iterator[None]:
+def other_rotary_base(pair: Pair) -> AbstractContextManager[None]:
     """The base of the rotary embedding a tenth of the checkpoint's."""
-    module: Any = next(m for m in pair.policy.model.modules() if hasattr(m, "inv_freq"))
-    dims = 2 * module.inv_freq.numel()
-    base = float(module.inv_freq[-1].double() ** (-dims / (dims - 2)))
-    with rotary_base(module, base / 10):
-        yield
+    return pair.trainer.holding(RotaryBase(pair.trainer.rotary_base / 10))
 
 
-@contextmanager
-def other_norm_epsilon(pair: Pair) -> Iterator[None]:
+def other_norm_epsilon(pair: Pair) -> AbstractContextManager[None]:
     """Another epsilon in every norm."""
-    with norm_epsilon(pair.policy.model, 1e-3):
-        yield
+    return pair.trainer.holding(NormEpsilon(1e-3))
 
 
 @contextmanager
@@ -124,15 +83,9 @@ def loss_misscaled(pair: Pair) -> Iterator[None]:
         code.grpo = original
 
 
-@contextmanager
-def with_generation_config(pair: Pair) -> Iterator[None]:
+def with_generation_config(pair: Pair) -> AbstractContextManager[None]:
     """The checkpoint has a generation_config.json, as a server would read it."""
-    model: Any = pair.policy.model
-    before, model.generation_config = model.generation_config, GenerationConfig(temperature=0.6, top_k=40, do_sample=True)
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    return pair.trainer.holding(Generating({"temperature": 0.6, "top_k": 40, "do_sample": True}))
 
 
 @contextmanager

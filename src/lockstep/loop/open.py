@@ -38,13 +38,12 @@ class Session:
     @cached_property
     def manifest(self) -> Manifest:
         """What runs here, with digests of the weights as they are when it is first asked for: before the first step."""
-        from lockstep.policy.fingerprint import config_digest, tokenizer_digest, weights_digest
+        from lockstep.policy.fingerprint import tokenizer_digest
 
         pair, environment = self.pair, self.choice.environment
         choices = {
             "engine": (_named(self.choice), self.choice.reason),
-            "trainer.share_prompts": (str(pair.policy.share_prompts), pair.policy.reason),
-            "trainer.device": (str(pair.policy.head.device), "where the checkpoint was loaded"),
+            **pair.trainer.choices(),
         }
         return build_manifest(
             pair.recipe,
@@ -52,11 +51,7 @@ class Session:
             choices,
             self.model_path,
             resolved=(self.choice.name, environment.version if environment else ""),
-            model={
-                "weights_sha256": weights_digest(pair.policy.model),
-                "config_sha256": config_digest(pair.policy.model),
-                "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
-            },
+            model={**pair.trainer.digests(), "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer)},
             planted=pair.planted,
         )
 
@@ -87,16 +82,15 @@ def open_session(
         renderer = Renderer(model_path)
         _refuse_long_prompt(recipe, task, renderer)
         from lockstep.parity.pair import Pair
-        from lockstep.policy.model import load_policy
+        from lockstep.training.trainer import Trainer
 
-        policy = load_policy(model_path, recipe.model.dtype, recipe.model.head_dtype)
-        publisher = _publisher(recipe, policy.model, directory, say)
+        trainer = Trainer.load(model_path, recipe, lambda model: _publisher(recipe, model, directory, say))
         engine: Engine = starting or stack.enter_context(contextlib.closing(launch(choice, spec)))
         engine.wait_ready()
         if recipe.engine.weights == "nccl":
             engine.need("nccl_weights")
         say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
-        yield Session(Pair(engine, policy, publisher, renderer, task, recipe, planted=planted, say=say), choice, model_path)
+        yield Session(Pair(engine, trainer, renderer, task, recipe, planted=planted, say=say), choice, model_path)
 
 
 @contextlib.contextmanager
@@ -131,9 +125,9 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
 
 def _publisher(recipe: Recipe, model, directory: Path, say: Say) -> "Publisher":
     if recipe.engine.weights == "shared_memory":
-        from lockstep.weights.publish import WeightPublisher
+        from lockstep.weights.publish import DoublePublisher, WeightPublisher
 
-        return WeightPublisher(model, directory, say)
+        return (DoublePublisher if recipe.engine.double_buffer else WeightPublisher)(model, directory, say)
     from lockstep.weights.nccl import NcclPublisher
 
     return NcclPublisher(model, directory)

@@ -17,7 +17,7 @@ from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
 from lockstep.rollout import store
 from lockstep.runs.read import drop_partial_line, number, read_lines
 from lockstep.runs.write import append_metrics, forget_partials
-from lockstep.training.checkpoint import keep_newest, load_checkpoint, newest_checkpoint
+from lockstep.training.checkpoint import keep_newest, newest_checkpoint
 
 REPLAYED = ("loss", "entropy_mean_nats", "grad_norm")
 """Figures that a replayed step must give again. The loss alone says nothing of the weights where the policy ratio is 1; the
@@ -37,7 +37,7 @@ def catch_up(run: Run) -> int:
     recorded = {row["step"]: row["metrics"] for row in read_lines(run.layout.metrics)}
     keep_newest(run.layout.checkpoints)  # the kill may have come before older ones went
     newest = newest_checkpoint(run.layout.checkpoints)
-    step = load_checkpoint(newest, run.pair.policy, run.optimizer) if newest else 0
+    step = run.pair.trainer.restore(newest) if newest else 0
     run.say(f"resume: {newest.name if newest else 'no checkpoint yet, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = run.gate or _recorded_gate(run)
@@ -75,7 +75,7 @@ def _recorded_gate(run: Run) -> Gate:
 
 
 def _refuse_other_figures(run: Run, step: int, figures: dict[str, float], recorded: dict[str, Any]) -> None:
-    rtol = replay_rtol(str(run.pair.policy.model.dtype))
+    rtol = replay_rtol(run.pair.trainer.dtype)
     for name in REPLAYED:
         then = number(recorded[name])
         if not np.isclose(figures[name], then, rtol=rtol, atol=REPLAY_ATOL):

@@ -34,9 +34,7 @@ from lockstep.rollout import collect, store
 from lockstep.rollout.collect import Rollouts
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.write import append_metrics, append_verdict
-from lockstep.training.checkpoint import save_checkpoint
-from lockstep.training.optimizer import MasterAdamW
-from lockstep.training.step import AtSampling, train
+from lockstep.training.step import AtSampling
 
 Say = Callable[[str], None]
 PROOF_PROMPTS = 8
@@ -48,7 +46,6 @@ class Run:
 
     session: Session
     layout: RunLayout
-    optimizer: MasterAdamW
     say: Say
     canary: Canary | None = None
     gate: Gate | None = None
@@ -166,7 +163,7 @@ def train_gated(run: Run, step: int, rollouts: Rollouts, *, replayed: bool = Fal
         if not replayed:
             store.admit(run.layout, step)
 
-    return rollout_figures(rollouts, step) | train(rollouts, run.pair.policy, run.optimizer, run.recipe, step, admit)
+    return rollout_figures(rollouts, step) | run.pair.trainer.step(rollouts, step, admit)
 
 
 def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -> ParityError:
@@ -224,7 +221,7 @@ def checkpoint(run: Run, version: int) -> None:
         WeightSyncError: when it is refuted.
     """
     prove_transport(run, version)
-    save_checkpoint(run.layout.checkpoints, version, run.pair.policy, run.optimizer, run.session.model_path)
+    run.pair.trainer.save(run.layout.checkpoints, version, run.session.model_path)
 
 
 def prove_transport(run: Run, version: int) -> None:

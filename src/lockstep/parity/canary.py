@@ -7,7 +7,6 @@ value is new. Only scoring tokens does.
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
@@ -50,9 +49,9 @@ class Canary:
         """Score B, float32 [T]."""
         return np.concatenate(pair.engine.score([np.r_[g.prompt, g.completions[0]] for g in self.groups]))
 
-    def trainer_scores(self, pair: Pair, head: torch.Tensor | None = None) -> np.ndarray:
-        """Score C, float32 [T]; through another head than the model's where one is given."""
-        return np.concatenate(pair.policy.score_at(self.groups, (self.temperature,), head=head)[0])
+    def trainer_scores(self, pair: Pair) -> np.ndarray:
+        """Score C, float32 [T]."""
+        return np.concatenate(pair.trainer.score(self.groups, self.temperature))
 
     def measure(self, pair: Pair, trainer: np.ndarray | None = None) -> "CanaryResult":
         """Score on both sides now, and remember the scores for the next time.

@@ -16,7 +16,7 @@ import lockstep
 from lockstep.errors import ParityError, RunError
 from lockstep.parity.pair import Pair
 from lockstep.parity.signature import is_signed_by, sign
-from lockstep.policy.fingerprint import config_digest, tokenizer_digest, trainer_environment, weights_digest
+from lockstep.policy.fingerprint import tokenizer_digest
 from lockstep.records.verdicts import LAYERS, Verdict
 from lockstep.runs.manifest import processor, steady
 from lockstep.runs.write import plain, write_atomically
@@ -68,24 +68,18 @@ MEASURED: dict[str, tuple[str, ...]] = {
 
 def describe_pair(pair: Pair) -> dict[str, Any]:
     """Everything that, when it changes, voids a certificate."""
-    ready = pair.engine.ready
+    ready, digests = pair.engine.ready, pair.trainer.digests()
     return {
         "lockstep": lockstep.__version__,
         "hardware": {"processor": processor()},
-        "weights_sha256": weights_digest(pair.policy.model),
-        "model_config_sha256": config_digest(pair.policy.model),
+        "weights_sha256": digests["weights_sha256"],
+        "model_config_sha256": digests["config_sha256"],
         "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer),
         "engine": f"{ready.engine} {ready.version} ({ready.generation})",
         "engine_resolved": steady(ready.resolved),
         "sampling": pair.recipe.sampling,
         "objective": pair.recipe.objective,
-        "trainer": {
-            "model_class": type(pair.policy.model).__name__,
-            "dtype": str(pair.policy.model.dtype),
-            "head_dtype": str(pair.policy.head_dtype),
-            "share_prompts": pair.policy.share_prompts,
-            **trainer_environment(pair.policy.head.device),
-        },
+        "trainer": pair.trainer.describe(),
     }
 
 

@@ -23,6 +23,7 @@ from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.pair import Pair, Sampled, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE, TELLING_LOG_T, Tolerance
+from lockstep.policy.variants import Steady
 from lockstep.records.tokens import SamplingParams
 
 
@@ -80,11 +81,11 @@ def gather(pair: Pair) -> Evidence:
     sampling = replace(pair.recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
     own = draw(pair, prompts, sampling, pair.seed)
     neutral = own if sampling == plain else draw(pair, prompts, plain, pair.seed)
-    own_trainer = own.scored(pair.policy)
+    own_trainer = own.scored(pair.trainer)
     floors = _floors(pair, own, own_trainer)
     with steadied(pair, floors):
-        own_trainer = own_trainer if floors.steady(pair) else own.scored(pair.policy)
-        at_one = own_trainer if own is neutral else neutral.scored(pair.policy)
+        own_trainer = own_trainer if floors.steady(pair) else own.scored(pair.trainer)
+        at_one = own_trainer if own is neutral else neutral.scored(pair.trainer)
     # An engine that cannot re-score is judged by the trainer alone; layers path and weights are then NOT_RUN.
     rescores = pair.engine.ready.capabilities["rescore"].supported
     rescored = neutral.rescored(pair.engine) if rescores else at_one
@@ -93,8 +94,8 @@ def gather(pair: Pair) -> Evidence:
 
 def _floors(pair: Pair, own: Sampled, trainer: np.ndarray) -> Floors:
     half = own.owners % 2 == 0
-    alone = np.concatenate([s for group in own.groups[::2] for s in pair.policy.score([group], own.sampling.temperature)])
-    return Floors(own.scored(pair.policy) - trainer, alone - trainer[half], half)
+    alone = np.concatenate([s for group in own.groups[::2] for s in pair.trainer.score([group], own.sampling.temperature)])
+    return Floors(own.scored(pair.trainer) - trainer, alone - trainer[half], half)
 
 
 @contextmanager
@@ -103,14 +104,8 @@ def steadied(pair: Pair, floors: Floors) -> Iterator[None]:
     if floors.steady(pair):
         yield
         return
-    policy, training = pair.policy, pair.policy.model.training
-    policy.model.eval()
-    policy.alone = True
-    try:
+    with pair.trainer.holding(Steady()):
         yield
-    finally:
-        policy.model.train(training)
-        policy.alone = False
 
 
 def within(noise: Tolerance, gap: np.ndarray) -> bool:

@@ -2,26 +2,23 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
-from lockstep.errors import Stopped
 from lockstep.parity.search import Search
 from lockstep.parity.tolerances import NOISE, Tolerance, noise_of
-from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
-from lockstep.records.versions import LoadMode
+from lockstep.records.versions import LoadMode, LoadReceipt
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
-from lockstep.weights.publish import Publisher
+from lockstep.training.trainer import Trainer
+from lockstep.weights.sync import push
 
 
 @dataclass(eq=False)
@@ -29,8 +26,7 @@ class Pair:
     """A running engine and the trainer that is to learn from it."""
 
     engine: Engine
-    policy: Policy
-    publisher: Publisher
+    trainer: Trainer
     renderer: Renderer
     task: Task
     recipe: Recipe
@@ -40,6 +36,8 @@ class Pair:
     """Planted faults that every weight load is given (``faults.py``)."""
     say: Callable[[str], None] = lambda text: None
     """Told where naming a cause takes longer."""
+    receipt: LoadReceipt | None = None
+    """What the engine said of the last sync."""
     presumed_dtype: str = ""
     """Of an engine that does not say what it computes in: the one whose rounding, tried on the trainer, has the gap's size."""
     search: Search = field(default_factory=lambda: Search(math.inf))
@@ -62,7 +60,7 @@ class Pair:
     @property
     def noise(self) -> Tolerance:
         """What arithmetic alone may bring between the two sides, as far as it is known which arithmetic."""
-        ours = str(self.policy.model.dtype)
+        ours = self.trainer.dtype
         return noise_of(self.engine_dtype or ours, ours)
 
     @property
@@ -73,14 +71,20 @@ class Pair:
         """
         cache = str(self.engine.ready.resolved.get("cache_config.cache_dtype", "auto"))
         kept = "fp8" if cache.startswith("fp8") else f"torch.{cache}"
-        body = self.engine_dtype or str(self.policy.model.dtype)
+        body = self.engine_dtype or self.trainer.dtype
         dtypes = (body, self.engine_head_dtype or body, kept)
         return noise_of(*(dtype for dtype in dtypes if dtype in NOISE))
 
     @property
     def trainer_noise(self) -> Tolerance:
         """What arithmetic alone may bring between the trainer and itself."""
-        return noise_of(str(self.policy.model.dtype))
+        return noise_of(self.trainer.dtype)
+
+    @property
+    def shares_cores(self) -> bool:
+        """True where the engine computes on the cores that the trainer computes on."""
+        theirs = str(self.engine.ready.resolved.get("device_config.device_type", "cpu"))
+        return self.trainer.device.type == "cpu" and theirs == "cpu"
 
     @property
     def seed(self) -> int:
@@ -94,25 +98,10 @@ class Pair:
 
     @contextmanager
     def loading(self, version: int, mode: LoadMode = "wait") -> Iterator[None]:
-        """:meth:`sync`, with the body running while the engine loads; it may read the weights and must not change them.
-
-        The body has half of this process's threads: where both sides share the cores, OpenMP threads that outnumber them wait
-        for one another by spinning, which made a load of .4 s one of 1.3 s on 2 cores.
-        """
-        update, threads = self.publisher.publish(version), torch.get_num_threads()
-        with ThreadPoolExecutor(1, "weight-load") as thread:
-            load = thread.submit(self.engine.load, update, self.planted, mode)
-            torch.set_num_threads(max(1, threads // 2))
-            try:
-                try:
-                    yield
-                finally:
-                    torch.set_num_threads(threads)
-                load.result()
-            except (Stopped, KeyboardInterrupt):
-                self.engine.close()  # or leaving the thread would wait for the load
-                raise
-        self.publisher.settle()
+        """:meth:`sync`, with the body running while the engine loads (``weights/sync.py``); keeps the engine's receipt."""
+        with push(self.trainer, self.engine, version, mode, planted=self.planted, shares_cores=self.shares_cores) as pushed:
+            yield
+        self.receipt = pushed.receipt
 
 
 @dataclass(eq=False)
@@ -158,9 +147,9 @@ class Sampled:
         """Tokens without a finite log-probability."""
         return sum(c.missing for c in self.completions)
 
-    def scored(self, policy: Policy) -> np.ndarray:
+    def scored(self, trainer: Trainer) -> np.ndarray:
         """Score C of the completions' tokens, float32 [T]."""
-        return np.concatenate(policy.score(self.groups, self.temperature))
+        return np.concatenate(trainer.score(self.groups, self.temperature))
 
     def rescored(self, engine: Engine, temperature: float = 1.0) -> np.ndarray:
         """Score B of the completions' tokens, float32 [T]."""

@@ -27,7 +27,7 @@ def probe_prompts(pair: Pair, n: int, seed: int) -> list[np.ndarray]:
     """``n`` prompts as int32 ids, no two with the same first ids, lengths from 3 to the engine's limit."""
     rng = np.random.default_rng(seed)
     limit = min(LONGEST, pair.recipe.engine.max_model_len - pair.recipe.parity.probe_tokens - ROOM)
-    vocabulary = pair.policy.head.shape[0]
+    vocabulary = pair.trainer.vocabulary
     starts = rng.choice(vocabulary, n, replace=False).astype(np.int32)
     lengths = np.geomspace(3, max(limit, 4), n).astype(int)
     prompts = []

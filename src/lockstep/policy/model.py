@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from lockstep.errors import ModelError
+from lockstep.errors import ModelError, UsageError
 from lockstep.policy import attention
 from lockstep.policy.logprobs import TokenScores, token_logprobs
 from lockstep.policy.packing import Group, Packed, pack
@@ -33,13 +34,15 @@ class Policy:
     """
 
     model: PreTrainedModel
-    head: nn.Parameter
+    head: Tensor
     head_bias: Tensor | None
     head_dtype: torch.dtype
     softcap: float | None
     share_prompts: bool
     reason: str
     """Why ``share_prompts`` is what it is; shown in the manifest."""
+    placed: str = "where it was made"
+    """Why it is on its device; shown in the manifest."""
     alone: bool = False
     """One sequence a row: what a suspected leak between packed sequences is judged against."""
 
@@ -47,6 +50,16 @@ class Policy:
     def tied(self) -> bool:
         """True when the head is the input embedding."""
         return self.head is self.model.get_input_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the body."""
+        return self.model.dtype
 
     def hidden(self, row: Packed) -> Float[Tensor, "T D"]:
         """The hidden states that predict ``row.targets``, after the final norm."""
@@ -74,32 +87,21 @@ class Policy:
     @torch.no_grad()
     def score(self, groups: Sequence[Group], temperature: float, max_tokens: int = 4096) -> list[np.ndarray]:
         """Log-probabilities of every completion (score C): float32 [T_i] each, in order over all groups."""
-        return self.score_at(groups, (temperature,), max_tokens)[0]
+        found: list[np.ndarray] = [np.empty(0)] * sum(len(group.completions) for group in groups)
+        for row in self.rows(groups, max_tokens):
+            logprobs = self.scores(row.to(self.device), temperature).logprobs.numpy(force=True)
+            for number, span in zip(row.completions, row.spans, strict=True):
+                found[number] = logprobs[span]
+        return found
 
     @torch.no_grad()
-    def score_at(
-        self,
-        groups: Sequence[Group],
-        temperatures: Sequence[float],
-        max_tokens: int = 4096,
-        *,
-        head: Tensor | None = None,
-    ) -> list[list[np.ndarray]]:
-        """:meth:`score` at several temperatures for one pass of the body.
-
-        Args:
-            head: scores through another head than the model's own (a hypothesis of layer 3).
-        """
-        n = sum(len(group.completions) for group in groups)
-        found: list[list[np.ndarray]] = [[np.empty(0)] * n for _ in temperatures]
+    def hidden_of(self, groups: Sequence[Group], max_tokens: int = 4096) -> list[Float[Tensor, "T D"]]:
+        """The hidden states that predict each completion's tokens, in order over all groups."""
+        found: dict[int, Tensor] = {}
         for row in self.rows(groups, max_tokens):
-            row = row.to(self.head.device)
-            hidden = self.hidden(row)
-            for at, temperature in enumerate(temperatures):
-                logprobs = self.project(hidden, row.targets, temperature, head=head).logprobs.numpy(force=True)
-                for number, span in zip(row.completions, row.spans, strict=True):
-                    found[at][number] = logprobs[span]
-        return found
+            hidden = self.hidden(row.to(self.device))
+            found |= {number: hidden[span] for number, span in zip(row.completions, row.spans, strict=True)}
+        return [found[number] for number in range(len(found))]
 
     def project(
         self,
@@ -108,12 +110,11 @@ class Policy:
         temperature: float,
         *,
         with_entropy: bool = False,
-        head: Tensor | None = None,
     ) -> TokenScores:
-        """From hidden states that predict ``targets`` to scores, through the model's head or another."""
+        """From hidden states that predict ``targets`` to scores."""
         return token_logprobs(
             hidden,
-            self.head if head is None else head,
+            self.head,
             targets,
             temperature=temperature,
             bias=self.head_bias,
@@ -123,10 +124,33 @@ class Policy:
         )
 
 
-def load_policy(path: Path, dtype: str, head_dtype: str) -> Policy:
-    """Load a checkpoint for training.
+def place(asked: str) -> tuple[torch.device, str]:
+    """The device of a recipe's ``model.device``, and why it is that one.
 
     Raises:
+        UsageError: for one that this machine, or this build of torch, does not have.
+    """
+    found = torch.cuda.is_available()
+    if asked == "auto":
+        return torch.device("cuda" if found else "cpu"), "auto: CUDA is there" if found else "auto: no CUDA here"
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build of torch without CUDA
+        raise UsageError(
+            "recipe, key model.device",
+            got=f"{asked!r}: {str(error).splitlines()[0]}",
+            expected="auto, cpu, cuda or cuda:N, as this machine has them",
+            hint="--set model.device=auto",
+        ) from error
+    return device, "as the recipe says"
+
+
+def load_policy(path: Path, dtype: str, head_dtype: str, device: str = "cpu") -> Policy:
+    """Load a checkpoint for training, on ``device`` (:func:`place`).
+
+    Raises:
+        UsageError: for a device that is not there.
         ModelError: when it is no causal language model, or its logits are not head · hidden (a scale that is not known here).
     """
     attention.register()
@@ -141,6 +165,8 @@ def load_policy(path: Path, dtype: str, head_dtype: str) -> Policy:
             expected="a Hugging Face causal LM in safetensors",
             hint=f"ls {path}",
         ) from error
+    placed, why = place(device)
+    model.to(placed)
     model.eval()  # dropout off on the trainer's side too: an engine has none
     head = model.get_output_embeddings()
     policy = Policy(
@@ -151,6 +177,7 @@ def load_policy(path: Path, dtype: str, head_dtype: str) -> Policy:
         softcap=getattr(config.get_text_config(), "final_logit_softcapping", None),
         share_prompts=True,
         reason="the model takes lockstep's packed attention",
+        placed=why,
     )
     expected = _own_logits(model)
     for share in (True, False):
@@ -167,13 +194,35 @@ def load_policy(path: Path, dtype: str, head_dtype: str) -> Policy:
     )
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Have each layer keep its inputs alone for the backward pass, and compute the rest again in it.
+
+    transformers does so in training mode only, where dropout is on too: so the mode is set on the layers themselves and not on
+    the modules inside them.
+
+    Raises:
+        ModelError: where the model's layers cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"recipe, key training.gradient_checkpointing, {type(model).__name__}",
+            got="true",
+            expected="a model of transformers that supports it",
+            hint="--set training.gradient_checkpointing=false",
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
 _PROBE = torch.tensor([[3, 11, 7, 5, 2, 13]])
 
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel) -> Float[Tensor, "T V"]:
     with attention_of(model, EAGER):
-        return model(input_ids=_PROBE, use_cache=False).logits[0].float()
+        return model(input_ids=_PROBE.to(model.device), use_cache=False).logits[0].float().cpu()
 
 
 @torch.no_grad()

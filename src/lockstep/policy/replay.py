@@ -7,8 +7,7 @@
 The key that the engine has of t2 is computed by the new weights, for a token's cache entry is made when the next one is drawn.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,40 +15,24 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lockstep.policy.model import EAGER, Policy, attention_of
+from lockstep.policy.variants import Earlier, Snapshot
 
-
-@contextmanager
-def weights(values: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Parameters at other values, put back exactly."""
-    now = {parameter: parameter.detach().clone() for parameter in values}
-    _assign(values)
-    try:
-        yield
-    finally:
-        _assign(now)
+Piece = tuple[np.ndarray, np.ndarray, int]
+"""Prompt int32 [P], completion int32 [T], and n ≥ 1: how many of its tokens were drawn before the switch."""
 
 
 @torch.no_grad()
-def _assign(values: dict[Tensor, Tensor]) -> None:
-    for parameter, value in values.items():
-        parameter.copy_(value)
-
-
-@torch.no_grad()
-def kept_cache_logprobs(
-    policy: Policy, pieces: Sequence[tuple[np.ndarray, np.ndarray, int]], old: dict[Tensor, Tensor], temperature: float
-) -> list[np.ndarray]:
+def kept_cache_logprobs(policy: Policy, pieces: Sequence[Piece], old: Snapshot, temperature: float) -> list[np.ndarray]:
     """Log-probabilities of the tokens after the switch, over a cache that the old weights filled; nats, float32 [T − n] each.
 
     The policy holds the new weights.
 
     Args:
-        pieces: prompt int32 [P], completion int32 [T], and n ≥ 1: how many of its tokens were drawn before the switch.
-        old: each parameter's value before the switch.
+        old: the weights before the switch.
     """
     caches, found = [], []
     with attention_of(policy.model, EAGER):
-        with weights(old):
+        with Earlier(old).held(policy):
             for prompt, tokens, n in pieces:
                 cache, ids = DynamicCache(), _ids(policy, np.r_[prompt, tokens[: n - 1]])
                 policy.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
@@ -62,4 +45,4 @@ def kept_cache_logprobs(
 
 
 def _ids(policy: Policy, ids: np.ndarray) -> Tensor:
-    return torch.as_tensor(ids.astype(np.int64), device=policy.head.device)
+    return torch.as_tensor(ids.astype(np.int64), device=policy.device)

@@ -4,6 +4,8 @@ Follows vLLM's order (vllm/v1/sample: min-p, then top-k, then top-p on what is l
 the k-th is kept, and top-p keeps the token that crosses the threshold.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,11 +17,17 @@ CHUNK = 64
 
 
 @torch.no_grad()
-def kept_log_mass(hidden: Float[Tensor, "T D"], head: Float[Tensor, "V D"], sampling: SamplingParams) -> Float[Tensor, "T"]:
-    """log of the probability, at the sampling temperature, of the tokens that can be drawn; nats, ≤ 0."""
+def kept_log_mass(
+    logits: Callable[[Tensor], Tensor], hidden: Float[Tensor, "T D"], sampling: SamplingParams
+) -> Float[Tensor, "T"]:
+    """log of the probability, at the sampling temperature, of the tokens that can be drawn; nats, ≤ 0.
+
+    Args:
+        logits: from hidden states [L, D] to whole distributions [L, V], fp32.
+    """
     parts = []
     for rows in hidden.split(CHUNK):
-        logprobs = (rows.float() @ head.float().T / sampling.temperature).log_softmax(-1)
+        logprobs = (logits(rows) / sampling.temperature).log_softmax(-1)
         parts.append(logprobs.masked_fill(~kept(logprobs, sampling), float("-inf")).logsumexp(-1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 

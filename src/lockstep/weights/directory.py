@@ -51,14 +51,14 @@ def weights_directory() -> Path:
 
 
 def remove_weights(directory: Path) -> None:
-    """Give back a directory of :func:`weights_directory`, and the one that its file lies in where that is another."""
-    beside = (directory / FILE_NAME).resolve().parent
-    for own in {directory, beside} & _held.keys():
+    """Give back a directory of :func:`weights_directory`, and the one that its files lie in where that is another."""
+    beside = {file.resolve().parent for file in directory.glob(f"*{FILE_NAME}")}
+    for own in ({directory} | beside) & _held.keys():
         shutil.rmtree(own, ignore_errors=True)
         os.close(_held.pop(own))
 
 
-def reserve(directory: Path, size: int, say: Callable[[str], None]) -> BinaryIO:
+def reserve(directory: Path, size: int, say: Callable[[str], None], name: str = FILE_NAME) -> BinaryIO:
     """The file of published weights, open, with every byte of it there to be written.
 
     Args:
@@ -68,7 +68,7 @@ def reserve(directory: Path, size: int, say: Callable[[str], None]) -> BinaryIO:
     Raises:
         NoRoomError: when neither has the room.
     """
-    path = directory / FILE_NAME
+    path = directory / name
     try:
         return _reserved(path, size)
     except OSError as error:
@@ -82,8 +82,8 @@ def reserve(directory: Path, size: int, say: Callable[[str], None]) -> BinaryIO:
     except OSError as error:
         raise _no_room(size, f"{full}, and the cache cannot be written ({error})") from error
     try:
-        file = _reserved(beside / FILE_NAME, size)
-        path.symlink_to(beside / FILE_NAME)
+        file = _reserved(beside / name, size)
+        path.symlink_to(beside / name)
     except OSError as error:
         also = f"{_room(beside)} ({error.strerror})"
         remove_weights(beside)

@@ -48,6 +48,30 @@ class Publisher(Protocol):
         ...
 
 
+class _File:
+    """One published file, mapped: its tensors by name, and where its header says the version."""
+
+    def __init__(self, directory: Path, name: str, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
+        header, offsets = _header(tensors, 0)
+        size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+        with reserve(directory, size, say, name) as file:
+            self._map = mmap.mmap(file.fileno(), size)
+        self.path = directory / name
+        self._map[: len(header)] = header
+        self._stamp_at = header.index(b"000000000000")
+        self.tensors = {
+            name: torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=len(header) + offsets[name]).view(
+                tensor.shape
+            )
+            for name, tensor in tensors.items()
+        }
+
+    def stamp(self, version: int) -> WeightUpdate:
+        """Say that the tensors are now those of ``version``."""
+        self._map[self._stamp_at : self._stamp_at + 12] = b"%012d" % version
+        return WeightUpdate(version=version, path=str(self.path))
+
+
 class WeightPublisher:
     """The trainer's side of a sync.
 
@@ -63,20 +87,14 @@ class WeightPublisher:
 
     def __init__(self, model: nn.Module, directory: Path, say: Callable[[str], None] = print) -> None:
         self.directory = directory
-        self.path = directory / FILE_NAME
         self._model = model
         tensors, own = checkpoint_weights(model), named_weights(model)
-        header, offsets = _header(tensors, 0)
-        self._stamp_at = header.index(b"000000000000")
-        size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-        with reserve(directory, size, say) as file:
-            self._map = mmap.mmap(file.fileno(), size)
-        self._map[: len(header)] = header
+        self._file = _File(directory, FILE_NAME, tensors, say)
+        self.path = self._file.path
         self.copied: dict[str, Tensor] = {}
         """What lies in the map beside the trainer's own memory, and is copied there by each :meth:`publish`."""
         for name, tensor in tensors.items():
-            offset = len(header) + offsets[name]
-            shared = torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+            shared = self._file.tensors[name]
             if tensor is own.get(name) and tensor.device.type == "cpu":
                 shared.copy_(tensor)
                 tensor.data = shared
@@ -88,11 +106,42 @@ class WeightPublisher:
         present = checkpoint_weights(self._model) if self.copied else {}
         for name, shared in self.copied.items():
             shared.copy_(present[name])
-        self._map[self._stamp_at : self._stamp_at + 12] = b"%012d" % version
-        return WeightUpdate(version=version, path=str(self.path))
+        return self._file.stamp(version)
 
     def settle(self) -> None:
         """Nothing is under way: an engine has read the file when its load returns."""
+
+
+class DoublePublisher:
+    """Copies into one of two files by turns: the trainer may step while an engine still reads the version before.
+
+    ::
+
+        publish(4) ─► weights-0 ── read by engines ──────────────┐
+        step                                                     │ settle of version 4 is due before publish(6) writes there
+        publish(5) ─► weights-1 ── read by engines               │
+        publish(6) ─► weights-0 ◄────────────────────────────────┘
+
+    Arguments and errors as :class:`WeightPublisher`.
+    """
+
+    def __init__(self, model: nn.Module, directory: Path, say: Callable[[str], None] = print) -> None:
+        self.directory = directory
+        self._model = model
+        tensors = checkpoint_weights(model)
+        self._files = [_File(directory, f"{turn}-{FILE_NAME}", tensors, say) for turn in range(2)]
+        self._turn = 0
+
+    @torch.no_grad()
+    def publish(self, version: int) -> WeightUpdate:
+        """Copy the present weights out as ``version``. They may change at once; the file is kept until the publish after next."""
+        file, self._turn = self._files[self._turn], 1 - self._turn
+        for name, tensor in checkpoint_weights(self._model).items():
+            file.tensors[name].copy_(tensor)
+        return file.stamp(version)
+
+    def settle(self) -> None:
+        """Nothing is under way on the trainer's side."""
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from lockstep.parity.layers.weights import PROBE_VERSION, perturbed
 from lockstep.parity.pair import Pair, Sampled, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.policy.packing import Group
-from lockstep.policy.replay import kept_cache_logprobs, weights
+from lockstep.policy.variants import Earlier, Snapshot
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 from lockstep.records.versions import LoadMode
 
@@ -63,17 +63,18 @@ def replay(pair: Pair, mode: LoadMode) -> Replayed:
     began = time.perf_counter()
     draw(pair, prompts, sampling, pair.seed)
     undisturbed = time.perf_counter() - began
+    noise = perturbed(pair)
     try:
-        with perturbed(pair, pair.seed) as before, ThreadPoolExecutor(1) as pool:
+        with pair.trainer.holding(noise), ThreadPoolExecutor(1) as pool:
             drawn = pool.submit(draw, pair, prompts, sampling, pair.seed + 7)
             time.sleep(EARLIEST * undisturbed)
             pair.sync(PROBE_VERSION, mode)
-            return _against(pair, drawn.result(), before, mode)
+            return _against(pair, drawn.result(), noise.before, mode)
     finally:
         pair.sync(pair.version)
 
 
-def _against(pair: Pair, sample: Sampled, before: dict, mode: LoadMode) -> Replayed:
+def _against(pair: Pair, sample: Sampled, before: Snapshot, mode: LoadMode) -> Replayed:
     """The trainer holds the new weights."""
     pieces, engine = [], []
     for prompt, completion in zip(sample.prompts, sample.completions, strict=True):
@@ -85,10 +86,10 @@ def _against(pair: Pair, sample: Sampled, before: dict, mode: LoadMode) -> Repla
         empty = np.empty(0, np.float32)
         return Replayed(mode, 0, empty, empty, empty)
     groups = [Group(prompt, [tokens]) for prompt, tokens, _ in pieces]
-    new = pair.policy.score(groups, 1.0)
-    with weights(before):
-        old = pair.policy.score(groups, 1.0)
-    kept = kept_cache_logprobs(pair.policy, pieces, before, 1.0)
+    new = pair.trainer.score(groups, 1.0)
+    with pair.trainer.holding(Earlier(before)):
+        old = pair.trainer.score(groups, 1.0)
+    kept = pair.trainer.across_switch(pieces, before, 1.0)
     after = [e[n:] for e, (_, _, n) in zip(engine, pieces, strict=True)]
     return Replayed(
         mode,

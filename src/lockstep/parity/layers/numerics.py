@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from lockstep.config.recipe import Objective
 from lockstep.metrics.reduce import mean_over_sequences, mismatch_figures, outside_clip, quantiles_abs
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
-from lockstep.parity.explain.numerics.precision import in_dtype
+from lockstep.parity.explain.numerics.precision import reference
 from lockstep.parity.explain.weights.trainer_hypotheses import explain
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import PHANTOM_CLIP_FRACTION, Tolerance
@@ -52,7 +51,7 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
             text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
             found = finding(cause, np.abs(size), owners, text)
             return Verdict(layer="numerics", status="FAIL", summary=text, n_tokens=size.size, findings=(found,), figures=figures)
-    if pair.policy.model.dtype != torch.float32:
+    if pair.trainer.dtype != "torch.float32":
         figures |= _against_reference(pair, sample, trainer)
     figures["note"] = _note(pair)
 
@@ -110,8 +109,7 @@ def judge_gap(
 
 def _against_reference(pair: Pair, sample: Sampled, trainer: np.ndarray) -> dict[str, float]:
     """Score D: the trainer's model in fp32, body and head."""
-    reference = in_dtype(pair.policy, torch.float32, torch.float32)
-    scores = sample.scored(reference)
+    scores = reference(pair.trainer, sample)
     return {
         "trainer_to_reference_abs_p50_nats": float(np.median(np.abs(trainer - scores))),
         "engine_to_reference_abs_p50_nats": float(np.median(np.abs(sample.engine_logprobs - scores))),
@@ -120,7 +118,7 @@ def _against_reference(pair: Pair, sample: Sampled, trainer: np.ndarray) -> dict
 
 def _note(pair: Pair) -> str:
     """Said beside a PASS: precisions that differ and that the clip range bears."""
-    body, head = str(pair.policy.model.dtype), str(pair.policy.head_dtype)
+    body, head = pair.trainer.dtype, pair.trainer.head_dtype
     theirs = pair.engine_head_dtype
     if not pair.engine_dtype:
         return " (the engine does not tell its dtype)"

@@ -5,14 +5,11 @@ optimizer step. On version-exact tokens the policy ratio is 1, nothing is clippe
 log-probabilities differs from the loss with the trainer's by no more than the largest gap can bring about.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from msgspec.structs import replace
 
-from lockstep.config.recipe import Recipe
 from lockstep.errors import DivergenceError
 from lockstep.metrics.reduce import mismatch_figures, policy_figures
 from lockstep.parity.causes import finding
@@ -20,26 +17,10 @@ from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import LOSS_SLACK, POLICY_RATIO_AT_LAG_0
 from lockstep.records.verdicts import Verdict
 from lockstep.rollout import collect
-from lockstep.training import batch, step
+from lockstep.training.rehearsal import Rehearsal
 
 PROMPTS = 4
 GROUP = 4
-
-
-@dataclass(eq=False)
-class AtLag0:
-    """What the training code makes of rollouts before any optimizer step; float32 [T]."""
-
-    gap: np.ndarray
-    """Its log-probabilities in the old-logprob pass − the engine's."""
-    log_ratio: np.ndarray
-    """Forward pass − old-logprob pass."""
-    clip_fraction: float
-    loss: float
-    """With the trainer's old log-probabilities."""
-    loss_borrowed: float
-    """With the engine's."""
-    owners: np.ndarray
 
 
 def judge(pair: Pair, seed: int) -> Verdict:
@@ -62,44 +43,16 @@ def judge(pair: Pair, seed: int) -> Verdict:
     return _verdict(pair, found, figures)
 
 
-def _at_lag_0(pair: Pair, seed: int) -> AtLag0:
+def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
     training = replace(pair.recipe.training, prompts_per_step=PROMPTS, group_size=GROUP, minibatches=1, seed=seed)
     recipe = replace(pair.recipe, training=training)
     rollouts = collect.sample(pair.engine, pair.task, pair.renderer, recipe, 0)
     # Alternating signs, so that both sides of the clip are exercised whatever the rewards of so few samples are.
     rollouts.advantages = np.where(np.arange(len(rollouts.completions)) % 2, 1.0, -1.0).astype(np.float32)
-    parts = batch.minibatches(rollouts, pair.policy, recipe)
-    step.score_under_sampling_weights(parts, pair.policy, recipe.sampling.temperature)
-    gap = [
-        micro.sampling_logprobs - micro.engine_logprobs for part in parts for micro in part if micro.sampling_logprobs is not None
-    ]
-    tokens, loss = _losses(pair, parts, recipe, "trainer")
-    with torch.no_grad():  # its gradients show nothing that the first loss's did not
-        _, borrowed = _losses(pair, parts, recipe, "engine")
-    lengths = rollouts.lengths()
-    return AtLag0(
-        gap=np.concatenate([g.numpy(force=True) for g in gap]),
-        log_ratio=np.concatenate(tokens.log_ratio),
-        clip_fraction=float(np.concatenate(tokens.clipped).mean()),
-        loss=loss,
-        loss_borrowed=borrowed,
-        owners=np.repeat(np.arange(len(lengths)), lengths),
-    )
+    return pair.trainer.rehearse(rollouts, recipe)
 
 
-def _losses(pair: Pair, parts: list[batch.Minibatch], recipe: Recipe, old: str) -> tuple[step.Tokens, float]:
-    """As in training, uncorrected: a correction hides what is judged here. Gradients are thrown away."""
-    own = replace(recipe, objective=replace(recipe.objective, old_logprobs=old, correction="none"))
-    tokens = step.Tokens()
-    try:
-        loss = sum(step.accumulate(part, pair.policy, own, tokens, on_sampling_weights=False) for part in parts)
-        step.refuse_divergence(loss)
-    finally:
-        pair.policy.model.zero_grad(set_to_none=True)
-    return tokens, loss
-
-
-def _verdict(pair: Pair, found: AtLag0, figures: dict[str, Any]) -> Verdict:
+def _verdict(pair: Pair, found: Rehearsal, figures: dict[str, Any]) -> Verdict:
     moved = abs(found.loss_borrowed - found.loss)
     cause, evidence, size = "", "", np.abs(found.gap)
     if not np.abs(found.log_ratio).max() <= POLICY_RATIO_AT_LAG_0:

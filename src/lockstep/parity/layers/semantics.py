@@ -26,7 +26,7 @@ from lockstep.parity.explain.rows import MOST, Mangled
 from lockstep.parity.explain.semantics.alignment import dropped_stop, examine, transformed
 from lockstep.parity.explain.semantics.draws import draw_many, weigh_many
 from lockstep.parity.explain.semantics.groups import examine_groups
-from lockstep.parity.explain.semantics.hypotheses import Fit, fits, hidden_of, scored_under
+from lockstep.parity.explain.semantics.hypotheses import Fit, fits, scored_under
 from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
 from lockstep.parity.explain.semantics.sampler import RARELY_ABOVE, Explained, examine_draws, likeliest_temperature
 from lockstep.parity.explain.semantics.unasked import unasked
@@ -74,7 +74,7 @@ def identify(pair: Pair, evidence: Evidence) -> Identified:
     telling = evidence.telling
     ground = float(np.median(np.abs(evidence.rescored - evidence.trainer)))
     limit = max(pair.noise.p50, SEMANTICS_MARGIN * ground)
-    ranked = fits(pair.policy, telling.groups, telling.engine_logprobs, telling.sampling, limit)
+    ranked = fits(pair.trainer, telling.groups, telling.engine_logprobs, telling.sampling, limit)
     told = Identified(ranked, ground, limit)
     if ground > pair.noise.p50 and told.margin < SEMANTICS_MARGIN:
         told = _by_the_engine_alone(pair, evidence, told)
@@ -194,11 +194,11 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
     size, text = np.abs(evidence.own_trainer - own.engine_logprobs), told.evidence()
     if asked.truncates:
         cause = "truncation_unmodelled"
-        parts = [kept_log_mass(h, pair.policy.head, asked) for h in hidden_of(pair.policy, own.groups)]
+        parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in pair.trainer.hidden(own.groups)]
         size = np.concatenate([-part.numpy(force=True) for part in parts])
     elif asked.penalises:
         cause, drawn = "penalties_unmodelled", LogprobSemantics.of("sampler_untruncated", asked)
-        (scores,) = scored_under(pair.policy, own.groups, asked, [drawn])
+        (scores,) = scored_under(pair.trainer, own.groups, asked, [drawn])
         size = np.abs(scores - evidence.own_trainer)
     elif hidden is not None:
         cause, text = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
@@ -251,7 +251,7 @@ def _confirmed(pair: Pair, evidence: Evidence) -> bool:
 
 def _raw(pair: Pair, own: Sampled, text: str) -> tuple[str, str]:
     """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever it is asked."""
-    asked, at_one = (examine_draws(pair.policy, own.groups, s) for s in (own.sampling, replace(own.sampling, temperature=1.0)))
+    asked, at_one = (examine_draws(pair.trainer, own.groups, s) for s in (own.sampling, replace(own.sampling, temperature=1.0)))
     if asked.oddity() and not at_one.oddity():
         return "temperature_altered", f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}"
     return "raw_logprobs", text
@@ -263,10 +263,10 @@ def _draws(pair: Pair, evidence: Evidence, told: Identified, figures: dict) -> F
     if not max(told.ground, at_one) <= pair.noise.p50:
         return None
     for name, sample in (("own", evidence.own), ("neutral", evidence.neutral)):
-        draws = examine_draws(pair.policy, sample.groups, sample.sampling)
+        draws = examine_draws(pair.trainer, sample.groups, sample.sampling)
         figures |= {f"draws_z_{name}": draws.z, f"draws_excess_{name}_nats": draws.excess_nats}
         if draws.oddity():
-            likeliest = likeliest_temperature(pair.policy, sample.groups, sample.sampling)
+            likeliest = likeliest_temperature(pair.trainer, sample.groups, sample.sampling)
             text = (
                 f"over {draws.n_tokens} tokens {draws.oddity()}; "
                 f"the draws look like T={likeliest:.2g}, asked was {sample.sampling.temperature:g}"
@@ -295,7 +295,7 @@ def _many_draws(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None
     if not n_tokens:
         return None
     singles, crowd = draw_many(pair, evidence.own.sampling, n_tokens)
-    drawn = weigh_many(pair.policy, singles, crowd)
+    drawn = weigh_many(pair.trainer, singles, crowd)
     figures |= {
         "draws_log_evidence": drawn.log_evidence,
         "draws_n_tokens": drawn.singles.n + drawn.crowd.n,

@@ -6,19 +6,17 @@ delivered; the head old under a new body; one or some tensors old (``attribution
 and proven again. Prompts that were in the prefix cache before the update are drawn from after it, to show a stale cache.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.pair import Pair, Sampled, draw
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, EXPLAINS, PERTURBATION_OVER_NOISE
+from lockstep.policy.variants import EarlierHead, Perturbed
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 
@@ -136,19 +134,21 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
     old = canary.trainer_scores(pair)
     first = canary.engine_scores(pair)
     limit = CANARY_MULTIPLE * max(canary.clean_gap_nats or float(np.abs(first - old).mean()), CANARY_FLOOR)
-    with perturbed(pair, pair.seed) as before:
+    noise = perturbed(pair)
+    with pair.trainer.holding(noise):
         pair.sync(PROBE_VERSION)
         engine, new = canary.engine_scores(pair), canary.trainer_scores(pair)
         after = draw(pair, cached, few, pair.seed)
-        cache_gap = after.scored(pair.policy) - after.engine_logprobs
-        old_head = canary.trainer_scores(pair, head=before[pair.policy.head])
+        cache_gap = after.scored(pair.trainer) - after.engine_logprobs
+        with pair.trainer.holding(EarlierHead(noise.before)):
+            old_head = canary.trainer_scores(pair)
         measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, filling, after, cache_gap)
         plain = (measured.residue(scores) for scores in (new, old, old_head))
         if not measured.blurred and not min(plain) <= measured.limit:
             pair.say("weights: not all arrived; looking for the tensors, which can take a minute")
             measured.named = (
                 attribution.rounded(pair, canary, engine, measured.limit)
-                or attribution.stale(pair, canary, before, engine, measured.limit)
+                or attribution.stale(pair, canary, noise.before, engine, measured.limit)
                 or attribution.scaled(pair, canary, engine, measured.limit)
             )
     pair.sync(pair.version)
@@ -215,7 +215,7 @@ def _cache_limit(pair: Pair, measured: Measured) -> float:
     limit = max(pair.noise.p999, CANARY_MULTIPLE * float(measured.ground.max()))
     if np.abs(measured.cache_gap).max() <= limit:
         return limit
-    before = measured.filling.scored(pair.policy) - measured.filling.engine_logprobs
+    before = measured.filling.scored(pair.trainer) - measured.filling.engine_logprobs
     return max(limit, CANARY_MULTIPLE * float(np.abs(before).max()))
 
 
@@ -226,19 +226,6 @@ def _wrong_version(pair: Pair, sample: Sampled, version: int) -> str:
     return "" if said <= {version} else f"completions of version {version} say that they are of {sorted(said)}"
 
 
-@contextmanager
-def perturbed(pair: Pair, seed: int) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
-    """Noise on every parameter of the trainer, in place; yields each parameter's old value and puts it back exactly."""
-    before: dict[torch.Tensor, torch.Tensor] = {p: p.detach().clone() for p in pair.policy.model.parameters()}
-    generator = torch.Generator(device=pair.policy.head.device).manual_seed(seed)
-    try:
-        with torch.no_grad():
-            for parameter, value in before.items():
-                scale = pair.noise.perturbation * value.float().square().mean().sqrt()
-                noise = torch.randn(value.shape, generator=generator, device=value.device) * scale
-                parameter.add_(noise.to(value.dtype))
-        yield before
-    finally:
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
+def perturbed(pair: Pair) -> Perturbed:
+    """Noise on every parameter of the trainer, large against what arithmetic brings."""
+    return Perturbed(pair.trainer.snapshot(), pair.noise.perturbation, pair.seed)

@@ -34,9 +34,9 @@ from lockstep.parity.logged.numbers import Gaps, corrupted, foreign, not_greedy,
 from lockstep.parity.logged.rows import Logged
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import EXPLAINS
-from lockstep.policy.model import Policy
 from lockstep.records.verdicts import LAYERS, LayerName, Verdict
 from lockstep.rendering import Renderer
+from lockstep.training.trainer import Trainer
 
 FEW_ROWS = 32
 """Completions that hypotheses are tried on; the gap is measured on all. Neighbours, for a log may have mixed them up."""
@@ -76,13 +76,13 @@ class Part:
     @cached_property
     def trainer(self) -> np.ndarray:
         """The trainer's scores of the few: float32 [tokens of those]."""
-        return self.few.scored(self.pair.policy)
+        return self.few.scored(self.pair.trainer)
 
     @cached_property
     def gaps(self) -> Gaps:
         """trainer − engine of every token that is judged."""
         gap, done, said = np.empty(self.n, np.float32), 0, time.monotonic()
-        for portion in self.logged.gaps(self.pair.policy, self.rows, self.sampling.temperature or 1.0):
+        for portion in self.logged.gaps(self.pair.trainer, self.rows, self.sampling.temperature or 1.0):
             gap[done : done + portion.size] = portion
             done += portion.size
             if time.monotonic() - said > SAID_EVERY_S:
@@ -100,7 +100,7 @@ class Part:
         if missing:
             text = f"{missing} of {values.size} are null, non-finite or clamped"
             return self._fail("missing_logprobs", text, {}, np.full(1, np.nan))
-        ranked = fits(pair.policy, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
+        ranked = fits(pair.trainer, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
         figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
         figures["minimal_detectable_effect_nats"] = pair.noise.p50
         told = doubled_bos(pair, few.prompts[0]) or placeholders(of_few(few, self.trainer), pair.noise)
@@ -135,9 +135,9 @@ class Part:
         """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
         pair, few = self.pair, self.few
         if few.sampling.temperature == 0.0:
-            others = not_greedy(pair.policy, few, pair.noise)
+            others = not_greedy(pair.trainer, few, pair.noise)
             return ("temperature_altered", others) if others else None
-        cut = examine_draws(pair.policy, few.groups, few.sampling).cut()
+        cut = examine_draws(pair.trainer, few.groups, few.sampling).cut()
         return ("draws_differ", cut) if cut else None
 
     def _in_some(self) -> tuple[str, str] | None:
@@ -225,7 +225,7 @@ class Part:
 
 def judge(
     logged: Logged,
-    policy: Policy,
+    trainer: Trainer,
     renderer: Renderer,
     recipe: Recipe,
     say: Callable[[str], None] = lambda text: None,
@@ -239,9 +239,9 @@ def judge(
     """
     engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
-    pair = Pair(engine, policy, nothing, renderer, nothing, recipe, say=say)
+    pair = Pair(engine, trainer, renderer, nothing, recipe, say=say)
     pair.begin_search()
-    wrong_mask = settle(logged, policy, renderer)
+    wrong_mask = settle(logged, trainer, renderer)
     parts = _parts(pair, logged, wrong_mask, most_rows)
     layers: dict[LayerName, Callable[[], Verdict]] = {
         "semantics": lambda: _semantics(parts, logged),

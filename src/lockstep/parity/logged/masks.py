@@ -14,9 +14,9 @@ import numpy as np
 from lockstep.errors import UsageError
 from lockstep.parity.logged.rows import Logged
 from lockstep.parity.tolerances import SEMANTICS_MARGIN
-from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.rendering import Renderer
+from lockstep.training.trainer import Trainer
 
 EITHER_WAY = ("tool_mask", "env_mask")
 """Masks of which frameworks disagree what 1 means."""
@@ -26,18 +26,18 @@ FEW_PROMPTS, FEW_TOKENS = 4, 32
 """Scored to tell pads from the beginning of a prompt."""
 
 
-def settle(logged: Logged, policy: Policy, renderer: Renderer) -> str:
+def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
     """Take pads away and mark what was sampled. Returns what is wrong with a mask, for people; empty when nothing is.
 
     Raises:
         UsageError: when nothing is left.
     """
-    pads = pads_of(policy, renderer)
-    _refuse(logged, policy, pads)
+    pads = pads_of(trainer, renderer)
+    _refuse(logged, trainer, pads)
     if not logged.padded:
         _strip_completions(logged, pads)
-        _strip_prompts(logged, policy, pads, renderer.tokenizer.bos_token_id)
-    _refuse(logged, policy, set())
+        _strip_prompts(logged, trainer, pads, renderer.tokenizer.bos_token_id)
+    _refuse(logged, trainer, set())
     wrong = ""
     inside = _inside(logged)
     for name, mask in list(logged.masks.items()):
@@ -64,16 +64,16 @@ def settle(logged: Logged, policy: Policy, renderer: Renderer) -> str:
     return wrong
 
 
-def pads_of(policy: Policy, renderer: Renderer) -> set[int]:
+def pads_of(trainer: Trainer, renderer: Renderer) -> set[int]:
     """Ids that sequences are padded with."""
-    tokenizer, config = renderer.tokenizer, policy.model.config.get_text_config()
+    tokenizer, config = renderer.tokenizer, trainer.text_config
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, getattr(config, "pad_token_id", None), *renderer.stop_token_ids)
     return {int(token) for token in known if token is not None}
 
 
-def _refuse(logged: Logged, policy: Policy, pads: set[int]) -> None:
+def _refuse(logged: Logged, trainer: Trainer, pads: set[int]) -> None:
     """Ids that the model does not have, but for pads; rows that are longer than its positions."""
-    vocabulary, config = policy.head.shape[0], policy.model.config.get_text_config()
+    vocabulary, config = trainer.vocabulary, trainer.text_config
     hint = "is --model the one that drew them?"
     for role, ids, spans in (("prompt", logged.prompt_ids, logged.prompt_spans), ("completion", logged.token_ids, logged.spans)):
         for at in np.flatnonzero(ids >= vocabulary):
@@ -146,7 +146,7 @@ def _run(pads: np.ndarray) -> int:
     return len(pads) if pads.all() else int(pads.argmin())
 
 
-def _strip_prompts(logged: Logged, policy: Policy, ids: set[int], bos: int | None) -> None:
+def _strip_prompts(logged: Logged, trainer: Trainer, ids: set[int], bos: int | None) -> None:
     """Take away what stands at the beginning of prompts, where the trainer agrees better without."""
     lengths = np.diff(logged.prompt_spans)[:, 0]
     first = logged.prompt_ids[logged.prompt_spans[:, 0]]
@@ -159,7 +159,7 @@ def _strip_prompts(logged: Logged, policy: Policy, ids: set[int], bos: int | Non
         (runs > 0) & (logged.settings == logged.settings[int(heads.argmax())]) & (np.diff(logged.spans)[:, 0] > 0)
     )
     some = some[np.argsort(-runs[some], kind="stable")][:FEW_PROMPTS]
-    misses = _misses(logged, policy, some, runs) if some.size else {None: 0.0}
+    misses = _misses(logged, trainer, some, runs) if some.size else {None: 0.0}
     left = _left(misses, 0 if (lengths == lengths[0]).all() and pad != bos else None)
     if left is None:
         return
@@ -179,7 +179,7 @@ def _left(misses: dict[int | None, float], in_doubt: int | None) -> int | None:
     return least if misses and SEMANTICS_MARGIN * misses[least] < misses.get(in_doubt, float("inf")) else in_doubt
 
 
-def _misses(logged: Logged, policy: Policy, rows: np.ndarray, runs: np.ndarray) -> dict[int | None, float]:
+def _misses(logged: Logged, trainer: Trainer, rows: np.ndarray, runs: np.ndarray) -> dict[int | None, float]:
     """The median |gap| under each count of pads left in the prompts; infinite where nothing would be left of them."""
     found: dict[int | None, float] = {}
     for left in (0, 1, None):
@@ -188,11 +188,11 @@ def _misses(logged: Logged, policy: Policy, rows: np.ndarray, runs: np.ndarray) 
             prompt = logged.prompt(row)[0 if left is None else max(int(runs[row]) - left, 0) :]
             start = logged.spans[row][0]
             stop = min(logged.spans[row][1], start + FEW_TOKENS)
-            if len(prompt) and prompt.max() < policy.head.shape[0]:
+            if len(prompt) and prompt.max() < trainer.vocabulary:
                 groups.append(Group(prompt, [logged.token_ids[start:stop]]))
                 engine.append(logged.logprobs[start:stop])
         if groups:
-            scores = policy.score(groups, logged.samplings[logged.settings[rows[0]]].temperature or 1.0)
+            scores = trainer.score(groups, logged.samplings[logged.settings[rows[0]]].temperature or 1.0)
             gap = np.abs(np.concatenate(scores) - np.concatenate(engine))
             found[left] = float(np.nanmedian(gap)) if np.isfinite(gap).any() else float("inf")
     return found

@@ -17,7 +17,7 @@ from lockstep.parity.explain.semantics.sampler import distributions, examine_dra
 from lockstep.parity.logged.rows import Logged
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import ABSURD_NATS, Tolerance
-from lockstep.policy.model import Policy
+from lockstep.training.trainer import Trainer
 
 ONE_VALUE = 0.9
 """Of the tokens that are off carry one value: it is a placeholder."""
@@ -149,7 +149,7 @@ def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeR
     engine, trainer = gaps.engine[chosen], gaps.trainer[chosen]
     spread = engine.std() * trainer.std()
     related = spread > 0.0 and float(((engine - engine.mean()) * (trainer - trainer.mean())).mean()) >= UNRELATED * spread
-    told = examine_draws(pair.policy, turns.groups, turns.sampling)
+    told = examine_draws(pair.trainer, turns.groups, turns.sampling)
     return SomeRows(off, told.excess_nats > PLAUSIBLE_NATS, bool(related))
 
 
@@ -188,15 +188,15 @@ def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corru
 
 
 @torch.no_grad()
-def not_greedy(policy: Policy, few: Sampled, noise: Tolerance) -> str:
+def not_greedy(trainer: Trainer, few: Sampled, noise: Tolerance) -> str:
     """How far the tokens are from what temperature 0 draws, which is the likeliest; empty when they are that."""
     sampling = replace(few.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    short = [z.max(-1).values - z.gather(1, ids[:, None])[:, 0] for z, ids in distributions(policy, few.groups, sampling)]
+    short = [z.max(-1).values - z.gather(1, ids[:, None])[:, 0] for z, ids in distributions(trainer, few.groups, sampling)]
     behind = torch.cat(short)
     n = int((behind > noise.p999).sum())
     if not n:
         return ""
-    near = likeliest_temperature(policy, few.groups, sampling)
+    near = likeliest_temperature(trainer, few.groups, sampling)
     return (
         f"temperature 0 draws the likeliest token, and {n:,} of {behind.numel():,} are not that, by up to "
         f"{float(behind.max()):.1f} nats; they are likeliest at a temperature of about {near:.1g}"

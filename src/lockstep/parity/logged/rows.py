@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.parity.pair import Sampled
-from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.records.tokens import CLAMPED_LOGPROB, Completion, SamplingParams
+from lockstep.training.trainer import Trainer
 
 SCORED_AT_ONCE = 8192
 """Tokens, prompts included: what is packed at a time."""
@@ -74,11 +74,11 @@ class Logged:
         every = np.arange(len(self.spans))
         return every[self.counts(every) > 0]
 
-    def gaps(self, policy: Policy, rows: np.ndarray, temperature: float) -> Iterator[np.ndarray]:
+    def gaps(self, trainer: Trainer, rows: np.ndarray, temperature: float) -> Iterator[np.ndarray]:
         """trainer − engine of the judged tokens, float32, some rows at a time and in their order."""
         for part in self._portions(rows):
             groups = [Group(self.prompt(row), [self.completion(row)]) for row in part]
-            scores = np.concatenate(policy.score(groups, temperature))
+            scores = np.concatenate(trainer.score(groups, temperature))
             judged = np.concatenate([self.sampled[start:stop] for start, stop in self.spans[part]])
             yield scores[judged] - self.logprobs[self.judged(part)]
 

@@ -4,25 +4,21 @@ A precision is a hypothesis about the *size* of the gap: two roundings of one ki
 quantised do, for they err in one way whoever multiplies them.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.semantics.portions import of_rows
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.search import keep_looking
 from lockstep.parity.tolerances import CENTRED, PRECISION_MULTIPLE, QUANTISED_CORRELATION
-from lockstep.policy.model import Policy
+from lockstep.policy.variants import InDtype, Quantised, Variant
+from lockstep.training.trainer import Trainer
 
-FORMS = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16}
+FORMS = ("torch.float16", "torch.bfloat16")
 """What the body of an engine that does not say is tried in."""
-INT8 = 127.0
 FEW_TOKENS = 48
 """Of the sample at least, on which the forms are tried."""
 
@@ -46,46 +42,36 @@ class Form:
     """Between what it brings to each token and the gap."""
 
 
-def in_dtype(policy: Policy, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
-    """A copy of the policy that computes in another precision (score D in fp32)."""
-    model: Any = copy.deepcopy(policy.model)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32 on every side
-        parameter.data = parameter.data.to(dtype)
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    return replace(policy, model=model, head=head.weight, head_bias=bias, head_dtype=head_dtype)
-
-
 def precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:
     """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
-    policy, ours = pair.policy, sample.scored(pair.policy)
-    body, head = pair.engine_dtype, pair.engine_head_dtype
-    size = float(np.median(np.abs(gap)))
+    trainer, body, head = pair.trainer, pair.engine_dtype, pair.engine_head_dtype
     if not body or pair.presumed_dtype:
         return _unsaid(pair, sample, gap)
-    if body != str(policy.model.dtype):
-        as_engine = in_dtype(policy, _dtype(body), policy.head_dtype)
-        expected = np.median(np.abs(sample.scored(as_engine) - ours))
+    ours, size = sample.scored(trainer), float(np.median(np.abs(gap)))
+    if body != trainer.dtype:
+        expected = _worth(trainer, sample, ours, InDtype(body))
         if size <= PRECISION_MULTIPLE * expected:
-            return Explanation(
-                "body_precision", f"engine {body}, trainer {policy.model.dtype}: alone worth {expected:.1e} nats (median)"
-            )
-    if head not in ("", str(policy.head_dtype)):
-        as_engine = replace(policy, head_dtype=_dtype(head))
-        expected = np.median(np.abs(sample.scored(as_engine) - ours))
+            text = f"engine {body}, trainer {trainer.dtype}: alone worth {expected:.1e} nats (median)"
+            return Explanation("body_precision", text)
+    if head not in ("", trainer.head_dtype):
+        expected = _worth(trainer, sample, ours, InDtype(head=head))
         if size <= PRECISION_MULTIPLE * expected:
-            return Explanation(
-                "head_precision", f"head in {head}, trainer's in {policy.head_dtype}: alone worth {expected:.1e} nats (median)"
-            )
-    if body == str(policy.model.dtype) != "torch.float32":
+            text = f"head in {head}, trainer's in {trainer.head_dtype}: alone worth {expected:.1e} nats (median)"
+            return Explanation("head_precision", text)
+    if body == trainer.dtype != "torch.float32":
         return _coarser(pair, sample, ours)
     return None
 
 
+def _worth(trainer: Trainer, sample: Sampled, ours: np.ndarray, variant: Variant) -> float:
+    """median |scores under the variant − ours|, nats."""
+    with trainer.holding(variant):
+        return float(np.median(np.abs(sample.scored(trainer) - ours)))
+
+
 def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | None:
     """One dtype on both sides, and the engine rounds more coarsely in it: it lies farther from fp32 (score D)."""
-    reference = in_dtype(pair.policy, torch.float32, torch.float32)
-    scores = sample.scored(reference)
+    scores = reference(pair.trainer, sample)
     trainer, engine = (float(np.median(np.abs(side - scores))) for side in (ours, sample.engine_logprobs))
     if not trainer < engine <= PRECISION_MULTIPLE * trainer:
         return None
@@ -93,8 +79,10 @@ def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | Non
     return Explanation("body_precision", text)
 
 
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name.removeprefix("torch."))
+def reference(trainer: Trainer, sample: Sampled) -> np.ndarray:
+    """Score D: the trainer's model in fp32, body and head; float32 [T]."""
+    with trainer.holding(InDtype("float32", "float32")):
+        return sample.scored(trainer)
 
 
 def presumed_dtype(pair: Pair, evidence: Evidence) -> str:
@@ -103,7 +91,7 @@ def presumed_dtype(pair: Pair, evidence: Evidence) -> str:
         return ""
     gap = evidence.rescored - evidence.trainer
     if within(pair.trainer_noise, gap):
-        return str(pair.policy.model.dtype)
+        return pair.trainer.dtype
     found = nearest([form for form in forms(pair, evidence.neutral, gap) if form.name in FORMS], gap)
     return "" if found is None else found.name
 
@@ -123,44 +111,23 @@ def forms(pair: Pair, sample: Sampled, gap: np.ndarray) -> list[Form]:
     order = np.argsort([len(ids) for ids in sample.sequences], kind="stable")
     rows = np.sort(order[: 1 + int(np.searchsorted(counts[order].cumsum(), FEW_TOKENS))])
     few, told = of_rows(sample, rows), gap[np.isin(sample.owners, rows)]
-    ours, found = few.scored(pair.policy), []
-    for name, form in _forms(pair.policy):
+    ours, found = few.scored(pair.trainer), []
+    for name, variant in _forms(pair.trainer):
         keep_looking()
-        moved = few.scored(form()) - ours
+        with pair.trainer.holding(variant):
+            moved = few.scored(pair.trainer) - ours
         both = bool(moved.std() > 0.0 and told.std() > 0.0)
         correlation = abs(float(np.corrcoef(moved, told)[0, 1])) if both else 0.0
         found.append(Form(name, float(np.median(np.abs(moved))), correlation))
     return found
 
 
-def _forms(policy: Policy) -> Iterator[tuple[str, Callable[[], Policy]]]:
-    for name, dtype in FORMS.items():
-        if dtype != policy.model.dtype:
-            yield name, lambda dtype=dtype: in_dtype(policy, dtype, policy.head_dtype)
-    yield "weights in int8, a scale for each row", lambda: _quantised(policy, _int8)
-    yield "weights in fp8_e4m3, a scale for each row", lambda: _quantised(policy, _fp8)
-
-
-def _int8(weight: Tensor) -> Tensor:
-    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / INT8
-    return (weight / scale).round() * scale
-
-
-def _fp8(weight: Tensor) -> Tensor:
-    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (weight / scale).to(torch.float8_e4m3fn).to(weight.dtype) * scale
-
-
-@torch.no_grad()
-def _quantised(policy: Policy, change: Callable[[Tensor], Tensor]) -> Policy:
-    """A copy of the policy with the matrices of its layers rounded; embeddings and head are left, as quantisers leave them."""
-    model: Any = copy.deepcopy(policy.model)
-    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    for parameter in model.parameters():
-        if parameter.dim() == 2 and id(parameter) not in ends:
-            parameter.data = change(parameter.data)
-    head = model.get_output_embeddings()
-    return replace(policy, model=model, head=head.weight, head_bias=getattr(head, "bias", None))
+def _forms(trainer: Trainer) -> Iterator[tuple[str, Variant]]:
+    for name in FORMS:
+        if name != trainer.dtype:
+            yield name, InDtype(name)
+    yield "weights in int8, a scale for each row", Quantised("int8")
+    yield "weights in fp8_e4m3, a scale for each row", Quantised("fp8_e4m3")
 
 
 def _unsaid(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:

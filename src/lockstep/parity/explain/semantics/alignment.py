@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.rows import MOST, Mangled, off, rows_of
-from lockstep.parity.explain.semantics.hypotheses import hidden_of
 from lockstep.parity.explain.semantics.portions import LEAST_ROWS, where
 from lockstep.parity.explain.semantics.prompt_edits import edited_prompts, miscounted_prompts
 from lockstep.parity.explain.semantics.sampler import distributions
@@ -91,7 +90,7 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
 def _logits(pair: Pair, evidence: Evidence) -> np.ndarray:
     """The trainer's, of the tokens of ``neutral``, float32 [T]."""
     neutral = evidence.neutral
-    drawn_from = distributions(pair.policy, neutral.groups, neutral.sampling)
+    drawn_from = distributions(pair.trainer, neutral.groups, neutral.sampling)
     return torch.cat([z.gather(1, ids[:, None])[:, 0] for z, ids in drawn_from]).numpy(force=True)
 
 
@@ -121,7 +120,7 @@ def _swapped(
     for tried in dict.fromkeys((SCREENED, len(wrong))):  # a few rows after every prompt, then all that are off
         rows = wrong[:tried]
         heads = [groups[i].completions[0][:SWAP_TOKENS] for i in rows]
-        after = pair.policy.score([Group(group.prompt, heads) for group in groups], evidence.neutral.temperature)
+        after = pair.trainer.score([Group(group.prompt, heads) for group in groups], evidence.neutral.temperature)
         m = len(rows)
         homes = [
             i for at, i in enumerate(rows) if any(fits(ours[i][:SWAP_TOKENS], after[j * m + at]) for j in range(n) if j != i)
@@ -159,8 +158,8 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, ta
     ids = group.completions[0]
     for edits in range(MOST_EDITS + 1):
         keep_looking()
-        (hidden,) = hidden_of(pair.policy, [Group(group.prompt, [ids])])
-        logprobs = (pair.policy.logits(hidden) / temperature).log_softmax(-1).numpy(force=True)
+        (hidden,) = pair.trainer.hidden([Group(group.prompt, [ids])])
+        logprobs = (pair.trainer.logits(hidden) / temperature).log_softmax(-1).numpy(force=True)
         at = _first_off(numbers, logprobs[np.arange(len(ids)), ids], tail)
         if at == len(ids):
             return edits
@@ -168,7 +167,7 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, ta
             return edits or None
         nearest = np.argsort(np.abs(logprobs[at] - numbers[at]))[:NEAREST]
         tried = [np.r_[ids[:at], token, ids[at + 1 :]].astype(np.int32) for token in nearest]
-        reach = [_first_off(numbers, scored, tail) for scored in pair.policy.score([Group(group.prompt, tried)], temperature)]
+        reach = [_first_off(numbers, scored, tail) for scored in pair.trainer.score([Group(group.prompt, tried)], temperature)]
         if max(reach) <= at + PROVING:
             return 0
         ids = tried[int(np.argmax(reach))]

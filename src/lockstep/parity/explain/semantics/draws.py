@@ -22,10 +22,10 @@ from torch import Tensor
 
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
-from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK
 from lockstep.records.tokens import INT32, SamplingParams
+from lockstep.training.trainer import Trainer
 
 TILTS = {"singles": (-0.25, 0.25), "crowd": (-0.045, 0.045)}
 """λ of each sample: the better of two draws is like 1/T = 1.25 over one token, and 5 % like 1.045 over thousands."""
@@ -123,7 +123,7 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> tuple[Samp
     """The singles and the crowd, ``n_tokens`` in all."""
     singles = max(8, n_tokens // SINGLES)
     prompts = max(4, (n_tokens - singles) // CROWD)
-    rng, vocabulary = np.random.default_rng(pair.seed), pair.policy.head.shape[0]
+    rng, vocabulary = np.random.default_rng(pair.seed), pair.trainer.vocabulary
     one = replace(sampling, max_tokens=1, stop_token_ids=())
     return (
         _requested(pair, list(rng.integers(0, vocabulary, (singles, 1)).astype(np.int32)), one, pair.seed + 1),
@@ -149,20 +149,19 @@ def _requested(pair: Pair, prompts: list[np.ndarray], sampling: SamplingParams, 
 
 
 @torch.no_grad()
-def weigh_many(policy: Policy, singles: Sampled, crowd: Sampled) -> Drawn:
+def weigh_many(trainer: Trainer, singles: Sampled, crowd: Sampled) -> Drawn:
     """Weigh both samples under the trainer's distributions."""
-    return Drawn(_weighed(policy, singles, TILTS["singles"]), _weighed(policy, crowd, TILTS["crowd"]))
+    return Drawn(_weighed(trainer, singles, TILTS["singles"]), _weighed(trainer, crowd, TILTS["crowd"]))
 
 
-def _weighed(policy: Policy, sample: Sampled, tilts: tuple[float, ...]) -> Weighed:
+def _weighed(trainer: Trainer, sample: Sampled, tilts: tuple[float, ...]) -> Weighed:
     """Tokens by their prompt: each prompt's distribution is computed once."""
     ids = np.array([np.frombuffer(c.token_ids, INT32)[0] for c in sample.completions], np.int64)
     contexts, owners = np.unique(np.stack(sample.prompts), axis=0, return_inverse=True)
-    rows = policy.rows([Group(prompt, [np.zeros(1, np.int32)]) for prompt in contexts], 1 << 12)
-    hidden = torch.cat([policy.hidden(row.to(policy.head.device)) for row in rows])
+    hidden = torch.cat(trainer.hidden([Group(prompt, [np.zeros(1, np.int32)]) for prompt in contexts]))
     found = []
     for start in range(0, len(contexts), CHUNK):
-        logprobs = (policy.logits(hidden[start : start + CHUNK]) / sample.temperature).log_softmax(-1)
+        logprobs = (trainer.logits(hidden[start : start + CHUNK]) / sample.temperature).log_softmax(-1)
         mine = (owners >= start) & (owners < start + len(logprobs))
         found.append(weigh(logprobs, torch.from_numpy(owners[mine] - start), torch.from_numpy(ids[mine]), tilts))
     return added(found)

@@ -36,7 +36,7 @@ def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, S
     for prompt, completion in zip(sample.prompts, sample.groups, strict=True):
         found = groups.setdefault(id(prompt), Group(prompt, []))
         groups[id(prompt)] = Group(prompt, [*found.completions, completion.completions[0]])
-    trainer = np.concatenate(pair.policy.score(list(groups.values()), sampling.temperature or 1.0))
+    trainer = np.concatenate(pair.trainer.score(list(groups.values()), sampling.temperature or 1.0))
     gap = trainer - sample.engine_logprobs
     found = _repeated(list(groups.values()), trainer) if within(pair.noise, gap) else _explained(pair, sample, trainer)
     return (None if found is None else Mangled(found.cause, _only(sampling, found.evidence))), sample, gap

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lockstep.parity.explain.fitting import miss_of
-from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK, kept
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.tokens import SamplingParams
+from lockstep.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Fit:
     """engine − candidate, float32 [T]; infinite where the candidate holds the token impossible."""
 
 
-def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams, enough: float = 0.0) -> list[Fit]:
+def fits(
+    trainer: Trainer, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams, enough: float = 0.0
+) -> list[Fit]:
     """All candidates, the best first.
 
     Args:
@@ -46,7 +48,7 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
     """
     candidates = candidates_of(sampling)
     found = []
-    for semantics, scores in zip(candidates, scored_under(policy, groups, sampling, candidates), strict=True):
+    for semantics, scores in zip(candidates, scored_under(trainer, groups, sampling, candidates), strict=True):
         with np.errstate(invalid="ignore"):
             gap = engine - scores
         gap[np.isnan(gap)] = np.inf
@@ -56,11 +58,11 @@ def fits(policy: Policy, groups: Sequence[Group], engine: np.ndarray, sampling: 
 
 
 def scored_under(
-    policy: Policy, groups: Sequence[Group], sampling: SamplingParams, candidates: Sequence[LogprobSemantics]
+    trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams, candidates: Sequence[LogprobSemantics]
 ) -> list[np.ndarray]:
     """The log-probabilities of all completions under each candidate, float32 [T] each; one completion a group."""
-    hidden = hidden_of(policy, groups)
-    scored = [candidate_logprobs(policy, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)]
+    hidden = trainer.hidden(groups)
+    scored = [candidate_logprobs(trainer, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)]
     return [np.concatenate(parts) for parts in zip(*scored, strict=True)]
 
 
@@ -80,18 +82,8 @@ def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:
 
 
 @torch.no_grad()
-def hidden_of(policy: Policy, groups: Sequence[Group]) -> list[Float[Tensor, "T D"]]:
-    """The trainer's hidden states for each completion's tokens, one completion a group."""
-    found: dict[int, Tensor] = {}
-    for row in policy.rows(groups, 4096):
-        hidden = policy.hidden(row.to(policy.head.device))
-        found |= {number: hidden[span] for number, span in zip(row.completions, row.spans, strict=True)}
-    return [found[number] for number in range(len(groups))]
-
-
-@torch.no_grad()
 def candidate_logprobs(
-    policy: Policy,
+    trainer: Trainer,
     group: Group,
     sampling: SamplingParams,
     candidates: Sequence[LogprobSemantics],
@@ -99,12 +91,12 @@ def candidate_logprobs(
 ) -> list[np.ndarray]:
     """The completion's log-probabilities under each candidate, float32 [T] each."""
     if hidden is None:
-        (hidden,) = hidden_of(policy, [group])
+        (hidden,) = trainer.hidden([group])
     ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
     found: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(ids), CHUNK):
         part = slice(start, start + CHUNK)
-        logits = policy.logits(hidden[part])
+        logits = trainer.logits(hidden[part])
         edited = edit(logits, group.prompt, ids, start, sampling) if sampling.penalises else logits
         for at, candidate in enumerate(candidates):
             z = (edited if candidate.penalised else logits) / candidate.temperature

@@ -14,7 +14,7 @@ from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.sampler import Explained, Held, distributions
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.tolerances import EXPLAINS
-from lockstep.policy.model import Policy
+from lockstep.training.trainer import Trainer
 
 MOST_BIASED = 6
 """Tokens."""
@@ -82,7 +82,7 @@ def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
         now, after = after, fit.step()
     if not after <= EXPLAINS * float(fit.gap.abs().mean()):
         return None
-    before, left = (np.abs(scored - engine) for scored in _scored(pair.policy, sample, fit.biases))
+    before, left = (np.abs(scored - engine) for scored in _scored(pair.trainer, sample, fit.biases))
     supported = (before > pair.noise.p50).sum() >= SUPPORT * len(fit.biases)
     if not (fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()):
         return None
@@ -91,11 +91,11 @@ def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
     return Explained("hidden_logit_bias", f"a logit bias of {', '.join(told)}", miss_of(left))
 
 
-def _scored(policy: Policy, sample: Sampled, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+def _scored(trainer: Trainer, sample: Sampled, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
     """The trainer's log-probabilities without the biases and under them, float32 [T] each."""
-    tokens, values = list(biases), torch.tensor(list(biases.values()), device=policy.head.device)
+    tokens, values = list(biases), torch.tensor(list(biases.values()), device=trainer.device)
     plain, biased = [], []
-    for z, ids in distributions(policy, sample.groups, sample.sampling):
+    for z, ids in distributions(trainer, sample.groups, sample.sampling):
         plain.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])
         z[:, tokens] += values
         biased.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])

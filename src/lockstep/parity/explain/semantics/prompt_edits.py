@@ -36,7 +36,7 @@ def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], stran
     def agree(edit: Callable[[np.ndarray], np.ndarray], some: list[int]) -> np.ndarray:
         keep_looking()
         edited = [Group(edit(groups[i].prompt), groups[i].completions) for i in some]
-        scored = pair.policy.score(edited, evidence.neutral.temperature)
+        scored = pair.trainer.score(edited, evidence.neutral.temperature)
         return np.array([not off(ours[i], c, pair.noise.p50) for i, c in zip(some, scored, strict=True)])
 
     first = [rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, SCREENED).astype(int))] if rows else []
@@ -81,7 +81,7 @@ def _cuts(
     numbers, group = ours[row], evidence.neutral.groups[row]
     for end, other, left in (("first", "last", lambda p, k: p[k:]), ("last", "first", lambda p, k: p[: len(p) - k])):
         shorter = [Group(left(group.prompt, k), group.completions) for k in range(1, n)]
-        scores = pair.policy.score(shorter, evidence.neutral.temperature)
+        scores = pair.trainer.score(shorter, evidence.neutral.temperature)
         k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
         yield "prompt_edited", f"the {end} {k} tokens left out", partial(_left, left, k)
         yield "prompt_edited", f"only the {other} {n - k} tokens kept", partial(_kept, left, n - k)

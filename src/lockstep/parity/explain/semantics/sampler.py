@@ -15,12 +15,12 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from lockstep.parity.explain.fitting import fitted, miss_of
-from lockstep.parity.explain.semantics.hypotheses import edit, fits, hidden_of
+from lockstep.parity.explain.semantics.hypotheses import edit, fits
 from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LOG_CHANCE
-from lockstep.policy.model import Policy
 from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK, kept
 from lockstep.records.tokens import SamplingParams
+from lockstep.training.trainer import Trainer
 
 FITTED_TOKENS = 128
 """Whole distributions that are held at once for a fit."""
@@ -73,10 +73,10 @@ def spread(n: int, most: int) -> np.ndarray:
 
 
 def hidden_settings(
-    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float, held: Held
+    trainer: Trainer, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float, held: Held
 ) -> Explained | None:
     """The first of :func:`setting_hypotheses` that fits; None when none does."""
-    for _, look in setting_hypotheses(policy, groups, engine, asked, limit, lambda: held):
+    for _, look in setting_hypotheses(trainer, groups, engine, asked, limit, lambda: held):
         found = look()
         if found is not None:
             return found
@@ -84,7 +84,7 @@ def hidden_settings(
 
 
 def setting_hypotheses(
-    policy: Policy,
+    trainer: Trainer,
     groups: Sequence[Group],
     engine: np.ndarray,
     asked: SamplingParams,
@@ -101,7 +101,7 @@ def setting_hypotheses(
     """
     return [
         ("another temperature", lambda: hidden_temperature(held(), asked, limit)),
-        ("the checkpoint's generation_config.json", lambda: _as_configured(policy, groups, engine, asked, limit)),
+        ("the checkpoint's generation_config.json", lambda: _as_configured(trainer, groups, engine, asked, limit)),
         ("a truncation", lambda: _truncated(held(), asked, limit)),
     ]
 
@@ -117,16 +117,16 @@ def hidden_temperature(held: Held, asked: SamplingParams, limit: float) -> Expla
 
 
 def _as_configured(
-    policy: Policy, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
+    trainer: Trainer, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float
 ) -> Explained | None:
-    served = generation_config(policy, asked)
+    served = generation_config(trainer, asked)
     if served is None:
         return None
     first = groups[:SCREENED_ROWS]
     tokens = sum(len(group.completions[0]) for group in first)
-    if not fits(policy, first, engine[:tokens], served)[0].miss <= SCREEN_SLACK * limit:
+    if not fits(trainer, first, engine[:tokens], served)[0].miss <= SCREEN_SLACK * limit:
         return None
-    best = fits(policy, groups, engine, served)[0]
+    best = fits(trainer, groups, engine, served)[0]
     if not best.miss <= limit:
         return None
     settings = ", ".join(
@@ -149,9 +149,9 @@ def _truncated(held: Held, asked: SamplingParams, limit: float) -> Explained | N
 _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def generation_config(policy: Policy, asked: SamplingParams) -> SamplingParams | None:
+def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams | None:
     """``asked`` with the checkpoint's own generation_config.json applied, as a server does; None when that changes nothing."""
-    config = getattr(policy.model, "generation_config", None)
+    config = trainer.generation_config
     values = {name: getattr(config, name, None) for name in _CONFIGURABLE}
     changes = {name: value for name, value in values.items() if value is not None}
     changed = replace(asked, **changes)
@@ -164,7 +164,7 @@ def every_part(n_tokens: int) -> np.ndarray:
 
 
 def tokens_of_every_part(
-    policy: Policy,
+    trainer: Trainer,
     groups: Sequence[Group],
     engine: np.ndarray,
     at: np.ndarray | None = None,
@@ -173,9 +173,9 @@ def tokens_of_every_part(
     """Those of :func:`every_part`, or the tokens ``at``; ``engine`` is float32 [T]. ``hidden``: where it is known already."""
     at = every_part(len(engine)) if at is None else at
     ids = np.concatenate([group.completions[0] for group in groups])[at]
-    hidden = hidden_of(policy, groups) if hidden is None else hidden
+    hidden = trainer.hidden(groups) if hidden is None else hidden
     with torch.no_grad():
-        logits = policy.logits(torch.cat(list(hidden))[torch.from_numpy(at)])
+        logits = trainer.logits(torch.cat(list(hidden))[torch.from_numpy(at)])
     device = logits.device
     return Held(logits, torch.as_tensor(ids.astype(np.int64), device=device), torch.as_tensor(engine[at], device=device))
 
@@ -289,10 +289,10 @@ class Draws:
 
 
 @torch.no_grad()
-def examine_draws(policy: Policy, groups: Sequence[Group], sampling: SamplingParams) -> Draws:
+def examine_draws(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Draws:
     """Hold each drawn token against the entropy, the ranks and the mass of its distribution."""
     excess, variance, ranks, above = [], [], [], []
-    for z, ids in distributions(policy, groups, sampling):
+    for z, ids in distributions(trainer, groups, sampling):
         logprobs = z.log_softmax(-1)
         p = logprobs.exp()
         weighted = p * logprobs.masked_fill(p == 0.0, 0.0)
@@ -304,7 +304,7 @@ def examine_draws(policy: Policy, groups: Sequence[Group], sampling: SamplingPar
         above.append((p * likelier).sum(-1).double())
     total, spread = torch.cat(excess), torch.cat(variance).clamp(min=0.0)
     k, mass = int(torch.cat(ranks).max()) + 1, float(torch.cat(above).max())
-    chance_k, chance_p = _chance_of_truncation(policy, groups, sampling, k, mass)
+    chance_k, chance_p = _chance_of_truncation(trainer, groups, sampling, k, mass)
     return Draws(
         n_tokens=total.numel(),
         excess_nats=float(total.mean()),
@@ -318,13 +318,13 @@ def examine_draws(policy: Policy, groups: Sequence[Group], sampling: SamplingPar
 
 
 def _chance_of_truncation(
-    policy: Policy, groups: Sequence[Group], sampling: SamplingParams, k: int, mass: float
+    trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams, k: int, mass: float
 ) -> tuple[float, float]:
     """Log-probability that no draw ranks past ``k``, and that none has more than ``mass`` above it."""
     if k > LARGEST_TOP_K:
         return 0.0, 0.0
     by_rank, by_mass = 0.0, 0.0
-    for z, _ in distributions(policy, groups, sampling):
+    for z, _ in distributions(trainer, groups, sampling):
         held = z.log_softmax(-1).exp().double().topk(min(k, z.shape[1])).values.cumsum(-1)  # [L, k]
         by_rank += float(held[:, -1].clamp(max=1.0).log().sum())
         # The token that crosses the mass is kept too; where the first k tokens do not reach it, nothing is known.
@@ -335,10 +335,10 @@ def _chance_of_truncation(
 
 
 @torch.no_grad()
-def likeliest_temperature(policy: Policy, groups: Sequence[Group], sampling: SamplingParams) -> float:
+def likeliest_temperature(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> float:
     """The temperature under which the drawn tokens are likeliest, all else as asked."""
     likelihood, seen = np.zeros(len(TEMPERATURES)), 0
-    for z, ids in distributions(policy, groups, sampling):
+    for z, ids in distributions(trainer, groups, sampling):
         scored = [float((z / t).log_softmax(-1).gather(1, ids[:, None]).sum()) for t in TEMPERATURES]
         likelihood, seen = likelihood + np.array(scored), seen + len(ids)
         if seen >= FITTED_TOKENS:
@@ -346,13 +346,13 @@ def likeliest_temperature(policy: Policy, groups: Sequence[Group], sampling: Sam
     return float(TEMPERATURES[int(likelihood.argmax())]) * (sampling.temperature or 1.0)
 
 
-def distributions(policy: Policy, groups: Sequence[Group], sampling: SamplingParams) -> Iterator[tuple[Tensor, Tensor]]:
+def distributions(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Iterator[tuple[Tensor, Tensor]]:
     """What a sampler with these settings draws from: processed logits [L, V] and the ids [L] that were drawn, in portions."""
-    for group, hidden in zip(groups, hidden_of(policy, groups), strict=True):
+    for group, hidden in zip(groups, trainer.hidden(groups), strict=True):
         ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
         for start in range(0, len(ids), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = policy.logits(hidden[part])
+            logits = trainer.logits(hidden[part])
             z = (edit(logits, group.prompt, ids, start, sampling) if sampling.penalises else logits) / (
                 sampling.temperature or 1.0
             )

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.semantics.grammar import hidden_mask
-from lockstep.parity.explain.semantics.hypotheses import hidden_of
 from lockstep.parity.explain.semantics.joint import hidden_cut
 from lockstep.parity.explain.semantics.logit_bias import hidden_bias
 from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_before
@@ -48,7 +47,7 @@ class _Look:
         """Settings of all of the sample, the cheap ones first."""
         pair, sample, limit = self.pair, self.sample, self.limit
         numbers = sample.engine_logprobs
-        yield from setting_hypotheses(pair.policy, sample.groups, numbers, sample.sampling, limit, lambda: self.held)
+        yield from setting_hypotheses(pair.trainer, sample.groups, numbers, sample.sampling, limit, lambda: self.held)
         yield "a penalty", lambda: hidden_penalty(sample, self.held, limit, self.seen)
         yield "a logit bias", lambda: hidden_bias(pair, sample, self.held)
         yield "a mask", lambda: hidden_mask(pair, sample, self.held, limit)
@@ -61,11 +60,11 @@ class _Look:
 
     @cached_property
     def hidden(self) -> list[Tensor]:
-        return hidden_of(self.pair.policy, self.sample.groups)
+        return self.pair.trainer.hidden(self.sample.groups)
 
     @cached_property
     def held(self) -> Held:
-        return tokens_of_every_part(self.pair.policy, self.sample.groups, self.sample.engine_logprobs, hidden=self.hidden)
+        return tokens_of_every_part(self.pair.trainer, self.sample.groups, self.sample.engine_logprobs, hidden=self.hidden)
 
     @cached_property
     def seen(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -77,7 +76,7 @@ class _Look:
         hidden = torch.cat(self.hidden)
         ids = np.concatenate([group.completions[0] for group in self.sample.groups]).astype(np.int64)
         with torch.no_grad():
-            scored = self.pair.policy.project(hidden, torch.from_numpy(ids).to(hidden.device), self.sample.temperature).logprobs
+            scored = self.pair.trainer.project(hidden, torch.from_numpy(ids).to(hidden.device), self.sample.temperature).logprobs
         return self.sample.engine_logprobs - scored.numpy(force=True)
 
     def _those_off(self) -> Explained | None:
@@ -93,5 +92,5 @@ class _Look:
 
     def _temperatures(self) -> Explained | None:
         at = places_of_rows(self.sample)
-        held = tokens_of_every_part(self.pair.policy, self.sample.groups, self.sample.engine_logprobs, at, self.hidden)
+        held = tokens_of_every_part(self.pair.trainer, self.sample.groups, self.sample.engine_logprobs, at, self.hidden)
         return temperatures_of_rows(self.sample, held, self.sample.owners[at], self.limit)

@@ -28,7 +28,7 @@ def moved_ids(pair: Pair, few: Sampled) -> Mangled | None:
     groups = [Group(group.prompt, [group.completions[0][:TOKENS]]) for group in few.groups[:ROWS]]
     engine = np.concatenate([few.engine_logprobs[few.owners == row][:TOKENS] for row in range(len(groups))])
     every = np.concatenate([part for group in groups for part in (group.prompt, group.completions[0])])
-    used, largest = np.unique(every), pair.policy.head.shape[0]
+    used, largest = np.unique(every), pair.trainer.vocabulary
 
     def gap(move: int, at: int) -> np.ndarray:
         """|trainer − engine| when ids from ``used[at]`` on are read as moved."""
@@ -37,7 +37,7 @@ def moved_ids(pair: Pair, few: Sampled) -> Mangled | None:
             return np.clip(np.where(ids >= used[at], ids - move, ids), 0, largest - 1).astype(np.int32)
 
         moved = [Group(read(group.prompt), [read(group.completions[0])]) for group in groups]
-        return np.abs(np.concatenate(pair.policy.score(moved, few.temperature)) - engine)
+        return np.abs(np.concatenate(pair.trainer.score(moved, few.temperature)) - engine)
 
     now = float(np.minimum(gap(0, 0), MOST_NATS).mean())
     places = np.unique(np.searchsorted(used, np.quantile(every, np.linspace(0.0, 1.0, PLACES), method="lower")))

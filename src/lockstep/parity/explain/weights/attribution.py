@@ -7,17 +7,14 @@ fits the gaps. The best few are then held by the trainer for real, and only one 
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lockstep.parity.canary import Canary
 from lockstep.parity.pair import Pair
-from lockstep.weights.publish import named_weights
+from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Snapshot, Variant
 
 TOKENS = 24
 """Backward passes: the tokens with the largest gaps."""
@@ -51,87 +48,46 @@ class Named:
     """What else became of them on the way."""
 
 
-def stale(pair: Pair, canary: Canary, before: dict[Tensor, Tensor], engine: np.ndarray, limit: float) -> Named | None:
+def stale(pair: Pair, canary: Canary, before: Snapshot, engine: np.ndarray, limit: float) -> Named | None:
     """Tensors that the engine still holds at their old values.
 
     Args:
-        before: the old value of each parameter; the trainer holds the new ones.
+        before: the old values; the trainer holds the new ones.
         engine: score B of the canary, float32 [T].
         limit: a hypothesis is proven when it misses by at most this in the mean, nats.
     """
-    tensors = named_weights(pair.policy.model)
-    names = [name for name, tensor in tensors.items() if tensor in before]
-
-    def held(chosen: tuple[str, ...], factor: float) -> AbstractContextManager[None]:
-        return _holding(tensors, {name: before[tensors[name]] for name in chosen})
-
-    slopes, gap = _slopes(pair, canary, engine, names, lambda name: before[tensors[name]] - tensors[name])
+    names = pair.trainer.parameter_names()
+    slopes, gap = _slopes(pair, canary, engine, names, before)
     ranked = _ranked(slopes, gap, names, free=False)
-    return _proven(pair, canary, engine, ranked, held, limit)
+    return _proven(pair, canary, engine, ranked, lambda chosen, factor: Earlier(before, chosen), limit)
 
 
 def scaled(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
     """Tensors that the engine holds multiplied by a constant. Arguments as :func:`stale`."""
-    tensors = named_weights(pair.policy.model)
-    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
-
-    def held(chosen: tuple[str, ...], factor: float) -> AbstractContextManager[None]:
-        return _holding(tensors, {name: tensors[name].detach() * factor for name in chosen})
-
-    slopes, gap = _slopes(pair, canary, engine, names, lambda name: tensors[name])
+    names = pair.trainer.parameter_names(trained=True)
+    slopes, gap = _slopes(pair, canary, engine, names)
     ranked = _ranked(slopes, gap, names, free=True)
-    return _proven(pair, canary, engine, ranked, held, limit)
+    return _proven(pair, canary, engine, ranked, Scaled, limit)
 
 
 def rounded(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
     """Every tensor as it is after a way through a coarser dtype. Arguments as :func:`stale`."""
-    tensors = {name: t for name, t in named_weights(pair.policy.model).items() if t.dtype == torch.float32}
-    for dtype in (torch.bfloat16, torch.float16) if tensors else ():
-        with _holding(tensors, {name: tensor.detach().to(dtype).float() for name, tensor in tensors.items()}):
+    for dtype in ("bfloat16", "float16") if pair.trainer.dtype == "torch.float32" else ():
+        with pair.trainer.holding(RoundedThrough(dtype)):
             miss = float(np.abs(engine - canary.trainer_scores(pair)).mean())
         if miss <= limit:
-            return Named("every tensor", miss, change=f"rounded to {str(dtype).removeprefix('torch.')}")
+            return Named("every tensor", miss, change=f"rounded to {dtype}")
     return None
 
 
-@contextmanager
-def _holding(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
-    """The trainer with other values in some of its tensors."""
-    now = {name: tensors[name].detach().clone() for name in values}
-    _assign(tensors, values)
-    try:
-        yield
-    finally:
-        _assign(tensors, now)
-
-
-@torch.no_grad()
-def _assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        tensors[name].copy_(value)
-
-
 def _slopes(
-    pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], direction: Callable[[str], Tensor]
+    pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], towards: Snapshot | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """⟨∇ log p, direction⟩ of each chosen token and tensor, float64 [tokens, tensors], and engine − trainer of those tokens."""
-    policy, tensors = pair.policy, named_weights(pair.policy.model)
+    """``Trainer.slopes`` of the tokens with the largest gaps, float64 [tokens, tensors], and engine − trainer of those tokens."""
     gap = engine - canary.trainer_scores(pair)
     chosen = np.argsort(-np.abs(gap))[:TOKENS]
-    starts = np.searchsorted(canary.owners, np.arange(len(canary.groups)))
-    parameters = [tensors[name] for name in names]
-    moves = [direction(name).detach().float() for name in names]
-    rows = []
-    with torch.enable_grad():
-        for number in sorted(set(canary.owners[chosen].tolist())):
-            (row,) = policy.rows([canary.groups[number]], 1 << 20)
-            logprobs = policy.scores(row.to(policy.head.device), canary.temperature).logprobs
-            for token in chosen[canary.owners[chosen] == number]:
-                at = logprobs[int(token - starts[number])]
-                grads = torch.autograd.grad(at, parameters, retain_graph=True, allow_unused=True)
-                products = [0.0 if g is None else float((g.float() * m).sum()) for g, m in zip(grads, moves, strict=True)]
-                rows.append((int(token), products))
-    return np.array([products for _, products in rows]), np.array([gap[token] for token, _ in rows], np.float64)
+    slopes = pair.trainer.slopes(canary.groups, chosen, canary.temperature, names, towards)
+    return np.array([slope.moves for slope in slopes]), np.array([gap[slope.token] for slope in slopes], np.float64)
 
 
 def _ranked(slopes: np.ndarray, gap: np.ndarray, names: list[str], *, free: bool) -> list[tuple[tuple[str, ...], float]]:
@@ -192,13 +148,20 @@ def _greedy(column: dict[str, np.ndarray], gap: np.ndarray, names: list[str]) ->
     return tuple(chosen)
 
 
-def _proven(pair: Pair, canary: Canary, engine: np.ndarray, ranked, held, limit: float) -> Named | None:
+def _proven(
+    pair: Pair,
+    canary: Canary,
+    engine: np.ndarray,
+    ranked: list[tuple[tuple[str, ...], float]],
+    variant: Callable[[tuple[str, ...], float], Variant],
+    limit: float,
+) -> Named | None:
     """The hypothesis whose re-score agrees with the engine, with those that do so as well."""
     misses: dict[tuple[tuple[str, ...], float], float] = {}
     gap = engine - canary.trainer_scores(pair)
     for chosen, factor in ranked:
         for _ in range(1 if factor == 1.0 else REFINED):
-            with held(chosen, factor):
+            with pair.trainer.holding(variant(chosen, factor)):
                 left = engine - canary.trainer_scores(pair)
             misses[chosen, factor] = float(np.abs(left).mean())
             moved = gap - left  # what the factor did to each token; the line through it meets the gap at the next factor

@@ -1,18 +1,14 @@
-"""Where the engine's model configuration, as it resolved, departs from the trainer's; and the trainer's model built with it.
+"""Where the engine's model configuration, as it resolved, departs from the trainer's.
 
 An engine may override what config.json says (``hf_overrides``), or be started on another file. What it resolved to is read back
 under ``hf_config.``; a setting that differs is a suspect, and is proven when the trainer agrees once it computes with it.
 """
 
-import contextlib
-import copy
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lockstep.parity.pair import Pair
-from lockstep.policy.model import Policy
 from lockstep.records.settings import PREFIX, leaves
 
 NO_MATHEMATICS = re.compile(
@@ -29,7 +25,7 @@ def departures(pair: Pair) -> dict[Path, tuple[Any, Any]]:
     They are matched by the last part of their name, for releases of transformers nest them differently (``rope_theta``). One
     that the trainer's configuration lacks counts where it belongs to a section that is there, or where the recipe asks for it.
     """
-    config = pair.policy.model.config.to_dict()
+    config = pair.trainer.config
     ours, asked = dict(leaves(config)), pair.recipe.engine.options.get("hf_overrides")
     homes = {path[-1]: path for path in ours}
     wanted = {path[-1] for path, _ in leaves(asked)} if isinstance(asked, Mapping) else set()
@@ -43,20 +39,3 @@ def departures(pair: Pair) -> dict[Path, tuple[Any, Any]]:
         if home is not None and ours.get(home) != value:
             found[home] = ours.get(home), value
     return found
-
-
-def with_settings(policy: Policy, settings: Mapping[Path, Any]) -> Policy | None:
-    """The policy's weights in a model built with other settings; None where there is no such model of these weights."""
-    config = copy.deepcopy(policy.model.config)
-    for path, value in settings.items():
-        *parents, last = path
-        holder: Any = config
-        for name in parents:
-            holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
-        holder.update({last: value}) if isinstance(holder, dict) else setattr(holder, last, value)
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError):
-        model: Any = type(policy.model)(config).eval()
-        model.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
-        head = model.get_output_embeddings()
-        return replace(policy, model=model, head=head.weight, head_bias=getattr(head, "bias", None))
-    return None

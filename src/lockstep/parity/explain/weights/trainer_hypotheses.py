@@ -4,8 +4,8 @@ A precision has the gap's size (``precision.py``). The engine's own model config
 (``fitted_settings.py``) or a scaled tensor must make the gap vanish: fitted on a few dozen tokens, proven on more.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.errors import ModelError
 from lockstep.parity.canary import Canary
 from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.numerics.precision import Explanation, precision
-from lockstep.parity.explain.semantics.hypotheses import hidden_of
 from lockstep.parity.explain.semantics.portions import of_rows
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.explain.weights.fitted_settings import Setting, settings_of
-from lockstep.parity.explain.weights.model_settings import departures, with_settings
+from lockstep.parity.explain.weights.model_settings import departures
 from lockstep.parity.pair import Pair, Sampled
 from lockstep.parity.search import Looks, keep_looking
 from lockstep.parity.tolerances import EXPLAINS
-from lockstep.policy import attention
+from lockstep.policy.variant_settings import CACHE_FORMS, CacheKept, SlidingWindow
+from lockstep.policy.variants import Configured, Variant
 
 WINDOWS = tuple(2**n for n in range(3, 13))
 SETTING_ROWS = 4
@@ -66,67 +67,67 @@ class _Settings:
     @cached_property
     def now(self) -> tuple[float, float]:
         """What both miss by as the trainer is, nats: the screened rows, and the rows for the proof."""
-        return self._miss(nullcontext(), self.least), self._miss(nullcontext(), self.few)
+        return self._miss(self.least), self._miss(self.few)
 
     @cached_property
     def _hidden(self) -> Tensor:
-        return torch.cat(hidden_of(self.pair.policy, self.least.groups))
+        return torch.cat(self.pair.trainer.hidden(self.least.groups))
 
     def looks(self) -> Iterator[Looks[Explanation]]:
         """Each with its name, the cheap and the likely ones first."""
         if departures(self.pair):
             yield "the engine's own configuration", self._departures
-        for setting in settings_of(self.pair.policy):
+        for setting in settings_of(self.pair.trainer):
             yield setting.told.partition("{")[0].strip().removeprefix("a "), lambda setting=setting: self._fitted(setting)
-        if self.pair.policy.share_prompts:
+        if self.pair.trainer.shares_prompts:
             yield "keys and values in a narrower dtype", self._cache
             yield "a sliding window", self._window
 
-    def _miss(self, context: AbstractContextManager[None], sample: Sampled) -> float:
+    def _miss(self, sample: Sampled, variant: Variant | None = None) -> float:
         keep_looking()
-        with context:
-            return float(np.median(np.abs(sample.scored(self.pair.policy) - sample.engine_logprobs)))
+        with self.pair.trainer.holding(variant) if variant is not None else nullcontext():
+            return float(np.median(np.abs(sample.scored(self.pair.trainer) - sample.engine_logprobs)))
 
     def _enough(self, now: float) -> float:
         return min(self.pair.noise.p50, EXPLAINS * now)
 
     def _departures(self) -> Explanation | None:
         engines = departures(self.pair)
-        other = with_settings(self.pair.policy, {path: theirs for path, (_, theirs) in engines.items()})
-        if other is None:
+        try:
+            left = self._miss(self.few, Configured({path: theirs for path, (_, theirs) in engines.items()}))
+        except ModelError:
             return None
-        left = float(np.median(np.abs(self.few.scored(other) - self.few.engine_logprobs)))
         if not left <= self._enough(self.now[1]):
             return None
         return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
 
     def _fitted(self, setting: Setting) -> Explanation | None:
         def miss(value: float) -> float:
-            return self._of_head(setting.under(value)) if setting.of_head else self._miss(setting.under(value), self.least)
+            tried = setting.variant(value)
+            return self._of_head(tried) if setting.of_head else self._miss(self.least, tried)
 
         value, left = fitted(setting.grid, miss, self.now[0])
         if not left <= SCREEN_SLACK * self._enough(self.now[0]):
             return None
-        left = self._miss(setting.under(value), self.few)
+        left = self._miss(self.few, setting.variant(value))
         if not left <= self._enough(self.now[1]):
             return None
         return Explanation("model_config_differs", f"with {setting.told.format(value)} the trainer agrees to {left:.1e} nats")
 
-    @torch.no_grad()
-    def _of_head(self, context: AbstractContextManager[None]) -> float:
+    def _of_head(self, variant: Variant) -> float:
         """What the screened rows miss by under another head alone: the body's pass is shared."""
         keep_looking()
-        least, policy = self.least, self.pair.policy
+        least, trainer = self.least, self.pair.trainer
         ids = torch.from_numpy(np.concatenate([group.completions[0] for group in least.groups]).astype(np.int64))
-        with context:
-            scored = policy.project(self._hidden, ids.to(self._hidden.device), least.temperature).logprobs
+        with trainer.holding(variant):
+            scored = trainer.project(self._hidden, ids.to(self._hidden.device), least.temperature).logprobs
         return float(np.median(np.abs(scored.numpy(force=True) - least.engine_logprobs)))
 
     def _cache(self) -> Explanation | None:
-        for name, kept in CACHES.items():
-            if not self._miss(attention.altered(kept=kept), self.least) <= SCREEN_SLACK * EXPLAINS * self.now[0]:
+        for name in CACHE_FORMS:
+            if not self._miss(self.least, CacheKept(name)) <= SCREEN_SLACK * EXPLAINS * self.now[0]:
                 continue
-            left, now = self._miss(attention.altered(kept=kept), self.few), self.now[1]
+            left, now = self._miss(self.few, CacheKept(name)), self.now[1]
             if left <= EXPLAINS * now:
                 text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
                 return Explanation("kv_cache_precision", text)
@@ -136,7 +137,7 @@ class _Settings:
         told = [theirs for path, (_, theirs) in departures(self.pair).items() if path[-1] == "sliding_window" and theirs]
         longest = max(len(ids) for ids in self.few.sequences)  # a wider window is none
         for window in [w for w in (*told, *WINDOWS) if w < longest]:
-            left = self._miss(attention.altered(window=window), self.few)
+            left = self._miss(self.few, SlidingWindow(window))
             if left <= self._enough(self.now[1]):
                 text = f"with a sliding window of {window} the trainer agrees to {left:.1e} nats"
                 return Explanation("model_config_differs", text)
@@ -151,25 +152,6 @@ def screened(sample: Sampled) -> Sampled:
         if lengths[row] <= SCREENED_CONTEXT / 2 and sum(lengths[rows]) + lengths[row] <= SCREENED_CONTEXT:
             rows.append(row)
     return of_rows(sample, sorted(rows or [int(order[-1])]))
-
-
-def _rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).to(t.dtype)
-
-
-def _cut(t: Tensor) -> Tensor:
-    """To fp8_e4m3 towards zero: three bits behind the leading one, subnormals below 2⁻⁶."""
-    quantum = torch.exp2((torch.frexp(t.float())[1] - 1).clamp(min=-6).float() - 3)
-    return ((t / quantum).trunc() * quantum).to(t.dtype)
-
-
-CACHES: dict[str, Callable[[Tensor], Tensor]] = {
-    "fp8_e4m3": _rounded(torch.float8_e4m3fn),
-    "fp8_e4m3, cut instead of rounded": _cut,  # vLLM 0.32.0 on a CPU
-    "fp8_e5m2": _rounded(torch.float8_e5m2),
-    "bfloat16": _rounded(torch.bfloat16),
-    "float16": _rounded(torch.float16),
-}
 
 
 def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:

@@ -1,0 +1,66 @@
+"""What the training code makes of rollouts at lag 0: old-logprob pass, forward and backward, without an optimizer step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+
+from lockstep.config.recipe import Recipe
+from lockstep.policy.model import Policy
+from lockstep.rollout.collect import Rollouts
+from lockstep.training import batch, step
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """Before any optimizer step; float32 [T]."""
+
+    gap: np.ndarray
+    """Log-probabilities of the old-logprob pass − the engine's."""
+    log_ratio: np.ndarray
+    """Forward pass − old-logprob pass."""
+    clip_fraction: float
+    loss: float
+    """With the trainer's old log-probabilities."""
+    loss_borrowed: float
+    """With the engine's."""
+    owners: np.ndarray
+    """The completion of each token, int [T]."""
+
+
+def rehearse(rollouts: Rollouts, policy: Policy, recipe: Recipe) -> Rehearsal:
+    """The real code on ``rollouts``; gradients are thrown away.
+
+    Raises:
+        DivergenceError: for a loss that is no number.
+    """
+    parts = batch.minibatches(rollouts, policy, recipe)
+    step.score_under_sampling_weights(parts, policy, recipe.sampling.temperature)
+    gap = [
+        micro.sampling_logprobs - micro.engine_logprobs for part in parts for micro in part if micro.sampling_logprobs is not None
+    ]
+    tokens, loss = _losses(policy, parts, recipe, "trainer")
+    with torch.no_grad():  # its gradients show nothing that the first loss's did not
+        _, borrowed = _losses(policy, parts, recipe, "engine")
+    lengths = rollouts.lengths()
+    return Rehearsal(
+        gap=np.concatenate([g.numpy(force=True) for g in gap]),
+        log_ratio=np.concatenate(tokens.log_ratio),
+        clip_fraction=float(np.concatenate(tokens.clipped).mean()),
+        loss=loss,
+        loss_borrowed=borrowed,
+        owners=np.repeat(np.arange(len(lengths)), lengths),
+    )
+
+
+def _losses(policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str) -> tuple[step.Tokens, float]:
+    """As in training, uncorrected: a correction hides what is judged here."""
+    own = replace(recipe, objective=replace(recipe.objective, old_logprobs=old, correction="none"))
+    tokens = step.Tokens()
+    try:
+        loss = sum(step.accumulate(part, policy, own, tokens, on_sampling_weights=False) for part in parts)
+        step.refuse_divergence(loss)
+    finally:
+        policy.model.zero_grad(set_to_none=True)
+    return tokens, loss

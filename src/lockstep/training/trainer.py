@@ -1,0 +1,286 @@
+"""The owner of the trainer's parameters. Nothing else reads, writes or copies a tensor of the model.
+
+    score · hidden · slopes      what the model says of tokens           parity asks
+    holding(variant)             the same, as another side may compute    parity asks
+    step · rehearse              gate ─► gradients ─► update              the loop, layer 5
+    publish · settle             the weights to the engines               weights/sync.py
+    save · restore               checkpoints                              the loop
+    describe · digests           what it is, for manifest and certificate
+
+Device, dtypes, head and memory layout hide behind these verbs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lockstep.config.recipe import Recipe
+from lockstep.policy import replay
+from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
+from lockstep.policy.logprobs import TokenScores
+from lockstep.policy.model import Policy, load_policy, recompute_layers
+from lockstep.policy.packing import Group
+from lockstep.policy.replay import Piece
+from lockstep.policy.variant_settings import base_of, rotary_of
+from lockstep.policy.variants import Snapshot, Variant
+from lockstep.records.versions import WeightUpdate
+from lockstep.rollout.collect import Rollouts
+from lockstep.training import checkpoint, rehearsal
+from lockstep.training.optimizer import MasterAdamW
+from lockstep.training.rehearsal import Rehearsal
+from lockstep.training.step import Gate, train
+from lockstep.weights.publish import Publisher, checkpoint_weights
+
+
+@dataclass(frozen=True)
+class Slope:
+    """One token's log-probability against every parameter at once."""
+
+    token: int
+    """Its place among all tokens that were asked about."""
+    moves: np.ndarray
+    """⟨∂ log p / ∂W, D⟩ for each parameter W and its direction D, nats, float64 [names]."""
+
+
+class Trainer:
+    """The trainer's model, its optimizer, and the way of its weights to the engines.
+
+    Args:
+        publisher: given the model, makes what carries its weights; None for a trainer that no engine follows.
+    """
+
+    def __init__(self, policy: Policy, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None) -> None:
+        self._policy = policy
+        self._recipe = recipe
+        self._publisher = publisher(policy.model) if publisher is not None else None
+
+    @classmethod
+    def load(cls, path: Path, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None) -> "Trainer":
+        """From a checkpoint, placed where the recipe says.
+
+        Raises:
+            UsageError: for a device that this machine does not have.
+        ModelError: when it is no causal language model that Lockstep can score.
+        """
+        model = recipe.model
+        policy = load_policy(path, model.dtype, model.head_dtype, model.device)
+        if recipe.training.gradient_checkpointing:
+            recompute_layers(policy.model)
+        return cls(policy, recipe, publisher)
+
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def dtype(self) -> str:
+        """Of the body, as torch names it: ``torch.float32``."""
+        return str(self._policy.dtype)
+
+    @property
+    def head_dtype(self) -> str:
+        """Of the last matrix product."""
+        return str(self._policy.head_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._policy.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head; a tokenizer may have fewer ids."""
+        return self._policy.head.shape[0]
+
+    @property
+    def shares_prompts(self) -> bool:
+        """True where the completions of a prompt share one pass over it, in packed rows."""
+        return self._policy.share_prompts
+
+    @property
+    def rotary_base(self) -> float:
+        """Of the rotary embedding; NaN where positions are not rotary, of the default kind."""
+        module = rotary_of(self._policy.model)
+        return float("nan") if module is None else base_of(module.inv_freq)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return self._policy.model.config.to_dict()
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the configuration that is of the language model."""
+        return self._policy.model.config.get_text_config()
+
+    @property
+    def generation_config(self) -> Any:
+        """The checkpoint's generation_config.json; None where it has none."""
+        return getattr(self._policy.model, "generation_config", None)
+
+    def describe(self) -> dict[str, Any]:
+        """What of the trainer a certificate is void without."""
+        return {
+            "model_class": type(self._policy.model).__name__,
+            "dtype": self.dtype,
+            "head_dtype": self.head_dtype,
+            "share_prompts": self.shares_prompts,
+            **trainer_environment(self.device),
+        }
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of weights and configuration as they are now."""
+        model = self._policy.model
+        return {"weights_sha256": weights_digest(model), "config_sha256": config_digest(model)}
+
+    def choices(self) -> dict[str, tuple[str, str]]:
+        """What was resolved in loading it, each with its reason."""
+        return {
+            "trainer.share_prompts": (str(self.shares_prompts), self._policy.reason),
+            "trainer.device": (str(self.device), self._policy.placed),
+        }
+
+    # ── what the model says ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def score(self, groups: Sequence[Group], temperature: float, max_tokens: int = 4096) -> list[np.ndarray]:
+        """Log-probabilities of every completion (score C): float32 [T_i] each, nats, in order over all groups."""
+        return self._policy.score(groups, temperature, max_tokens)
+
+    def hidden(self, groups: Sequence[Group], max_tokens: int = 4096) -> list[Float[Tensor, "T D"]]:
+        """The hidden states that predict each completion's tokens, in order over all groups."""
+        return self._policy.hidden_of(groups, max_tokens)
+
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        """Whole distributions, fp32, for the few tokens that a hypothesis needs them for."""
+        return self._policy.logits(hidden)
+
+    @torch.no_grad()
+    def project(self, hidden: Float[Tensor, "T D"], targets: Tensor, temperature: float) -> TokenScores:
+        """From hidden states that predict ``targets`` to their log-probabilities."""
+        return self._policy.project(hidden, targets, temperature)
+
+    def across_switch(self, pieces: Sequence[Piece], before: Snapshot, temperature: float) -> list[np.ndarray]:
+        """Log-probabilities after a change of weights, over a cache that the old ones filled (``policy/replay.py``)."""
+        return replay.kept_cache_logprobs(self._policy, pieces, before, temperature)
+
+    # ── hypotheses ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def holding(self, variant: Variant) -> Iterator[None]:
+        """Every verb above answers as the variant would, until the context ends; then all is as it was, exactly.
+
+        Raises:
+            ModelError: where this model cannot be so.
+        """
+        before = self._policy
+        with variant.held(before) as self._policy:
+            try:
+                yield
+            finally:
+                self._policy = before
+
+    def snapshot(self) -> Snapshot:
+        """Copies of the parameters as they are now."""
+        return Snapshot.of(self._policy.model)
+
+    def parameter_names(self, *, trained: bool = False) -> list[str]:
+        """In the model's order, tied ones once; those alone that are trained where asked."""
+        return [name for name, p in self._policy.model.named_parameters() if p.requires_grad or not trained]
+
+    def slopes(
+        self,
+        groups: Sequence[Group],
+        tokens: Int[np.ndarray, "N"],
+        temperature: float,
+        names: Sequence[str],
+        towards: Snapshot | None = None,
+    ) -> list[Slope]:
+        """How the log-probabilities of some tokens move, to first order, when parameters do.
+
+        Args:
+            groups: one completion each.
+            tokens: places in the flat order of all completions' tokens.
+            towards: the direction of each parameter is from what it is to what it was there; None: the parameter itself,
+                which is a change of its scale.
+        """
+        parameters = dict(self._policy.model.named_parameters())
+        chosen = [parameters[name] for name in names]
+        moves = [p.detach().float() for p in chosen]
+        if towards is not None:
+            moves = [(towards.values[name] - parameters[name].detach()).float() for name in names]
+        starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
+        owners = np.searchsorted(starts, tokens, side="right") - 1
+        found = []
+        with torch.enable_grad():
+            for number in sorted(set(owners.tolist())):
+                (row,) = self._policy.rows([groups[number]], 1 << 20)
+                logprobs = self._policy.scores(row.to(self.device), temperature).logprobs
+                for token in tokens[owners == number].tolist():
+                    at = logprobs[token - int(starts[number])]
+                    grads = torch.autograd.grad(at, chosen, retain_graph=True, allow_unused=True)
+                    products = [0.0 if g is None else float((g.float() * m).sum()) for g, m in zip(grads, moves, strict=True)]
+                    found.append(Slope(token, np.array(products)))
+        return found
+
+    # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _optimizer(self) -> MasterAdamW:
+        """Made when it is first needed: a check trains nothing, and masters of a bf16 model are twice its size."""
+        return MasterAdamW(self._policy.model, self._recipe.optimizer)
+
+    def step(self, rollouts: Rollouts, number: int, gate: Gate) -> dict[str, float]:
+        """Train on one step's rollouts, once the gate has admitted every token. Returns figures by catalog name.
+
+        Raises:
+            DivergenceError: for a non-finite loss or gradient.
+            Exception: the gate's, before any weight has changed.
+        """
+        return train(rollouts, self._policy, self._optimizer, self._recipe, number, gate)
+
+    def rehearse(self, rollouts: Rollouts, recipe: Recipe) -> Rehearsal:
+        """What the training code makes of rollouts before any update; the gradients are thrown away.
+
+        Raises:
+            DivergenceError: for a loss that is no number.
+        """
+        return rehearsal.rehearse(rollouts, self._policy, recipe)
+
+    # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def publish(self, version: int) -> WeightUpdate:
+        """Make the weights as they are now available as ``version``; they must not change until :meth:`settle` has returned."""
+        assert self._publisher is not None, "no engine follows this trainer"
+        return self._publisher.publish(version)
+
+    def settle(self) -> None:
+        """Every engine has loaded what was published."""
+        assert self._publisher is not None, "no engine follows this trainer"
+        self._publisher.settle()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the weights as they are now, under the names of the checkpoint."""
+        return {name: tensor.detach().clone() for name, tensor in checkpoint_weights(self._policy.model).items()}
+
+    def save(self, directory: Path, step: int, model_path: Path) -> Path:
+        """Write a checkpoint that ``step`` steps are in, and remove older ones. Returns its path.
+
+        Raises:
+            RunError: when it cannot be written; those that were there before are still there.
+        """
+        return checkpoint.save_checkpoint(directory, step, self._policy, self._optimizer, model_path)
+
+    def restore(self, path: Path) -> int:
+        """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.
+
+        Raises:
+            RunError: when it is not whole or not this model's; all is then as it was.
+        """
+        return checkpoint.load_checkpoint(path, self._policy, self._optimizer)
