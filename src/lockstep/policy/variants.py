@@ -79,12 +79,12 @@ class Perturbed:
     def held(self, policy: Policy) -> Iterator[Policy]:
         """See :class:`Variant`."""
         parameters = dict(policy.model.named_parameters())
-        generator = torch.Generator(device=policy.device).manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same noise on every device
         try:
             with torch.no_grad():
                 for name, value in self.before.values.items():
                     size = self.scale * value.float().square().mean().sqrt()
-                    noise = torch.randn(value.shape, generator=generator, device=value.device) * size
+                    noise = torch.randn(value.shape, generator=generator).to(value.device) * size
                     parameters[name].add_(noise.to(value.dtype))
             yield policy
         finally:
