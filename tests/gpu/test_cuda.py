@@ -1,4 +1,4 @@
-"""On a real GPU: the step, and the weights that an engine would load, against the same on the CPU. NOT_RUN where there is none."""
+"""On a real GPU: the step, and the weights an engine would load, against the same on the CPU. NOT_RUN where there is none."""
 
 import importlib.util
 from pathlib import Path
