@@ -21,8 +21,8 @@ from lockstep.engines.environments.locate import installed
 from lockstep.engines.registry import Choice, start
 from lockstep.metrics.reduce import bootstrap_mean_ci95
 from lockstep.policy.model import load_policy
-from lockstep.policy.packing import Group
 from lockstep.policy.pretrained import resolve_model
+from lockstep.records.samples import Group
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 
 MODEL = "smollm2-135m-instruct"

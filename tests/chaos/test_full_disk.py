@@ -17,7 +17,7 @@ from lockstep.runs.write import append_metrics, append_verdict, write_atomically
 from lockstep.training import checkpoint
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.chaos.small_disk import PAGE, mounted
-from tests.chaos.tiny_run import HOLDS, Trainer, assert_finished, assert_nothing_half_written, score, start
+from tests.chaos.tiny_run import HOLDS, SAMPLING, Trainer, assert_finished, assert_nothing_half_written, score, start
 
 DISK_KB = 1536
 
@@ -141,9 +141,9 @@ def test_each_file_of_a_run_on_a_disk_that_is_full(small_disk, trainer):
         assert_nothing_half_written(layout.root)
         small_disk.make_room()
         write()
-    assert store.load(layout.drawn(0), 2).rewards.tolist() == [0.0, 1.0]
+    assert store.load(layout.drawn(0), 2, SAMPLING).rewards.tolist() == [0.0, 1.0]
     small_disk.fill()
-    assert store.load(store.admit(layout, 0), 2).scored, "a name needs no room here"
+    assert store.load(store.admit(layout, 0), 2, SAMPLING).rewarded, "a name needs no room here"
 
 
 def test_a_line_that_fits_only_in_part_is_undone(small_disk):

@@ -15,7 +15,7 @@ from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_lines, read_rollouts
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.chaos.lost_flush import recorded
-from tests.chaos.tiny_run import CHECKPOINT_EVERY, GROUP_SIZE, STEPS, Trainer, assert_finished, score, start
+from tests.chaos.tiny_run import CHECKPOINT_EVERY, GROUP_SIZE, SAMPLING, STEPS, Trainer, assert_finished, score, start
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def assert_in_order(layout: RunLayout, trainer: Trainer) -> None:
     kept = load_checkpoint(newest, trainer.policy, trainer.optimizer) if newest else 0
     for step in admitted:
         assert len(read_rollouts(layout.rollouts(step))) == GROUP_SIZE
-        assert store.load(layout.rollouts(step), GROUP_SIZE).scored
+        assert store.load(layout.rollouts(step), GROUP_SIZE, SAMPLING).rewarded
     lines = [row["step"] for row in read_lines(layout.metrics)]
     assert lines == list(range(len(lines)))
     assert admitted == list(range(len(admitted))), "steps are admitted one after the other"

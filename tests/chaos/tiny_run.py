@@ -1,6 +1,6 @@
 """The files of a run, written by the functions that write them and in the loop's order, around a tiny torch model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -9,11 +9,11 @@ import torch
 
 from lockstep.config.recipe import Optimizer
 from lockstep.policy.model import Policy, load_policy
-from lockstep.records.tokens import FLOAT32, INT32, Completion
+from lockstep.records.samples import Sample, Samples
+from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 from lockstep.records.versions import VersionSpan
 from lockstep.rollout import store
-from lockstep.rollout.collect import Rollouts
 from lockstep.runs.layout import RunLayout, new_run
 from lockstep.runs.read import drop_partial_line, read_lines
 from lockstep.runs.write import append_metrics, append_verdict, forget_partials, write_atomically
@@ -21,6 +21,7 @@ from lockstep.training.checkpoint import keep_newest, load_checkpoint, newest_ch
 from lockstep.training.optimizer import MasterAdamW
 
 STEPS, CHECKPOINT_EVERY, GROUP_SIZE = 3, 2, 2
+SAMPLING = SamplingParams(max_tokens=5)
 HOLDS = Verdict(layer="weights", status="PASS", summary="", n_tokens=1)
 
 
@@ -48,44 +49,40 @@ class Trainer:
         tensors = {**self.policy.model.state_dict(), **self.optimizer.state()}
         return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
-    def draw(self, step: int) -> Rollouts:
+    def draw(self, step: int) -> Samples:
         """What these weights would draw: its numbers depend on them."""
         weight = float(self.policy.head.detach().double().sum())
-        completions = [
-            Completion(
-                prompt_index=0,
-                sample_index=s,
-                token_ids=np.arange(step + s, step + s + 5, dtype=INT32).tobytes(),
-                logprobs=np.full(5, weight + s, FLOAT32).tobytes(),
-                finish_reason="stop",
+        samples = [
+            Sample(
+                group=0,
+                sample=s,
+                item=step,
+                prompt_ids=np.arange(3, dtype=np.int32),
+                token_ids=np.arange(step + s, step + s + 5, dtype=np.int32),
+                loss_mask=np.ones(5, bool),
+                engine_logprobs=np.full(5, weight + s, np.float32),
                 version_spans=(VersionSpan(0, 5, step),),
+                finish_reason="stop",
+                text="text",
             )
             for s in range(GROUP_SIZE)
         ]
-        unscored = np.full(GROUP_SIZE, np.nan)
-        return Rollouts(
-            step,
-            GROUP_SIZE,
-            items=[step],
-            prompts=[np.arange(3, dtype=np.int32)],
-            completions=completions,
-            texts=["text"] * GROUP_SIZE,
-            rewards=unscored,
-            advantages=unscored.astype(np.float32),
-        )
+        return Samples(samples, SAMPLING, step=step)
 
-    def train(self, rollouts: Rollouts) -> None:
+    def train(self, rollouts: Samples) -> None:
         """One optimizer step that is a function of the weights and the rollouts alone."""
-        value = float(np.frombuffer(rollouts.completions[0].logprobs, FLOAT32)[0]) + float(rollouts.advantages.sum())
+        assert rollouts.step is not None
+        value = float(rollouts.engine_logprobs[0]) + float(rollouts.advantages.sum())
         for parameter in self.optimizer.parameters:
             parameter.grad = torch.full_like(parameter, float(np.sin(value))) + parameter.detach().sign() * 0.1
         self.optimizer.step(rollouts.step)
 
 
-def score(rollouts: Rollouts) -> Rollouts:
+def score(rollouts: Samples) -> Samples:
     """Rewards and advantages that say which step they are of."""
-    rollouts.rewards = np.arange(GROUP_SIZE) + rollouts.step * 1.0
-    rollouts.advantages = rollouts.rewards.astype(np.float32)
+    rewards = np.arange(GROUP_SIZE) + (rollouts.step or 0) * 1.0
+    rollouts.samples = [replace(sample, reward=reward) for sample, reward in zip(rollouts, rewards.tolist(), strict=True)]
+    rollouts.fill(advantages=np.repeat(rewards.astype(np.float32), rollouts.lengths))
     return rollouts
 
 
@@ -112,14 +109,14 @@ def start(root: Path, trainer: Trainer) -> RunLayout:
 def one_step(layout: RunLayout, trainer: Trainer, step: int) -> None:
     """Drawn ─► scored ─► admitted ─► trained ─► synced ─► metrics ─► checkpoint; what is there already is not made again."""
     if layout.rollouts(step).is_file():
-        rollouts = store.load(layout.rollouts(step), GROUP_SIZE)
+        rollouts = store.load(layout.rollouts(step), GROUP_SIZE, SAMPLING)
     else:
         if layout.drawn(step).is_file():
-            rollouts = store.load(layout.drawn(step), GROUP_SIZE)
+            rollouts = store.load(layout.drawn(step), GROUP_SIZE, SAMPLING)
         else:
             rollouts = trainer.draw(step)
             store.save(layout.drawn(step), rollouts)
-        if not rollouts.scored:
+        if not rollouts.rewarded:
             score(rollouts)
             store.save(layout.drawn(step), rollouts)
         store.admit(layout, step)
@@ -154,7 +151,7 @@ def assert_nothing_half_written(root: Path) -> None:
             assert path.read_bytes()[-1:] in (b"", b"\n"), path
             read_lines(path)
         elif path.suffix == ".parquet":
-            store.load(path, GROUP_SIZE)
+            store.load(path, GROUP_SIZE, SAMPLING)
     layout = RunLayout(root)
     assert len(list(layout.checkpoints.glob("step-*"))) <= 2
     if (newest := newest_checkpoint(layout.checkpoints)) is not None:

@@ -21,10 +21,10 @@ from lockstep.parity.deep.replay import replay
 from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair
-from lockstep.policy.packing import Group
 from lockstep.policy.pretrained import resolve_model
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import MAX_FRAME_BYTES, Score, decode_reply, encode
+from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams, pack_ids
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task

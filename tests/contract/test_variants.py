@@ -79,7 +79,7 @@ def test_an_untied_head_in_fp32_is_the_trainers(name, trainer, tmp_path):
 
 
 def groups_of_sequences(sequences):
-    from lockstep.policy.packing import Group
+    from lockstep.records.samples import Group
 
     return [Group(ids[:1], [ids[1:]]) for ids in sequences]
 

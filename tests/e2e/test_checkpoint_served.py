@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from lockstep.config.recipe import Optimizer
 from lockstep.policy.model import load_policy
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group
 from lockstep.training.checkpoint import newest_checkpoint, save_checkpoint
 from lockstep.training.optimizer import MasterAdamW
 from tests.e2e.conftest import tiny_checkpoint

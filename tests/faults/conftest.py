@@ -3,11 +3,10 @@
 import json
 
 import msgspec
-import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from lockstep.records.tokens import INT32, SamplingParams
+from lockstep.records.tokens import SamplingParams
 
 NEUTRAL = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
 SHARP = SamplingParams(max_tokens=16, temperature=0.25)
@@ -77,11 +76,11 @@ def log(session, recipe):
             sample = draw(session.pair, probe_prompts(session.pair, 12, 0), sampling, 0)
             known[key] = [
                 {
-                    "prompt_ids": prompt.tolist(),
-                    "completion_ids": np.frombuffer(c.token_ids, INT32).tolist(),
-                    "logprobs": np.frombuffer(c.logprobs, "<f4").tolist(),
+                    "prompt_ids": s.prompt_ids.tolist(),
+                    "completion_ids": s.token_ids.tolist(),
+                    "logprobs": s.engine_logprobs.tolist(),
                 }
-                for prompt, c in zip(sample.prompts, sample.completions, strict=True)
+                for s in sample
             ]
         return json.loads(json.dumps(known[key]))
 

@@ -18,7 +18,6 @@ from lockstep.parity.explain.weights.fitted_settings import settings_of
 from lockstep.parity.explain.weights.trainer_hypotheses import explain
 from lockstep.parity.ladder import climb
 from lockstep.parity.layers import weights as layer3_weights
-from lockstep.parity.pair import Sampled
 from lockstep.policy.variant_settings import AttentionScaled, CacheKept, NormEpsilon, SlidingWindow
 
 HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
@@ -175,5 +174,5 @@ def explained_under(pair, variant):
     sample = gather(pair).own
     with pair.trainer.holding(variant):
         numbers = sample.scored(pair.trainer)
-    completions = [with_numbers(c, numbers[sample.owners == at]) for at, c in enumerate(sample.completions)]
-    return explain(pair, Sampled(sample.prompts, completions, sample.sampling), sample.scored(pair.trainer) - numbers)
+    sample.fill(engine_logprobs=numbers)
+    return explain(pair, sample, sample.scored(pair.trainer) - numbers)

@@ -7,7 +7,6 @@ from msgspec.structs import replace
 from lockstep.errors import UsageError
 from lockstep.parity.pair import draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.records.tokens import INT32
 from tests.faults.conftest import SHARP, T, named, verdicts_of
 
 FIRST, TOOL, EOS = 8, 6, 1
@@ -27,9 +26,9 @@ def turns(session, recipe, log):
         row["completion_ids"] += random.integers(3, 97, TOOL).tolist()
         row["logprobs"] += [0.0] * TOOL
     prompts = [np.array(row["prompt_ids"] + row["completion_ids"], np.int32) for row in rows]
-    for row, c in zip(rows, draw(session.pair, prompts, SHARP, 7).completions, strict=True):
-        row["completion_ids"] += np.frombuffer(c.token_ids, INT32).tolist()
-        row["logprobs"] += np.frombuffer(c.logprobs, "<f4").tolist()
+    for row, drawn in zip(rows, draw(session.pair, prompts, SHARP, 7), strict=True):
+        row["completion_ids"] += drawn.token_ids.tolist()
+        row["logprobs"] += drawn.engine_logprobs.tolist()
     return rows
 
 
@@ -130,14 +129,13 @@ def test_pads_with_an_attention_mask_are_taken_away(tmp_path, pair, log, column)
 
 def test_an_id_that_pads_and_was_seen_is_part_of_the_prompt(tmp_path, session, recipe, pair):
     prompts = [np.r_[[EOS] * (64 - len(p)), p].astype(np.int32) for p in probe_prompts(pair, 12, 0) if len(p) < 64]
-    drawn = draw(pair, prompts, SHARP, 0).completions
     rows = [
         {
-            "prompt_ids": prompt.tolist(),
-            "completion_ids": np.frombuffer(c.token_ids, INT32).tolist(),
-            "logprobs": np.frombuffer(c.logprobs, "<f4").tolist(),
+            "prompt_ids": drawn.prompt_ids.tolist(),
+            "completion_ids": drawn.token_ids.tolist(),
+            "logprobs": drawn.engine_logprobs.tolist(),
         }
-        for prompt, c in zip(prompts, drawn, strict=True)
+        for drawn in draw(pair, prompts, SHARP, 0)
     ]
     verdicts = verdicts_of(tmp_path, pair, rows, T)
     assert [v.status for v in verdicts] == PASSED
@@ -163,8 +161,8 @@ def test_one_placeholder_in_a_row_that_no_hypothesis_is_tried_on_is_named(tmp_pa
 
 def test_numbers_of_another_request_in_some_rows_are_named(tmp_path, session, recipe, pair, log):
     rows = log() * 3
-    other = draw(pair, probe_prompts(pair, 2, 99), SHARP, 5).completions[1]
-    rows[34] = rows[34] | {"logprobs": np.frombuffer(other.logprobs, "<f4").tolist()}
+    other = draw(pair, probe_prompts(pair, 2, 99), SHARP, 5)[1]
+    rows[34] = rows[34] | {"logprobs": other.engine_logprobs.tolist()}
     verdicts = verdicts_of(tmp_path, pair, rows, T)
     assert named(verdicts) == ("semantics", "foreign_logprobs")
     assert "the numbers of 1 of 36 completions" in verdicts[0].findings[0].evidence

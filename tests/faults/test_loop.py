@@ -92,7 +92,7 @@ def test_refused_rollouts_are_never_trained_on_and_resume_draws_that_step_again(
         loop.start(before=edits_from(1, off_by(3.0)))
     (refused,) = loop.layout.refusals(1)
     assert str(refused) in raised.value.hint
-    assert len(store.load(refused, 2).completions) == 4
+    assert len(store.load(refused, 2, loop.recipe.sampling)) == 4
     assert not loop.layout.rollouts(1).exists()
     assert not loop.layout.drawn(1).exists()
     assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0]
@@ -113,7 +113,7 @@ def test_a_number_that_is_missing_is_refused_before_it_is_scored(loop):
     with pytest.raises(ParityError, match="4 tokens without a finite log-probability"):
         loop.start(before=edits_from(1, lose))
     (refused,) = loop.layout.refusals(1)
-    assert np.isnan(store.load(refused, 2).engine_logprobs()).sum() == 4
+    assert np.isnan(store.load(refused, 2, loop.recipe.sampling).engine_logprobs).sum() == 4
 
 
 def test_rollouts_of_other_weights_are_not_replayed(loop):
@@ -151,7 +151,7 @@ def test_samples_whose_reward_failed_are_kept_and_scored_by_resume(recipe, tmp_p
 
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         loop.start(before=fail)
-    drawn = store.load(loop.layout.drawn(0), 2)
+    drawn = store.load(loop.layout.drawn(0), 2, loop.recipe.sampling)
     assert np.isnan(drawn.rewards).all()
     assert torch.equal(loop.start(resumed=True), expected)
     assert any("drawn before the interruption" in text for text in loop.said)

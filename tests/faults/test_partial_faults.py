@@ -14,9 +14,8 @@ from lockstep.parity.explain.semantics.alignment import examine
 from lockstep.parity.explain.semantics.prompt_edits import retokenised
 from lockstep.parity.ladder import climb
 from lockstep.parity.layers import semantics as layer1_semantics
-from lockstep.parity.pair import Sampled
 from lockstep.parity.search import Search, keep_looking
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group
 
 
 def found_of(pair, fault):
@@ -49,12 +48,11 @@ def test_prompts_through_text_are_told(pair):
     evidence = gather(pair)
     short = [at for at, prompt in enumerate(evidence.neutral.prompts) if len(prompt) < 40]
     tokenizer = pair.renderer.tokenizer
-    numbers = {}
+    numbers = []
     for at, group in enumerate(evidence.neutral.groups):
         prompt = retokenised(tokenizer, group.prompt) if at in short else group.prompt
-        (numbers[at],) = pair.trainer.score([Group(prompt, group.completions)], 1.0)
-    completions = [with_numbers(c, numbers[at]) for at, c in enumerate(evidence.neutral.completions)]
-    evidence.neutral = Sampled(evidence.neutral.prompts, completions, evidence.neutral.sampling)
+        numbers += pair.trainer.score([Group(prompt, group.completions)], 1.0)
+    evidence.neutral.fill(engine_logprobs=np.concatenate(numbers))
     found = examine(pair, evidence)
     assert found is not None
     assert found.cause == "prompt_edited"

@@ -31,7 +31,7 @@ def tokens(n, kind, seed=0):
 def moved(at, where, by):
     engine = at.engine_logprobs.copy()
     engine[where] += np.float32(by)
-    return AtSampling(at.trainer_logprobs, engine, at.owners)
+    return AtSampling(at.sampling_logprobs, engine, at.owners)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])

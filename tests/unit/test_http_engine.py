@@ -16,7 +16,7 @@ from lockstep.engines.base import EngineSpec
 from lockstep.engines.openai_http import connect
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
 from lockstep.parity.explain.semantics.prompt_edits import miscounted_prompts
-from lockstep.parity.pair import Sampled
+from lockstep.records.samples import Samples
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 from lockstep.records.versions import WeightUpdate
 
@@ -199,9 +199,9 @@ def test_a_completion_that_ended_at_once_is_empty_where_the_stop_token_is_left_o
 
 
 def test_prompts_that_the_server_counts_otherwise_were_edited(engine, server):
-    drawn = [Sampled(rows(3), sample(engine, 3), SamplingParams(max_tokens=3))]
+    drawn = [Samples.of(rows(3), sample(engine, 3), SamplingParams(max_tokens=3))]
     server.inserted = 9
-    drawn.append(Sampled(rows(3), sample(engine, 3), SamplingParams(max_tokens=3)))
+    drawn.append(Samples.of(rows(3), sample(engine, 3), SamplingParams(max_tokens=3)))
     assert miscounted_prompts(drawn[0]) is None
     told = miscounted_prompts(drawn[1])
     assert told is not None

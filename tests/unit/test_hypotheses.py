@@ -6,7 +6,7 @@ import torch
 
 from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of, edit, fits
 from lockstep.policy.model import load_policy
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 

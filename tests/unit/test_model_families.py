@@ -7,7 +7,7 @@ from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Q
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lockstep.policy.model import load_policy
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group
 
 COMMON = {
     "vocab_size": 89,

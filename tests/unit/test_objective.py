@@ -48,9 +48,17 @@ def test_advantages_are_relative_to_the_group():
 
 
 def test_token_weights_sum_to_one_and_differ_as_they_say():
-    lengths = np.array([1, 3])
-    np.testing.assert_allclose(token_weights(lengths, "token"), [0.25] * 4)
-    np.testing.assert_allclose(token_weights(lengths, "sequence"), [0.5, 1 / 6, 1 / 6, 1 / 6], rtol=1e-6)
+    lengths, all_of_them = np.array([1, 3]), np.ones(4, bool)
+    np.testing.assert_allclose(token_weights(all_of_them, lengths, "token"), [0.25] * 4)
+    np.testing.assert_allclose(token_weights(all_of_them, lengths, "sequence"), [0.5, 1 / 6, 1 / 6, 1 / 6], rtol=1e-6)
+
+
+def test_token_weights_are_shared_by_the_tokens_in_the_loss_alone():
+    mask, lengths = np.array([True, False, True, True, False, False]), np.array([1, 3, 2])
+    np.testing.assert_allclose(token_weights(mask, lengths, "token"), [1 / 3, 0, 1 / 3, 1 / 3, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(token_weights(mask, lengths, "sequence"), [1 / 2, 0, 1 / 4, 1 / 4, 0, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="no token in the loss"):
+        token_weights(~mask & mask, lengths, "token")
 
 
 def test_the_correction_is_one_on_agreement_truncated_above_and_without_gradient():

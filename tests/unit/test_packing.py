@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.policy.packing import MIN_TRUNK_TOKENS, Group, pack
+from lockstep.policy.packing import MIN_TRUNK_TOKENS, pack
+from lockstep.records.samples import Group
 
 VOCAB = 97
 ATOL = 2e-5  # fp32 over 2 layers: 1e-6 of rounding on logits of order 1, with an order to spare

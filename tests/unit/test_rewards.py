@@ -11,7 +11,9 @@ import pytest
 
 from lockstep.config.recipe import Task as TaskConfig
 from lockstep.errors import RecipeError, RewardError, Stopped
-from lockstep.rollout.collect import Rollouts, score
+from lockstep.records.samples import Sample, Samples
+from lockstep.records.tokens import Completion, SamplingParams
+from lockstep.rollout.collect import score
 from lockstep.rollout.tasks import Task
 
 THEIRS = """\
@@ -227,9 +229,11 @@ def test_a_worker_ends_with_its_trainer_in_the_middle_of_a_reward(tmp_path):
 def test_the_rewards_before_a_failing_one_stay_filled_in(task, workers):
     judged = task("theirs:exits", reward_workers=workers)
     texts = ["a", "b", "bad", "c"]
-    rollouts = Rollouts(0, 2, [0, 1], [], [], texts, rewards=np.full(4, np.nan))
+    none = np.empty(0, np.int32)
+    made = [Sample.of(Completion(at // 2, at % 2, b"", b"", "stop", ()), none, at // 2, text) for at, text in enumerate(texts)]
+    rollouts = Samples(made, SamplingParams(max_tokens=1))
     with pytest.raises(RewardError):
-        score(rollouts, judged, None, None)
+        score(rollouts, judged, None)
     assert rollouts.rewards[:2].tolist() == [1.0, 1.0]
     assert np.isnan(rollouts.rewards[2:]).all()
 

@@ -17,10 +17,9 @@ from lockstep.parity.explain.semantics.sampler import (
     hidden_temperature,
     tokens_of_every_part,
 )
-from lockstep.parity.pair import Sampled
 from lockstep.policy.model import load_policy
-from lockstep.policy.packing import Group
 from lockstep.policy.truncation import kept
+from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.training.trainer import Trainer
 
@@ -152,10 +151,10 @@ def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(trainer, penal
     (penalised,) = [c for c in candidates_of(asked) if c.penalised and c.temperature == 0.5]
     expected = [candidate_logprobs(trainer, group, asked, [penalised])[0] for group in groups]
     completions = [
-        Completion(0, 0, pack_ids(g.completions[0]), pack_logprobs(e), "length", ())
-        for g, e in zip(groups, expected, strict=True)
+        Completion(at, 0, pack_ids(g.completions[0]), pack_logprobs(e), "length", ())
+        for at, (g, e) in enumerate(zip(groups, expected, strict=True))
     ]
-    sample = Sampled([group.prompt for group in groups], completions, sampling)
+    sample = Samples.of([group.prompt for group in groups], completions, sampling)
     logits, ids, numbers = tokens_of_every_part(trainer, groups, sample.engine_logprobs)
     fit = PenaltyFit(logits, ids, *seen_before(sample), sampling.temperature)
     # float32 numbers near 16 have a spacing of 1e-6, logits at T = 0.5 twice that; two orders of summing differ by a few.

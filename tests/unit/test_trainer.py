@@ -8,7 +8,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lockstep.errors import ModelError, UsageError
 from lockstep.policy.model import Policy, load_policy, recompute_layers
-from lockstep.policy.packing import Group
 from lockstep.policy.variant_settings import (
     AttentionScaled,
     CacheKept,
@@ -32,6 +31,7 @@ from lockstep.policy.variants import (
     Snapshot,
     Steady,
 )
+from lockstep.records.samples import Group
 from lockstep.training.trainer import Trainer
 
 GROUPS = [Group(np.arange(3, 20, dtype=np.int32), [np.arange(30, 41, dtype=np.int32), np.arange(7, 12, dtype=np.int32)])]

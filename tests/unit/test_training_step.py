@@ -1,5 +1,7 @@
 """One training step against a plain reference, and the gate before any of its optimizer updates."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,9 @@ from lockstep.errors import DivergenceError, ParityError
 from lockstep.parity.gate import Gate, Measured
 from lockstep.parity.tolerances import NOISE
 from lockstep.policy.model import load_policy
-from lockstep.policy.packing import Group
-from lockstep.records.tokens import Completion, pack_ids, pack_logprobs
+from lockstep.records.samples import Group, Samples
+from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import VersionSpan
-from lockstep.rollout.collect import Rollouts
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.step import train
 
@@ -59,19 +60,15 @@ def drawn(policy):
         )
         for i in range(len(ids))
     ]
-    rollouts = Rollouts(0, SIZE, list(range(PROMPTS)), prompts, completions, [""] * len(ids))
-    rollouts.rewards = rng.normal(size=len(ids))
-    rollouts.advantages = rng.normal(size=len(ids)).astype(np.float32)
+    rollouts = Samples.of(prompts, completions, SamplingParams(max_tokens=6))
+    rollouts.fill(advantages=np.repeat(rng.normal(size=len(ids)).astype(np.float32), rollouts.lengths))
     return rollouts
 
 
 def with_numbers(rollouts, sample, by):
     """One completion's numbers moved by ``by`` nats."""
-    before = rollouts.completions[sample]
-    logprobs = np.frombuffer(before.logprobs, "<f4") + np.float32(by)
-    rollouts.completions[sample] = Completion(
-        before.prompt_index, before.sample_index, before.token_ids, logprobs.tobytes(), before.finish_reason, before.version_spans
-    )
+    before = rollouts[sample]
+    rollouts.samples[sample] = replace(before, engine_logprobs=before.engine_logprobs + np.float32(by))
     return rollouts
 
 
@@ -102,7 +99,7 @@ def test_a_bad_completion_in_any_minibatch_is_refused_before_the_first_update(po
     assert all(p.grad is None for p in policy.model.parameters())
     assert not optimizer.state()
     (tokens,) = seen
-    gap = np.abs(tokens.trainer_logprobs - tokens.engine_logprobs)
+    gap = np.abs(tokens.sampling_logprobs - tokens.engine_logprobs)
     assert set(tokens.owners[gap > 1.0]) == {sample}
     assert gap.size == sum(LENGTHS)
 
@@ -116,7 +113,7 @@ def test_numbers_so_far_off_that_the_loss_is_no_number_are_refused_by_the_gate(p
 
 def test_a_loss_that_is_no_number_stops_the_run_when_the_gate_is_content(policy):
     rollouts, before = drawn(policy), parameters(policy.model)
-    rollouts.advantages[0] = np.nan
+    rollouts.samples[0] = replace(rollouts[0], advantages=np.full(LENGTHS[0], np.nan, np.float32))
     with pytest.raises(DivergenceError, match="loss nan"):
         train(rollouts, policy, MasterAdamW(policy.model, recipe().optimizer), recipe(), 0, gate_of([]))
     assert torch.equal(parameters(policy.model), before)
@@ -138,7 +135,7 @@ def reference(path, rollouts, minibatches, lr=1e-2, clip=0.2):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
     def logprobs(i):
-        prompt, ids = rollouts.prompts[i // SIZE], rollouts.token_ids(i)
+        prompt, ids = rollouts[i].prompt_ids, rollouts[i].token_ids
         row = torch.tensor(np.r_[prompt, ids])[None].long()
         logits = model(input_ids=row, use_cache=False).logits[0].float()
         return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, row[0, len(prompt) :, None])[:, 0]
@@ -148,10 +145,12 @@ def reference(path, rollouts, minibatches, lr=1e-2, clip=0.2):
     per = PROMPTS // minibatches * SIZE
     for first in range(0, len(LENGTHS), per):
         part = range(first, first + per)
-        n = sum(LENGTHS[i] for i in part)
+        n = sum(rollouts[i].loss_mask.sum() for i in part)
         loss = 0.0
         for i in part:
-            ratio, advantage = torch.exp(logprobs(i) - old[i]), float(rollouts.advantages[i])
+            chosen = np.flatnonzero(rollouts[i].loss_mask)  # what is not in the loss is read by the model, and by nothing else
+            ratio = torch.exp(logprobs(i)[chosen] - old[i][chosen])
+            advantage = torch.from_numpy(rollouts[i].advantages[chosen])
             loss = loss - torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum() / n
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -160,9 +159,23 @@ def reference(path, rollouts, minibatches, lr=1e-2, clip=0.2):
     return model
 
 
+def with_tools(rollouts, engine_says=np.nan):
+    """Tokens in the middle of some samples, and one at an end, that a tool put there: the engine's numbers there are nobody's."""
+    for sample, masked in {0: [1], 1: [1, 2, 3], 5: [0], 6: [2]}.items():
+        before = rollouts[sample]
+        mask, numbers = before.loss_mask.copy(), before.engine_logprobs.copy()
+        mask[masked], numbers[masked] = False, engine_says
+        rollouts.samples[sample] = replace(before, loss_mask=mask, engine_logprobs=numbers)
+    return rollouts
+
+
+N_TOOLS = 6
+
+
+@pytest.mark.parametrize("tools", [False, True])
 @pytest.mark.parametrize(("minibatches", "microbatch"), [(1, 4096), (2, 12), (4, 8)])
-def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, tiny_model_dir, minibatches, microbatch):
-    rollouts = drawn(policy)
+def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, tiny_model_dir, minibatches, microbatch, tools):
+    rollouts = with_tools(drawn(policy)) if tools else drawn(policy)
     start = parameters(policy.model)
     train(
         rollouts,
@@ -179,3 +192,35 @@ def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, 
     apart = (parameters(policy.model) - parameters(other)).abs()
     assert apart.quantile(0.999) < 1e-4 * moved
     assert apart.mean() < 1e-4 * moved
+
+
+@pytest.mark.parametrize("objective", [{}, {"old": "engine"}, {"correction": "tis"}, {"loss_scale": "sequence"}])
+@pytest.mark.parametrize("engine_says", [np.nan, -np.inf, -40.0])
+def test_what_stands_where_the_model_did_not_sample_changes_nothing(policy, tiny_model_dir, objective, engine_says):
+    """Neither the engine's number nor the advantage there: not the loss, not a gradient, not a figure, not the gate."""
+    outcomes = []
+    for says, advantage in ((-0.5, 0.0), (engine_says, np.nan)):
+        trained, seen = load_policy(tiny_model_dir, "float32", "float32"), []
+        rollouts = with_tools(drawn(trained), says)
+        rollouts.fill(advantages=np.where(rollouts.loss_mask, rollouts.advantages, np.float32(advantage)))
+        assert rollouts.missing == 0
+        optimizer = MasterAdamW(trained.model, recipe().optimizer)
+        figures = train(rollouts, trained, optimizer, recipe(2, **objective), 0, gate_of(seen))
+        del figures["train_s"]
+        outcomes.append((figures, parameters(trained.model)))
+        assert seen[0].owners.size == sum(LENGTHS) - N_TOOLS
+        assert figures["gap_abs_max_nats"] < 1e-5
+        assert np.isfinite(rollouts.sampling_logprobs).all(), "the trainer has numbers of all tokens"
+    assert outcomes[0][0] == outcomes[1][0]
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_a_wrong_number_of_a_sampled_token_is_refused_beside_tokens_that_nobody_judges(policy):
+    rollouts, seen = with_tools(drawn(policy)), []
+    numbers = rollouts[1].engine_logprobs.copy()
+    numbers[0] -= 20.0
+    rollouts.samples[1] = replace(rollouts[1], engine_logprobs=numbers)
+    with pytest.raises(ParityError, match="1 of 26 tokens"):
+        train(rollouts, policy, MasterAdamW(policy.model, recipe().optimizer), recipe(), 0, gate_of(seen))
+    gap = np.abs(seen[0].sampling_logprobs - seen[0].engine_logprobs)
+    assert seen[0].owners[gap.argmax()] == 1

@@ -88,7 +88,7 @@ class TemperatureBehind(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
-        from lockstep.policy.packing import Group
+        from lockstep.records.samples import Group
 
         found = self.inner.sample(prompts, [replace(p, temperature=p.temperature * self.factor) for p in params])
         of_prompt: dict[int, list[np.ndarray]] = {}

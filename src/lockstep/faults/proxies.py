@@ -213,7 +213,7 @@ class RawNumbers(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
-        from lockstep.policy.packing import Group
+        from lockstep.records.samples import Group
 
         found = self.inner.sample(prompts, [replace(p, top_k=5) for p in params])
         temperature = {p.temperature for p in params}.pop()

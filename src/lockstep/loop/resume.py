@@ -41,7 +41,7 @@ def catch_up(run: Run) -> int:
     run.say(f"resume: {newest.name if newest else 'no checkpoint yet, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = run.gate or _recorded_gate(run)
-        rollouts = store.load(run.layout.rollouts(step), run.recipe.training.group_size)
+        rollouts = store.load(run.layout.rollouts(step), run.recipe.training.group_size, run.recipe.sampling)
         figures = train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:
             append_metrics(run.layout.metrics, step, step + 1, figures)

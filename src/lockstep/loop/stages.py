@@ -28,10 +28,10 @@ from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
 from lockstep.parity.layers import weights as layer3_weights
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
+from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 from lockstep.rollout import collect, store
-from lockstep.rollout.collect import Rollouts
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.write import append_metrics, append_verdict
 from lockstep.training.step import AtSampling
@@ -108,7 +108,7 @@ def refusal(result: LadderResult) -> ParityError:
     )
 
 
-def sample(run: Run, step: int) -> Rollouts:
+def sample(run: Run, step: int) -> Samples:
     """Draw one step's samples and store them before anything else is done; or take those that an interruption left.
 
     Raises:
@@ -117,7 +117,7 @@ def sample(run: Run, step: int) -> Rollouts:
     drawn = run.layout.drawn(step)
     if drawn.is_file():
         run.say(f"step {step + 1}: its samples were drawn before the interruption")
-        rollouts = store.load(drawn, run.recipe.training.group_size)
+        rollouts = store.load(drawn, run.recipe.training.group_size, run.recipe.sampling)
     else:
         rollouts = collect.sample(run.pair.engine, run.pair.task, run.pair.renderer, run.recipe, step)
         store.save(drawn, rollouts)
@@ -126,17 +126,17 @@ def sample(run: Run, step: int) -> Rollouts:
     return rollouts
 
 
-def reward(run: Run, step: int, rollouts: Rollouts) -> None:
+def reward(run: Run, step: int, rollouts: Samples) -> None:
     """Score a step's samples, unless an earlier start has.
 
     Raises:
         RewardError: when the reward function fails; the samples stay where they are, and resume scores them again.
     """
-    if rollouts.scored:
+    if rollouts.rewarded:
         return
     drawn = run.layout.drawn(step)
     try:
-        collect.score(rollouts, run.pair.task, run.pair.renderer, run.recipe)
+        collect.score(rollouts, run.pair.task, run.recipe)
     except RewardError as error:
         store.save(drawn, rollouts)
         error.add_note(f"the samples of step {step} are kept in {drawn}; resume scores them again")
@@ -144,7 +144,7 @@ def reward(run: Run, step: int, rollouts: Rollouts) -> None:
     store.save(drawn, rollouts)
 
 
-def train_gated(run: Run, step: int, rollouts: Rollouts, *, replayed: bool = False) -> dict[str, float]:
+def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> dict[str, float]:
     """Train on a step's rollouts, every token of which the gate has admitted. Returns figures by catalog name.
 
     Args:
@@ -163,7 +163,8 @@ def train_gated(run: Run, step: int, rollouts: Rollouts, *, replayed: bool = Fal
         if not replayed:
             store.admit(run.layout, step)
 
-    return rollout_figures(rollouts, step) | run.pair.trainer.step(rollouts, step, admit)
+    version = step  # the loop publishes once a step: before step k the trainer holds version k
+    return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit)
 
 
 def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -> ParityError:
@@ -293,19 +294,19 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
     )
 
 
-def rollout_figures(rollouts: Rollouts, step: int) -> dict[str, float]:
-    """What can be said of rollouts before training, by catalog name."""
-    lengths, rewards = rollouts.lengths(), rollouts.rewards.reshape(-1, rollouts.group_size)
+def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
+    """What can be said of rollouts before the weights ``version`` are trained on them, by catalog name."""
+    lengths, rewards = rollouts.lengths, rollouts.rewards.reshape(-1, rollouts.group_size)
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "flat_group_fraction": float((rewards.std(axis=1) == 0.0).mean()),
         "completion_tokens_mean": float(lengths.mean()),
-        "truncated_fraction": float(np.mean([c.finish_reason == "length" for c in rollouts.completions])),
+        "truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in rollouts])),
         "n_tokens": float(lengths.sum()),
         "n_samples": float(len(lengths)),
         "missing_logprobs": float(rollouts.missing),
-        "lag_steps": float(np.mean([step - span.version for c in rollouts.completions for span in c.version_spans])),
+        "lag_steps": float(np.mean([version - span.version for sample in rollouts for span in sample.version_spans])),
         "sample_s": rollouts.sample_s,
         "reward_s": rollouts.reward_s,
     }

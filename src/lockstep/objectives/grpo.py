@@ -38,14 +38,24 @@ def group_advantages(rewards: np.ndarray, scale: Literal["std", "none"]) -> np.n
     return centred.astype(np.float32)
 
 
-def token_weights(lengths: np.ndarray, scale: Literal["token", "sequence"]) -> np.ndarray:
-    """The weight of each token so that they sum to 1: alike over all tokens, or alike over sequences first.
+def token_weights(loss_mask: np.ndarray, lengths: np.ndarray, scale: Literal["token", "sequence"]) -> np.ndarray:
+    """The weight of each token so that those in the loss sum to 1: alike over all of them, or alike over sequences first.
 
     Args:
-        lengths: int [S], tokens of each completion.
+        loss_mask: bool [T]; where it is False the weight is 0. A sequence without a token in the loss has no share in it.
+        lengths: int [S], tokens of each sequence, those outside the loss among them; they sum to T.
 
     Returns:
-        float32 [Σ lengths].
+        float32 [T].
+
+    Raises:
+        ValueError: when no token is in the loss.
     """
-    per_sequence = np.full(len(lengths), 1.0 / lengths.sum()) if scale == "token" else 1.0 / (lengths * len(lengths))
-    return np.repeat(per_sequence, lengths).astype(np.float32)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    counts = np.bincount(owners, loss_mask, minlength=len(lengths))
+    if not counts.any():
+        raise ValueError("token weights: got no token in the loss, expected at least one")
+    alike = 1.0 / counts.sum()
+    n_sequences = np.count_nonzero(counts)
+    per_sequence = np.full(len(counts), alike) if scale == "token" else 1.0 / (np.maximum(counts, 1) * n_sequences)
+    return np.where(loss_mask, per_sequence[owners], 0.0).astype(np.float32)

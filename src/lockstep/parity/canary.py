@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group, Samples
 
 SEQUENCE_TOKENS = 8
 """Scored in each sequence: context enough for every part of the model to matter."""
@@ -34,7 +34,7 @@ class Canary:
     """Mean |trainer − engine| that the ladder measured: of these tokens, or of all that it re-scored where that is larger."""
 
     @classmethod
-    def of(cls, sampled: Sampled, n_tokens: int) -> "Canary":
+    def of(cls, sampled: Samples, n_tokens: int) -> "Canary":
         """The last tokens of sampled sequences, about ``n_tokens`` in all."""
         n = min(len(sampled.sequences), max(1, n_tokens // SEQUENCE_TOKENS))
         chosen = [ids[-(n_tokens // n + 1) :] for ids in sampled.sequences[:n]]

@@ -20,10 +20,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.metrics.reduce import quantiles_abs
-from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.parity.tolerances import DISTINGUISHING_TEMPERATURE, TELLING_LOG_T, Tolerance
 from lockstep.policy.variants import Steady
+from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 
 
@@ -47,9 +48,9 @@ class Floors:
 class Evidence:
     """See the module's table. Arrays are float32 [T] of their sample."""
 
-    own: Sampled
-    neutral: Sampled
-    telling: Sampled
+    own: Samples
+    neutral: Samples
+    telling: Samples
     rescored: np.ndarray
     """Score B of ``neutral``."""
     trainer: np.ndarray
@@ -59,7 +60,7 @@ class Evidence:
     floors: Floors
 
     @property
-    def samples(self) -> list[Sampled]:
+    def samples(self) -> list[Samples]:
         """Each sample once."""
         return list({id(s): s for s in (self.own, self.neutral, self.telling)}.values())
 
@@ -92,7 +93,7 @@ def gather(pair: Pair) -> Evidence:
     return Evidence(own, neutral, _telling(pair, own), rescored, at_one, own_trainer, floors)
 
 
-def _floors(pair: Pair, own: Sampled, trainer: np.ndarray) -> Floors:
+def _floors(pair: Pair, own: Samples, trainer: np.ndarray) -> Floors:
     half = own.owners % 2 == 0
     alone = np.concatenate([s for group in own.groups[::2] for s in pair.trainer.score([group], own.sampling.temperature)])
     return Floors(own.scored(pair.trainer) - trainer, alone - trainer[half], half)
@@ -114,7 +115,7 @@ def within(noise: Tolerance, gap: np.ndarray) -> bool:
     return quantiles["p50"] <= noise.p50 and quantiles["p999"] <= noise.p999
 
 
-def _telling(pair: Pair, own: Sampled) -> Sampled:
+def _telling(pair: Pair, own: Samples) -> Samples:
     """The recipe's own sample where raw and sampled differ in it, else a smaller one at another temperature."""
     if abs(np.log(own.sampling.temperature)) >= TELLING_LOG_T or own.sampling.truncates or own.sampling.penalises:
         return own

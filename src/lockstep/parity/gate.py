@@ -55,7 +55,7 @@ class Gate:
 
     def refusals(self, tokens: AtSampling) -> list[str]:
         """Why ``tokens`` must not be trained on, a sentence each; empty when they may be."""
-        gap = tokens.trainer_logprobs.astype(np.float64) - tokens.engine_logprobs
+        gap = tokens.sampling_logprobs.astype(np.float64) - tokens.engine_logprobs
         if not gap.size:
             return ["no token was scored"]
         unscored = int((~np.isfinite(gap)).sum())
@@ -82,7 +82,7 @@ class Gate:
         return "" if abs(mean) <= limit else f"mean gap {mean:+.2e} nats (± {error:.1e} over sequences), at most {limit:.2e}"
 
     def _tail(self, gap: np.ndarray, tokens: AtSampling) -> str:
-        limits = largest_gap(np.maximum(tokens.trainer_logprobs, tokens.engine_logprobs), self.noise, self.temperature)
+        limits = largest_gap(np.maximum(tokens.sampling_logprobs, tokens.engine_logprobs), self.noise, self.temperature)
         beyond = np.flatnonzero(np.abs(gap) > limits)
         if beyond.size:
             worst = beyond[np.argmax(np.abs(gap[beyond]) - limits[beyond])]

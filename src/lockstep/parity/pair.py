@@ -12,8 +12,8 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 from lockstep.parity.search import Search
 from lockstep.parity.tolerances import NOISE, Tolerance, noise_of
-from lockstep.policy.packing import Group
-from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
+from lockstep.records.samples import Samples
+from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
@@ -104,60 +104,7 @@ class Pair:
         self.receipt = pushed.receipt
 
 
-@dataclass(eq=False)
-class Sampled:
-    """Completions of probe prompts, flat per token."""
-
-    prompts: list[np.ndarray]
-    completions: list[Completion]
-    sampling: SamplingParams
-
-    @property
-    def groups(self) -> list[Group]:
-        """For the trainer: prompt and its one completion."""
-        return [Group(p, [np.frombuffer(c.token_ids, INT32)]) for p, c in zip(self.prompts, self.completions, strict=True)]
-
-    @property
-    def sequences(self) -> list[np.ndarray]:
-        """For a re-score: prompt and completion as one."""
-        return [np.concatenate([group.prompt, group.completions[0]]) for group in self.groups]
-
-    @property
-    def engine_logprobs(self) -> np.ndarray:
-        """Score A, float32 [T]."""
-        return np.frombuffer(b"".join(c.logprobs for c in self.completions), FLOAT32)
-
-    @property
-    def temperature(self) -> float:
-        """At which its numbers are to be scored; of greedy ones, 1."""
-        return self.sampling.temperature or 1.0
-
-    @property
-    def owners(self) -> np.ndarray:
-        """Which completion each token belongs to, int [T]."""
-        return np.repeat(np.arange(len(self.completions)), [len(c.token_ids) // 4 for c in self.completions])
-
-    @property
-    def positions(self) -> np.ndarray:
-        """How many tokens of its completion come before each token, int [T]."""
-        return np.concatenate([np.arange(len(c.token_ids) // 4) for c in self.completions])
-
-    @property
-    def missing(self) -> int:
-        """Tokens without a finite log-probability."""
-        return sum(c.missing for c in self.completions)
-
-    def scored(self, trainer: Trainer) -> np.ndarray:
-        """Score C of the completions' tokens, float32 [T]."""
-        return np.concatenate(trainer.score(self.groups, self.temperature))
-
-    def rescored(self, engine: Engine, temperature: float = 1.0) -> np.ndarray:
-        """Score B of the completions' tokens, float32 [T]."""
-        scores = engine.score(self.sequences, temperature)
-        return np.concatenate([s[len(p) - 1 :] for s, p in zip(scores, self.prompts, strict=True)])
-
-
-def draw(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams, seed: int) -> Sampled:
+def draw(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams, seed: int) -> Samples:
     """One completion for each prompt; the seed differs by row, so that no two rows are alike."""
     params = [replace(sampling, n=1, seed=seed + row) for row in range(len(prompts))]
-    return Sampled(list(prompts), pair.engine.sample(prompts, params), sampling)
+    return Samples.of(prompts, pair.engine.sample(prompts, params), sampling)

@@ -16,7 +16,8 @@ from transformers.utils import logging
 from lockstep.errors import ModelError, UsageError
 from lockstep.policy import attention
 from lockstep.policy.logprobs import TokenScores, token_logprobs
-from lockstep.policy.packing import Group, Packed, pack
+from lockstep.policy.packing import Packed, pack
+from lockstep.records.samples import Group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EAGER = "eager"

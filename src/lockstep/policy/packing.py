@@ -22,18 +22,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from lockstep.records.samples import Group
+
 MAX_BLOCK_TOKENS = 1024
 """A block's mask costs its length squared; past this a group is split and its prompt computed again."""
 MIN_TRUNK_TOKENS = 16
 """Prompts that share less keep to blocks of their own: a larger mask for little saved."""
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """One prompt and its completions: int32 [P] with P ≥ 1, and int32 [T_i] each with T_i ≥ 1."""
-
-    prompt: np.ndarray
-    completions: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)

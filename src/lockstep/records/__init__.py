@@ -1,1 +1,1 @@
-"""What crosses a process boundary: tokens, semantics, versions, verdicts. Torch-free and numpy-free (see tokens.py)."""
+"""What crosses a boundary: tokens, samples, semantics, versions, verdicts. Torch-free; all but samples numpy-free too."""

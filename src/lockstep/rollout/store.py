@@ -8,94 +8,75 @@ The names are the state: what lies under the last name may be trained on again b
 
 from itertools import count, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lockstep.errors import RunError
-from lockstep.records.tokens import FLOAT32, INT32, Completion
+from lockstep.records.samples import Sample, Samples
+from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import VersionSpan
-from lockstep.rollout.collect import Rollouts
 from lockstep.runs.durable import make_directory, rename
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.rollouts import About, read_table, write_rollouts
 
+if TYPE_CHECKING:
+    import pyarrow
 
-def save(path: Path, rollouts: Rollouts) -> None:
-    """Write one row a completion, in place of what was there.
+PER_TOKEN = ("prompt_ids", "token_ids", "loss_mask", "engine_logprobs", "sampling_logprobs", "advantages")
+"""Columns that hold an array a row, under the names that :class:`Sample` has for them."""
+ALIKE = ("group", "sample", "item", "finish_reason", "text", "prompt_tokens")
+"""Columns that hold one value a row, under the names that :class:`Sample` has for them."""
+
+
+def save(path: Path, rollouts: Samples) -> None:
+    """Write one row a sample, in place of what was there.
 
     Raises:
         RunError: when it cannot be written.
     """
-    size = rollouts.group_size
-    n = len(rollouts.completions)
+    assert rollouts.step is not None, "probes are not stored"
     make_directory(path.parent)
-    write_rollouts(
-        path,
-        {
-            "step": [rollouts.step] * n,
-            "item": [rollouts.items[i // size] for i in range(n)],
-            "sample": [c.sample_index for c in rollouts.completions],
-            "prompt_token_ids": [rollouts.prompts[i // size] for i in range(n)],
-            "prompt_tokens": [c.prompt_tokens for c in rollouts.completions],
-            "token_ids": [np.frombuffer(c.token_ids, INT32) for c in rollouts.completions],
-            "engine_logprobs": [np.frombuffer(c.logprobs, FLOAT32) for c in rollouts.completions],
-            "missing_logprobs": [c.missing for c in rollouts.completions],
-            "weight_version": [c.version_spans[0].version if c.version_spans else -1 for c in rollouts.completions],
-            "version_spans": [
-                [{"start": span.start, "stop": span.stop, "version": span.version} for span in c.version_spans]
-                for c in rollouts.completions
-            ],
-            "finish_reason": [c.finish_reason for c in rollouts.completions],
-            "text": rollouts.texts,
-            "reward": rollouts.rewards if len(rollouts.rewards) else np.full(n, np.nan),
-            "advantage": rollouts.advantages if len(rollouts.advantages) else np.full(n, np.nan, np.float32),
-        },
-        About(step=rollouts.step, group_size=size, sample_s=rollouts.sample_s, reward_s=rollouts.reward_s),
-    )
+    columns: dict[str, Any] = {name: [getattr(sample, name) for sample in rollouts] for name in (*ALIKE, *PER_TOKEN)}
+    columns |= {
+        "step": [rollouts.step] * len(rollouts),
+        "missing_logprobs": [sample.missing for sample in rollouts],
+        "weight_version": [sample.version_spans[0].version if sample.version_spans else -1 for sample in rollouts],
+        "version_spans": [
+            [{"start": span.start, "stop": span.stop, "version": span.version} for span in sample.version_spans]
+            for sample in rollouts
+        ],
+        "reward": rollouts.rewards,
+    }
+    about = About(step=rollouts.step, group_size=rollouts.group_size, sample_s=rollouts.sample_s, reward_s=rollouts.reward_s)
+    write_rollouts(path, columns, about)
 
 
-def load(path: Path, group_size: int) -> Rollouts:
+def load(path: Path, group_size: int, sampling: SamplingParams) -> Samples:
     """Read what :func:`save` wrote, exactly.
+
+    Args:
+        sampling: what the run samples with.
 
     Raises:
         RunError: when the file is not whole, or of groups of another size.
     """
     table, about = read_table(path)
-    n = table.num_rows
-    if about.group_size != group_size or n % group_size:
+    if about.group_size != group_size or table.num_rows % group_size:
         raise RunError(
             f"rollouts {path}",
-            got=f"{n} samples in groups of {about.group_size}",
+            got=f"{table.num_rows} samples in groups of {about.group_size}",
             expected=f"groups of {group_size}",
             hint="was training.group_size changed since? Start a new run",
         )
-    rows = table.drop_columns(["prompt_token_ids", "token_ids", "engine_logprobs"]).to_pylist()
-    ids, logprobs = _lists(table["token_ids"]), _lists(table["engine_logprobs"])
-    completions = [
-        Completion(
-            prompt_index=i // group_size,
-            sample_index=row["sample"],
-            token_ids=ids[i].tobytes(),
-            logprobs=logprobs[i].tobytes(),
-            finish_reason=row["finish_reason"],
-            version_spans=tuple(VersionSpan(**span) for span in row["version_spans"]),
-            missing=row["missing_logprobs"],
-            prompt_tokens=row["prompt_tokens"],
-        )
-        for i, row in enumerate(rows)
-    ]
-    return Rollouts(
-        step=about.step,
-        group_size=group_size,
-        items=[row["item"] for row in rows[::group_size]],
-        prompts=_lists(table["prompt_token_ids"])[::group_size],
-        completions=completions,
-        texts=[row["text"] for row in rows],
-        rewards=table["reward"].to_numpy().copy(),
-        advantages=table["advantage"].to_numpy().copy(),
-        sample_s=about.sample_s,
-        reward_s=about.reward_s,
-    )
+    columns: dict[str, list[Any]] = {name: _arrays(table[name]) for name in PER_TOKEN}
+    columns |= {name: table[name].to_pylist() for name in (*ALIKE, "version_spans", "reward")}
+    samples = []
+    for row in range(table.num_rows):
+        values = {name: column[row] for name, column in columns.items()}
+        values["version_spans"] = tuple(VersionSpan(**span) for span in values["version_spans"])
+        samples.append(Sample(**values))
+    return Samples(samples, sampling, step=about.step, sample_s=about.sample_s, reward_s=about.reward_s)
 
 
 def admit(layout: RunLayout, step: int) -> Path:
@@ -137,8 +118,10 @@ def move(source: Path, target: Path) -> Path:
     return target
 
 
-def _lists(column) -> list[np.ndarray]:
-    """A column of lists as one array a row."""
+def _arrays(column: "pyarrow.ChunkedArray") -> list[np.ndarray | None]:
+    """A column of lists as one array a row; None where it is null."""
     joined = column.combine_chunks()
     offsets, values = joined.offsets.to_numpy(), joined.values.to_numpy(zero_copy_only=False)
-    return [values[start:stop].copy() for start, stop in pairwise(offsets)]
+    known = joined.is_valid().to_numpy(zero_copy_only=False)
+    spans = zip(pairwise(offsets), known, strict=True)
+    return [values[start:stop].copy() if there else None for (start, stop), there in spans]

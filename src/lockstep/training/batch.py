@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lockstep.config.recipe import Recipe
 from lockstep.objectives.grpo import token_weights
 from lockstep.policy.model import Policy
-from lockstep.policy.packing import Group, Packed
-from lockstep.rollout.collect import Rollouts
+from lockstep.policy.packing import Packed
+from lockstep.records.samples import Samples
 
 
 @dataclass(eq=False)
@@ -22,6 +22,11 @@ class Microbatch:
     engine_logprobs: Float[Tensor, "T"]
     advantages: Float[Tensor, "T"]
     token_weights: Float[Tensor, "T"]
+    """Those of a whole minibatch sum to 1; 0 outside the loss."""
+    loss_mask: Bool[Tensor, "T"]
+    """True where the model sampled the token. What stands elsewhere is conditioned on, and neither judged nor learned."""
+    sequence_ids: Int[Tensor, "T"]
+    """Which of the minibatch's samples each token belongs to, from 0."""
     sampling_logprobs: Float[Tensor, "T"] | None = None
     """The trainer's own log-probabilities under the weights that sampled; None until they are computed."""
 
@@ -30,36 +35,27 @@ Minibatch = list[Microbatch]
 """Microbatches whose gradients are added up for one optimizer step."""
 
 
-def minibatches(rollouts: Rollouts, policy: Policy, recipe: Recipe) -> list[Minibatch]:
+def minibatches(rollouts: Samples, policy: Policy, recipe: Recipe) -> list[Minibatch]:
     """Split a step's groups evenly, in order, and pack each part."""
-    n_groups, size = len(rollouts.prompts), rollouts.group_size
-    per_part = n_groups // recipe.training.minibatches
-    return [
-        _minibatch(rollouts, policy, recipe, range(first * size, (first + per_part) * size))
-        for first in range(0, n_groups, per_part)
-    ]
+    per_part = len(rollouts) // recipe.training.minibatches
+    return [_minibatch(rollouts[first : first + per_part], policy, recipe) for first in range(0, len(rollouts), per_part)]
 
 
-def groups_of(rollouts: Rollouts, samples: range) -> list[Group]:
-    """The groups that a whole-group range of samples belongs to."""
-    size = rollouts.group_size
-    return [
-        Group(rollouts.prompts[start // size], [rollouts.token_ids(i) for i in range(start, start + size)])
-        for start in range(samples.start, samples.stop, size)
-    ]
-
-
-def _minibatch(rollouts: Rollouts, policy: Policy, recipe: Recipe, samples: range) -> Minibatch:
-    lengths = rollouts.lengths()[samples.start : samples.stop]
-    bounds = np.r_[0, np.cumsum(rollouts.lengths())]
-    engine = rollouts.engine_logprobs()[bounds[samples.start] : bounds[samples.stop]]
-    advantages = np.repeat(rollouts.advantages[samples.start : samples.stop], lengths)
-    weights = token_weights(lengths, recipe.objective.loss_scale)
-    starts = np.r_[0, np.cumsum(lengths)]
+def _minibatch(samples: Samples, policy: Policy, recipe: Recipe) -> Minibatch:
+    loss_mask = samples.loss_mask
+    per_token = {
+        "engine_logprobs": samples.engine_logprobs,
+        "advantages": np.where(loss_mask, samples.advantages, np.float32(0.0)),
+        "token_weights": token_weights(loss_mask, samples.lengths, recipe.objective.loss_scale),
+        "loss_mask": loss_mask,
+        "sequence_ids": samples.owners,
+    }
+    starts = np.r_[0, np.cumsum(samples.lengths)]
     parts = []
-    for row in policy.rows(groups_of(rollouts, samples), recipe.training.tokens_per_microbatch):
+    for row in policy.rows(samples.groups, recipe.training.tokens_per_microbatch):
         # Rows keep the order of completions, so each row's tokens are one slice of the flat arrays.
         tokens = slice(starts[row.completions[0]], starts[row.completions[-1] + 1])
-        flat = [torch.tensor(values[tokens], device=policy.head.device) for values in (engine, advantages, weights)]
-        parts.append(Microbatch(row.to(policy.head.device), *flat))
+        device = policy.head.device
+        flat = {name: torch.tensor(values[tokens], device=device) for name, values in per_token.items()}
+        parts.append(Microbatch(row.to(device), **flat))
     return parts

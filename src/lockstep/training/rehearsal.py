@@ -8,13 +8,13 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.policy.model import Policy
-from lockstep.rollout.collect import Rollouts
+from lockstep.records.samples import Samples
 from lockstep.training import batch, step
 
 
 @dataclass(frozen=True, eq=False)
 class Rehearsal:
-    """Before any optimizer step; float32 [T]."""
+    """Before any optimizer step, of the tokens that the model sampled; float32 [N]."""
 
     gap: np.ndarray
     """Log-probabilities of the old-logprob pass − the engine's."""
@@ -26,10 +26,10 @@ class Rehearsal:
     loss_borrowed: float
     """With the engine's."""
     owners: np.ndarray
-    """The completion of each token, int [T]."""
+    """The sample of each token, int [N]."""
 
 
-def rehearse(rollouts: Rollouts, policy: Policy, recipe: Recipe) -> Rehearsal:
+def rehearse(rollouts: Samples, policy: Policy, recipe: Recipe) -> Rehearsal:
     """The real code on ``rollouts``; gradients are thrown away.
 
     Raises:
@@ -37,20 +37,17 @@ def rehearse(rollouts: Rollouts, policy: Policy, recipe: Recipe) -> Rehearsal:
     """
     parts = batch.minibatches(rollouts, policy, recipe)
     step.score_under_sampling_weights(parts, policy, recipe.sampling.temperature)
-    gap = [
-        micro.sampling_logprobs - micro.engine_logprobs for part in parts for micro in part if micro.sampling_logprobs is not None
-    ]
+    sampled = step.at_sampling(parts, rollouts)
     tokens, loss = _losses(policy, parts, recipe, "trainer")
     with torch.no_grad():  # its gradients show nothing that the first loss's did not
         _, borrowed = _losses(policy, parts, recipe, "engine")
-    lengths = rollouts.lengths()
     return Rehearsal(
-        gap=np.concatenate([g.numpy(force=True) for g in gap]),
+        gap=sampled.sampling_logprobs - sampled.engine_logprobs,
         log_ratio=np.concatenate(tokens.log_ratio),
         clip_fraction=float(np.concatenate(tokens.clipped).mean()),
         loss=loss,
         loss_borrowed=borrowed,
-        owners=np.repeat(np.arange(len(lengths)), lengths),
+        owners=sampled.owners,
     )
 
 

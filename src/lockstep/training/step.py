@@ -15,19 +15,20 @@ from lockstep.objectives.base import LossInputs
 from lockstep.objectives.corrections import truncated_importance_weights
 from lockstep.objectives.grpo import grpo
 from lockstep.policy.model import Policy
-from lockstep.rollout.collect import Rollouts
+from lockstep.records.samples import Samples
 from lockstep.training.batch import Microbatch, Minibatch, minibatches
 from lockstep.training.optimizer import MasterAdamW
 
 
 @dataclass(frozen=True, eq=False)
 class AtSampling:
-    """Every token of a step as both sides score it under the weights that drew it; float32 [T], nats."""
+    """Every token of a step that the model sampled, as both sides score it under the weights that drew it; float32 [N], nats."""
 
-    trainer_logprobs: np.ndarray
+    sampling_logprobs: np.ndarray
+    """The trainer's."""
     engine_logprobs: np.ndarray
     owners: np.ndarray
-    """int [T]: the completion each token belongs to."""
+    """int [N]: the sample each token belongs to."""
 
 
 Gate = Callable[[AtSampling], None]
@@ -36,15 +37,21 @@ Gate = Callable[[AtSampling], None]
 
 @dataclass
 class Tokens:
-    """Per-token values of a step, gathered as the microbatches go by."""
+    """Per-token values of a step, of the tokens that the model sampled, gathered as the microbatches go by."""
 
     log_ratio: list[np.ndarray] = field(default_factory=list)
     clipped: list[np.ndarray] = field(default_factory=list)
     entropy: list[np.ndarray] = field(default_factory=list)
 
+    def add(self, sampled: Tensor, log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> None:
+        """A microbatch's, [T] each."""
+        self.log_ratio.append(log_ratio[sampled].numpy(force=True))
+        self.clipped.append(clipped[sampled].numpy(force=True))
+        self.entropy.append(entropy[sampled].numpy(force=True))
+
 
 def train(
-    rollouts: Rollouts,
+    rollouts: Samples,
     policy: Policy,
     optimizer: MasterAdamW,
     recipe: Recipe,
@@ -82,7 +89,7 @@ def train(
         norms.append(optimizer.step(step * len(parts) + number))
     clip = recipe.objective.clip_low, recipe.objective.clip_high
     return {
-        **mismatch_figures(sampled.trainer_logprobs - sampled.engine_logprobs, *clip),
+        **mismatch_figures(sampled.sampling_logprobs - sampled.engine_logprobs, *clip),
         **policy_figures(np.concatenate(tokens.log_ratio), *clip),
         "clip_fraction": float(np.concatenate(tokens.clipped).mean()),
         "entropy_mean_nats": float(np.concatenate(tokens.entropy).mean()),
@@ -93,15 +100,16 @@ def train(
     }
 
 
-def at_sampling(parts: list[Minibatch], rollouts: Rollouts) -> AtSampling:
-    """Both sides' numbers as the objective gets them, in the order of the completions."""
+def at_sampling(parts: list[Minibatch], rollouts: Samples) -> AtSampling:
+    """Both sides' numbers as the objective gets them, in the order of the samples, which get to keep the trainer's."""
     micros = [micro for part in parts for micro in part]
     scored = [micro.sampling_logprobs for micro in micros if micro.sampling_logprobs is not None]
-    lengths = rollouts.lengths()
+    rollouts.fill(sampling_logprobs=np.concatenate([values.numpy(force=True) for values in scored]))
+    sampled = rollouts.loss_mask
     return AtSampling(
-        trainer_logprobs=np.concatenate([values.numpy(force=True) for values in scored]),
-        engine_logprobs=np.concatenate([micro.engine_logprobs.numpy(force=True) for micro in micros]),
-        owners=np.repeat(np.arange(len(lengths)), lengths),
+        sampling_logprobs=rollouts.sampling_logprobs[sampled],
+        engine_logprobs=np.concatenate([micro.engine_logprobs.numpy(force=True) for micro in micros])[sampled],
+        owners=rollouts.owners[sampled],
     )
 
 
@@ -147,10 +155,8 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, 
         if torch.is_grad_enabled():
             outputs.loss.backward()
         total += float(outputs.loss.detach())
-        tokens.log_ratio.append((now - old).numpy(force=True))
-        tokens.clipped.append(outputs.clipped.numpy(force=True))
         assert scores.entropy is not None
-        tokens.entropy.append(scores.entropy.numpy(force=True))
+        tokens.add(micro.loss_mask, now - old, outputs.clipped, scores.entropy)
     return total
 
 
@@ -158,12 +164,18 @@ def _correction(micro: Microbatch, recipe: Recipe) -> Tensor | float:
     if recipe.objective.correction == "none":
         return 1.0
     assert micro.sampling_logprobs is not None
-    return truncated_importance_weights(micro.sampling_logprobs, micro.engine_logprobs, recipe.objective.correction_cap)
+    return truncated_importance_weights(micro.sampling_logprobs, _engine_logprobs(micro), recipe.objective.correction_cap)
+
+
+def _engine_logprobs(micro: Microbatch) -> Tensor:
+    """The engine's; where it sampled nothing, the trainer's: a NaN there would outlive its weight of 0."""
+    assert micro.sampling_logprobs is not None
+    return torch.where(micro.loss_mask, micro.engine_logprobs, micro.sampling_logprobs)
 
 
 def _old_logprobs(micro: Microbatch, recipe: Recipe) -> Tensor:
     """The denominator of the policy ratio; the engine's own numbers are a certificate's dividend (layer 5)."""
     if recipe.objective.old_logprobs == "engine":
-        return micro.engine_logprobs
+        return _engine_logprobs(micro)
     assert micro.sampling_logprobs is not None
     return micro.sampling_logprobs

@@ -27,12 +27,11 @@ from lockstep.policy import replay
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
-from lockstep.policy.packing import Group
 from lockstep.policy.replay import Piece
 from lockstep.policy.variant_settings import base_of, rotary_of
 from lockstep.policy.variants import Snapshot, Variant
+from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
-from lockstep.rollout.collect import Rollouts
 from lockstep.training import checkpoint, rehearsal
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.rehearsal import Rehearsal
@@ -236,7 +235,7 @@ class Trainer:
         """Made when it is first needed: a check trains nothing, and masters of a bf16 model are twice its size."""
         return MasterAdamW(self._policy.model, self._recipe.optimizer)
 
-    def step(self, rollouts: Rollouts, number: int, gate: Gate) -> dict[str, float]:
+    def step(self, rollouts: Samples, number: int, gate: Gate) -> dict[str, float]:
         """Train on one step's rollouts, once the gate has admitted every token. Returns figures by catalog name.
 
         Raises:
@@ -245,7 +244,7 @@ class Trainer:
         """
         return train(rollouts, self._policy, self._optimizer, self._recipe, number, gate)
 
-    def rehearse(self, rollouts: Rollouts, recipe: Recipe) -> Rehearsal:
+    def rehearse(self, rollouts: Samples, recipe: Recipe) -> Rehearsal:
         """What the training code makes of rollouts before any update; the gradients are thrown away.
 
         Raises:

@@ -24,9 +24,10 @@ from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.path.corruption import corrupted
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.probes import LONGEST, ROOM, probe_prompts
 from lockstep.records.messages import Ready
+from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Finding, Verdict
 
@@ -114,7 +115,7 @@ class _NotStartedError(Exception):
     """The engine does not start with the factor, or ignores it."""
 
 
-def _measure(pair: Pair, factor: Factor, options: dict[str, Any], open_engine: Opener) -> tuple[Sampled, np.ndarray, float]:
+def _measure(pair: Pair, factor: Factor, options: dict[str, Any], open_engine: Opener) -> tuple[Samples, np.ndarray, float]:
     """A sample, its own re-score, and the factor's count, on an engine with the factor on.
 
     No seeds: vLLM 0.32 cannot chunk a seeded prompt.
@@ -132,14 +133,14 @@ def _measure(pair: Pair, factor: Factor, options: dict[str, Any], open_engine: O
         ignored = [name for name, value in options.items() if resolved.get(name, value) != value]
         if ignored:
             raise _NotStartedError(f"{ignored[0]} resolved to {resolved[ignored[0]]}")
-        sample = Sampled(prompts, engine.sample(prompts, [plain] * len(prompts)), plain)
+        sample = Samples.of(prompts, engine.sample(prompts, [plain] * len(prompts)), plain)
         counted = engine.counters().get(factor.counter, 0.0)
         if factor.counter and not counted:
             raise _NotStartedError(f"the engine counts no {factor.counter}")
         return sample, sample.rescored(engine), counted
 
 
-def _judge(pair: Pair, factor: Factor, options: dict[str, Any], sample: Sampled, rescored: np.ndarray) -> Finding | None:
+def _judge(pair: Pair, factor: Factor, options: dict[str, Any], sample: Samples, rescored: np.ndarray) -> Finding | None:
     gap = sample.engine_logprobs - rescored
     found = corrupted(pair, sample, rescored)
     if found is None and within(pair.engine_noise, gap):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.parity.layers.weights import PROBE_VERSION, perturbed
-from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.policy.packing import Group
 from lockstep.policy.variants import Earlier, Snapshot
-from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
+from lockstep.records.samples import Group, Samples
+from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadMode
 
 PROMPTS = 6
@@ -74,14 +74,13 @@ def replay(pair: Pair, mode: LoadMode) -> Replayed:
         pair.sync(pair.version)
 
 
-def _against(pair: Pair, sample: Sampled, before: Snapshot, mode: LoadMode) -> Replayed:
+def _against(pair: Pair, sample: Samples, before: Snapshot, mode: LoadMode) -> Replayed:
     """The trainer holds the new weights."""
     pieces, engine = [], []
-    for prompt, completion in zip(sample.prompts, sample.completions, strict=True):
-        spans = completion.version_spans
-        if [span.version for span in spans] == [pair.version, PROBE_VERSION]:
-            pieces.append((prompt, np.frombuffer(completion.token_ids, INT32), spans[0].stop))
-            engine.append(np.frombuffer(completion.logprobs, FLOAT32))
+    for s in sample:
+        if [span.version for span in s.version_spans] == [pair.version, PROBE_VERSION]:
+            pieces.append((s.prompt_ids, s.token_ids, s.version_spans[0].stop))
+            engine.append(s.engine_logprobs)
     if not pieces:
         empty = np.empty(0, np.float32)
         return Replayed(mode, 0, empty, empty, empty)

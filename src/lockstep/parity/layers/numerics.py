@@ -16,8 +16,9 @@ from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.numerics.precision import reference
 from lockstep.parity.explain.weights.trainer_hypotheses import explain
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import PHANTOM_CLIP_FRACTION, Tolerance
+from lockstep.records.samples import Samples
 from lockstep.records.verdicts import Verdict
 
 PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
@@ -107,7 +108,7 @@ def judge_gap(
     return Verdict(layer="numerics", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)
 
 
-def _against_reference(pair: Pair, sample: Sampled, trainer: np.ndarray) -> dict[str, float]:
+def _against_reference(pair: Pair, sample: Samples, trainer: np.ndarray) -> dict[str, float]:
     """Score D: the trainer's model in fp32, body and head."""
     scores = reference(pair.trainer, sample)
     return {

@@ -48,7 +48,7 @@ def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
     recipe = replace(pair.recipe, training=training)
     rollouts = collect.sample(pair.engine, pair.task, pair.renderer, recipe, 0)
     # Alternating signs, so that both sides of the clip are exercised whatever the rewards of so few samples are.
-    rollouts.advantages = np.where(np.arange(len(rollouts.completions)) % 2, 1.0, -1.0).astype(np.float32)
+    rollouts.fill(advantages=np.where(rollouts.owners % 2, 1.0, -1.0).astype(np.float32))
     return pair.trainer.rehearse(rollouts, recipe)
 
 

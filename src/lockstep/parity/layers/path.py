@@ -18,7 +18,8 @@ from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.path.corruption import corrupted
-from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.pair import Pair, draw
+from lockstep.records.samples import Samples
 from lockstep.records.verdicts import Finding, Verdict
 
 ALONE = 4
@@ -92,7 +93,7 @@ def _corruption(pair: Pair, evidence: Evidence) -> list[Finding]:
     return []
 
 
-def _alone(pair: Pair, neutral: Sampled, rescored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _alone(pair: Pair, neutral: Samples, rescored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """B′ − B for the first few sequences, each scored by itself, last first."""
     gaps, owners = [], []
     for i in reversed(range(min(ALONE, len(neutral.prompts)))):
@@ -102,7 +103,7 @@ def _alone(pair: Pair, neutral: Sampled, rescored: np.ndarray) -> tuple[np.ndarr
     return np.concatenate(gaps), np.concatenate(owners)
 
 
-def _warm(pair: Pair, neutral: Sampled) -> tuple[np.ndarray, np.ndarray]:
+def _warm(pair: Pair, neutral: Samples) -> tuple[np.ndarray, np.ndarray]:
     """Drawn again over a warm prefix cache, against its own re-score, which reads no cache."""
     warm = draw(pair, neutral.prompts, replace(neutral.sampling, max_tokens=WARM_TOKENS), pair.seed)
     return warm.engine_logprobs - warm.rescored(pair.engine), warm.owners

@@ -30,9 +30,10 @@ from lockstep.parity.explain.semantics.hypotheses import Fit, fits, scored_under
 from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
 from lockstep.parity.explain.semantics.sampler import RARELY_ABOVE, Explained, examine_draws, likeliest_temperature
 from lockstep.parity.explain.semantics.unasked import unasked
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS, SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
+from lockstep.records.samples import Samples
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.verdicts import Finding, Verdict
 
@@ -213,7 +214,7 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
     return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
 
 
-def _missed(evidence: Evidence, told: Identified) -> tuple[Sampled, np.ndarray]:
+def _missed(evidence: Evidence, told: Identified) -> tuple[Samples, np.ndarray]:
     """The sample on which what was asked for does not explain the numbers, and engine − what comes nearest, float32 [T]."""
     if told.best is None:
         return evidence.telling, told.ranked[0].gap
@@ -249,7 +250,7 @@ def _confirmed(pair: Pair, evidence: Evidence) -> bool:
     return pair.engine.ready.capabilities["rescore"].supported and evidence.confirmed(pair)
 
 
-def _raw(pair: Pair, own: Sampled, text: str) -> tuple[str, str]:
+def _raw(pair: Pair, own: Samples, text: str) -> tuple[str, str]:
     """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever it is asked."""
     asked, at_one = (examine_draws(pair.trainer, own.groups, s) for s in (own.sampling, replace(own.sampling, temperature=1.0)))
     if asked.oddity() and not at_one.oddity():

@@ -14,9 +14,10 @@ import numpy as np
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.explain.weights import attribution
-from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.pair import Pair, draw
 from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, EXPLAINS, PERTURBATION_OVER_NOISE
 from lockstep.policy.variants import EarlierHead, Perturbed
+from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 
@@ -45,9 +46,9 @@ class Measured:
     """The engine after the perturbed weights were loaded."""
     old_head: np.ndarray
     """The trainer's new body with the old head."""
-    filling: Sampled
+    filling: Samples
     """Drawn before the update, which put its prompts into the prefix cache."""
-    cached: Sampled
+    cached: Samples
     """Drawn after the update from the same prompts."""
     cache_gap: np.ndarray
     named: attribution.Named | None = None
@@ -88,7 +89,7 @@ class Measured:
         return old > self.noise and old_head > EXPLAINS * new if self.blurred else new <= self.limit
 
 
-def judge(pair: Pair, canary: Canary, sample: Sampled) -> Verdict:
+def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     """The verdict of layer 3. Leaves trainer and engine with the weights they had, and the canary with its clean gap.
 
     Args:
@@ -127,7 +128,7 @@ def judge(pair: Pair, canary: Canary, sample: Sampled) -> Verdict:
     return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n, figures=figures)
 
 
-def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
+def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
     cached = sorted(sample.prompts, key=len)[-CACHE_PROMPTS:]  # the longest fill blocks of the prefix cache
     few = SamplingParams(max_tokens=CACHE_TOKENS)
     filling = draw(pair, cached, few, pair.seed)
@@ -157,7 +158,7 @@ def _measure(pair: Pair, canary: Canary, sample: Sampled) -> Measured:
 
 
 def _failed(
-    pair: Pair, canary: Canary, sample: Sampled, measured: Measured, restored: float
+    pair: Pair, canary: Canary, sample: Samples, measured: Measured, restored: float
 ) -> tuple[str, str, np.ndarray, np.ndarray, str] | None:
     """Cause, summary, effect per token, owners and evidence of what is wrong; None when nothing is."""
     size, owners, limit = np.abs(measured.engine - measured.new), canary.owners, measured.limit
@@ -219,10 +220,10 @@ def _cache_limit(pair: Pair, measured: Measured) -> float:
     return max(limit, CANARY_MULTIPLE * float(np.abs(before).max()))
 
 
-def _wrong_version(pair: Pair, sample: Sampled, version: int) -> str:
+def _wrong_version(pair: Pair, sample: Samples, version: int) -> str:
     if not pair.engine.ready.capabilities["version_spans"].supported:
         return ""
-    said = {span.version for completion in sample.completions for span in completion.version_spans}
+    said = {span.version for s in sample for span in s.version_spans}
     return "" if said <= {version} else f"completions of version {version} say that they are of {sorted(said)}"
 
 

@@ -32,8 +32,9 @@ from lockstep.parity.layers.numerics import judge_gap
 from lockstep.parity.logged.masks import settle
 from lockstep.parity.logged.numbers import Gaps, corrupted, foreign, not_greedy, of_all, of_few, placeholders, some_rows
 from lockstep.parity.logged.rows import Logged
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS
+from lockstep.records.samples import Samples
 from lockstep.records.verdicts import LAYERS, LayerName, Verdict
 from lockstep.rendering import Renderer
 from lockstep.training.trainer import Trainer
@@ -69,7 +70,7 @@ class Part:
         self.sampling = logged.samplings[logged.settings[rows[0]]]
 
     @cached_property
-    def few(self) -> Sampled:
+    def few(self) -> Samples:
         """Of the first rows, what was sampled on end."""
         return self.logged.turns(self.every[:FEW_ROWS], FEW_TOKENS)
 

@@ -14,7 +14,7 @@ import numpy as np
 from lockstep.errors import UsageError
 from lockstep.parity.logged.rows import Logged
 from lockstep.parity.tolerances import SEMANTICS_MARGIN
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group
 from lockstep.rendering import Renderer
 from lockstep.training.trainer import Trainer
 

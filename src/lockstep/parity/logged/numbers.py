@@ -15,8 +15,9 @@ from lockstep.parity.explain.path.corruption import SHOWN, SHOWN_CHARACTERS, Cor
 from lockstep.parity.explain.rows import MOST, Mangled
 from lockstep.parity.explain.semantics.sampler import distributions, examine_draws, likeliest_temperature
 from lockstep.parity.logged.rows import Logged
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import ABSURD_NATS, Tolerance
+from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
 ONE_VALUE = 0.9
@@ -64,10 +65,9 @@ class Gaps:
         return off / np.maximum(np.bincount(self.owners, minlength=n), 1)
 
 
-def of_few(few: Sampled, trainer: np.ndarray) -> Gaps:
+def of_few(few: Samples, trainer: np.ndarray) -> Gaps:
     """The tokens that hypotheses are tried on."""
-    lengths = np.array([len(c.token_ids) // 4 for c in few.completions])
-    return Gaps(few.engine_logprobs, trainer - few.engine_logprobs, few.owners, few.positions, lengths)
+    return Gaps(few.engine_logprobs, trainer - few.engine_logprobs, few.owners, few.positions, few.lengths)
 
 
 def of_all(logged: Logged, rows: np.ndarray, gap: np.ndarray) -> Gaps:
@@ -188,7 +188,7 @@ def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corru
 
 
 @torch.no_grad()
-def not_greedy(trainer: Trainer, few: Sampled, noise: Tolerance) -> str:
+def not_greedy(trainer: Trainer, few: Samples, noise: Tolerance) -> str:
     """How far the tokens are from what temperature 0 draws, which is the likeliest; empty when they are that."""
     sampling = replace(few.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     short = [z.max(-1).values - z.gather(1, ids[:, None])[:, 0] for z, ids in distributions(trainer, few.groups, sampling)]

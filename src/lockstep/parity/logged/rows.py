@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.parity.pair import Sampled
-from lockstep.policy.packing import Group
-from lockstep.records.tokens import CLAMPED_LOGPROB, Completion, SamplingParams
+from lockstep.records.samples import Group, Sample, Samples
+from lockstep.records.tokens import CLAMPED_LOGPROB, SamplingParams
 from lockstep.training.trainer import Trainer
 
 SCORED_AT_ONCE = 8192
@@ -87,21 +86,28 @@ class Logged:
         portion = np.cumsum(lengths) // SCORED_AT_ONCE
         yield from np.split(rows, np.flatnonzero(np.diff(portion)) + 1)
 
-    def turns(self, rows: np.ndarray, most_tokens: int) -> Sampled:
+    def turns(self, rows: np.ndarray, most_tokens: int) -> Samples:
         """The first tokens of each row that were sampled one after the other, after all that stands before them."""
-        prompts, completions = [], []
-        for row in rows:
+        samples = []
+        for group, row in enumerate(rows):
             start, stop = self.spans[row]
             judged = self.sampled[start:stop]
             first = start + int(judged.argmax())
             beyond = np.flatnonzero(~self.sampled[first:stop])
             end = min(first + int(beyond[0]) if beyond.size else stop, first + most_tokens)
-            values = self.logprobs[first:end]
-            missing = int(np.isnan(values).sum())
-            ids = self.token_ids[first:end].tobytes()
-            prompts.append(np.concatenate([self.prompt(row), self.token_ids[start:first]]))
-            completions.append(Completion(int(self.numbers[row]), 0, ids, values.tobytes(), "length", (), missing))
-        return Sampled(prompts, completions, self.samplings[self.settings[rows[0]]])
+            turn = Sample(
+                group=group,
+                sample=0,
+                item=int(self.numbers[row]),
+                prompt_ids=np.concatenate([self.prompt(row), self.token_ids[start:first]]),
+                token_ids=self.token_ids[first:end],
+                loss_mask=np.ones(end - first, bool),
+                engine_logprobs=self.logprobs[first:end],
+                version_spans=(),
+                finish_reason="length",
+            )
+            samples.append(turn)
+        return Samples(samples, self.samplings[self.settings[rows[0]]])
 
 
 class Collected:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.parity.evidence import Evidence, within
-from lockstep.parity.explain.semantics.portions import of_rows
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
 from lockstep.parity.tolerances import CENTRED, PRECISION_MULTIPLE, QUANTISED_CORRELATION
 from lockstep.policy.variants import InDtype, Quantised, Variant
+from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
 FORMS = ("torch.float16", "torch.bfloat16")
@@ -42,7 +42,7 @@ class Form:
     """Between what it brings to each token and the gap."""
 
 
-def precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:
+def precision(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | None:
     """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
     trainer, body, head = pair.trainer, pair.engine_dtype, pair.engine_head_dtype
     if not body or pair.presumed_dtype:
@@ -63,13 +63,13 @@ def precision(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | Non
     return None
 
 
-def _worth(trainer: Trainer, sample: Sampled, ours: np.ndarray, variant: Variant) -> float:
+def _worth(trainer: Trainer, sample: Samples, ours: np.ndarray, variant: Variant) -> float:
     """median |scores under the variant − ours|, nats."""
     with trainer.holding(variant):
         return float(np.median(np.abs(sample.scored(trainer) - ours)))
 
 
-def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | None:
+def _coarser(pair: Pair, sample: Samples, ours: np.ndarray) -> Explanation | None:
     """One dtype on both sides, and the engine rounds more coarsely in it: it lies farther from fp32 (score D)."""
     scores = reference(pair.trainer, sample)
     trainer, engine = (float(np.median(np.abs(side - scores))) for side in (ours, sample.engine_logprobs))
@@ -79,7 +79,7 @@ def _coarser(pair: Pair, sample: Sampled, ours: np.ndarray) -> Explanation | Non
     return Explanation("body_precision", text)
 
 
-def reference(trainer: Trainer, sample: Sampled) -> np.ndarray:
+def reference(trainer: Trainer, sample: Samples) -> np.ndarray:
     """Score D: the trainer's model in fp32, body and head; float32 [T]."""
     with trainer.holding(InDtype("float32", "float32")):
         return sample.scored(trainer)
@@ -105,12 +105,12 @@ def nearest(tried: list[Form], gap: np.ndarray) -> Form | None:
     return min(fits, key=lambda form: abs(np.log(size / form.expected)), default=None)
 
 
-def forms(pair: Pair, sample: Sampled, gap: np.ndarray) -> list[Form]:
+def forms(pair: Pair, sample: Samples, gap: np.ndarray) -> list[Form]:
     """Each precision that an engine's body may be in, tried on a few rows of the trainer. ``gap``: float32 [T] of the sample."""
-    counts = np.bincount(sample.owners, minlength=len(sample.prompts))
+    counts = np.bincount(sample.owners, minlength=len(sample))
     order = np.argsort([len(ids) for ids in sample.sequences], kind="stable")
     rows = np.sort(order[: 1 + int(np.searchsorted(counts[order].cumsum(), FEW_TOKENS))])
-    few, told = of_rows(sample, rows), gap[np.isin(sample.owners, rows)]
+    few, told = sample.take(rows), gap[np.isin(sample.owners, rows)]
     ours, found = few.scored(pair.trainer), []
     for name, variant in _forms(pair.trainer):
         keep_looking()
@@ -130,7 +130,7 @@ def _forms(trainer: Trainer) -> Iterator[tuple[str, Variant]]:
     yield "weights in fp8_e4m3, a scale for each row", Quantised("fp8_e4m3")
 
 
-def _unsaid(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation | None:
+def _unsaid(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | None:
     """An engine that does not say what it computes in."""
     tried = forms(pair, sample, gap)
     worth = ", ".join(f"{form.name.removeprefix('torch.')} {form.expected:.1e}" for form in tried)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import ABSURD_NATS, CORRUPTED_AT_MOST
-from lockstep.records.tokens import INT32
+from lockstep.records.samples import Samples
 
 SHOWN = 2
 SHOWN_CHARACTERS = 60
@@ -34,7 +34,7 @@ class Corrupted:
         )
 
 
-def corrupted(pair: Pair, sample: Sampled, other: np.ndarray) -> Corrupted | None:
+def corrupted(pair: Pair, sample: Samples, other: np.ndarray) -> Corrupted | None:
     """Completions with absurd tokens, where they are a minority and the others agree: most rows being off is another cause.
 
     Args:
@@ -42,15 +42,15 @@ def corrupted(pair: Pair, sample: Sampled, other: np.ndarray) -> Corrupted | Non
     """
     absurd = sample.engine_logprobs - other > ABSURD_NATS  # a NaN is not: it fails the comparison it is in
     rows = np.unique(sample.owners[absurd]).tolist()
-    if not rows or len(rows) > CORRUPTED_AT_MOST * len(sample.completions):
+    if not rows or len(rows) > CORRUPTED_AT_MOST * len(sample):
         return None
     rest = np.abs(sample.engine_logprobs - other)[~np.isin(sample.owners, rows)]
     if not np.median(rest) <= pair.noise.p50:
         return None
-    shown = [_text(pair, sample.completions[row].token_ids) for row in rows[:SHOWN]]
-    return Corrupted(rows, len(sample.completions), int(absurd.sum()), ", ".join(shown))
+    shown = [_text(pair, sample[row].token_ids) for row in rows[:SHOWN]]
+    return Corrupted(rows, len(sample), int(absurd.sum()), ", ".join(shown))
 
 
-def _text(pair: Pair, token_ids: bytes) -> str:
-    text = pair.renderer.text(np.frombuffer(token_ids, INT32))
+def _text(pair: Pair, token_ids: np.ndarray) -> str:
+    text = pair.renderer.text(token_ids)
     return ascii(text[:SHOWN_CHARACTERS])

@@ -19,10 +19,9 @@ from lockstep.parity.explain.semantics.portions import LEAST_ROWS, where
 from lockstep.parity.explain.semantics.prompt_edits import edited_prompts, miscounted_prompts
 from lockstep.parity.explain.semantics.sampler import distributions
 from lockstep.parity.explain.semantics.transforms import transform
-from lockstep.parity.pair import Pair, Sampled, draw
+from lockstep.parity.pair import Pair, draw
 from lockstep.parity.search import keep_looking
-from lockstep.policy.packing import Group
-from lockstep.records.tokens import INT32
+from lockstep.records.samples import Group, Samples
 
 STOP_TOKENS = 4
 SCREENED = 3
@@ -59,9 +58,9 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     return pair.search.first((name, lambda rows=rows, look=look: _of(neutral, rows, look())) for name, rows, look in looks)
 
 
-def _of(sample: Sampled, rows: np.ndarray | None, found: Mangled | None) -> Mangled | None:
+def _of(sample: Samples, rows: np.ndarray | None, found: Mangled | None) -> Mangled | None:
     """What was found, with the rows that it speaks of where those are not most."""
-    if found is None or rows is None or len(rows) >= MOST * len(sample.prompts):
+    if found is None or rows is None or len(rows) >= MOST * len(sample):
         return found
     return Mangled(found.cause, f"in {where(sample, rows)}: {found.evidence}")
 
@@ -197,8 +196,8 @@ def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:
     stops = tuple({int(ids[at]) for group in neutral.groups for ids in group.completions for at in range(min(2, len(ids)))})
     some = neutral.prompts[: len(neutral.prompts) // 2]
     found = draw(pair, some, replace(neutral.sampling, max_tokens=STOP_TOKENS, stop_token_ids=stops), seed)
-    stopped = [c for c in found.completions if c.finish_reason == "stop"]
-    without = [c for c in stopped if not c.token_ids or int(np.frombuffer(c.token_ids, INT32)[-1]) not in stops]
+    stopped = [s for s in found if s.finish_reason == "stop"]
+    without = [s for s in stopped if not len(s.token_ids) or int(s.token_ids[-1]) not in stops]
     if without:
         return Mangled(
             "stop_token_dropped", f"{len(without)} of {len(stopped)} completions that stopped do not end in a stop token"

@@ -20,11 +20,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
-from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK
-from lockstep.records.tokens import INT32, SamplingParams
+from lockstep.records.samples import Group, Samples
+from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 
 TILTS = {"singles": (-0.25, 0.25), "crowd": (-0.045, 0.045)}
@@ -119,7 +119,7 @@ class Drawn:
         return f"over {self.crowd.n + self.singles.n} draws a temperature off by {self.smallest_temperature:.1%}, and {seen}"
 
 
-def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> tuple[Sampled, Sampled]:
+def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> tuple[Samples, Samples]:
     """The singles and the crowd, ``n_tokens`` in all."""
     singles = max(8, n_tokens // SINGLES)
     prompts = max(4, (n_tokens - singles) // CROWD)
@@ -136,27 +136,27 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> tuple[Samp
     )
 
 
-def draw_groups(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams) -> Sampled:
+def draw_groups(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams) -> Samples:
     """Samples as training asks for them: several of one request."""
     return _requested(pair, list(prompts), sampling, pair.seed + 3)
 
 
-def _requested(pair: Pair, prompts: list[np.ndarray], sampling: SamplingParams, seed: int) -> Sampled:
+def _requested(pair: Pair, prompts: list[np.ndarray], sampling: SamplingParams, seed: int) -> Samples:
     """Seeds n apart: an engine counts a request's samples on from its seed."""
     params = [replace(sampling, seed=seed + row * sampling.n) for row in range(len(prompts))]
     found = pair.engine.sample(prompts, params)
-    return Sampled([prompts[completion.prompt_index] for completion in found], found, sampling)
+    return Samples.of(prompts, found, sampling)
 
 
 @torch.no_grad()
-def weigh_many(trainer: Trainer, singles: Sampled, crowd: Sampled) -> Drawn:
+def weigh_many(trainer: Trainer, singles: Samples, crowd: Samples) -> Drawn:
     """Weigh both samples under the trainer's distributions."""
     return Drawn(_weighed(trainer, singles, TILTS["singles"]), _weighed(trainer, crowd, TILTS["crowd"]))
 
 
-def _weighed(trainer: Trainer, sample: Sampled, tilts: tuple[float, ...]) -> Weighed:
+def _weighed(trainer: Trainer, sample: Samples, tilts: tuple[float, ...]) -> Weighed:
     """Tokens by their prompt: each prompt's distribution is computed once."""
-    ids = np.array([np.frombuffer(c.token_ids, INT32)[0] for c in sample.completions], np.int64)
+    ids = np.array([s.token_ids[0] for s in sample], np.int64)
     contexts, owners = np.unique(np.stack(sample.prompts), axis=0, return_inverse=True)
     hidden = torch.cat(trainer.hidden([Group(prompt, [np.zeros(1, np.int32)]) for prompt in contexts]))
     found = []

@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.semantics.sampler import RARELY_ABOVE, Explained, Held
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS
+from lockstep.records.samples import Samples
 
 SHOWN = 24
 """Characters of the evidence."""
 
 
-def hidden_mask(pair: Pair, sample: Sampled, held: Held, limit: float) -> Explained | None:
+def hidden_mask(pair: Pair, sample: Samples, held: Held, limit: float) -> Explained | None:
     """The mask that explains the numbers; None where none does.
 
     Args:

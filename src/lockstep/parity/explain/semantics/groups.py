@@ -9,10 +9,10 @@ from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.alignment import examine, transformed
 from lockstep.parity.explain.semantics.draws import draw_groups
 from lockstep.parity.explain.semantics.unasked import unasked
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.probes import probe_prompts
 from lockstep.parity.tolerances import EXPLAINS, LOG_CHANCE
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import SamplingParams
 
 PROMPTS = 4
@@ -20,7 +20,7 @@ TOKENS = 8
 """Of each sample."""
 
 
-def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, Sampled, np.ndarray]:
+def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, Samples, np.ndarray]:
     """Draw ``training.group_size`` samples of a few prompts: what is wrong with them, they, and trainer − engine, float32 [T].
 
     Only where one sample a request is right: then what is wrong here is wrong because of n. The prompts are new ones, for a
@@ -32,13 +32,9 @@ def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, S
     if sample.missing:
         text = f"{sample.missing} of {sample.engine_logprobs.size} tokens came without a finite log-probability"
         return Mangled("missing_logprobs", _only(sampling, text)), sample, np.full(1, np.nan, np.float32)
-    groups: dict[int, Group] = {}
-    for prompt, completion in zip(sample.prompts, sample.groups, strict=True):
-        found = groups.setdefault(id(prompt), Group(prompt, []))
-        groups[id(prompt)] = Group(prompt, [*found.completions, completion.completions[0]])
-    trainer = np.concatenate(pair.trainer.score(list(groups.values()), sampling.temperature or 1.0))
+    trainer = sample.scored(pair.trainer)
     gap = trainer - sample.engine_logprobs
-    found = _repeated(list(groups.values()), trainer) if within(pair.noise, gap) else _explained(pair, sample, trainer)
+    found = _repeated(sample.groups, trainer) if within(pair.noise, gap) else _explained(pair, sample.apart(), trainer)
     return (None if found is None else Mangled(found.cause, _only(sampling, found.evidence))), sample, gap
 
 
@@ -63,7 +59,7 @@ def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
     return Mangled("draws_differ", f"{count} samples repeat another of their prompt; the chance of that is e^{log_chance:.0f}")
 
 
-def _explained(pair: Pair, sample: Sampled, trainer: np.ndarray) -> Mangled:
+def _explained(pair: Pair, sample: Samples, trainer: np.ndarray) -> Mangled:
     """What is wrong with the numbers, as far as layer 1 knows it. The trainer stands in for the engine's re-score."""
     n = trainer.size
     floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lockstep.parity.explain.fitting import miss_of
-from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK, kept
+from lockstep.records.samples import Group
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer

@@ -12,8 +12,9 @@ from torch import Tensor
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.sampler import Explained, Held, distributions
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS
+from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
 MOST_BIASED = 6
@@ -73,7 +74,7 @@ class BiasFit:
         return left, float(sign * size)
 
 
-def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
+def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: of ``sample``."""
     engine, temperature = sample.engine_logprobs, sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
@@ -91,7 +92,7 @@ def hidden_bias(pair: Pair, sample: Sampled, held: Held) -> Explained | None:
     return Explained("hidden_logit_bias", f"a logit bias of {', '.join(told)}", miss_of(left))
 
 
-def _scored(trainer: Trainer, sample: Sampled, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+def _scored(trainer: Trainer, sample: Samples, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
     """The trainer's log-probabilities without the biases and under them, float32 [T] each."""
     tokens, values = list(biases), torch.tensor(list(biases.values()), device=trainer.device)
     plain, biased = [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.hypotheses import penalised
 from lockstep.parity.explain.semantics.sampler import Explained, Held, every_part
-from lockstep.parity.pair import Sampled
+from lockstep.records.samples import Samples
 
 PENALTIES = {
     "repetition_penalty": 1.0 + np.geomspace(0.02, 1.0, 8),
@@ -59,7 +59,7 @@ class PenaltyFit:
 
 
 def hidden_penalty(
-    sample: Sampled, held: Held, limit: float, seen: tuple[list[Tensor], list[Tensor]] | None = None
+    sample: Samples, held: Held, limit: float, seen: tuple[list[Tensor], list[Tensor]] | None = None
 ) -> Explained | None:
     """The one penalty that explains the numbers; None where none does.
 
@@ -81,7 +81,7 @@ def hidden_penalty(
     return Explained("hidden_penalties", best, fits[best]) if fits[best] <= limit < without else None
 
 
-def seen_before(sample: Sampled) -> tuple[list[Tensor], list[Tensor]]:
+def seen_before(sample: Samples) -> tuple[list[Tensor], list[Tensor]]:
     """The tokens before each that is fitted, and how often the completion has them."""
     groups, owners, positions = sample.groups, sample.owners, sample.positions
     seen, counts = [], []

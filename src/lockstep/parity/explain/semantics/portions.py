@@ -4,12 +4,10 @@ A file may hold rows drawn under two settings and say so of none; a server may e
 explains the whole, and one explains the rows that are off.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from lockstep.parity.explain.semantics.sampler import TEMPERATURES, TOLD_APART, Explained, Held, fitted_temperature
-from lockstep.parity.pair import Sampled
+from lockstep.records.samples import Samples
 
 LEAST_ROWS = 2
 """One row that is off is corruption, which layer 2 looks for."""
@@ -24,27 +22,22 @@ MOST_SETTINGS = 4
 SHOWN = 8
 
 
-def rows_off(sample: Sampled, gap: np.ndarray, limit: float) -> np.ndarray:
+def rows_off(sample: Samples, gap: np.ndarray, limit: float) -> np.ndarray:
     """Rows with a fifth of their numbers beyond ``limit``: int [R]. ``gap``: float32 [T]."""
     size = np.nan_to_num(np.abs(gap), nan=np.inf)
-    found = [np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample.prompts))]
+    found = [np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample))]
     return np.flatnonzero(np.array(found) > limit)
 
 
-def of_rows(sample: Sampled, rows: Sequence[int] | np.ndarray) -> Sampled:
-    """Some rows of a sample."""
-    return Sampled([sample.prompts[row] for row in rows], [sample.completions[row] for row in rows], sample.sampling)
-
-
-def where(sample: Sampled, rows: np.ndarray) -> str:
+def where(sample: Samples, rows: np.ndarray) -> str:
     """Which rows they are, for people: by the length of their prompts or completions where that tells them from the others."""
-    count = f"{len(rows)} of {len(sample.prompts)} rows"
-    inside = np.isin(np.arange(len(sample.prompts)), rows)
+    count = f"{len(rows)} of {len(sample)} rows"
+    inside = np.isin(np.arange(len(sample)), rows)
     if inside.all():
-        return f"all {len(sample.prompts)} rows"
+        return f"all {len(sample)} rows"
     for what, values in (
         ("prompts", np.array([len(prompt) for prompt in sample.prompts])),
-        ("completions", np.bincount(sample.owners, minlength=len(sample.prompts))),
+        ("completions", np.bincount(sample.owners, minlength=len(sample))),
     ):
         least, most = values[inside].min(), values[inside].max()
         if least > values[~inside].max():
@@ -55,12 +48,12 @@ def where(sample: Sampled, rows: np.ndarray) -> str:
     return f"{count} ({shown}{', …' if len(rows) > SHOWN else ''})"
 
 
-def places_of_rows(sample: Sampled) -> np.ndarray:
+def places_of_rows(sample: Samples) -> np.ndarray:
     """The first tokens of each row: int [N]."""
     return np.flatnonzero(sample.positions < ROW_TOKENS)
 
 
-def temperatures_of_rows(sample: Sampled, held: Held, owners: np.ndarray, limit: float) -> Explained | None:
+def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit: float) -> Explained | None:
     """Temperatures that explain each row by one of them; None where they do not.
 
     Args:
@@ -68,7 +61,7 @@ def temperatures_of_rows(sample: Sampled, held: Held, owners: np.ndarray, limit:
         owners: the row of each of them, int [N].
         limit: a row is explained when half of its numbers are missed by at most this, nats.
     """
-    ids, rest, told = held.ids[:, None], np.arange(len(sample.prompts)), []
+    ids, rest, told = held.ids[:, None], np.arange(len(sample)), []
     misses = [((held.logits / t).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs() for t in TEMPERATURES]
     by_row = np.array([[float(m[np.flatnonzero(owners == row)].median()) for m in misses] for row in rest])  # [R, grid]
     worst = 0.0

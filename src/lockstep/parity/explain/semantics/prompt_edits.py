@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lockstep.parity.evidence import Evidence
 from lockstep.parity.explain.rows import MOST, Mangled, off, rows_of
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
-from lockstep.policy.packing import Group
+from lockstep.records.samples import Group, Samples
 
 FEW = 0.25
 """Of the rows may stay off under the right edit: prompts so short that it left nothing of them."""
@@ -95,9 +95,9 @@ def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndar
     return left(prompt, max(len(prompt) - n, 0))
 
 
-def miscounted_prompts(sample: Sampled) -> Mangled | None:
+def miscounted_prompts(sample: Samples) -> Mangled | None:
     """Prompts that the engine itself says were longer or shorter than they were: something was put in that cannot be guessed."""
-    counts = [(c.prompt_tokens, len(p)) for c, p in zip(sample.completions, sample.prompts, strict=True) if c.prompt_tokens]
+    counts = [(s.prompt_tokens, len(s.prompt_ids)) for s in sample if s.prompt_tokens]
     wrong = [(counted, sent) for counted, sent in counts if counted != sent]
     if not wrong or len(wrong) < MOST * len(counts):
         return None

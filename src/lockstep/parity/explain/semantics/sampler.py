@@ -17,8 +17,8 @@ from torch import Tensor
 from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.hypotheses import edit, fits
 from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LOG_CHANCE
-from lockstep.policy.packing import Group
 from lockstep.policy.truncation import CHUNK, kept
+from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 

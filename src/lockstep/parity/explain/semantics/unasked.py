@@ -16,19 +16,19 @@ from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_bef
 from lockstep.parity.explain.semantics.portions import (
     LEAST_ROWS,
     LEAST_TOKENS,
-    of_rows,
     places_of_rows,
     rows_off,
     temperatures_of_rows,
     where,
 )
 from lockstep.parity.explain.semantics.sampler import Explained, Held, setting_hypotheses, tokens_of_every_part
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks
 from lockstep.parity.tolerances import EXPLAINS
+from lockstep.records.samples import Samples
 
 
-def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
+def unasked(pair: Pair, sample: Samples, limit: float) -> Explained | None:
     """The first of them that does.
 
     ``limit``: a fit is an explanation when it misses by at most this, nats.
@@ -40,7 +40,7 @@ def unasked(pair: Pair, sample: Sampled, limit: float) -> Explained | None:
 class _Look:
     """One sample, the passes over it that all hypotheses share, and the hypotheses."""
 
-    def __init__(self, pair: Pair, sample: Sampled, limit: float) -> None:
+    def __init__(self, pair: Pair, sample: Samples, limit: float) -> None:
         self.pair, self.sample, self.limit = pair, sample, limit
 
     def settings(self) -> Iterator[Looks[Explained]]:
@@ -81,8 +81,8 @@ class _Look:
 
     def _those_off(self) -> Explained | None:
         off = rows_off(self.sample, self.gap, self.pair.noise.p50)
-        part = of_rows(self.sample, off)
-        if not LEAST_ROWS <= len(off) < len(self.sample.prompts) or part.engine_logprobs.size < LEAST_TOKENS:
+        part = self.sample.take(off)
+        if not LEAST_ROWS <= len(off) < len(self.sample) or part.engine_logprobs.size < LEAST_TOKENS:
             return None
         chosen = np.isin(self.sample.owners, off)
         look = _Look(self.pair, part, min(self.pair.noise.p50, EXPLAINS * miss_of(self.gap[chosen])))

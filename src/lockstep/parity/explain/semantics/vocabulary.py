@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lockstep.parity.explain.rows import Mangled
-from lockstep.parity.pair import Pair, Sampled
-from lockstep.policy.packing import Group
+from lockstep.parity.pair import Pair
+from lockstep.records.samples import Group, Samples
 
 MOVES = (1, -1, 2, -2)
 ROWS, TOKENS = 4, 32
@@ -23,7 +23,7 @@ MOST_NATS = 3.0
 """Of a token's |gap|: how far off one token is says little."""
 
 
-def moved_ids(pair: Pair, few: Sampled) -> Mangled | None:
+def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
     """The move under which the trainer agrees with the numbers, and the id from which it is."""
     groups = [Group(group.prompt, [group.completions[0][:TOKENS]]) for group in few.groups[:ROWS]]
     engine = np.concatenate([few.engine_logprobs[few.owners == row][:TOKENS] for row in range(len(groups))])

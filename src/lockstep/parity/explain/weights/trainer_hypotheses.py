@@ -18,15 +18,15 @@ from lockstep.errors import ModelError
 from lockstep.parity.canary import Canary
 from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.numerics.precision import Explanation, precision
-from lockstep.parity.explain.semantics.portions import of_rows
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.explain.weights.fitted_settings import Setting, settings_of
 from lockstep.parity.explain.weights.model_settings import departures
-from lockstep.parity.pair import Pair, Sampled
+from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks, keep_looking
 from lockstep.parity.tolerances import EXPLAINS
 from lockstep.policy.variant_settings import CACHE_FORMS, CacheKept, SlidingWindow
 from lockstep.policy.variants import Configured, Variant
+from lockstep.records.samples import Samples
 
 WINDOWS = tuple(2**n for n in range(3, 13))
 SETTING_ROWS = 4
@@ -39,7 +39,7 @@ SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
 
-def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
+def explain(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation:
     """The first hypothesis that explains a gap of the recipe's own sample.
 
     Args:
@@ -61,8 +61,8 @@ def explain(pair: Pair, sample: Sampled, gap: np.ndarray) -> Explanation:
 class _Settings:
     """Another configuration of the model, or of its attention, under which the trainer agrees with the engine."""
 
-    def __init__(self, pair: Pair, sample: Sampled) -> None:
-        self.pair, self.few, self.least = pair, _first(sample, max(SETTING_ROWS, len(sample.prompts) // 4)), screened(sample)
+    def __init__(self, pair: Pair, sample: Samples) -> None:
+        self.pair, self.few, self.least = pair, sample[: max(SETTING_ROWS, len(sample) // 4)], screened(sample)
 
     @cached_property
     def now(self) -> tuple[float, float]:
@@ -83,7 +83,7 @@ class _Settings:
             yield "keys and values in a narrower dtype", self._cache
             yield "a sliding window", self._window
 
-    def _miss(self, sample: Sampled, variant: Variant | None = None) -> float:
+    def _miss(self, sample: Samples, variant: Variant | None = None) -> float:
         keep_looking()
         with self.pair.trainer.holding(variant) if variant is not None else nullcontext():
             return float(np.median(np.abs(sample.scored(self.pair.trainer) - sample.engine_logprobs)))
@@ -144,32 +144,28 @@ class _Settings:
         return None
 
 
-def screened(sample: Sampled) -> Sampled:
+def screened(sample: Samples) -> Samples:
     """A few rows whose contexts come to few tokens, the longest that do: a setting is felt more over a longer one."""
     lengths = np.array([len(ids) for ids in sample.sequences])
     order, rows = np.argsort(-lengths, kind="stable"), []
     for row in order.tolist():
         if lengths[row] <= SCREENED_CONTEXT / 2 and sum(lengths[rows]) + lengths[row] <= SCREENED_CONTEXT:
             rows.append(row)
-    return of_rows(sample, sorted(rows or [int(order[-1])]))
+    return sample.take(sorted(rows or [int(order[-1])]))
 
 
 def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:
     return ", ".join(f"{path[-1]} is {theirs} in the engine, {ours} in the trainer" for path, (ours, theirs) in engines.items())
 
 
-def _first(sample: Sampled, n: int) -> Sampled:
-    return Sampled(sample.prompts[:n], sample.completions[:n], sample.sampling)
-
-
-def _scale(pair: Pair, sample: Sampled) -> Explanation | None:
+def _scale(pair: Pair, sample: Samples) -> Explanation | None:
     """A tensor, or a natural set of them, that the engine holds times a constant."""
     if pair.engine.ready.capabilities["rescore"].supported:
         canary = Canary.of(sample, SCALED_TOKENS)
         engine = canary.engine_scores(pair)
     else:
         rows = 1 + int(np.searchsorted(np.bincount(sample.owners).cumsum(), SCALED_TOKENS))
-        few = _first(sample, rows)
+        few = sample[:rows]
         canary, engine = Canary(few.groups, few.temperature), few.engine_logprobs
     enough = min(pair.noise.p50, EXPLAINS * float(np.abs(engine - canary.trainer_scores(pair)).mean()))
     named = attribution.scaled(pair, canary, engine, enough)
