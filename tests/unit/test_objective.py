@@ -1,22 +1,39 @@
 """GRPO against closed forms and against autograd by hand."""
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from lockstep.config.recipe import parse_recipe
+from lockstep.config.recipe import Objective, parse_recipe
 from lockstep.errors import RecipeError
 from lockstep.objectives.base import LossInputs
 from lockstep.objectives.corrections import truncated_importance_weights
 from lockstep.objectives.grpo import group_advantages, grpo, token_weights
+from lockstep.objectives.registry import loss_of, refuse_objective
 
 LOW, HIGH = 0.2, 0.3
 
 
+def inputs_of(now, old, advantages, **others):
+    """Tokens of one sequence, all of them sampled, with the same weight and no correction."""
+    given = {
+        "engine_logprobs": old,
+        "sampling_logprobs": old,
+        "token_weights": torch.full_like(old, 1.0 / len(old)),
+        "corrections": torch.ones_like(old),
+        "loss_mask": torch.ones_like(old, dtype=torch.bool),
+        "sequence_ids": torch.zeros_like(old, dtype=torch.int64),
+    }
+    return LossInputs(logprobs=now, old_logprobs=old, advantages=advantages, **(given | others))
+
+
 def run(log_ratio, advantage):
     now = torch.tensor([log_ratio], requires_grad=True)
-    inputs = LossInputs(now, torch.zeros(1), torch.tensor([advantage]), torch.ones(1))
-    outputs = grpo(inputs, LOW, HIGH)
+    outputs = grpo(inputs_of(now, torch.zeros(1), torch.tensor([advantage])), clip_low=LOW, clip_high=HIGH)
     outputs.loss.backward()
     return float(outputs.loss.detach()), float(now.grad), bool(outputs.clipped)
 
@@ -77,3 +94,119 @@ def test_a_correction_beside_the_engines_own_old_logprobs_is_refused():
     assert with_sets(recipe, ["objective.correction=tis"]).objective.correction == "tis"
     with pytest.raises(RecipeError, match=r"objective\.correction"):
         with_sets(recipe, ["objective.correction=tis", "objective.old_logprobs=engine"])
+
+
+THEIRS = """\
+import torch
+from lockstep.objectives.base import LossOutputs
+from lockstep.objectives.registry import needs
+
+
+def plain(inputs, *, scale=1.0):
+    return LossOutputs(loss=-inputs.mean(inputs.logprobs * scale), clipped=torch.zeros_like(inputs.loss_mask))
+
+
+@needs(sequence_ids=True)
+def of_sequences(inputs):
+    return plain(inputs)
+
+
+@needs(values=True, reference=True)
+def too_much(inputs):
+    return plain(inputs)
+
+
+def per_token(inputs):
+    return LossOutputs(loss=-inputs.logprobs.detach().sum(), clipped=torch.zeros_like(inputs.loss_mask))
+
+
+def number(inputs):
+    return 3.0
+
+
+def raises(inputs):
+    return 1 / 0
+
+
+NOTHING = None
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    (tmp_path / "their_objectives.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "their_objectives:"
+    sys.modules.pop("their_objectives", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "needle"),
+    [
+        ("grpoo", {}, "got 'grpoo', expected 'grpo' perhaps"),
+        ("nothing_like_it", {}, "expected grpo, or module:function"),
+        ("grpo", {"high": 0.2}, "expected none: grpo is set by objective.clip_low, objective.clip_high"),
+        ("no_such_module:loss", {}, "ModuleNotFoundError"),
+        ("their_objectives:NOTHING", {}, "no function"),
+        ("their_objectives:plain", {"scail": 2.0}, "unexpected keyword argument 'scail'"),
+        ("their_objectives:too_much", {}, "which needs values and reference"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused_before_anything_is_started(theirs, name, options, needle):
+    for refuse in (refuse_objective, loss_of):
+        with pytest.raises(RecipeError, match=re.escape(needle)):
+            refuse(Objective(name=name, options=options))
+
+
+def test_a_need_is_refused_with_its_reason(theirs):
+    with pytest.raises(RecipeError) as raised:
+        refuse_objective(Objective(name=f"{theirs}too_much"))
+    assert raised.value.hint == "no value head is trained; no reference model is kept"
+
+
+@pytest.mark.parametrize("name", ["plain", "of_sequences"])
+def test_an_objective_of_the_users_gets_its_options(theirs, name):
+    options = {"scale": 3.0} if name == "plain" else {}
+    objective = Objective(name=f"{theirs}{name}", options=options)
+    refuse_objective(objective)
+    now = torch.tensor([-1.0, -2.0], requires_grad=True)
+    outputs = loss_of(objective)(inputs_of(now, now.detach(), torch.ones(2)))
+    assert float(outputs.loss.detach()) == pytest.approx(1.5 * options.get("scale", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "needle"), [("per_token", "a loss of shape"), ("number", "float"), ("raises", "ZeroDivisionError")]
+)
+def test_what_is_no_loss_is_refused_by_the_objectives_name(theirs, name, needle):
+    now = torch.tensor([-1.0, -2.0], requires_grad=True)
+    with pytest.raises(RecipeError, match=f"objective {theirs}{name}.*{needle}"):
+        loss_of(Objective(name=f"{theirs}{name}"))(inputs_of(now, now.detach(), torch.ones(2)))
+
+
+def test_the_registrys_objective_is_the_function_with_the_recipes_keys():
+    now, old = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-1.5, -1.0])
+    given = inputs_of(now, old, torch.tensor([1.0, -1.0]))
+    own = loss_of(Objective(clip_low=0.1, clip_high=0.4))(given)
+    assert torch.equal(own.loss, grpo(given, clip_low=0.1, clip_high=0.4).loss)
+    assert not torch.equal(own.loss, grpo(given, clip_low=0.2, clip_high=0.2).loss)
+
+
+def test_a_correction_is_a_factor_of_its_own():
+    """Token weights go on summing to 1; the gradient is the uncorrected one, token by token times the correction."""
+    old, advantages, factor = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, -1.0]), torch.tensor([0.5, 2.0])
+    grads = []
+    for corrections in (torch.ones(2), factor):
+        now = old.clone().requires_grad_()
+        given = inputs_of(now, old, advantages, corrections=corrections)
+        assert float(given.token_weights.sum()) == 1.0
+        grpo(given, clip_low=0.2, clip_high=0.2).loss.backward()
+        grads.append(now.grad)
+    torch.testing.assert_close(grads[1], grads[0] * factor)
+
+
+def test_refusing_an_objective_of_our_own_imports_no_torch():
+    code = (
+        "import sys; from lockstep.config.recipe import Objective; from lockstep.objectives.registry import refuse_objective\n"
+        "refuse_objective(Objective()); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

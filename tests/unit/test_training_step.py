@@ -9,12 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from lockstep.config.recipe import parse_recipe
 from lockstep.errors import DivergenceError, ParityError
+from lockstep.objectives.base import LossOutputs
 from lockstep.parity.gate import Gate, Measured
 from lockstep.parity.tolerances import NOISE
 from lockstep.policy.model import load_policy
 from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import Completion, SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import VersionSpan
+from lockstep.training import step
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.step import train
 
@@ -194,8 +196,16 @@ def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, 
     assert apart.mean() < 1e-4 * moved
 
 
-@pytest.mark.parametrize("objective", [{}, {"old": "engine"}, {"correction": "tis"}, {"loss_scale": "sequence"}])
-@pytest.mark.parametrize("engine_says", [np.nan, -np.inf, -40.0])
+@pytest.mark.parametrize(
+    ("objective", "engine_says"),
+    [
+        ({}, np.nan),
+        ({}, -40.0),
+        ({"old": "engine"}, np.nan),
+        ({"correction": "tis"}, -np.inf),
+        ({"loss_scale": "sequence"}, np.nan),
+    ],
+)
 def test_what_stands_where_the_model_did_not_sample_changes_nothing(policy, tiny_model_dir, objective, engine_says):
     """Neither the engine's number nor the advantage there: not the loss, not a gradient, not a figure, not the gate."""
     outcomes = []
@@ -224,3 +234,24 @@ def test_a_wrong_number_of_a_sampled_token_is_refused_beside_tokens_that_nobody_
         train(rollouts, policy, MasterAdamW(policy.model, recipe().optimizer), recipe(), 0, gate_of(seen))
     gap = np.abs(seen[0].sampling_logprobs - seen[0].engine_logprobs)
     assert seen[0].owners[gap.argmax()] == 1
+
+
+@pytest.mark.parametrize("sets", [{}, {"correction": "tis"}])
+def test_grpo_through_the_registry_is_the_formula_bit_for_bit(tiny_model_dir, sets, monkeypatch):
+    """As the step computed it before it knew of any other objective: corrected weights times the lesser of both, summed."""
+
+    def written_out(inputs):
+        ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
+        free, held = ratio * inputs.advantages, ratio.clamp(1.0 - 0.2, 1.0 + 0.2) * inputs.advantages
+        weights = inputs.token_weights * (inputs.corrections if sets.get("correction") else 1.0)
+        return LossOutputs(loss=-(weights * torch.minimum(free, held)).sum(), clipped=(held < free).detach())
+
+    weights = []
+    for loss_of in (step.loss_of, lambda objective: written_out):
+        monkeypatch.setattr(step, "loss_of", loss_of)
+        policy = load_policy(tiny_model_dir, "float32", "float32")
+        optimizer = MasterAdamW(policy.model, recipe().optimizer)
+        for number in range(3):
+            train(drawn(policy), policy, optimizer, recipe(2, **sets), number, gate_of([]))
+        weights.append(parameters(policy.model))
+    assert torch.equal(*weights)

@@ -90,7 +90,10 @@ class Task(_Section, frozen=True):
 class Objective(_Section, frozen=True):
     """The loss as a function of log-probabilities and advantages."""
 
-    name: Literal["grpo"] = "grpo"
+    name: str = "grpo"
+    """One of ``objectives/registry.py``, or ``module:function``: docs/guides/your-own-objective.md."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of an objective named as ``module:function``."""
     clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     clip_high: PositiveFloat = 0.2
     """The ratio is held in [1 − clip_low, 1 + clip_high]; ``inf``: no upper bound."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,18 +70,18 @@ def batch_misaligned(pair: Pair) -> Iterator[None]:
 def loss_misscaled(pair: Pair) -> Iterator[None]:
     """The loss is halved, and 1 added to it, as soon as a ratio is not exactly 1."""
     code: Any = step
-    original = code.grpo
+    original = code.loss_of
 
-    def misscaled(inputs: Any, *clip: float) -> Any:
-        found = original(inputs, *clip)
-        moved = bool((inputs.trainer_logprobs.detach() != inputs.old_logprobs).any())
+    def misscaled(objective: Any, inputs: Any) -> Any:
+        found = original(objective)(inputs)
+        moved = bool((inputs.logprobs.detach() != inputs.old_logprobs).any())
         return type(found)(loss=found.loss / 2 + 1.0 if moved else found.loss, clipped=found.clipped)
 
-    code.grpo = misscaled
+    code.loss_of = lambda objective: partial(misscaled, objective)
     try:
         yield
     finally:
-        code.grpo = original
+        code.loss_of = original
 
 
 def with_generation_config(pair: Pair) -> AbstractContextManager[None]:

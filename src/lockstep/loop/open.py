@@ -14,6 +14,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.registry import Choice, choose, launch, start
 from lockstep.errors import RecipeError
+from lockstep.objectives.registry import refuse_objective
 from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
@@ -115,11 +116,12 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say, api_key_env: str = "
 
 
 def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
-    """What can be wrong before anything is started or written: the engine's environment and the model.
+    """What can be wrong before anything is started or written: the objective, the engine's environment, the model.
 
     Raises:
         UsageError: when one is not there; says how to get it.
     """
+    refuse_objective(recipe.objective)
     return choose(recipe.engine, api_key_env), resolve_model(recipe.model.path)
 
 

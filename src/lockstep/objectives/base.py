@@ -1,26 +1,48 @@
-"""What goes into an objective and what comes out."""
+"""What goes into an objective and what comes out.
+
+An objective is a pure function of one microbatch: ``function(inputs, **options)`` → :class:`LossOutputs`. It is
+called once a microbatch and knows nothing of models, optimizers or files. ``registry.py`` says which there are.
+"""
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LossInputs:
-    """Tokens of one microbatch, flat.
+    """The tokens of one microbatch, flat: whole sequences, one after the other.
 
-    ``token_weights`` carries the normalisation over the *whole* minibatch, so that the losses of its microbatches add up.
+    A token that the model did not sample (``loss_mask`` False) has weight and advantage 0, and the trainer's own
+    number in the place of the engine's, so that nothing there can reach a sum.
     """
 
-    trainer_logprobs: Float[Tensor, "T"]
-    """Under the weights now; differentiable; nats."""
+    logprobs: Float[Tensor, "T"]
+    """The trainer's, under the weights now; the one field with a gradient; nats."""
     old_logprobs: Float[Tensor, "T"]
-    """Under the weights that sampled; no gradient; nats."""
+    """Denominator of the policy ratio: one of the next two, as ``objective.old_logprobs`` says."""
+    engine_logprobs: Float[Tensor, "T"]
+    """As the engine reported them, under the weights that sampled; nats."""
+    sampling_logprobs: Float[Tensor, "T"]
+    """The trainer's, under the weights that sampled; nats."""
     advantages: Float[Tensor, "T"]
-    """Of the completion each token belongs to."""
     token_weights: Float[Tensor, "T"]
-    """Sum to 1 over a minibatch."""
+    """Sum to 1 over the *whole* minibatch, so that the losses of its microbatches add up."""
+    corrections: Float[Tensor, "T"]
+    """What ``objective.correction`` makes of each token for the mismatch of engine and trainer; 1 without one."""
+    loss_mask: Bool[Tensor, "T"]
+    """True where the model sampled the token."""
+    sequence_ids: Int[Tensor, "T"]
+    """Which of the minibatch's sequences each token belongs to. Ascending; a microbatch holds some of them whole."""
+    reference_logprobs: Float[Tensor, "T"] | None = None
+    """A frozen reference model's, nats; there for objectives that need them."""
+    values: Float[Tensor, "T"] | None = None
+    """A value head's, differentiable; there for objectives that need them."""
+
+    def mean(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, ""]:
+        """The mean over the minibatch's tokens, by weight and correction; this microbatch's share of it."""
+        return (self.token_weights * self.corrections * per_token).sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,5 +50,6 @@ class LossOutputs:
     """The loss and what it did to each token."""
 
     loss: Float[Tensor, ""]
+    """This microbatch's share; those of a minibatch are added up."""
     clipped: Bool[Tensor, "T"]
-    """Tokens whose gradient the clip removed."""
+    """Tokens whose gradient the objective removed."""

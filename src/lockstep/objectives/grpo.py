@@ -14,12 +14,12 @@ STD_EPS = 1e-6
 """Keeps a group whose rewards are all equal at advantage 0 instead of 0/0."""
 
 
-def grpo(inputs: LossInputs, clip_low: float, clip_high: float) -> LossOutputs:
-    """``−Σ w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)`` with r = exp(trainer − old)."""
-    ratio = torch.exp(inputs.trainer_logprobs - inputs.old_logprobs)
+def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> LossOutputs:
+    """``−Σ w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)`` with r = exp(now − old)."""
+    ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
     free = ratio * inputs.advantages
     held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * inputs.advantages
-    loss = -(inputs.token_weights * torch.minimum(free, held)).sum()
+    loss = -inputs.mean(torch.minimum(free, held))
     return LossOutputs(loss=loss, clipped=(held < free).detach())
 
 

@@ -1,11 +1,10 @@
 """What an answer is worth: the rewards there are, and what is said of one that raised, returned no number or did not return."""
 
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lockstep.errors import RecipeError, RewardError, Stopped
+from lockstep.config.imported import imported
+from lockstep.errors import RecipeError, RewardError
 
 Item = Mapping[str, Any]
 """One question: at least ``question`` and ``answer``, both text."""
@@ -32,29 +31,6 @@ def reward_named(name: str, items: Any) -> Reward:
             )
         return lambda completion, item: items.score_answer(answer=completion.strip(), entry=item)
     return imported(name, "task.reward")
-
-
-def imported(name: str, key: str) -> Callable[..., Any]:
-    """The function ``module:function`` that a key of the recipe names.
-
-    Raises:
-        RecipeError: when it cannot be imported, or is no function.
-    """
-    module_name, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except Stopped:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported, a syntax error among it
-        raise RecipeError(
-            f"recipe, key {key}",
-            got=f"{name!r} ({type(error).__name__}: {error})",
-            expected="module:function that can be imported",
-            hint="PYTHONPATH=. lockstep …",
-        ) from error
-    if not inspect.isroutine(function) and not callable(function):
-        raise RecipeError(f"recipe, key {key}", got=f"{name!r}, no function", expected="a function", hint="name a function")
-    return function
 
 
 def raised(error: BaseException) -> str:

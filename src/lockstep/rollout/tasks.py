@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from lockstep.config.imported import imported
 from lockstep.config.recipe import Task as TaskConfig
 from lockstep.errors import RecipeError, Stopped
 from lockstep.rollout.deadline import Overdue, deadline
 from lockstep.rollout.reward_workers import RewardWorkers
-from lockstep.rollout.rewards import Item, Reward, imported, raised, refused, reward_named
+from lockstep.rollout.rewards import Item, Reward, raised, refused, reward_named
 
 EXAMPLES_SEED_OFFSET = 1_000_003
 """The solved examples come from the same generator under a seed no training question uses."""

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.config.recipe import Recipe
+from lockstep.config.recipe import Objective, Recipe
 from lockstep.errors import DivergenceError
 from lockstep.metrics.reduce import mismatch_figures, policy_figures
 from lockstep.objectives.base import LossInputs
 from lockstep.objectives.corrections import truncated_importance_weights
-from lockstep.objectives.grpo import grpo
+from lockstep.objectives.registry import loss_of
 from lockstep.policy.model import Policy
 from lockstep.records.samples import Samples
 from lockstep.training.batch import Microbatch, Minibatch, minibatches
@@ -149,33 +149,38 @@ def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, 
         now = scores.logprobs.detach()
         if on_sampling_weights:
             micro.sampling_logprobs = now
-        old = _old_logprobs(micro, recipe)
-        inputs = LossInputs(scores.logprobs, old, micro.advantages, micro.token_weights * _correction(micro, recipe))
-        outputs = grpo(inputs, recipe.objective.clip_low, recipe.objective.clip_high)
+        inputs = loss_inputs(micro, scores.logprobs, recipe.objective)
+        outputs = loss_of(recipe.objective)(inputs)
         if torch.is_grad_enabled():
             outputs.loss.backward()
         total += float(outputs.loss.detach())
         assert scores.entropy is not None
-        tokens.add(micro.loss_mask, now - old, outputs.clipped, scores.entropy)
+        tokens.add(micro.loss_mask, now - inputs.old_logprobs, outputs.clipped, scores.entropy)
     return total
 
 
-def _correction(micro: Microbatch, recipe: Recipe) -> Tensor | float:
-    if recipe.objective.correction == "none":
-        return 1.0
+def loss_inputs(micro: Microbatch, logprobs: Tensor, objective: Objective) -> LossInputs:
+    """What the objective is given of a microbatch, once its sampling log-probabilities are known.
+
+    Args:
+        logprobs: under the weights now, differentiable; float32 [T], nats.
+    """
     assert micro.sampling_logprobs is not None
-    return truncated_importance_weights(micro.sampling_logprobs, _engine_logprobs(micro), recipe.objective.correction_cap)
-
-
-def _engine_logprobs(micro: Microbatch) -> Tensor:
-    """The engine's; where it sampled nothing, the trainer's: a NaN there would outlive its weight of 0."""
-    assert micro.sampling_logprobs is not None
-    return torch.where(micro.loss_mask, micro.engine_logprobs, micro.sampling_logprobs)
-
-
-def _old_logprobs(micro: Microbatch, recipe: Recipe) -> Tensor:
-    """The denominator of the policy ratio; the engine's own numbers are a certificate's dividend (layer 5)."""
-    if recipe.objective.old_logprobs == "engine":
-        return _engine_logprobs(micro)
-    assert micro.sampling_logprobs is not None
-    return micro.sampling_logprobs
+    # Where the model sampled nothing the engine has no number: a NaN there would outlive its weight of 0.
+    engine = torch.where(micro.loss_mask, micro.engine_logprobs, micro.sampling_logprobs)
+    # The engine's own numbers as old log-probabilities are a certificate's dividend (layer 5).
+    old = engine if objective.old_logprobs == "engine" else micro.sampling_logprobs
+    corrections = torch.ones_like(micro.token_weights)
+    if objective.correction == "tis":
+        corrections = truncated_importance_weights(micro.sampling_logprobs, engine, objective.correction_cap)
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=old,
+        engine_logprobs=engine,
+        sampling_logprobs=micro.sampling_logprobs,
+        advantages=micro.advantages,
+        token_weights=micro.token_weights,
+        corrections=corrections,
+        loss_mask=micro.loss_mask,
+        sequence_ids=micro.sequence_ids,
+    )

@@ -1,0 +1,72 @@
+"""The examples do what they say, and a run trains with them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lockstep.runs.read import read_lines
+from tests.unit.test_objective import inputs_of
+from tests.unit.tiny_run import write_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def test_cispo_keeps_every_token_and_caps_its_weight(examples):
+    from my_objective import cispo
+
+    log_ratio, advantages = torch.tensor([-0.5, 0.0, 0.1, 0.9]), torch.tensor([1.0, -2.0, 0.5, 1.5])
+    old = torch.tensor([-1.0, -2.0, -0.5, -3.0])
+    now = (old + log_ratio).requires_grad_()
+    outputs = cispo(inputs_of(now, old, advantages), high=0.2)
+    outputs.loss.backward()
+    weight = np.minimum(np.exp(log_ratio.numpy()), 1.2)
+    assert float(outputs.loss.detach()) == pytest.approx(-(weight * (advantages * now.detach()).numpy()).mean(), rel=1e-6)
+    np.testing.assert_allclose(now.grad.numpy(), -weight * advantages.numpy() / 4, rtol=1e-6)
+    assert not outputs.clipped.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"), [("12", 1.0), ("it is 12.", 1.0), ("10", 1 / 3), ("-12", 1 / 25), ("no idea", 0.0), ("", 0.0)]
+)
+def test_near_answers_are_worth_a_part(examples, text, reward):
+    from my_reward import near
+
+    assert near(text, {"question": "7 + 5 =", "answer": "12"}) == pytest.approx(reward)
+
+
+def trained(tmp_path, name, *sets):
+    """Figures of a run's steps, and its last weights."""
+    run = tmp_path / name
+    flags = [flag for text in ("training.minibatches=2", "optimizer.lr=1e-3", *sets) for flag in ("--set", text)]
+    paths = [str(EXAMPLES), *filter(None, sys.path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "lockstep.cli.main", "train", tmp_path / "recipe.toml", "--out", run, *flags],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = (run / "checkpoints" / "step-000001" / "model.safetensors").read_bytes()
+    return read_lines(run / "metrics.jsonl")[-1]["metrics"], weights
+
+
+def test_a_run_trains_with_both(tmp_path):
+    write_recipe(tmp_path, 64)
+    reward = "task.reward=my_reward:near"
+    own, weights = trained(tmp_path, "own", reward, "objective.name=my_objective:cispo", "objective.options.high=0.01")
+    known, others = trained(tmp_path, "known", reward)
+    assert own["reward_mean"] == known["reward_mean"] > 0.0
+    assert own["clip_fraction"] == 0.0
+    assert own["loss"] != known["loss"]
+    assert weights != others
