@@ -45,7 +45,7 @@ def test_near_answers_are_worth_a_part(examples, text, reward):
 
 
 def trained(tmp_path, name, *sets):
-    """Figures of a run's steps, and its last weights."""
+    """Figures of a run's last step, its last weights, and what layer 5 said."""
     run = tmp_path / name
     flags = [flag for text in ("training.minibatches=2", "optimizer.lr=1e-3", *sets) for flag in ("--set", text)]
     paths = [str(EXAMPLES), *filter(None, sys.path)]
@@ -58,15 +58,17 @@ def trained(tmp_path, name, *sets):
     )
     assert done.returncode == 0, done.stderr
     weights = (run / "checkpoints" / "step-000001" / "model.safetensors").read_bytes()
-    return read_lines(run / "metrics.jsonl")[-1]["metrics"], weights
+    (judged,) = [row["summary"] for row in read_lines(run / "verdicts.jsonl") if row["layer"] == "objective"]
+    return read_lines(run / "metrics.jsonl")[-1]["metrics"], weights, judged
 
 
 def test_a_run_trains_with_both(tmp_path):
     write_recipe(tmp_path, 64)
     reward = "task.reward=my_reward:near"
-    own, weights = trained(tmp_path, "own", reward, "objective.name=my_objective:cispo", "objective.options.high=0.01")
-    known, others = trained(tmp_path, "known", reward)
+    own, weights, judged = trained(tmp_path, "own", reward, "objective.name=my_objective:cispo", "objective.options.high=0.01")
+    known, others, _ = trained(tmp_path, "known", reward)
     assert own["reward_mean"] == known["reward_mean"] > 0.0
     assert own["clip_fraction"] == 0.0
     assert own["loss"] != known["loss"]
     assert weights != others
+    assert "(grpo in the place of my_objective:cispo)" in judged
