@@ -25,7 +25,7 @@ PROMPT = pack_ids([1, 2, 3])
 REQUESTS = [
     Sample(3, [PROMPT, PROMPT], [SamplingParams(max_tokens=4, n=2, stop_token_ids=(2,)), SamplingParams(max_tokens=4, seed=5)]),
     Score(3, [PROMPT, pack_ids(range(40))], 0.7),
-    Load(3, WeightUpdate(2, "/dev/shm/lockstep-x/weights.safetensors"), ("stale_head",), "keep"),
+    Load(3, WeightUpdate(2, "/dev/shm/lockstep-x/weights.safetensors"), "keep"),
     Load(3, WeightUpdate(2, nccl=NcclBroadcast(b"x" * 128, 2, ("a.b",), ("float32",), ((3, 4),)))),
     Abort(3),
     Count(3),

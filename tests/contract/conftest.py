@@ -19,6 +19,7 @@ from lockstep.engines.registry import Choice, start
 from lockstep.engines.worker.group import end_group
 from lockstep.errors import LockstepError
 from lockstep.records.samples import Group
+from lockstep.faults.at_load import LAUNCHER
 from lockstep.records.tokens import FLOAT32, INT32, Completion
 from lockstep.training.trainer import Trainer
 from lockstep.weights.directory import weights_directory
@@ -78,6 +79,7 @@ def spec_of(weights_dir, log, **changes) -> EngineSpec:
         "options": {},
         "weights_dir": weights_dir,
         "log_path": log,
+        "launcher": LAUNCHER,  # for the one load that is to leave the head stale; every other is the worker's own
     }
     return EngineSpec(**(settings | changes))
 

@@ -17,6 +17,7 @@ from lockstep.config.recipe import Model, Recipe, Training, load_recipe
 from lockstep.config.recipe import Task as TaskConfig
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
+from lockstep.faults.at_load import AtLoad
 from lockstep.parity.deep.replay import replay
 from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.parity.ladder import climb
@@ -255,7 +256,7 @@ def test_a_weight_update_is_proven_by_scoring(side):
         new = np.concatenate(side.scored(groups))
         assert np.abs(new - old).mean() > APART_NATS
         if side.engine.ready.resolved.get("worker.head_packed"):
-            side.engine.load(side.trainer.publish(6), ("stale_head",))
+            AtLoad(side.engine, ("stale_head",)).load(side.trainer.publish(6))
             stale = np.concatenate(side.engine.score(sequences))
             assert np.abs(stale - new).mean() > APART_NATS, "without the mend the head stays old"
             assert np.abs(stale - old).mean() > APART_NATS, "and the body is new"

@@ -54,16 +54,18 @@ def installed():
 @pytest.fixture(scope="session")
 def session(installed, tmp_path_factory):
     """A running vLLM and a trainer, with the quick start's recipe made smaller."""
+    from lockstep.faults.at_load import plants
     from lockstep.loop.open import open_session
 
-    with open_session(load_recipe(QUICKSTART, SMALL), tmp_path_factory.mktemp("run") / "engine.log", print) as opened:
+    log = tmp_path_factory.mktemp("run") / "engine.log"
+    with open_session(load_recipe(QUICKSTART, SMALL), log, print, plants()) as opened:
         yield opened
 
 
 @pytest.fixture
 def pair(session):
-    """The session's pair; the recipe and the planted faults are put back after the test."""
-    recipe, planted, version = session.pair.recipe, session.pair.planted, session.pair.version
+    """The session's pair; the recipe and the engine are put back after the test."""
+    recipe, engine, version = session.pair.recipe, session.pair.engine, session.pair.version
     yield session.pair
-    session.pair.recipe, session.pair.planted, session.pair.version = recipe, planted, version
+    session.pair.recipe, session.pair.engine, session.pair.version = recipe, engine, version
     session.pair.sync(version)

@@ -13,6 +13,7 @@ from transformers import FalconH1Config
 
 from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RewardError, RunError, WeightSyncError
+from lockstep.faults.at_load import AtLoad
 from lockstep.faults.campaign import planted
 from lockstep.faults.catalogue import FAULTS
 from lockstep.faults.fault import Fault
@@ -163,7 +164,7 @@ def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path
         with torch.no_grad():
             for parameter in saved:
                 parameter.add_(torch.randn_like(parameter) * 1e-3)
-        pair.planted = ("stale_head",)
+        pair.engine = AtLoad(pair.engine, ("stale_head",))
         with pytest.raises(WeightSyncError, match="stale head"):
             sync(run, 2)
     finally:

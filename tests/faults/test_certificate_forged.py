@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from lockstep.errors import LockstepError, ParityError, RunError, UsageError
+from lockstep.faults.at_load import AtLoad
 from lockstep.parity import certificate
 from lockstep.parity.certificate import issue, read_certificate, void
 from lockstep.parity.ladder import climb
@@ -113,7 +114,7 @@ def test_a_void_one_says_why_to_every_reader(issued, path):
 
 
 def test_a_planted_fault_that_nothing_caught_leaves_no_certificate_that_holds(pair, verdicts, path, monkeypatch):
-    monkeypatch.setattr(pair, "planted", ("stale_head",))
+    monkeypatch.setattr(pair, "engine", AtLoad(pair.engine, ("stale_head",)))
     assert issue(pair, verdicts, path).planted == ("stale_head",)
     with pytest.raises(ParityError, match="stale_head"):
         read_certificate(path)

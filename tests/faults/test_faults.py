@@ -8,6 +8,7 @@ import torch
 from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
+from lockstep.faults.at_load import AtLoad
 from lockstep.faults.campaign import planted
 from lockstep.faults.catalogue import FAULTS
 from lockstep.faults.proxies import RawNumbers, edits, numbers_of, with_numbers
@@ -78,7 +79,7 @@ def test_an_update_that_is_lost_is_found_even_where_the_sides_differ_anyway(pair
     pair.recipe = recipe
     with planted(pair, FAULTS["rotary_base_altered"]):
         sides_differ = climb(pair).verdicts
-        pair.planted = ("not_delivered",)
+        pair.engine = AtLoad(pair.engine, ("not_delivered",))
         lost = climb(pair).failed
     assert sides_differ[2].status == "PASS"
     assert lost is not None

@@ -95,11 +95,12 @@ def _refuse_contradictions(recipe: Path | None, engine: str | None, url: str | N
 def _climb(
     recipe: "Recipe", directory: Path, depth: str, faults: tuple[str, ...], say: "Say", key: bytes, api_key_env: str
 ) -> "LadderResult":
+    from lockstep.cli.common import plants
     from lockstep.loop.open import open_session
     from lockstep.runs.durable import make_directory
 
     make_directory(directory)
-    with open_session(recipe, directory / "engine.log", say, faults, api_key_env) as session:
+    with open_session(recipe, directory / "engine.log", say, plants(faults), api_key_env) as session:
         from lockstep.parity.certificate import issue, void
         from lockstep.parity.ladder import climb
         from lockstep.runs.write import append_verdict
@@ -178,7 +179,7 @@ def _holds(path: Path, recipe: "Recipe", key: bytes, api_key_env: str, *, as_jso
     with (
         Console() as console,
         tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch,
-        open_session(recipe, Path(scratch) / "engine.log", console.say, (), api_key_env) as session,
+        open_session(recipe, Path(scratch) / "engine.log", console.say, None, api_key_env) as session,
     ):
         changed = changes(issued, session.pair)
     if as_json:

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockstep.cli.console import show
 from lockstep.config.recipe import Recipe, load_recipe
 from lockstep.errors import UsageError
 from lockstep.records.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from lockstep.loop.open import Plants
 
 ENGINES = ("auto", "vllm", "transformers", "openai")
 
@@ -24,6 +27,15 @@ def planted(names: list[str] | None) -> tuple[str, ...]:
     from lockstep.faults.catalogue import planted as known
 
     return known(names or [])
+
+
+def plants(faults: tuple[str, ...]) -> "Plants | None":
+    """They for :func:`~lockstep.loop.open.open_session`; None for none, and then nothing that plants is loaded."""
+    if not faults:
+        return None
+    from lockstep.faults.at_load import plants as at_load
+
+    return at_load(faults)
 
 
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -114,10 +114,11 @@ class _Extras:
 
 
 def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], extras: _Extras, *, resumed: bool) -> None:
+    from lockstep.cli.common import plants
     from lockstep.loop.open import open_session
     from lockstep.runs.manifest import refuse_other_run, write_manifest
 
-    with open_session(recipe, layout.engine_log, say, extras.faults, extras.api_key_env) as session:
+    with open_session(recipe, layout.engine_log, say, plants(extras.faults), extras.api_key_env) as session:
         from lockstep.loop.stages import Run
         from lockstep.loop.sync import run_steps
 

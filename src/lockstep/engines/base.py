@@ -29,6 +29,8 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     log_path: Path
     api_key_env: str = ""
     """The variable that the command line confirmed as holding a server's key; empty where it named none."""
+    launcher: str = ""
+    """A module that runs the engine's worker and gets its name as the first argument; empty: the worker is run itself."""
 
 
 class Engine(ABC):
@@ -38,6 +40,8 @@ class Engine(ABC):
     """Who it is and what it resolved to, read back from the running engine; there once :meth:`wait_ready` has returned."""
     asked: dict[str, Any]
     """What it was asked for, by the names of its own arguments."""
+    altered_by: tuple[str, ...] = ()
+    """What breaks it on purpose, by name. With any, manifest and certificate say so, and nothing is certified."""
 
     def wait_ready(self) -> None:
         """Wait until it can sample. One with a process of its own is made while that starts, and can be closed meanwhile.
@@ -82,7 +86,7 @@ class Engine(ABC):
         """What :meth:`score` does where it can be done."""
 
     @abstractmethod
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """Replace the weights at an engine boundary.
 
         Args:

@@ -44,7 +44,7 @@ class LoggedEngine(Engine):
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         raise AssertionError("unreachable: a log does not have this capability")
 
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
         self.need("load")
         raise AssertionError("unreachable: a log does not have this capability")

@@ -50,17 +50,20 @@ class WorkerProcess:
         config: the worker's configuration, JSON.
         env: the environment variables to run with.
         log_path: takes the worker's stdout and stderr.
+        launcher: a module that is run instead and runs the worker's, whose name is its first argument.
 
     Raises:
         EngineError: when the process cannot be started at all.
     """
 
-    def __init__(self, python: Path, module: str, config: bytes, env: dict[str, str], log_path: Path) -> None:
+    def __init__(
+        self, python: Path, module: str, config: bytes, env: dict[str, str], log_path: Path, *, launcher: str = ""
+    ) -> None:
         self.log_path = log_path
         self.directory = private_directory()
         self._lifeline = -1
         try:
-            peer = self._start(python, module, config, env)
+            peer = self._start(python, [launcher, module] if launcher else [module], config, env)
         except BaseException as error:
             shutil.rmtree(self.directory, ignore_errors=True)
             if isinstance(error, OSError):
@@ -73,7 +76,7 @@ class WorkerProcess:
             raise
         self._channel = Channel(peer, self._end_group, self._death)
 
-    def _start(self, python: Path, module: str, config: bytes, env: dict[str, str]) -> socket.socket:
+    def _start(self, python: Path, modules: list[str], config: bytes, env: dict[str, str]) -> socket.socket:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(str(self.directory / "engine.sock"))
@@ -90,7 +93,7 @@ class WorkerProcess:
             with held:
                 peer = held.enter_context(socket.socket(socket.AF_UNIX))
                 self.popen = subprocess.Popen(
-                    [python, "-u", "-m", module, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
+                    [python, "-u", "-m", *modules, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
                     env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

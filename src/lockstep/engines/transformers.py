@@ -170,8 +170,8 @@ class TransformersEngine(Engine):
         return found
 
     @torch.no_grad()
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
-        """See :meth:`Engine.load`. ``stale_head`` cannot be planted here: nothing is packed."""
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
+        """See :meth:`Engine.load`."""
         if mode != "wait":
             self.need("pause_keep")
         began = time.perf_counter()
@@ -185,7 +185,7 @@ class TransformersEngine(Engine):
         weights = self.model.state_dict()
         with safe_open(update.path, framework="pt") as file:
             names = list(file.keys())
-            for name in names if "not_delivered" not in faults else []:
+            for name in names:
                 weights[name].copy_(file.get_tensor(name))
         self.version = update.version
         return LoadReceipt(update.version, len(names), time.perf_counter() - began, (), cache_cleared=True)

@@ -14,6 +14,7 @@ from msgspec import Struct
 from lockstep.config.recipe import Recipe, with_sets
 from lockstep.engines.registry import Choice, choose
 from lockstep.errors import LockstepError
+from lockstep.faults.at_load import AtLoad, plants
 from lockstep.faults.fault import Fault
 from lockstep.loop.open import Say, open_session
 from lockstep.parity.ladder import climb
@@ -100,7 +101,7 @@ def run_campaign(
     for own, jobs in starts.items():
         left = list(jobs)
         try:
-            with open_session(with_sets(recipe, own), log, say) as session:
+            with open_session(with_sets(recipe, own), log, say, plants()) as session:
                 while left:
                     name, sets, fault = left[0]
                     session.pair.recipe = with_sets(recipe, sets)
@@ -161,8 +162,9 @@ def planted(pair: Pair, fault: Fault) -> Iterator[None]:
                 pair.sync(pair.version)
             if fault.lifted:
                 pair.engine = engine
-            pair.planted = fault.worker
+            if fault.worker:
+                pair.engine = AtLoad(pair.engine, fault.worker)
             yield
     finally:
-        pair.engine, pair.planted = engine, ()
+        pair.engine = engine
         pair.sync(pair.version)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import replace
 
-from lockstep.engines.base import Engine
+from lockstep.faults.relay import Relay
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
@@ -25,12 +25,12 @@ Prompts = list[np.ndarray]
 Completions = list[Completion]
 
 
-class Proxy(Engine):
+class Proxy(Relay):
     """An engine that behaves as ``inner`` does, but for the one hook that a subclass edits."""
 
     def __init__(self, pair: "Pair") -> None:
-        self.inner, self.pair = pair.engine, pair
-        self.ready, self.asked = self.inner.ready, self.inner.asked
+        super().__init__(pair.engine, type(self).__name__)
+        self.pair = pair
 
     def edit_requests(self, prompts: Prompts, params: list[SamplingParams]) -> tuple[Prompts, list[SamplingParams]]:
         """What the engine is asked for in place of what the trainer asked."""
@@ -56,24 +56,12 @@ class Proxy(Engine):
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return self.edit_scores(self.inner.score(sequences, temperature))
 
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
-        return self.inner.load(self.edit_update(update), faults, mode)
-
-    def abort(self) -> int:
-        """See :meth:`Engine.abort`."""
-        return self.inner.abort()
-
-    def counters(self) -> dict[str, float]:
-        """See :meth:`Engine.counters`."""
-        return self.inner.counters()
+        return self.inner.load(self.edit_update(update), mode)
 
     def close(self) -> None:
         """The engine behind it is another's to close."""
-
-    def fix(self, cause: str) -> str:
-        """See :meth:`Engine.fix`."""
-        return self.inner.fix(cause)
 
 
 def ids_of(completion: Completion) -> np.ndarray:

@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Plants:
+    """How an engine is broken on purpose, by those who hold a check to it. In production there is none."""
+
+    launcher: str
+    """:attr:`EngineSpec.launcher`."""
+    around: Callable[[Engine], Engine]
+    """Of the running engine: what the trainer has in its place."""
+
+
 @dataclass(eq=False)
 class Session:
     """Both sides, running."""
@@ -53,13 +63,13 @@ class Session:
             self.model_path,
             resolved=(self.choice.name, environment.version if environment else ""),
             model={**pair.trainer.digests(), "tokenizer_sha256": tokenizer_digest(pair.renderer.tokenizer)},
-            planted=pair.planted,
+            planted=pair.engine.altered_by,
         )
 
 
 @contextlib.contextmanager
 def open_session(
-    recipe: Recipe, engine_log: Path, say: Say, planted: tuple[str, ...] = (), api_key_env: str = ""
+    recipe: Recipe, engine_log: Path, say: Say, plants: Plants | None = None, api_key_env: str = ""
 ) -> Iterator[Session]:
     """Start everything, and end everything on the way out.
 
@@ -77,7 +87,7 @@ def open_session(
     with contextlib.ExitStack() as stack:
         stack.callback(remove_weights, directory)
         stack.callback(task.close)
-        spec = _spec(recipe, model_path, directory, engine_log, api_key_env)
+        spec = _spec(recipe, model_path, directory, engine_log, api_key_env, plants.launcher if plants else "")
         # An engine with a process of its own starts while the trainer is loaded, and whatever ends this ends it in its start.
         starting = stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
         renderer = Renderer(model_path)
@@ -91,7 +101,8 @@ def open_session(
         if recipe.engine.weights == "nccl":
             engine.need("nccl_weights")
         say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
-        yield Session(Pair(engine, trainer, renderer, task, recipe, planted=planted, say=say), choice, model_path)
+        engine = plants.around(engine) if plants else engine
+        yield Session(Pair(engine, trainer, renderer, task, recipe, say=say), choice, model_path)
 
 
 @contextlib.contextmanager
@@ -139,7 +150,7 @@ def _named(choice: Choice) -> str:
     return f"{choice.name} {choice.environment.version}" if choice.environment else f"{choice.name} ({choice.reason})"
 
 
-def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_env: str) -> EngineSpec:
+def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_env: str, launcher: str = "") -> EngineSpec:
     return EngineSpec(
         model_path=model_path,
         dtype=recipe.engine.dtype or recipe.model.dtype,
@@ -150,6 +161,7 @@ def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_
         weights_dir=directory,
         log_path=log.resolve(),
         api_key_env=api_key_env,
+        launcher=launcher,
     )
 
 

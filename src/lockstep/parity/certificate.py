@@ -118,7 +118,7 @@ def issue(pair: Pair, verdicts: list[Verdict], path: Path, depth: str = "standar
         depth=depth,
         pair=plain(describe_pair(pair)),
         layers=[plain(verdict) for verdict in verdicts],
-        planted=pair.planted,
+        planted=pair.engine.altered_by,
     )
     return _write(path, bare, key)
 

@@ -32,8 +32,6 @@ class Pair:
     recipe: Recipe
     version: int = 0
     """The weight version both sides are meant to hold."""
-    planted: tuple[str, ...] = ()
-    """Planted faults that every weight load is given (``faults.py``)."""
     say: Callable[[str], None] = lambda text: None
     """Told where naming a cause takes longer."""
     receipt: LoadReceipt | None = None
@@ -99,7 +97,7 @@ class Pair:
     @contextmanager
     def loading(self, version: int, mode: LoadMode = "wait") -> Iterator[None]:
         """:meth:`sync`, with the body running while the engine loads (``weights/sync.py``); keeps the engine's receipt."""
-        with push(self.trainer, self.engine, version, mode, planted=self.planted, shares_cores=self.shares_cores) as pushed:
+        with push(self.trainer, self.engine, version, mode, shares_cores=self.shares_cores) as pushed:
             yield
         self.receipt = pushed.receipt
 

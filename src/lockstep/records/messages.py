@@ -45,8 +45,6 @@ class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
     id: int
     update: WeightUpdate
-    faults: tuple[str, ...] = ()
-    """Planted faults (``faults/catalogue.py``); empty outside tests."""
     mode: LoadMode = "wait"
 
 

@@ -48,7 +48,6 @@ def push(
     version: int,
     mode: LoadMode = "wait",
     *,
-    planted: tuple[str, ...] = (),
     shares_cores: bool = False,
 ) -> Iterator[Push]:
     """Publish, and have the engine load while the body runs; the body may read the weights and must not change them.
@@ -62,7 +61,7 @@ def push(
     pushed = Push(version)
     update = source.publish(version)
     with ThreadPoolExecutor(1, "weight-load") as thread:
-        load = thread.submit(engine.load, update, planted, mode)
+        load = thread.submit(engine.load, update, mode)
         try:
             with _threads(_share if shares_cores else _all):
                 yield pushed

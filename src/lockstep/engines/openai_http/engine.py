@@ -231,7 +231,7 @@ class OpenAIHttpEngine(Engine):
         found = [finite_logprob(entry.logprob if entry else None) for entry in scored]
         return np.frombuffer(pack_logprobs(found), FLOAT32)
 
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
         self.need("load")
         raise AssertionError("unreachable: no server has this capability")

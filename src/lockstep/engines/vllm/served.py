@@ -76,7 +76,8 @@ class VllmEngine(Engine):
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
         env = environment.launch_env() | LOCAL
         try:
-            self._process = WorkerProcess(environment.python, self.worker, msgspec.json.encode(config), env, spec.log_path)
+            encoded = msgspec.json.encode(config)
+            self._process = WorkerProcess(environment.python, self.worker, encoded, env, spec.log_path, launcher=spec.launcher)
         except BaseException:
             self._forget_scratch()
             raise
@@ -93,11 +94,11 @@ class VllmEngine(Engine):
         reply = self._process.request(Scored, Score, [_packed(sequence) for sequence in sequences], temperature)
         return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
 
-    def load(self, update: WeightUpdate, faults: tuple[str, ...] = (), mode: LoadMode = "wait") -> LoadReceipt:
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
         if mode != "wait":
             self.need("pause_keep")
-        return self._process.request(Loaded, Load, update, faults, mode).receipt
+        return self._process.request(Loaded, Load, update, mode).receipt
 
     def abort(self) -> int:
         """See :meth:`Engine.abort`."""

@@ -9,6 +9,7 @@ V0 packs nothing; there the tensors are overwritten in place.
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 from lockstep.engines.worker.vllm_plugin import is_active
@@ -47,7 +48,7 @@ class WeightsExtension:
             "flashinfer_sampler": _flashinfer(),
         }
 
-    def lockstep_load(self, path: str, version: int, faults: list[str]) -> dict[str, Any]:
+    def lockstep_load(self, path: str, version: int) -> dict[str, Any]:
         """Load every tensor of a safetensors file, then rebuild the head's packed copy.
 
         Raises:
@@ -60,17 +61,8 @@ class WeightsExtension:
             if found != version:
                 raise ValueError(f"weights file {path} holds version {found}, announced was {version}")
             names = list(file.keys())
-            if "not_delivered" not in faults:
-                tensors = ((name, file.get_tensor(name)) for name in names)
-                if hasattr(self, "reload_weights"):
-                    self.reload_weights(weights_iterator=tensors)
-                else:
-                    self.model_runner.get_model().load_weights(tensors)
-        head = _head(self.model_runner.get_model())
-        repacked = []
-        if "stale_head" not in faults and "not_delivered" not in faults and hasattr(head, "cpu_linear"):
-            head.quant_method.process_weights_after_loading(head)
-            repacked.append("lm_head")
+            self.lockstep_deliver((name, file.get_tensor(name)) for name in names)
+        repacked = self.lockstep_repack()
         # V1 alone loads under requests in flight; there each has the tokens that were drawn under the weights until now.
         requests = getattr(self.model_runner, "requests", {})
         return {
@@ -78,6 +70,21 @@ class WeightsExtension:
             "repacked": repacked,
             "in_flight": {name: len(request.output_token_ids) for name, request in requests.items()},
         }
+
+    def lockstep_deliver(self, tensors: Iterator[tuple[str, Any]]) -> None:
+        """Have the engine's own reload take the tensors."""
+        if hasattr(self, "reload_weights"):
+            self.reload_weights(weights_iterator=tensors)
+        else:
+            self.model_runner.get_model().load_weights(tensors)
+
+    def lockstep_repack(self) -> list[str]:
+        """Rebuild the packed copies that the reload leaves stale; returns whose."""
+        head = _head(self.model_runner.get_model())
+        if not hasattr(head, "cpu_linear"):
+            return []
+        head.quant_method.process_weights_after_loading(head)
+        return ["lm_head"]
 
 
 def _head(model: Any) -> Any:

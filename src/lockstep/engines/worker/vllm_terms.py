@@ -25,7 +25,7 @@ from lockstep.records.settings import resolved_plain, resolved_settings
 from lockstep.records.tokens import Completion, SamplingParams, Scores, finite_logprob, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.versions import LoadReceipt, VersionSpan
 
-EXTENSION = "lockstep.engines.worker.vllm_extension.WeightsExtension"
+EXTENSION: str = "lockstep.engines.worker.vllm_extension.WeightsExtension"
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,6 +43,7 @@ class VllmEngine(ABC):
     """Requests, the same on every generation. A completion has one version unless a load that did not wait met it."""
 
     vllm_config: Any
+    llm: Any
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -54,6 +55,10 @@ class VllmEngine(ABC):
     @abstractmethod
     async def start(self) -> "VllmEngine":
         """Build the engine; ends when it can sample."""
+
+    @abstractmethod
+    async def load(self, request: Load) -> LoadReceipt:
+        """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
 
     @abstractmethod
     def params(self, params: SamplingParams, **extra: Any) -> Any:

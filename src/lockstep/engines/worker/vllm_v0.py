@@ -74,7 +74,7 @@ class Engine(terms.VllmEngine):
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         path = terms.checked_path(self.config, request)  # refuses an NCCL update too: it has no path
         began = time.perf_counter()
-        loaded = self._rpc("lockstep_load", str(path), request.update.version, list(request.faults))
+        loaded = self._rpc("lockstep_load", str(path), request.update.version)
         cleared = self.llm.engine.reset_prefix_cache()
         self.version = request.update.version
         return self.receipt(loaded, cleared is not False, began)

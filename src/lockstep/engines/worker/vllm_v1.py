@@ -83,7 +83,7 @@ class Engine(terms.VllmEngine):
             raise BadRequestError("a broadcast update in flight", "mode wait with NCCL", "engine.weights = shared_memory")
         path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
-        keep = request.mode == "keep" or "keep_cache" in request.faults
+        keep = request.mode == "keep"
         await self.llm.pause_generation(mode="wait" if request.mode == "wait" else "keep", clear_cache=not keep)
         try:
             if offer is not None:
@@ -93,9 +93,7 @@ class Engine(terms.VllmEngine):
                     "in_flight": {},
                 }
             else:
-                (loaded,) = await self.llm.collective_rpc(
-                    "lockstep_load", args=(str(path), request.update.version, list(request.faults))
-                )
+                (loaded,) = await self.llm.collective_rpc("lockstep_load", args=(str(path), request.update.version))
             cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
             self.version = request.update.version

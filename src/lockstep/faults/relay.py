@@ -1,0 +1,49 @@
+"""An engine before another one: whatever is asked of it, it asks of that."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lockstep.engines.base import Engine
+from lockstep.records.tokens import Completion, SamplingParams
+from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
+
+
+class Relay(Engine):
+    """Behaves as ``inner`` does, and says that it is altered.
+
+    Args:
+        alterations: by name; what alters ``inner`` stands before them.
+    """
+
+    def __init__(self, inner: Engine, *alterations: str) -> None:
+        self.inner = inner
+        self.ready, self.asked = inner.ready, inner.asked
+        self.altered_by = (*inner.altered_by, *alterations)
+
+    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """See :meth:`Engine.sample`."""
+        return self.inner.sample(prompts, params)
+
+    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        return self.inner.score(sequences, temperature)
+
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
+        """See :meth:`Engine.load`."""
+        return self.inner.load(update, mode)
+
+    def abort(self) -> int:
+        """See :meth:`Engine.abort`."""
+        return self.inner.abort()
+
+    def counters(self) -> dict[str, float]:
+        """See :meth:`Engine.counters`."""
+        return self.inner.counters()
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        self.inner.close()
+
+    def fix(self, cause: str) -> str:
+        """See :meth:`Engine.fix`."""
+        return self.inner.fix(cause)

@@ -1,0 +1,102 @@
+"""Faults of a worker's loads: committed when planted, by that load alone, and never by a worker that was started without them."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lockstep.engines.process import WorkerProcess
+from lockstep.engines.worker.vllm_terms import Config
+from lockstep.errors import EngineError
+from lockstep.faults.at_load import LAUNCHER, AtLoad, plants
+from lockstep.records.messages import Count, Counted, Load, Loaded
+from lockstep.records.versions import WeightUpdate
+from tests.unit.worker_that_lies import READY
+
+HERE = Path(__file__).parent
+OLD, NEW = 1.0, 2.0
+
+
+class Served:
+    """The trainer's end of ``worker_with_weights.py``."""
+
+    def __init__(self, directory, launcher):
+        python = directory / "python"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{HERE}" exec "{sys.executable}" "$@"\n')
+        python.chmod(0o700)
+        self.weights = directory / "weights"
+        self.weights.mkdir()
+        config = msgspec.json.encode(Config({}, str(self.weights), "float32"))
+        log = directory / "engine.log"
+        self.process = WorkerProcess(python, "worker_with_weights", config, dict(os.environ), log, launcher=launcher)
+        self.ready, self.asked, self.altered_by = msgspec.structs.replace(READY, pids=(1,)), {}, ()
+        self.said = self.process.wait_ready(60)
+
+    def load(self, update, mode="wait"):
+        return self.process.request(Loaded, Load, update, mode, timeout_s=30).receipt
+
+    def counters(self):
+        return self.process.request(Counted, Count, timeout_s=30).counters
+
+    def publish(self, version, value):
+        path = self.weights / "weights.safetensors"
+        tensors = {"body": torch.tensor(value), "weight": torch.tensor(value)}
+        save_file(tensors, path, {"lockstep_version": str(version)})
+        return WeightUpdate(version, str(path))
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Start the worker, with or without what plants."""
+    started = []
+
+    def start(launcher):
+        started.append(Served(tmp_path, launcher))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.process.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "found", "repacked"),
+    [
+        ("not_delivered", {"body": OLD, "weight": OLD, "packed": OLD, "cleared": 4}, ()),
+        ("stale_head", {"body": NEW, "weight": NEW, "packed": OLD, "cleared": 4}, ()),
+        ("keep_cache", {"body": NEW, "weight": NEW, "packed": NEW, "cleared": 2}, ("lm_head",)),
+    ],
+)
+def test_a_fault_is_committed_by_the_load_it_is_planted_in_and_by_no_other(served, fault, found, repacked):
+    engine = served(LAUNCHER)
+    assert engine.said.resolved["mixed_in"] == "lockstep.faults.in_worker.PlantedWeights"
+    assert engine.load(engine.publish(1, OLD)).repacked == ("lm_head",)
+    assert engine.counters() == {"body": OLD, "weight": OLD, "packed": OLD, "cleared": 2}
+    broken = AtLoad(engine, (fault,))
+    receipt = broken.load(engine.publish(2, NEW))
+    assert (receipt.version, receipt.n_tensors, receipt.repacked) == (2, 2, repacked)
+    assert receipt.cache_cleared is (fault != "keep_cache")
+    assert engine.counters() == found
+    before = engine.counters()["cleared"]
+    assert engine.load(engine.publish(3, 3.0)).cache_cleared
+    assert engine.counters() == {"body": 3.0, "weight": 3.0, "packed": 3.0, "cleared": before + 2}
+
+
+def test_a_worker_that_was_started_without_them_commits_none_and_the_load_says_so(served):
+    engine = served("")
+    assert engine.said.resolved["mixed_in"] == "lockstep.engines.worker.vllm_extension.WeightsExtension"
+    with pytest.raises(EngineError, match="a worker that does not commit stale_head"):
+        AtLoad(engine, ("stale_head",)).load(engine.publish(1, OLD))
+    assert engine.counters()["packed"] == OLD
+    assert [path.name for path in engine.weights.iterdir()] == ["weights.safetensors"]
+
+
+def test_what_is_planted_is_said_by_the_engine_and_nothing_planted_leaves_it_alone():
+    engine = SimpleNamespace(ready=READY, asked={}, altered_by=())
+    assert plants(()).around(engine) is engine
+    assert plants(("stale_head",)).around(engine).altered_by == ("stale_head",)
