@@ -202,6 +202,9 @@ class Engine:
     async def abort(self):
         return 0
 
+    def ended_by(self, error):
+        return False
+
     load = sample
 
 

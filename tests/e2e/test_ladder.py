@@ -82,7 +82,8 @@ def test_a_planted_fault_is_named_in_its_layer(pair, name):
 
 def test_a_starved_cache_really_preempts_changes_no_number_and_fails_where_it_does(pair, monkeypatch):
     monkeypatch.setattr(factors, "PROMPTS", 8)
-    monkeypatch.setattr(factors, "FACTORS", [factor for factor in factors.FACTORS if factor.cause == "preemption"])
+    starve = [factor for factor in pair.engine.facts.factors if factor.cause == "preemption"]
+    monkeypatch.setattr(pair.engine, "facts", replace(pair.engine.facts, factors=starve))
     path = Verdict(layer="path", status="PASS", summary="clean", n_tokens=1)
     with ExitStack() as stack:
         starved = []

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lockstep.engines.process import WorkerProcess
+from lockstep.engines.base import EngineFacts
+from lockstep.engines.process import WorkerProcess, WorkerProgram
 from lockstep.engines.worker.vllm_terms import Config
 from lockstep.errors import EngineError
 from lockstep.faults.at_load import LAUNCHER, AtLoad, plants
@@ -33,8 +34,9 @@ class Served:
         self.weights.mkdir()
         config = msgspec.json.encode(Config({}, str(self.weights), "float32"))
         log = directory / "engine.log"
-        self.process = WorkerProcess(python, "worker_with_weights", config, dict(os.environ), log, launcher=launcher)
-        self.ready, self.asked, self.altered_by = msgspec.structs.replace(READY, pids=(1,)), {}, ()
+        self.process = WorkerProcess(python, WorkerProgram("worker_with_weights", launcher), config, dict(os.environ), log)
+        self.ready, self.asked = msgspec.structs.replace(READY, pids=(1,)), {}
+        self.altered_by, self.facts = (), EngineFacts()
         self.said = self.process.wait_ready(60)
 
     def load(self, update, mode="wait"):
@@ -97,6 +99,6 @@ def test_a_worker_that_was_started_without_them_commits_none_and_the_load_says_s
 
 
 def test_what_is_planted_is_said_by_the_engine_and_nothing_planted_leaves_it_alone():
-    engine = SimpleNamespace(ready=READY, asked={}, altered_by=())
+    engine = SimpleNamespace(ready=READY, asked={}, altered_by=(), facts=EngineFacts())
     assert plants(()).around(engine) is engine
     assert plants(("stale_head",)).around(engine).altered_by == ("stale_head",)

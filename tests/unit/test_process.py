@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from lockstep.engines.process import CORE_ERROR, SHORT_PATH, WorkerProcess, private_directory, scarce_memory
+from lockstep.engines.process import SHORT_PATH, WorkerProcess, WorkerProgram, private_directory, scarce_memory
+from lockstep.engines.vllm.served import CORE_ERROR
 from lockstep.errors import EngineDied, EngineError, ProtocolError
 from lockstep.records.messages import Sample, Sampled, Score, Scored
 from lockstep.records.tokens import SamplingParams, pack_ids
@@ -24,6 +26,7 @@ LOG = """\
 (MainProcess pid=30) ERROR 11-22 01:18:52 [async_llm.py:906] EngineDeadError: EngineCore encountered an issue. See above.
 """
 AT_ONCE_S = 5.0
+PROGRAM = WorkerProgram("-", temporary=("ITS_OWN_BASE",))
 IDS = [pack_ids([5, 6, 7])]
 
 
@@ -39,8 +42,8 @@ def start(tmp_path):
     python.chmod(0o700)
     started = []
 
-    def worker(**config):
-        process = WorkerProcess(python, "-", json.dumps(config).encode(), dict(os.environ), tmp_path / "engine.log")
+    def worker(program=PROGRAM, **config):
+        process = WorkerProcess(python, program, json.dumps(config).encode(), dict(os.environ), tmp_path / "engine.log")
         started.append(process)
         return process
 
@@ -151,12 +154,12 @@ def test_a_slow_start_ends_when_it_is_not_wanted_any_more(start):
 def test_an_interpreter_that_is_not_there_is_named_and_leaves_nothing(tmp_path):
     before = set(psutil.Process().open_files())
     with pytest.raises(EngineError, match="a process of /no/python"):
-        WorkerProcess(Path("/no/python"), "-", b"{}", {}, tmp_path / "engine.log")
+        WorkerProcess(Path("/no/python"), PROGRAM, b"{}", {}, tmp_path / "engine.log")
     assert set(psutil.Process().open_files()) == before
 
 
 def test_a_long_tmpdir_is_no_obstacle(start, tmp_path, monkeypatch):
-    """A Unix socket's path has at most 107 bytes, and vLLM's have 37 after the directory."""
+    """A Unix socket's path has at most 107 bytes, and an engine's own have 37 after its temporary directory."""
     long = tmp_path / ("x" * 130)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
@@ -166,6 +169,32 @@ def test_a_long_tmpdir_is_no_obstacle(start, tmp_path, monkeypatch):
     assert process.directory.stat().st_mode & 0o777 == 0o700
     process.close()
     assert gone(process)
+
+
+@pytest.mark.parametrize("ended", ["closed", "its own death"])
+def test_what_an_engine_writes_as_temporary_files_goes_with_it(start, tmp_path, monkeypatch, ended):
+    """In the longest directory that is taken, so that a socket in it still has a path."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        root = Path(short) / ("x" * (SHORT_PATH - len(short) - 1))
+        root.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(root))
+        process = start(litter=True, answer="honest" if ended == "closed" else "death")
+        told = process.wait_ready(30).resolved
+        (private,) = root.iterdir()
+        assert told == {"tmp": f"{private}/tmp", "base": f"{private}/tmp", "mode": 0o700}
+        assert sorted(path.name[:10] for path in (private / "tmp").iterdir()) == ["00000000-0", "vllm_dist_"]
+        if ended == "closed":
+            process.close()
+        else:
+            with pytest.raises(EngineDied):
+                process.request(Scored, Score, IDS, timeout_s=30)
+            process.close()
+        assert list(root.iterdir()) == []
+
+
+def test_a_launcher_is_run_and_told_the_workers_module():
+    assert WorkerProgram("a.worker", launcher="a.launcher").command == ["-u", "-m", "a.launcher", "a.worker"]
+    assert WorkerProgram("a.worker").command == ["-u", "-m", "a.worker"]
 
 
 def test_no_short_directory_at_all_is_a_named_error(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import msgspec
@@ -55,6 +57,15 @@ def honest(request: Request):
     return Scored(request.id, [Scores(pack_logprobs([-1.0] * size)) for size in sizes])
 
 
+def litter() -> dict:
+    """A file and a socket, where an engine's libraries put theirs; where that is."""
+    base = os.environ["ITS_OWN_BASE"]
+    os.close(tempfile.mkstemp(prefix="vllm_dist_")[0])
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind(f"{base}/{uuid.UUID(int=0)}")
+    return {"tmp": tempfile.gettempdir(), "base": base, "mode": os.stat(base).st_mode & 0o777}
+
+
 def main() -> None:
     """``… LISTENER_FD LIFELINE_FD CONFIG.json``, as every worker is started."""
     listener = socket.socket(fileno=int(sys.argv[-3]))
@@ -64,7 +75,7 @@ def main() -> None:
     if refusal := config.get("refuse"):
         peer.sendall(framed(Failure(0, refusal, fatal=True)))
         return
-    peer.sendall(framed(READY))
+    peer.sendall(framed(msgspec.structs.replace(READY, resolved=litter()) if config.get("litter") else READY))
     stream = peer.makefile("rb")
     while not config.get("deaf") and (head := stream.read(4)):
         request = decode_request(stream.read(*struct.unpack("<I", head)))

@@ -2,23 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lockstep.cli.console import show
-from lockstep.config.recipe import Recipe, load_recipe
+from lockstep.config.recipe import EngineName, Recipe, load_recipe
 from lockstep.errors import UsageError
 from lockstep.records.verdicts import Verdict
 
 if TYPE_CHECKING:
     from lockstep.loop.open import Plants
 
-ENGINES = ("auto", "vllm", "transformers", "openai")
-
 
 def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Recipe:
     """The recipe with ``--engine`` and then ``--set`` applied."""
-    if engine is not None and engine not in ENGINES:
-        raise UsageError("flag --engine", got=repr(engine), expected=f"one of {', '.join(ENGINES)}", hint="--engine transformers")
+    known = get_args(EngineName)
+    if engine is not None and engine not in known:
+        raise UsageError("flag --engine", got=repr(engine), expected=f"one of {', '.join(known)}", hint="--engine transformers")
     return load_recipe(path, overrides, engine)
 
 

@@ -1,9 +1,9 @@
 """What an engine is, to everything above it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec import Struct
@@ -29,13 +29,49 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     log_path: Path
     api_key_env: str = ""
     """The variable that the command line confirmed as holding a server's key; empty where it named none."""
+    weights: Literal["shared_memory", "nccl"] = "shared_memory"
+    """What will carry published weights to it."""
     launcher: str = ""
     """A module that runs the engine's worker and gets its name as the first argument; empty: the worker is run itself."""
+
+
+class PathFactor(Struct, frozen=True):
+    """One way through an engine that its own options switch on: prefill in portions, a starved cache."""
+
+    cause: str
+    """Of ``parity/causes.py``: what is named where it moves a number."""
+    options: Callable[[Ready, int], dict[str, Any]]
+    """Of the engine as it resolved, and of the tokens that the longest prompt has room for: what switches it on."""
+    tokens: int = 16
+    """Sampled of each prompt."""
+    counter: str = ""
+    """The engine's own count of what is switched on; while it is 0, nothing was measured. Empty: it is on when it resolved so."""
+
+
+class EngineFacts(Struct, frozen=True):
+    """What an adapter declares of its engine and version, for code that is the same for all of them."""
+
+    fixes: dict[str, str] = {}
+    """Cause → the recipe line or flag that mends it."""
+    defaults: dict[str, Any] = {}
+    """Options that it is started with where the recipe names none."""
+    factors: tuple[PathFactor, ...] = ()
+    """What full depth switches on, one at a time."""
+    parameter_dtype: str = "worker.parameter_dtype"
+    """Key of the resolved configuration under which it tells what its parameters are in (``torch.bfloat16``)."""
+    head_dtype: str = "worker.head_dtype"
+    """The same of its last matrix product."""
+    cache_dtype: str = ""
+    """The same of keys and values (``bfloat16``, ``fp8_e5m2``, ``auto``: as its parameters); empty where it never tells."""
+    device: str = ""
+    """Key of what it computes on (``cpu``, ``cuda``); empty where it never tells, and then it is taken for a CPU's."""
 
 
 class Engine(ABC):
     """A running engine. Token ids in, token ids and log-probabilities out; text never crosses this line."""
 
+    facts: EngineFacts = EngineFacts()
+    """What is known of it before it runs."""
     ready: Ready
     """Who it is and what it resolved to, read back from the running engine; there once :meth:`wait_ready` has returned."""
     asked: dict[str, Any]
@@ -125,6 +161,6 @@ class Engine(ABC):
                 hint="lockstep engines describe shows what each engine can do",
             )
 
-    @abstractmethod
     def fix(self, cause: str) -> str:
         """The recipe line or flag of this engine and version that mends ``cause``; empty where it knows none."""
+        return self.facts.fixes.get(cause, "")

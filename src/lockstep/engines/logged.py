@@ -15,7 +15,7 @@ REASON = "needs a live engine: lockstep check RECIPE"
 
 
 class LoggedEngine(Engine):
-    """What drew the completions of a log.
+    """What drew the completions of a log. Which engine that was is not said, so that nothing is declared of it.
 
     Args:
         dtype: what its body computed in, as the user says (``float32``).
@@ -55,7 +55,3 @@ class LoggedEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
-
-    def fix(self, cause: str) -> str:
-        """See :meth:`Engine.fix`. A log does not say which engine wrote it, so the cause's general mend is what there is."""
-        return ""

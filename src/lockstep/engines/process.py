@@ -6,7 +6,8 @@
       lifeline (write end) ───────end of file─────────────────┘  trainer gone: the group ends itself
 
 End of file on the socket means that the worker is gone, whatever ended it: every waiting request raises
-:class:`EngineDied` with the end of the engine's log, and the whole process group is ended so that nothing is left behind.
+:class:`EngineDied` with the end of the engine's log, and the whole process group is ended so that nothing is left behind:
+what the engine's processes write as temporary files lies in the private directory too, which goes with them.
 The constructor returns while the engine starts; :meth:`WorkerProcess.close` ends it then as it does later, at once.
 """
 
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -25,20 +27,40 @@ import lockstep
 from lockstep.engines.channel import Channel
 from lockstep.engines.replies import describe
 from lockstep.engines.worker.group import end_group
-from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS, METADATA
 from lockstep.errors import EngineDied, EngineError, UsageError
 from lockstep.records.messages import Failure, Ready, Reply, Request
 
 R = TypeVar("R", bound=Reply)
 LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 LOG_READ_BYTES = 1 << 24
-CORE_ERROR = re.compile(r"^\(EngineCore[^)]*\) ERROR .*?\] (\w+(?:Error|Exception): .+)$", re.MULTILINE)
-"""How vLLM's core logs what ended it; the error that reaches the worker only says "see root cause above"."""
-SHORT_PATH = 60
-"""A Unix socket's path has at most 107 bytes; vLLM's own sockets are named by 37 more in the same directory."""
+PREFIX, TEMPORARY = "lockstep-", "tmp"
+SHORT_PATH = 107 - len(f"/{PREFIX}12345678/{TEMPORARY}/") - 36
+"""A Unix socket's path has at most 107 bytes, and an engine names its own by UUIDs, in its temporary directory."""
 SHORT_ROOTS = ("/tmp", "/var/tmp", "/dev/shm")
 SHARED, SCARCE_BYTES = Path("/dev/shm"), 64 << 20
 REAP_S = 10.0
+METADATA = "Metadata-Version: 2.1\nName: lockstep-engine\nVersion: 0\n"
+
+
+@dataclass(frozen=True)
+class WorkerProgram:
+    """What a worker runs, as its adapter declares it."""
+
+    module: str
+    """Run with ``-m``."""
+    launcher: str = ""
+    """A module that is run instead and runs that one, whose name is its first argument."""
+    entry_points: str = ""
+    """``entry_points.txt`` of what the engine's processes load of ours when they start."""
+    temporary: tuple[str, ...] = ()
+    """Variables, besides ``TMPDIR``, by which the engine is told where temporary files and sockets go."""
+    root_cause: re.Pattern[str] | None = None
+    """How the engine logs what ended it, as group 1, where the error that reaches the worker only points at the log."""
+
+    @property
+    def command(self) -> list[str]:
+        """The interpreter's arguments."""
+        return ["-u", "-m", *([self.launcher] if self.launcher else []), self.module]
 
 
 class WorkerProcess:
@@ -46,24 +68,21 @@ class WorkerProcess:
 
     Args:
         python: the interpreter of the engine's environment.
-        module: the worker's module, run with ``-m``.
+        program: what it runs.
         config: the worker's configuration, JSON.
         env: the environment variables to run with.
         log_path: takes the worker's stdout and stderr.
-        launcher: a module that is run instead and runs the worker's, whose name is its first argument.
 
     Raises:
         EngineError: when the process cannot be started at all.
     """
 
-    def __init__(
-        self, python: Path, module: str, config: bytes, env: dict[str, str], log_path: Path, *, launcher: str = ""
-    ) -> None:
-        self.log_path = log_path
+    def __init__(self, python: Path, program: WorkerProgram, config: bytes, env: dict[str, str], log_path: Path) -> None:
+        self.program, self.log_path = program, log_path
         self.directory = private_directory()
         self._lifeline = -1
         try:
-            peer = self._start(python, [launcher, module] if launcher else [module], config, env)
+            peer = self._start(python, config, env)
         except BaseException as error:
             shutil.rmtree(self.directory, ignore_errors=True)
             if isinstance(error, OSError):
@@ -76,13 +95,14 @@ class WorkerProcess:
             raise
         self._channel = Channel(peer, self._end_group, self._death)
 
-    def _start(self, python: Path, modules: list[str], config: bytes, env: dict[str, str]) -> socket.socket:
+    def _start(self, python: Path, config: bytes, env: dict[str, str]) -> socket.socket:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(str(self.directory / "engine.sock"))
             listener.listen(4)
             self._write_files(config)
-            env = env | {"PYTHONPATH": str(self.directory / "path"), "VLLM_RPC_BASE_PATH": str(self.directory)}
+            temporary = dict.fromkeys(("TMPDIR", *self.program.temporary), str(self.directory / TEMPORARY))
+            env = env | temporary | {"PYTHONPATH": str(self.directory / "path")}
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(_private_log(self.log_path))
             self._log_from = log.tell()
@@ -93,7 +113,7 @@ class WorkerProcess:
             with held:
                 peer = held.enter_context(socket.socket(socket.AF_UNIX))
                 self.popen = subprocess.Popen(
-                    [python, "-u", "-m", *modules, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
+                    [python, *self.program.command, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
                     env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -109,11 +129,12 @@ class WorkerProcess:
 
     def _write_files(self, config: bytes) -> None:
         (self.directory / "config.json").write_bytes(config)
+        (self.directory / TEMPORARY).mkdir(0o700)
         # Only this package is lent to the foreign environment, never the trainer's site-packages.
         plugin = self.directory / "path" / "lockstep_engine-0.dist-info"
         plugin.mkdir(parents=True)
         (plugin / "METADATA").write_text(METADATA)
-        (plugin / "entry_points.txt").write_text(ENTRY_POINTS)
+        (plugin / "entry_points.txt").write_text(self.program.entry_points)
         (self.directory / "path" / "lockstep").symlink_to(Path(lockstep.__file__).parent)
 
     def wait_ready(self, timeout_s: float) -> Ready:
@@ -179,9 +200,11 @@ class WorkerProcess:
         )
 
     def _root_cause(self) -> str:
-        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
-            log.seek(max(self._log_from, log.seek(0, os.SEEK_END) - LOG_READ_BYTES))
-            return next(reversed(CORE_ERROR.findall(log.read().decode(errors="replace"))), "")
+        pattern = self.program.root_cause
+        if pattern is not None:
+            with contextlib.suppress(OSError), self.log_path.open("rb") as log:
+                log.seek(max(self._log_from, log.seek(0, os.SEEK_END) - LOG_READ_BYTES))
+                return next(reversed(pattern.findall(log.read().decode(errors="replace"))), "")
         return ""
 
     def _tail_text(self) -> str:
@@ -219,7 +242,7 @@ def private_directory() -> Path:
             refused.append(f"{root}: {len(os.fsencode(root))} bytes")
             continue
         try:
-            return Path(tempfile.mkdtemp(prefix="lockstep-", dir=root))
+            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
         except OSError as error:
             refused.append(f"{root}: {error.strerror}")
     raise EngineError(

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
@@ -20,6 +21,15 @@ ADAPTERS = {
     ("vllm", "V1"): "lockstep.engines.vllm.v1:VllmV1",
 }
 """Of engines with an environment of their own, by name and generation."""
+
+PREFERRED = "vllm"
+"""What ``auto`` takes where an environment of it is installed."""
+
+KEYED = {"openai": "lockstep.engines.openai_http.options:options_of"}
+"""Engines that are sent a key: what refuses options that cannot be, given them and the variable that holds it."""
+
+REFUSALS = {PREFERRED: "lockstep.engines.vllm.served:refuse_options"}
+"""What refuses options of other engines, given them."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +51,29 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
         NotInstalledError: when the engine asked for is not installed; the hint is the install line.
         UsageError: for options of a server that cannot be, or an option that would run a checkpoint's own code.
     """
-    if config.name == "openai":
-        from lockstep.engines.openai_http.options import options_of
-
-        options_of(config.options, api_key_env)
+    if config.name in KEYED:
+        _named(KEYED[config.name])(config.options, api_key_env)
     elif api_key_env:
         expected, hint = "an engine over HTTP: no other is sent a key", "leave --api-key-env out"
         raise UsageError("flag --api-key-env", got=f"it with engine.name = {config.name!r}", expected=expected, hint=hint)
     if config.name in EMBEDDED:
         return Choice(config.name, None, "asked for")
-    from lockstep.engines.vllm.served import refuse_options
-
-    refuse_options(config.options)
-    if config.name == "vllm":
-        return Choice("vllm", find("vllm", config.version or None), "asked for")
-    vllms = [environment for environment in installed() if environment.name == "vllm"]
-    if vllms:
-        return Choice("vllm", vllms[-1], "auto: the newest installed vLLM")
+    name = PREFERRED if config.name == "auto" else config.name
+    if name in REFUSALS:
+        _named(REFUSALS[name])(config.options)
+    if name == config.name:
+        return Choice(name, find(name, config.version or None), "asked for")
+    environments = [environment for environment in installed() if environment.name == name]
+    if environments:
+        return Choice(name, environments[-1], "auto: the newest installed vLLM")
     return Choice("transformers", None, "auto: no vLLM environment is installed")
 
 
 def launch(choice: Choice, spec: EngineSpec) -> Engine:
     """Begin to start the chosen engine. It can be closed at any time, and used once its ``wait_ready`` has returned."""
     if choice.environment is None:
-        return _made_by(EMBEDDED[choice.name])(spec)
-    return _made_by(ADAPTERS[choice.environment.name, choice.environment.generation])(spec, choice.environment)
+        return _named(EMBEDDED[choice.name])(spec)
+    return _named(ADAPTERS[choice.environment.name, choice.environment.generation])(spec, choice.environment)
 
 
 def start(choice: Choice, spec: EngineSpec) -> Engine:
@@ -79,6 +87,6 @@ def start(choice: Choice, spec: EngineSpec) -> Engine:
     return engine
 
 
-def _made_by(name: str) -> Callable[..., Engine]:
+def _named(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

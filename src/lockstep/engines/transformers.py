@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec
 from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
@@ -37,7 +37,13 @@ from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_id
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULTS = {"attn_implementation": "sdpa", "max_batch_size": 128}
+FACTS = EngineFacts(
+    fixes={
+        "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
+        "body_precision": "engine.dtype = model.dtype",
+    },
+    defaults={"attn_implementation": "sdpa", "max_batch_size": 128},
+)
 
 _SYNCHRONOUS = "requests are not held: generate is one call"
 CAN = {
@@ -62,12 +68,14 @@ CAN = {
 class TransformersEngine(Engine):
     """``model.generate`` in the trainer's process."""
 
+    facts = FACTS
+
     def __init__(self, spec: EngineSpec) -> None:
         began = time.perf_counter()
-        options = DEFAULTS | spec.options
-        unknown = sorted(options.keys() - DEFAULTS.keys())
+        options, known = FACTS.defaults | spec.options, ", ".join(FACTS.defaults)
+        unknown = sorted(options.keys() - FACTS.defaults.keys())
         if unknown:
-            raise UsageError("engine.options", got=unknown[0], expected=f"one of {', '.join(DEFAULTS)}", hint="edit the recipe")
+            raise UsageError("engine.options", got=unknown[0], expected=f"one of {known}", hint="edit the recipe")
         self.asked = options | {"dtype": spec.dtype, "head_dtype": spec.head_dtype}
         self.model = AutoModelForCausalLM.from_pretrained(
             spec.model_path,
@@ -199,13 +207,6 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`. There is no process to end."""
-
-    def fix(self, cause: str) -> str:
-        """See :meth:`Engine.fix`."""
-        return {
-            "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
-            "body_precision": "engine.dtype = model.dtype",
-        }.get(cause, "")
 
 
 class _TakeLogprobs(LogitsProcessor):

@@ -109,4 +109,5 @@ class Unsaid(Proxy):
 
     def __init__(self, pair: "Pair") -> None:
         super().__init__(pair)
-        self.ready = replace(self.ready, resolved=self.ready.resolved | {"worker.parameter_dtype": "", "worker.head_dtype": ""})
+        unsaid = dict.fromkeys((self.facts.parameter_dtype, self.facts.head_dtype), "")
+        self.ready = replace(self.ready, resolved=self.ready.resolved | unsaid)

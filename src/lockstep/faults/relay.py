@@ -18,7 +18,7 @@ class Relay(Engine):
 
     def __init__(self, inner: Engine, *alterations: str) -> None:
         self.inner = inner
-        self.ready, self.asked = inner.ready, inner.asked
+        self.facts, self.ready, self.asked = inner.facts, inner.ready, inner.asked
         self.altered_by = (*inner.altered_by, *alterations)
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
@@ -43,7 +43,3 @@ class Relay(Engine):
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self.inner.close()
-
-    def fix(self, cause: str) -> str:
-        """See :meth:`Engine.fix`."""
-        return self.inner.fix(cause)

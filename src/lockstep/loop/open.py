@@ -156,8 +156,8 @@ def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_
         dtype=recipe.engine.dtype or recipe.model.dtype,
         head_dtype=recipe.engine.head_dtype or recipe.model.head_dtype,
         max_model_len=recipe.engine.max_model_len,
-        options=recipe.engine.options
-        | ({"weight_transfer_config": {"backend": "nccl"}} if recipe.engine.weights == "nccl" else {}),
+        options=recipe.engine.options,
+        weights=recipe.engine.weights,
         weights_dir=directory,
         log_path=log.resolve(),
         api_key_env=api_key_env,

@@ -45,15 +45,24 @@ class Pair:
         """A check begins, with the recipe's whole time for its search."""
         self.search = Search(self.recipe.parity.search_s, lambda text: self.say(text))
 
+    def resolved(self, key: str) -> str:
+        """What the engine resolved to under a key that its adapter declares; empty where it does not tell."""
+        return str(self.engine.ready.resolved.get(key, ""))
+
+    @property
+    def resolved_dtype(self) -> str:
+        """What the engine's parameters really are (``torch.bfloat16``); empty where it does not tell."""
+        return self.resolved(self.engine.facts.parameter_dtype)
+
     @property
     def engine_dtype(self) -> str:
-        """What the engine's parameters really are (``torch.bfloat16``), or are presumed to be; empty where nobody knows."""
-        return str(self.engine.ready.resolved.get("worker.parameter_dtype", "")) or self.presumed_dtype
+        """What the engine's parameters really are, or are presumed to be; empty where nobody knows."""
+        return self.resolved_dtype or self.presumed_dtype
 
     @property
     def engine_head_dtype(self) -> str:
         """What the engine's last matrix product is computed in; empty where it does not tell."""
-        return str(self.engine.ready.resolved.get("worker.head_dtype", ""))
+        return self.resolved(self.engine.facts.head_dtype)
 
     @property
     def noise(self) -> Tolerance:
@@ -67,7 +76,7 @@ class Pair:
 
         Where nothing is, the trainer's: what the engine should be held to.
         """
-        cache = str(self.engine.ready.resolved.get("cache_config.cache_dtype", "auto"))
+        cache = self.resolved(self.engine.facts.cache_dtype)
         kept = "fp8" if cache.startswith("fp8") else f"torch.{cache}"
         body = self.engine_dtype or self.trainer.dtype
         dtypes = (body, self.engine_head_dtype or body, kept)
@@ -81,8 +90,7 @@ class Pair:
     @property
     def shares_cores(self) -> bool:
         """True where the engine computes on the cores that the trainer computes on."""
-        theirs = str(self.engine.ready.resolved.get("device_config.device_type", "cpu"))
-        return self.trainer.device.type == "cpu" and theirs == "cpu"
+        return self.trainer.device.type == "cpu" and self.resolved(self.engine.facts.device) in ("", "cpu")
 
     @property
     def seed(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec
 from lockstep.engines.openai_http.exchange import Exchange
 from lockstep.engines.openai_http.options import Options, key_of, options_of
 from lockstep.engines.openai_http.replies import (
@@ -56,8 +56,20 @@ SECTION = re.compile(r"(?!hf_)[a-z_]+_config")
 MAX_SETTINGS = 4000
 
 
+FACTS = EngineFacts(
+    fixes={
+        **dict.fromkeys(("raw_logprobs", "logits_reported"), "start the server with --logprobs-mode processed_logprobs"),
+        "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
+    },
+    cache_dtype="cache_config.cache_dtype",  # vLLM's, in its development mode, as is the next
+    device="device_config.device_type",
+)
+
+
 class OpenAIHttpEngine(Engine):
     """A server that someone else started."""
+
+    facts = FACTS
 
     def __init__(self, spec: EngineSpec, options: Options) -> None:
         began = time.perf_counter()
@@ -85,7 +97,7 @@ class OpenAIHttpEngine(Engine):
         told, how = self._told() if self._vllm else ({}, "only vLLM's server tells its configuration")
         resolved = told | {"base_url": self.options.base_url, "model": self.model, "max_model_len": self.max_model_len}
         if (dtype := told.get("model_config.dtype")) in DTYPES:  # else unknown: the recipe's word says nothing of the server
-            resolved["worker.parameter_dtype"] = dtype
+            resolved[FACTS.parameter_dtype] = dtype
         self.ready = Ready(
             engine="vllm over HTTP" if self._vllm else "HTTP",
             version=version,
@@ -258,13 +270,6 @@ class OpenAIHttpEngine(Engine):
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._exchange.close()
-
-    def fix(self, cause: str) -> str:
-        """See :meth:`Engine.fix`."""
-        return {
-            **dict.fromkeys(("raw_logprobs", "logits_reported"), "start the server with --logprobs-mode processed_logprobs"),
-            "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
-        }.get(cause, "")
 
     def _odd(self, got: str, expected: str) -> EngineError:
         hint = "is this server one that returns token ids? vLLM is, from 0.10 on"

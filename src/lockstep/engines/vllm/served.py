@@ -1,5 +1,6 @@
 """A vLLM of any version, in a process and an environment of its own: what the adapters of its generations share."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec, PathFactor
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.environments.recipes import recipe_for
-from lockstep.engines.process import WorkerProcess
+from lockstep.engines.process import WorkerProcess, WorkerProgram
 from lockstep.engines.vllm.older_form import older_form
+from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS
 from lockstep.errors import UsageError
 from lockstep.records.messages import Abort, Aborted, Count, Counted, Load, Loaded, Sample, Sampled, Score, Scored
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
@@ -52,13 +54,22 @@ FIXES = {
 }
 
 
+CORE_ERROR = re.compile(r"^\(EngineCore[^)]*\) ERROR .*?\] (\w+(?:Error|Exception): .+)$", re.MULTILINE)
+"""How the core logs what ended it; the error that reaches the worker only says "see root cause above"."""
+
+
+def facts_of(defaults: dict[str, Any], fixes: dict[str, str], factors: tuple[PathFactor, ...] = ()) -> EngineFacts:
+    """What is so of one generation, with what is so of all."""
+    keys = {"cache_dtype": "cache_config.cache_dtype", "device": "device_config.device_type"}
+    return EngineFacts(FIXES | fixes, RL_DEFAULTS | defaults, factors, **keys)
+
+
 class VllmEngine(Engine):
     """The trainer's end of a vLLM worker. A generation says which worker it is and what it needs by default."""
 
     worker: ClassVar[str]
-    defaults: ClassVar[dict[str, Any]]
     cpu_defaults: ClassVar[dict[str, Any]]
-    fixes: ClassVar[dict[str, str]]
+    """Options on a CPU where the recipe names none."""
 
     def __init__(self, spec: EngineSpec, environment: Environment) -> None:
         refuse_options(spec.options)
@@ -67,17 +78,18 @@ class VllmEngine(Engine):
         if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
             self._scratch = Path(tempfile.mkdtemp(prefix="lockstep-model-"))
             model_path = older_form(spec.model_path, self._scratch)
-        args: dict[str, Any] = self.defaults | (self.cpu_defaults if environment.flavour == "cpu" else {})
+        args: dict[str, Any] = self.facts.defaults | (self.cpu_defaults if environment.flavour == "cpu" else {})
         args |= {"model": str(model_path), "dtype": spec.dtype, "max_model_len": spec.max_model_len}
         if environment.flavour == "cpu":
             args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)
-        args = {name: value for name, value in (args | spec.options).items() if value is not None}  # None: vLLM's own default
+        args |= spec.options | ({"weight_transfer_config": {"backend": "nccl"}} if spec.weights == "nccl" else {})
+        args = {name: value for name, value in args.items() if value is not None}  # None: vLLM's own default
         self.asked = args | {"head_dtype": spec.head_dtype}
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
         env = environment.launch_env() | LOCAL
         try:
-            encoded = msgspec.json.encode(config)
-            self._process = WorkerProcess(environment.python, self.worker, encoded, env, spec.log_path, launcher=spec.launcher)
+            program = WorkerProgram(self.worker, spec.launcher, ENTRY_POINTS, ("VLLM_RPC_BASE_PATH",), CORE_ERROR)
+            self._process = WorkerProcess(environment.python, program, msgspec.json.encode(config), env, spec.log_path)
         except BaseException:
             self._forget_scratch()
             raise
@@ -112,10 +124,6 @@ class VllmEngine(Engine):
         """See :meth:`Engine.close`."""
         self._process.close()
         self._forget_scratch()
-
-    def fix(self, cause: str) -> str:
-        """See :meth:`Engine.fix`."""
-        return (FIXES | self.fixes).get(cause, "")
 
     def _forget_scratch(self) -> None:
         if self._scratch is not None:

@@ -2,14 +2,14 @@
 
 from typing import Any, ClassVar
 
-from lockstep.engines.vllm.served import RL_DEFAULTS, VllmEngine
+from lockstep.engines.vllm.served import VllmEngine, facts_of
 
 
 class VllmV0(VllmEngine):
     """vLLM V0."""
 
     worker = "lockstep.engines.worker.vllm_v0"
-    defaults: ClassVar[dict[str, Any]] = RL_DEFAULTS | {"enable_prefix_caching": False}
+    facts = facts_of({"enable_prefix_caching": False}, {"raw_logprobs": "none: this engine has no raw mode"})
     # This version's attention on a CPU has blocks of 16 tokens and is eager whatever is asked.
     cpu_defaults: ClassVar[dict[str, Any]] = {
         "enforce_eager": True,
@@ -17,4 +17,3 @@ class VllmV0(VllmEngine):
         "max_num_seqs": 128,
         "enable_chunked_prefill": False,
     }
-    fixes: ClassVar[dict[str, str]] = {"raw_logprobs": "none: this engine has no raw mode"}

@@ -1,8 +1,8 @@
 """End a process group and leave nothing behind, in memory or on the process table.
 
-vLLM's processes share memory through named segments; killed outright they would leave hundreds of megabytes in ``/dev/shm``.
-Python's resource tracker, a process of the same group, unlinks them once all who used them are gone. So it is spared, and ends
-by itself.
+An engine's processes may share memory through named segments; killed outright they would leave hundreds of megabytes in
+``/dev/shm``. Python's resource tracker, a process of the same group, unlinks them once all who used them are gone. So it is
+spared, and ends by itself.
 """
 
 import contextlib

@@ -83,6 +83,10 @@ class ServedEngine(Protocol):
         """What the engine counted since its start; empty where its statistics are off."""
         ...
 
+    def ended_by(self, error: Exception) -> bool:
+        """True when ``error``, raised by a request, says that the engine is gone."""
+        ...
+
 
 class BadRequestError(Exception):
     """A request or an option that is the user's to mend. ``args``: message, expected, hint."""
@@ -144,7 +148,7 @@ def end_with_trainer(scratch: Sequence[str]) -> None:
 
 
 def end_with_child(child: BaseProcess) -> None:
-    """A process of the engine is gone: end too. What was asked of vLLM's core by RPC is then never answered (0.18.1, 0.32.0)."""
+    """A process of the engine is gone: end too, for what was asked of it may never be answered."""
     loop = asyncio.get_running_loop()
     loop.remove_reader(child.sentinel)
     print(f"lockstep: {child.name} (pid {child.pid}) is gone, exit code {child.exitcode}", file=sys.stderr, flush=True)
@@ -203,7 +207,7 @@ class _Server:
             reply: Reply = await self._reply(request)
         except Exception as error:
             traceback.print_exc()
-            reply = failure_of(request.id, error, fatal=type(error).__name__ == "EngineDeadError")
+            reply = failure_of(request.id, error, fatal=self.engine.ended_by(error))
         # The trainer may be gone meanwhile; then the lifeline says so.
         with contextlib.suppress(ConnectionError):
             _send(writer, _fitting(request, reply))

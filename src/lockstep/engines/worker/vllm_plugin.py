@@ -24,7 +24,6 @@ its time-out of 5 s. Within this time the reader looks for itself."""
 HEAD_DTYPE = "LOCKSTEP_HEAD_DTYPE"
 
 ENTRY_POINTS = "[vllm.general_plugins]\nlockstep = lockstep.engines.worker.vllm_plugin:register\n"
-METADATA = "Metadata-Version: 2.1\nName: lockstep-engine\nVersion: 0\n"
 
 
 def register() -> None:

@@ -4,13 +4,13 @@
                                    same, asynchronous scheduling  ─► …
                                    same, a starved KV cache       ─► …
 
-The trainer has no part in it, so only engines are started. What an engine cannot be started with is NOT_RUN, and said.
+Which factors there are, and by which options, the engine's adapter declares. The trainer has no part in it, so only engines are
+started. What an engine cannot be started with is NOT_RUN, and said.
 """
 
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
-from lockstep.engines.base import Engine
+from lockstep.engines.base import Engine, PathFactor
 from lockstep.errors import EngineDied, LockstepError
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.causes import finding
@@ -26,45 +26,11 @@ from lockstep.parity.evidence import within
 from lockstep.parity.explain.path.corruption import corrupted
 from lockstep.parity.pair import Pair
 from lockstep.parity.probes import LONGEST, ROOM, probe_prompts
-from lockstep.records.messages import Ready
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Finding, Verdict
 
 PROMPTS = 16
-BLOCK = 32
-"""Tokens of a small cache block, after which a decoding request asks for another; the CPU's attention wants multiples of 32."""
-SPARE_BLOCKS = 4
-"""Beyond what one request of that length needs: fewer and the engine refuses to start."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One way through the engine, by the engine's own options."""
-
-    cause: str
-    options: Callable[[Ready], dict[str, Any]]
-    """Of the recipe's engine as it resolved."""
-    tokens: int = 16
-    """Sampled of each probe."""
-    counter: str = ""
-    """The engine's own count of what is switched on; while it is 0, nothing was measured."""
-
-
-def _starved(ready: Ready) -> dict[str, Any]:
-    """A cache of small blocks that holds little more than the longest probe: decoding requests run out of it."""
-    longest = min(int(ready.resolved["model_config.max_model_len"]), LONGEST + BLOCK + ROOM)
-    blocks = -(-longest // BLOCK) + SPARE_BLOCKS
-    return {"num_gpu_blocks_override": blocks, "block_size": BLOCK, "max_model_len": longest, "disable_log_stats": False}
-
-
-FACTORS = (
-    # 64 tokens a step: the longer probes are prefilled in two or three portions beside the decodes of the others.
-    Factor("chunked_prefill", lambda _: {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 16}),
-    Factor("async_scheduling", lambda _: {"async_scheduling": True}),
-    Factor("preemption", _starved, tokens=BLOCK, counter="num_preemptions"),
-)
-GENERATIONS = ("V1",)
 
 
 Opener = Callable[[Recipe, Path, Callable[[str], None]], AbstractContextManager[Engine]]
@@ -76,10 +42,11 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
 
     A failing factor fails the layer.
     """
-    ready, findings, figures, skipped = pair.engine.ready, list(path.findings), dict(path.figures), []
-    for factor in FACTORS if ready.generation in GENERATIONS else ():
+    ready, factors = pair.engine.ready, pair.engine.facts.factors
+    findings, figures, skipped = list(path.findings), dict(path.figures), []
+    for factor in factors:
         pair.say(f"ladder: path: {factor.cause.replace('_', ' ')}")
-        options = factor.options(ready)
+        options = factor.options(ready, LONGEST + ROOM)
         try:
             sample, rescored, counted = _measure(pair, factor, options, open_engine)
         except _NotStartedError as error:
@@ -94,10 +61,10 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
         figures |= {f"{factor.cause}_abs_{name}_nats": value for name, value in quantiles_abs(gap).items()}
         found = _judge(pair, factor, options, sample, rescored)
         findings += [found] if found is not None else []
-    if ready.generation not in GENERATIONS:
+    if not factors:
         skipped.append(f"no factor can be switched in {ready.engine} {ready.version}")
     figures["factors_not_run"] = skipped
-    told = [factor.cause.replace("_", " ") for factor in FACTORS if f"{factor.cause}_abs_max_nats" in figures]
+    told = [factor.cause.replace("_", " ") for factor in factors if f"{factor.cause}_abs_max_nats" in figures]
     summary = f"{path.summary}; {', '.join(told) or 'no factor'} too{'; not run: ' + '; '.join(skipped) if skipped else ''}"
     if findings:
         summary = f"the engine disagrees with itself: {findings[0].cause.replace('_', ' ')}"
@@ -115,10 +82,10 @@ class _NotStartedError(Exception):
     """The engine does not start with the factor, or ignores it."""
 
 
-def _measure(pair: Pair, factor: Factor, options: dict[str, Any], open_engine: Opener) -> tuple[Samples, np.ndarray, float]:
+def _measure(pair: Pair, factor: PathFactor, options: dict[str, Any], open_engine: Opener) -> tuple[Samples, np.ndarray, float]:
     """A sample, its own re-score, and the factor's count, on an engine with the factor on.
 
-    No seeds: vLLM 0.32 cannot chunk a seeded prompt.
+    No seeds: an engine may not be able to prefill a seeded prompt in portions.
     """
     recipe = replace(pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | options))
     prompts = probe_prompts(pair, PROMPTS, pair.seed)
@@ -140,7 +107,7 @@ def _measure(pair: Pair, factor: Factor, options: dict[str, Any], open_engine: O
         return sample, sample.rescored(engine), counted
 
 
-def _judge(pair: Pair, factor: Factor, options: dict[str, Any], sample: Samples, rescored: np.ndarray) -> Finding | None:
+def _judge(pair: Pair, factor: PathFactor, options: dict[str, Any], sample: Samples, rescored: np.ndarray) -> Finding | None:
     gap = sample.engine_logprobs - rescored
     found = corrupted(pair, sample, rescored)
     if found is None and within(pair.engine_noise, gap):

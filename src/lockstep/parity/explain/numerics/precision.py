@@ -87,7 +87,7 @@ def reference(trainer: Trainer, sample: Samples) -> np.ndarray:
 
 def presumed_dtype(pair: Pair, evidence: Evidence) -> str:
     """What an engine computes in that does not say; empty where it does, or where nothing that was tried has the gap's size."""
-    if pair.engine.ready.resolved.get("worker.parameter_dtype"):
+    if pair.resolved_dtype:
         return ""
     gap = evidence.rescored - evidence.trainer
     if within(pair.trainer_noise, gap):
