@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
-from lockstep.errors import CapabilityError
+from lockstep.engines.replies import check_completions
+from lockstep.errors import CapabilityError, EngineError, ProtocolError
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import LogprobSemantics
@@ -33,6 +35,20 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     """What will carry published weights to it."""
     launcher: str = ""
     """A module that runs the engine's worker and gets its name as the first argument; empty: the worker is run itself."""
+
+
+class _ModelConfig(Struct, frozen=True):
+    vocab_size: int = 0
+    text_config: "_ModelConfig | None" = None
+
+
+def vocabulary_of(model_path: Path) -> int | None:
+    """How many token ids a checkpoint's model has; None where its ``config.json`` does not say."""
+    try:
+        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=_ModelConfig)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return max(config.vocab_size, config.text_config.vocab_size if config.text_config else 0) or None
 
 
 class PathFactor(Struct, frozen=True):
@@ -76,6 +92,8 @@ class Engine(ABC):
     """Who it is and what it resolved to, read back from the running engine; there once :meth:`wait_ready` has returned."""
     asked: dict[str, Any]
     """What it was asked for, by the names of its own arguments."""
+    vocabulary: int | None = None
+    """How many token ids its model has; None where that is not known."""
     altered_by: tuple[str, ...] = ()
     """What breaks it on purpose, by name. With any, manifest and certificate say so, and nothing is certified."""
 
@@ -87,7 +105,6 @@ class Engine(ABC):
         """
         return  # one in this process is ready once it is made
 
-    @abstractmethod
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """Draw completions.
 
@@ -96,8 +113,24 @@ class Engine(ABC):
             params: one for each prompt.
 
         Returns:
-            ``sum(p.n for p in params)`` completions in prompt order, then sample order.
+            ``sum(p.n for p in params)`` completions in prompt order, then sample order. One that was aborted at once, or by a
+            stop token that the engine left out, is empty.
+
+        Raises:
+            EngineError: when what the engine gave is not that, or holds ids that its model has not.
         """
+        completions = self._sample(prompts, params)
+        try:
+            check_completions("sample", params, completions, self.vocabulary)
+        except ProtocolError as broken:
+            where = f"engine {self.ready.engine} {self.ready.version}, sample"
+            hint = "this is a bug of the adapter or of the engine"
+            raise EngineError(where, got=broken.got, expected=broken.expected, hint=hint) from broken
+        return completions
+
+    @abstractmethod
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """What :meth:`sample` does; it checks what this returns."""
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float = 1.0) -> list[np.ndarray]:
         """The engine's own log-probabilities of given tokens (score B), with no cache in the way.

@@ -37,8 +37,7 @@ class LoggedEngine(Engine):
             start_s=0.0,
         )
 
-    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        """See :meth:`Engine.sample`."""
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         raise CapabilityError("a log, sample", got=REASON, expected="completions", hint="lockstep check RECIPE")
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:

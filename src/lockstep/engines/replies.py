@@ -90,8 +90,13 @@ def check_reply(request: Request | None, reply: Reply) -> None:
             raise _broken(request, f"{reply.n_requests} requests ended", "none or more")
 
 
-def check_completions(where: str, params: Sequence[SamplingParams], completions: Sequence[Completion]) -> None:
+def check_completions(
+    where: str, params: Sequence[SamplingParams], completions: Sequence[Completion], vocabulary: int | None = None
+) -> None:
     """Every completion asked for, in order; whole tokens, one number each; spans that tile; missing numbers counted.
+
+    Args:
+        vocabulary: how many ids there are; None where that is not known.
 
     Raises:
         ProtocolError: names the first that is not so.
@@ -114,6 +119,8 @@ def check_completions(where: str, params: Sequence[SamplingParams], completions:
     ids = np.frombuffer(b"".join(c.token_ids for c in completions), INT32)
     if ids.size and ids.min() < 0:
         raise _wrong(where, f"token id {ids.min()}", "none below 0")
+    if ids.size and vocabulary is not None and ids.max() >= vocabulary:
+        raise _wrong(where, f"token id {ids.max()}", f"ids below {vocabulary}, the size of the model's vocabulary")
     _check_numbers(where, [c.logprobs for c in completions], [c.missing for c in completions])
 
 

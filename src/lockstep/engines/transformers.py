@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lockstep.engines.base import Engine, EngineFacts, EngineSpec
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec, vocabulary_of
 from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
@@ -87,7 +87,7 @@ class TransformersEngine(Engine):
             _raise_head(self.model, DTYPES[spec.head_dtype])
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would edit every request silently
         self.max_batch_size, self.max_model_len = int(options["max_batch_size"]), spec.max_model_len
-        self.weights_dir, self.version = spec.weights_dir, 0
+        self.weights_dir, self.version, self.vocabulary = spec.weights_dir, 0, vocabulary_of(spec.model_path)
         self._busy, self._aborting = threading.Lock(), threading.Event()
         resolved = {
             "worker.parameter_dtype": str(self.model.dtype),
@@ -109,13 +109,13 @@ class TransformersEngine(Engine):
         )
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        """See :meth:`Engine.sample`. One prompt at a time, its samples as one batch: nothing is padded."""
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        """One prompt at a time, its samples as one batch: nothing is padded."""
         with self._busy:
             self._aborting.clear()
-            return self._sample(prompts, params)
+            return self._in_turn(prompts, params)
 
-    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+    def _in_turn(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         found: list[list[Completion]] = [[] for _ in prompts]
         for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             if not len(prompt):

@@ -19,11 +19,15 @@ class Relay(Engine):
     def __init__(self, inner: Engine, *alterations: str) -> None:
         self.inner = inner
         self.facts, self.ready, self.asked = inner.facts, inner.ready, inner.asked
+        self.vocabulary = inner.vocabulary
         self.altered_by = (*inner.altered_by, *alterations)
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        """See :meth:`Engine.sample`."""
+        """See :meth:`Engine.sample`. What a subclass makes of the completions is not checked: the ladder is to find it."""
         return self.inner.sample(prompts, params)
+
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        raise AssertionError("unreachable: sample is the inner engine's")
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return self.inner.score(sequences, temperature)

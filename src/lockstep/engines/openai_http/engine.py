@@ -12,15 +12,12 @@ import re
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
-from msgspec import Struct
 from msgspec.structs import replace
 
-from lockstep.engines.base import Engine, EngineFacts, EngineSpec
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec, vocabulary_of
 from lockstep.engines.openai_http.exchange import Exchange
 from lockstep.engines.openai_http.options import Options, key_of, options_of
 from lockstep.engines.openai_http.replies import (
@@ -76,7 +73,7 @@ class OpenAIHttpEngine(Engine):
         self.options = options
         self.asked: dict[str, Any] = {}
         self._exchange = Exchange(options, key_of(options))
-        self._vocabulary = _vocabulary(spec.model_path)
+        self.vocabulary = vocabulary_of(spec.model_path)  # of the recipe's model
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http-engine", daemon=True)
         self._thread.start()
@@ -140,8 +137,7 @@ class OpenAIHttpEngine(Engine):
         gap = np.abs(np.frombuffer(found.logprobs, FLOAT32) - scored[-len(ids) :])
         return "model" if float(np.median(gap)) < RAW_WITHIN_NATS else "sampler"
 
-    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        """See :meth:`Engine.sample`."""
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         for number, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
             needed = len(prompt) + asked.max_tokens
             if not len(prompt) or needed > self.max_model_len:
@@ -209,8 +205,6 @@ class OpenAIHttpEngine(Engine):
             raise self._odd("a completion without token ids", "return_token_ids: text tokenised again is not what was sampled")
         if len(ids) > most:
             raise self._odd(f"{len(ids)} tokens in choice {choice.index}", f"at most {most}, as asked for")
-        if ids and max(ids) >= self._vocabulary:
-            raise self._odd(f"token id {max(ids)}", f"ids below {self._vocabulary}, the size of the recipe's model's vocabulary")
         values = (choice.logprobs.token_logprobs if choice.logprobs else None) or [None] * len(ids)
         if len(values) != len(ids):
             raise self._odd(f"{len(values)} log-probabilities", f"one for each of {len(ids)} tokens")
@@ -222,7 +216,7 @@ class OpenAIHttpEngine(Engine):
             token_ids=pack_ids(ids),
             logprobs=pack_logprobs(logprobs),
             finish_reason="stop" if reason == "stop" else "length" if reason == "length" else "abort",
-            version_spans=(VersionSpan(0, len(ids), 0),),
+            version_spans=(VersionSpan(0, len(ids), 0),) if ids else (),
             missing=logprobs.count(None),
             prompt_tokens=prompt_tokens,
         )
@@ -292,20 +286,6 @@ async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 def _token_id(token: str) -> int | None:
     found = TOKEN_NAME.fullmatch(token)
     return int(found[1]) if found and int(found[1]) <= MAX_ID else None
-
-
-class _ModelConfig(Struct, frozen=True):
-    vocab_size: int | None = None
-    text_config: "_ModelConfig | None" = None
-
-
-def _vocabulary(model_path: Path) -> int:
-    """How many ids the recipe's model has; where it does not say, as many as there could be."""
-    try:
-        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=_ModelConfig)
-    except (OSError, msgspec.DecodeError):
-        return MAX_ID + 1
-    return (config.vocab_size or (config.text_config.vocab_size if config.text_config else None)) or MAX_ID + 1
 
 
 def _capabilities(vllm: bool, told: Capability) -> dict[str, Capability]:

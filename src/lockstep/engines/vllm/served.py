@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from lockstep.engines.base import Engine, EngineFacts, EngineSpec, PathFactor
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec, PathFactor, vocabulary_of
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.environments.recipes import recipe_for
 from lockstep.engines.process import WorkerProcess, WorkerProgram
@@ -73,6 +73,7 @@ class VllmEngine(Engine):
 
     def __init__(self, spec: EngineSpec, environment: Environment) -> None:
         refuse_options(spec.options)
+        self.vocabulary = vocabulary_of(spec.model_path)
         self._scratch: Path | None = None
         model_path = spec.model_path
         if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
@@ -98,8 +99,7 @@ class VllmEngine(Engine):
         """See :meth:`Engine.wait_ready`."""
         self.ready = self._process.wait_ready(START_TIMEOUT_S)
 
-    def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        """See :meth:`Engine.sample`."""
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         return self._process.request(Sampled, Sample, [_packed(prompt) for prompt in prompts], list(params)).completions
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
