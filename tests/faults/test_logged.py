@@ -4,10 +4,12 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+import torch
 from msgspec.structs import replace
 
 from lockstep.errors import UsageError
 from lockstep.faults import trainer as planted_trainer
+from lockstep.parity.explain.numerics.precision import in_dtype
 from lockstep.parity.explain.semantics.transforms import BASES
 from lockstep.records.samples import Group
 from lockstep.weights.publish import named_weights
@@ -103,6 +105,22 @@ def test_another_checkpoint_is_numerics_where_one_scale_explains_it(tmp_path, pa
         tensor.data.mul_(1.1)
         stack.callback(tensor.data.div_, 1.1)
         assert named(verdicts_of(tmp_path, pair, rows, T)) == ("numerics", "tensor_scaled")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_nobody_said_an_engine_computes_in_is_unknown_and_a_narrower_body_is_named(tmp_path, pair, log, dtype):
+    narrow, rows = in_dtype(pair.policy, getattr(torch, dtype), torch.float32), log()
+    for row in rows:
+        group = [np.asarray(row["completion_ids"], np.int32)]
+        (scores,) = narrow.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], SHARP.temperature)
+        row["logprobs"] = scores.tolist()
+    verdicts = verdicts_of(tmp_path, pair, rows, T)
+    assert named(verdicts) == ("numerics", "body_precision")
+    (found,) = verdicts[3].findings
+    assert "the engine does not say what it computes in" in found.evidence
+    assert found.fix.startswith("say what it ran in: --set engine.dtype=")
+    said = verdicts_of(tmp_path, pair, rows, T, f"engine.dtype={dtype}")
+    assert [v.status for v in said] == ["PASS", "NOT_RUN", "NOT_RUN", "PASS", "NOT_RUN"]
 
 
 def test_corrupted_completions_are_shown(tmp_path, pair, log):

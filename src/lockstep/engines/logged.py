@@ -18,15 +18,14 @@ class LoggedEngine(Engine):
     """What drew the completions of a log. Which engine that was is not said, so that nothing is declared of it.
 
     Args:
-        dtype: what its body computed in, as the user says (``float32``).
-        head_dtype: its last matrix product; empty where the user does not say.
+        dtype: what its body computed in (``float32``), as the user says; empty where the user does not, and it is unknown.
+        head_dtype: the same of its last matrix product.
     """
 
-    def __init__(self, dtype: str, head_dtype: str = "") -> None:
+    def __init__(self, dtype: str = "", head_dtype: str = "") -> None:
         self.asked = {}
-        resolved = {"worker.parameter_dtype": f"torch.{dtype}"}
-        if head_dtype:
-            resolved["worker.head_dtype"] = f"torch.{head_dtype}"
+        said = {self.facts.parameter_dtype: dtype, self.facts.head_dtype: head_dtype}
+        resolved = {key: f"torch.{name}" for key, name in said.items() if name}
         self.ready = Ready(
             engine="a log",
             version="unknown",

@@ -48,6 +48,7 @@ MOST_SETTINGS = 16
 SAID_EVERY_S = 10.0
 """How far the scoring is."""
 UNEXPLAINED = "unexplained_numerics"
+SAY_DTYPE = "say what it ran in: --set engine.dtype=bfloat16"
 MENDS_OF_A_LOG = {
     "corrupted_completions": "Join completions to prompts by request id wherever they pass a proxy or a log. If the engine "
     "returned them so, its state or cache slots are mixed up: look for its version notes; try a larger cache.",
@@ -194,14 +195,17 @@ class Part:
     @cached_property
     def other(self) -> Explanation | None:
         """A difference between two models that explains the numbers."""
-        found = explain(self.pair, self.few, self.trainer - self.few.engine_logprobs)
+        gap = self.trainer - self.few.engine_logprobs
+        found = explain(self.pair, self.few, gap, precision_last=not self.pair.engine_dtype)
         return None if found.cause == UNEXPLAINED else found
 
     def explanation(self) -> tuple[str, str, str]:
         """Cause, evidence and mend of the gap."""
-        if self.other is not None:
-            return self.other.cause, self.other.evidence, CAUSES[self.other.cause].mend
-        return UNEXPLAINED, "nothing is known of the engine that drew them", "say what it ran in: --set engine.dtype=bfloat16"
+        if self.other is None:
+            return UNEXPLAINED, "nothing is known of the engine that drew them", SAY_DTYPE
+        mend = CAUSES[self.other.cause].mend
+        unsaid = self.other.cause == "body_precision" and not self.pair.engine_dtype
+        return self.other.cause, self.other.evidence, f"{SAY_DTYPE}; {mend}" if unsaid else mend
 
     def path(self) -> Verdict:
         """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
@@ -238,7 +242,7 @@ def judge(
         say: told where it takes longer.
         most_rows: measure the gap on so many rows, spread over the file; None on all.
     """
-    engine = LoggedEngine(recipe.engine.dtype or recipe.model.dtype, recipe.engine.head_dtype or "")
+    engine = LoggedEngine(recipe.engine.dtype or "", recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
     pair = Pair(engine, trainer, renderer, nothing, recipe, say=say)
     pair.begin_search()

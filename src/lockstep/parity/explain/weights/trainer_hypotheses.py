@@ -39,16 +39,19 @@ SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
 
-def explain(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation:
+def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: bool = False) -> Explanation:
     """The first hypothesis that explains a gap of the recipe's own sample.
 
     Args:
         gap: trainer − engine, float32 [T].
+        precision_last: where nothing is known of the engine's precision: one that merely has the gap's size comes after what
+            makes it vanish.
     """
     search, before = pair.search, len(pair.search.tried)
-    looks: list[Looks[Explanation]] = [("a difference of precision", lambda: precision(pair, sample, gap))]
+    looks: list[Looks[Explanation]] = []
     if np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
         looks += [*_Settings(pair, sample).looks(), ("a scaled tensor", lambda: _scale(pair, sample))]
+    looks.insert(len(looks) if precision_last else 0, ("a difference of precision", lambda: precision(pair, sample, gap)))
     found = search.first(looks)
     if found is None:
         tried = ", ".join(search.tried[before:]) or "nothing"
