@@ -63,10 +63,10 @@ endif
 
 engines: setup  # every vLLM that a recipe covers; make test then holds each of them to the contract
 	@for version in 0.8.5 0.18.1 0.32.0; do \
-		$(BIN)/lockstep engines install vllm==$$version; code=$$?; \
+		$(BIN)/lockstep engines install --check vllm==$$version; code=$$?; \
 		case $$code in \
-			0) ;; \
-			2) echo "NOT_RUN vllm==$$version: this machine cannot run it, for the reason above" >&2 ;; \
+			0) $(BIN)/lockstep engines install vllm==$$version || exit $$? ;; \
+			3) echo "NOT_RUN vllm==$$version: this machine cannot run it, for the reason above" >&2 ;; \
 			*) exit $$code ;; \
 		esac; \
 	done

@@ -13,6 +13,7 @@ LockstepError                exit 3   could not run
 │   └── CapabilityError               the engine cannot do what was asked of it, and says why
 ├── ProtocolError            exit 3   a frame that is not a message of the worker protocol
 ├── InstallError             exit 3   an environment could not be built
+├── MachineError             exit 3   an engine that this machine cannot run
 ├── NoRoomError          exit 3   memory or a disk without the room that is needed
 ├── RunError                 exit 3   a run directory that cannot be read or continued
 └── DivergenceError          exit 3   the loss or a gradient is no finite number
@@ -91,6 +92,10 @@ class ProtocolError(LockstepError):
 
 
 class InstallError(LockstepError):
+    pass
+
+
+class MachineError(LockstepError):
     pass
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from lockstep.cli.engines import install as cli_install
 from lockstep.engines.environments import recipes
 from lockstep.engines.environments.hashes import HASH, read_lock
 from lockstep.engines.environments.install import _forget_unfinished, install, remove
 from lockstep.engines.environments.locate import MARKER, find, installed, path_of, state
 from lockstep.engines.environments.recipes import RECIPES, read_recipe, recipe_for
-from lockstep.errors import InstallError, NotInstalledError
+from lockstep.errors import InstallError, MachineError, NotInstalledError
 
 PIN = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+( ; [\w .<>=()'\"]+)?")
 
@@ -342,8 +343,8 @@ def test_pip_installs_again_what_it_was_killed_in_the_middle_of(toy):
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"system": "Plan9"}, NotInstalledError, "--engine transformers"),
-        ({"machine": "vax"}, NotInstalledError, "--engine transformers"),
+        ({"system": "Plan9"}, MachineError, "--engine transformers"),
+        ({"machine": "vax"}, MachineError, "--engine transformers"),
         ({"disk_gb": 1e9}, InstallError, "GB free"),
         ({"needs": 'no-such-tool = "the package nosuch"'}, InstallError, "apt-get install nosuch"),
         ({"needs": '"libnosuch.so.1" = "the package libnosuch1"'}, InstallError, r"no libnosuch\.so\.1 here"),
@@ -354,6 +355,24 @@ def test_what_the_machine_lacks_is_said_before_anything_is_built(toy, changes, e
     with pytest.raises(error, match=says):
         install("toy", lambda _: None)
     assert state(recipe) == "not installed"
+
+
+def test_a_machine_without_a_build_is_told_apart_from_a_mistake_and_from_what_is_not_installed(toy, capsys):
+    toy(machine="vax")
+    with pytest.raises(MachineError) as raised:
+        find("toy", None)
+    assert raised.value.exit_code == 3
+    with pytest.raises(MachineError):
+        cli_install("toy", check=True)
+    with pytest.raises(NotInstalledError, match="no recipe for it") as raised:
+        cli_install("toi", check=True)
+    assert raised.value.exit_code == 2
+    recipe = toy()
+    cli_install("toy", check=True)
+    assert state(recipe) == "not installed"
+    with pytest.raises(NotInstalledError, match="no environment of it"):
+        find("toy", None)
+    assert capsys.readouterr().out == ""
 
 
 def test_another_python_is_refused(toy):

@@ -14,8 +14,24 @@ Spec = Annotated[str, typer.Argument(help="vllm==0.32.0, or vllm for the newest.
 
 
 @app.command("install")
-def install(spec: Spec, as_json: Json = False) -> None:
-    """Build an engine's environment, or go on building it."""
+def install(
+    spec: Spec,
+    check: Annotated[bool, typer.Option("--check", help="Build nothing; only say whether this machine can run it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build an engine's environment, or go on building it.
+
+    Exit code: 0 when it is built; 2 usage; 3 when it could not be built. With --check: 0 when there is a build for this machine,
+    3 when there is none.
+    """
+    if check:
+        from lockstep.engines.environments.recipes import recipe_for, refuse_machine
+
+        recipe = recipe_for(spec)
+        refuse_machine(recipe)
+        if as_json:
+            emit("engines.check", {"engine": recipe.spec})
+        return
     from lockstep.engines.environments.install import install as build
 
     with Console() as console:

@@ -26,9 +26,9 @@ from lockstep.config.cache import locked
 from lockstep.engines.environments.hashes import constraints, exactly
 from lockstep.engines.environments.locate import MARKER, Environment, complete, path_of, scrubbed_env
 from lockstep.engines.environments.mends import MENDS
-from lockstep.engines.environments.recipes import EnvironmentRecipe, Step, recipe_for
+from lockstep.engines.environments.recipes import EnvironmentRecipe, Step, recipe_for, refuse_machine
 from lockstep.engines.environments.smoke import drives, smoke_test
-from lockstep.errors import InstallError, NotInstalledError
+from lockstep.errors import InstallError
 
 BUILD_NOTES = "lockstep-build.json"
 SAY_EVERY_S = 8.0
@@ -51,11 +51,13 @@ def install(spec: str, say: Say) -> Environment:
         say: told of each step, and every few seconds what pip is at.
 
     Raises:
-        NotInstalledError: when no recipe covers it, or there is no build for this machine.
+        NotInstalledError: when no recipe covers it.
+        MachineError: when there is no build for this machine.
         InstallError: when the machine lacks something, or a step fails; the end of its output is shown.
     """
     recipe = recipe_for(spec)
-    _refuse_machine(recipe)
+    refuse_machine(recipe)
+    _refuse_python(recipe)
     path = path_of(recipe)
     with locked(path.with_name(f"{path.name}.lock"), say) as lock:
         environment = complete(recipe)
@@ -224,15 +226,7 @@ def _size_bytes(path: Path) -> int:
     return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _refuse_machine(recipe: EnvironmentRecipe) -> None:
-    system, machine = platform.system(), platform.machine()
-    if system not in recipe.systems or machine not in recipe.machines:
-        raise NotInstalledError(
-            f"engine {recipe.spec}",
-            got=f"{system} on {machine}",
-            expected=f"{' or '.join(recipe.systems)} on {' or '.join(recipe.machines)}: there is no build for others",
-            hint="lockstep train RECIPE --engine transformers",
-        )
+def _refuse_python(recipe: EnvironmentRecipe) -> None:
     if not recipe.python_min <= sys.version_info[:2] <= recipe.python_max:
         raise InstallError(
             f"engine {recipe.spec}",

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from lockstep.config.cache import cache_root
-from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for
+from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for, refuse_machine
 from lockstep.errors import NotInstalledError
 from lockstep.records.capabilities import Capability
 from lockstep.records.environment import without_secrets
@@ -97,10 +97,12 @@ def find(name: str, version: str | None) -> Environment:
 
     Raises:
         NotInstalledError: with the line that installs it.
+        MachineError: when it cannot be installed, for there is no build for this machine.
     """
     recipe = recipe_for(f"{name}=={version}" if version else name)
     candidates = [e for e in installed() if e.name == name and (not version or e.version == recipe.version)]
     if not candidates:
+        refuse_machine(recipe)
         partial = state(recipe) == "incomplete"
         raise NotInstalledError(
             f"engine {recipe.spec}",

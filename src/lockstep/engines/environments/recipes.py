@@ -1,6 +1,7 @@
 """Environment recipes: one TOML file per version range, and one lock file beside it with the exact closure."""
 
 import hashlib
+import platform
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from lockstep.errors import NotInstalledError
+from lockstep.errors import MachineError, NotInstalledError
 
 RECIPES = Path(__file__).parent
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -100,6 +101,22 @@ def all_recipes() -> list[EnvironmentRecipe]:
     """Every recipe of this machine's flavour, oldest version first."""
     recipes = [recipe for path in RECIPES.glob("*.toml") if (recipe := read_recipe(path)).flavour == machine_flavour()]
     return sorted(recipes, key=lambda recipe: (recipe.name, version_order(recipe.version)))
+
+
+def refuse_machine(recipe: EnvironmentRecipe) -> None:
+    """Nothing where there is a build of the engine for this machine.
+
+    Raises:
+        MachineError: where there is none, which nothing that is installed can change.
+    """
+    system, machine = platform.system(), platform.machine()
+    if system not in recipe.systems or machine not in recipe.machines:
+        raise MachineError(
+            f"engine {recipe.spec}",
+            got=f"{system} on {machine}",
+            expected=f"{' or '.join(recipe.systems)} on {' or '.join(recipe.machines)}: there is no build for others",
+            hint="lockstep train RECIPE --engine transformers",
+        )
 
 
 def version_order(version: str) -> tuple[int, ...]:
