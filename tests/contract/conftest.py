@@ -18,8 +18,8 @@ from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.registry import Choice, start
 from lockstep.engines.worker.group import end_group
 from lockstep.errors import LockstepError
-from lockstep.records.samples import Group
 from lockstep.faults.at_load import LAUNCHER
+from lockstep.records.samples import Group
 from lockstep.records.tokens import FLOAT32, INT32, Completion
 from lockstep.training.trainer import Trainer
 from lockstep.weights.directory import weights_directory
