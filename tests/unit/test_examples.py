@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.config.recipe import load_recipe
 from lockstep.runs.read import read_lines
 from tests.unit.test_objective import inputs_of
 from tests.unit.tiny_run import write_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SETS = ("training.minibatches=2", "optimizer.lr=1e-3")
 
 
 @pytest.fixture
@@ -44,10 +46,10 @@ def test_near_answers_are_worth_a_part(examples, text, reward):
     assert near(text, {"question": "7 + 5 =", "answer": "12"}) == pytest.approx(reward)
 
 
-def trained(tmp_path, name, *sets):
+def trained(tmp_path, name, *sets, steps=1):
     """Figures of a run's last step, its last weights, and what layer 5 said."""
     run = tmp_path / name
-    flags = [flag for text in ("training.minibatches=2", "optimizer.lr=1e-3", *sets) for flag in ("--set", text)]
+    flags = [flag for text in (*SETS, f"training.steps={steps}", *sets) for flag in ("--set", text)]
     paths = [str(EXAMPLES), *filter(None, sys.path)]
     done = subprocess.run(
         [sys.executable, "-m", "lockstep.cli.main", "train", tmp_path / "recipe.toml", "--out", run, *flags],
@@ -57,7 +59,7 @@ def trained(tmp_path, name, *sets):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    weights = (run / "checkpoints" / "step-000001" / "model.safetensors").read_bytes()
+    weights = (run / "checkpoints" / f"step-{steps:06d}" / "model.safetensors").read_bytes()
     (judged,) = [row["summary"] for row in read_lines(run / "verdicts.jsonl") if row["layer"] == "objective"]
     return read_lines(run / "metrics.jsonl")[-1]["metrics"], weights, judged
 
@@ -72,3 +74,16 @@ def test_a_run_trains_with_both(tmp_path):
     assert own["loss"] != known["loss"]
     assert weights != others
     assert "(grpo in the place of my_objective:cispo)" in judged
+
+
+def test_the_loop_on_one_page_gives_the_figures_of_lockstep_train(tmp_path, examples):
+    from rl_loop import run
+
+    assert len((EXAMPLES / "rl_loop.py").read_text().splitlines()) <= 80
+    recipe = write_recipe(tmp_path, 64)
+    reward = "task.reward=my_reward:near"
+    figures = run(load_recipe(recipe, [*SETS, "training.steps=3", reward]), tmp_path / "engine.log")
+    trained(tmp_path, "command", reward, steps=3)
+    told = [row["metrics"] for row in read_lines(tmp_path / "command" / "metrics.jsonl")]
+    for name in ("reward_mean", "loss", "grad_norm", "gap_abs_max_nats", "entropy_mean_nats"):
+        assert [row[name] for row in figures] == [row[name] for row in told], name

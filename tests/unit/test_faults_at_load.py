@@ -36,7 +36,7 @@ class Served:
         log = directory / "engine.log"
         self.process = WorkerProcess(python, WorkerProgram("worker_with_weights", launcher), config, dict(os.environ), log)
         self.ready, self.asked = msgspec.structs.replace(READY, pids=(1,)), {}
-        self.altered_by, self.facts = (), EngineFacts()
+        self.altered_by, self.facts, self.vocabulary = (), EngineFacts(), None
         self.said = self.process.wait_ready(60)
 
     def load(self, update, mode="wait"):
