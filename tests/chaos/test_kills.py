@@ -56,10 +56,10 @@ POINTS = {
     "recorded": (f"{STAGES}:append_metrics", "exit", 0),
 }
 SAVING = {
-    "before_saving": (f"{STAGES}:save_checkpoint", "enter", 0),
+    "before_saving": ("lockstep.training.checkpoint:save_checkpoint", "enter", 0),
     "written_not_named": ("lockstep.training.checkpoint:_put_in_place", "enter", 0),
     "named_beside_the_older": ("lockstep.training.checkpoint:_put_in_place", "exit", 0),
-    "saved": (f"{STAGES}:save_checkpoint", "exit", 0),
+    "saved": ("lockstep.training.checkpoint:save_checkpoint", "exit", 0),
 }
 CASES = [(name, step) for step in (FIRST, MIDDLE, LAST) for name in POINTS]
 CASES += [(name, step) for step in (MIDDLE, LAST) for name in SAVING]

@@ -84,7 +84,7 @@ def serve() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
-    for name in ("cli.main", "loop.sync", "loop.session", "engines.transformers", "parity.pair", "policy.model", "rendering"):
+    for name in ("cli.main", "loop.sync", "loop.open", "engines.transformers", "parity.pair", "policy.model", "rendering"):
         importlib.import_module(f"lockstep.{name}")
     for line in sys.stdin:
         pid = os.fork()
