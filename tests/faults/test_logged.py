@@ -4,13 +4,12 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-import torch
 from msgspec.structs import replace
 
 from lockstep.errors import UsageError
 from lockstep.faults import trainer as planted_trainer
-from lockstep.parity.explain.numerics.precision import in_dtype
 from lockstep.parity.explain.semantics.transforms import BASES
+from lockstep.policy.variants import InDtype
 from lockstep.records.samples import Group
 from lockstep.weights.publish import named_weights
 from tests.faults.conftest import SHARP, T, named, verdicts_of
@@ -109,11 +108,12 @@ def test_another_checkpoint_is_numerics_where_one_scale_explains_it(tmp_path, pa
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_nobody_said_an_engine_computes_in_is_unknown_and_a_narrower_body_is_named(tmp_path, pair, log, dtype):
-    narrow, rows = in_dtype(pair.policy, getattr(torch, dtype), torch.float32), log()
-    for row in rows:
-        group = [np.asarray(row["completion_ids"], np.int32)]
-        (scores,) = narrow.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], SHARP.temperature)
-        row["logprobs"] = scores.tolist()
+    rows = log()
+    with pair.trainer.holding(InDtype(dtype, "float32")):
+        for row in rows:
+            group = [np.asarray(row["completion_ids"], np.int32)]
+            (scores,) = pair.trainer.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], SHARP.temperature)
+            row["logprobs"] = scores.tolist()
     verdicts = verdicts_of(tmp_path, pair, rows, T)
     assert named(verdicts) == ("numerics", "body_precision")
     (found,) = verdicts[3].findings

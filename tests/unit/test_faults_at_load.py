@@ -3,14 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lockstep.engines.base import EngineFacts
+from lockstep.engines.base import Engine
+from lockstep.engines.logged import LoggedEngine
 from lockstep.engines.process import WorkerProcess, WorkerProgram
 from lockstep.engines.worker.vllm_terms import Config
 from lockstep.errors import EngineError
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 OLD, NEW = 1.0, 2.0
 
 
-class Served:
+class Served(Engine):
     """The trainer's end of ``worker_with_weights.py``."""
 
     def __init__(self, directory, launcher):
@@ -36,11 +36,22 @@ class Served:
         log = directory / "engine.log"
         self.process = WorkerProcess(python, WorkerProgram("worker_with_weights", launcher), config, dict(os.environ), log)
         self.ready, self.asked = msgspec.structs.replace(READY, pids=(1,)), {}
-        self.altered_by, self.facts, self.vocabulary = (), EngineFacts(), None
         self.said = self.process.wait_ready(60)
 
     def load(self, update, mode="wait"):
         return self.process.request(Loaded, Load, update, mode, timeout_s=30).receipt
+
+    def _sample(self, prompts, params):
+        raise NotImplementedError
+
+    def _score(self, sequences, temperature):
+        raise NotImplementedError
+
+    def abort(self):
+        raise NotImplementedError
+
+    def close(self):
+        self.process.close()
 
     def counters(self):
         return self.process.request(Counted, Count, timeout_s=30).counters
@@ -63,7 +74,7 @@ def served(tmp_path):
 
     yield start
     for engine in started:
-        engine.process.close()
+        engine.close()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +110,6 @@ def test_a_worker_that_was_started_without_them_commits_none_and_the_load_says_s
 
 
 def test_what_is_planted_is_said_by_the_engine_and_nothing_planted_leaves_it_alone():
-    engine = SimpleNamespace(ready=READY, asked={}, altered_by=(), facts=EngineFacts())
+    engine = LoggedEngine()
     assert plants(()).around(engine) is engine
     assert plants(("stale_head",)).around(engine).altered_by == ("stale_head",)

@@ -12,6 +12,8 @@ OF_A_MODEL = {
     *("_policy", "parameters", "named_parameters", "state_dict", "load_state_dict", "named_modules", "get_submodule"),
     *("register_forward_hook", "get_input_embeddings", "get_output_embeddings", "zero_grad", "backward", "requires_grad_"),
 }
+OF_AN_ENGINE = {"faults/at_load.py"}
+"""Holds the model of an engine in this process at its old weights: that one is no trainer's."""
 MODEL = {"model", "head", "head_bias"}
 RECORDS = {"recipe", "loaded", "manifest", "good"}
 """Of these ``model`` is a section: of a recipe, a manifest, a pair that is diagnosed."""
@@ -32,7 +34,7 @@ def test_nothing_outside_of_its_owner_reaches_into_the_model():
     files = [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] not in OWNERS]
     assert len(files) > 60
     found = {str(path.relative_to(SOURCE)): reaches(ast.parse(path.read_text())) for path in files}
-    assert {path: where for path, where in found.items() if where} == {}
+    assert {path: where for path, where in found.items() if where and path not in OF_AN_ENGINE} == {}
 
 
 def test_a_reach_is_seen():

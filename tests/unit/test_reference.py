@@ -24,9 +24,13 @@ def test_every_cause_that_the_code_names_is_explained():
     assert named <= CAUSES.keys()
 
 
-def test_every_fix_that_an_engine_knows_is_of_a_cause():
-    from lockstep.engines.vllm.served import FIXES
+def test_every_fix_and_every_factor_that_an_engine_declares_is_of_a_cause():
+    from lockstep.engines.openai_http import OpenAIHttpEngine
+    from lockstep.engines.transformers import TransformersEngine
     from lockstep.engines.vllm.v0 import VllmV0
     from lockstep.engines.vllm.v1 import VllmV1
 
-    assert FIXES.keys() | VllmV0.fixes.keys() | VllmV1.fixes.keys() <= CAUSES.keys()
+    for engine in (VllmV0, VllmV1, OpenAIHttpEngine, TransformersEngine):
+        assert engine.facts.fixes.keys() <= CAUSES.keys()
+        assert {CAUSES[factor.cause].layer for factor in engine.facts.factors} <= {"path"}
+    assert len(VllmV1.facts.factors) == 3
