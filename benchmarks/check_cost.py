@@ -24,7 +24,8 @@ from lockstep.parity.deep import factors, in_flight
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import processor, write_manifest
-from lockstep.runs.read import number, read_lines
+from lockstep.runs.read import read_steps
+from lockstep.runs.record import open_recorder
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 SYNC_PAIRS = 24
@@ -90,9 +91,9 @@ def shares(session: Session, root: Path) -> list[float]:
     """What the canary adds to a sync, over the median step of a short run whose first step warms up; one share for each pair."""
     layout, pair = new_run(root), session.pair
     write_manifest(layout.manifest, session.manifest)
-    run = Run(session, layout, say)
+    run = Run(session, layout, say, open_recorder(layout))
     run_steps(run, resumed=False)
-    step = statistics.median(number(row["metrics"]["step_s"]) for row in read_lines(layout.metrics)[1:])
+    step = statistics.median(read_steps(layout.metrics).column("step_s")[1:].tolist())
     added = []
     for _ in range(SYNC_PAIRS):
         began = time.perf_counter()

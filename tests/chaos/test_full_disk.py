@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from lockstep.errors import RunError
+from lockstep.records.verdicts import BeforeStep
 from lockstep.rollout import store
+from lockstep.runs.durable import write_atomically
 from lockstep.runs.layout import RunLayout, new_run
-from lockstep.runs.read import read_lines
-from lockstep.runs.write import append_metrics, append_verdict, write_atomically
+from lockstep.runs.record import open_recorder
+from lockstep.runs.strict import read_lines
 from lockstep.training import checkpoint
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.chaos.small_disk import PAGE, mounted
@@ -125,8 +127,8 @@ def test_each_file_of_a_run_on_a_disk_that_is_full(small_disk, trainer):
     writes = {
         "manifest.json": lambda: write_atomically(layout.manifest, b"{}"),
         "certificate.json": lambda: write_atomically(layout.certificate, b"{}"),
-        "verdicts.jsonl": lambda: append_verdict(layout.verdicts, HOLDS, "before step 0"),
-        "metrics.jsonl": lambda: append_metrics(layout.metrics, 0, 1, {"loss": 0.5}),
+        "verdicts.jsonl": lambda: open_recorder(layout).verdict(BeforeStep(0), HOLDS),
+        "metrics.jsonl": lambda: open_recorder(layout).step(0, 1, {"loss": 0.5}),
         "drawn/step-000000.parquet": lambda: store.save(layout.drawn(0), trainer.draw(0)),
         "drawn/step-000000.parquet, scored": lambda: store.save(layout.drawn(0), scored),
     }
@@ -148,7 +150,7 @@ def test_each_file_of_a_run_on_a_disk_that_is_full(small_disk, trainer):
 
 def test_a_line_that_fits_only_in_part_is_undone(small_disk):
     layout = new_run(small_disk.path / "run")
-    append_metrics(layout.metrics, 0, 1, {"loss": 0.5})
+    open_recorder(layout).step(0, 1, {"loss": 0.5})
     first = layout.metrics.read_bytes()
     with layout.metrics.open("ab") as file:  # up to 20 bytes before the end of the page
         file.write(b'{"pad":"' + b"x" * (PAGE - 20 - len(first) - 11) + b'"}\n')
@@ -157,10 +159,10 @@ def test_a_line_that_fits_only_in_part_is_undone(small_disk):
     small_disk.fill()
     for _ in range(2):
         with pytest.raises(RunError, match=r"metrics\.jsonl: got No space left on device"):
-            append_metrics(layout.metrics, 1, 2, {"loss": 0.5})
+            open_recorder(layout).step(1, 2, {"loss": 0.5})
         assert layout.metrics.read_bytes() == before
     small_disk.make_room()
-    append_metrics(layout.metrics, 1, 2, {"loss": 0.5})
+    open_recorder(layout).step(1, 2, {"loss": 0.5})
     assert [row.get("step") for row in read_lines(layout.metrics)] == [0, None, 1]
 
 

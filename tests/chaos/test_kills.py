@@ -17,7 +17,7 @@ import pytest
 from lockstep.config.recipe import load_recipe
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.manifest import finished, unfinished_run
-from lockstep.runs.read import number, read_lines
+from lockstep.runs.read import read_steps
 
 STEPS, FIRST, MIDDLE, LAST = 5, 0, 1, 4
 RECIPE = """
@@ -51,9 +51,9 @@ POINTS = {
     "updated": ("lockstep.training.optimizer:MasterAdamW.step", "exit", 1),
     "published": ("lockstep.weights.publish:WeightPublisher.publish", "exit", 0),
     "canary_scored": ("lockstep.parity.canary:Canary.measure", "exit", 0),
-    "sync_recorded": (f"{STAGES}:append_verdict", "exit", 0),
-    "not_recorded": (f"{STAGES}:append_metrics", "enter", 0),
-    "recorded": (f"{STAGES}:append_metrics", "exit", 0),
+    "sync_recorded": ("lockstep.runs.record:Recorder.verdict", "exit", 0),
+    "not_recorded": ("lockstep.runs.record:Recorder.step", "enter", 0),
+    "recorded": ("lockstep.runs.record:Recorder.step", "exit", 0),
 }
 SAVING = {
     "before_saving": ("lockstep.training.checkpoint:save_checkpoint", "enter", 0),
@@ -111,8 +111,8 @@ def state_of(layout):
     (saved,) = layout.checkpoints.iterdir()
     files = ("model.safetensors", "trainer/optimizer.safetensors")
     digests = [hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in files]
-    rows = read_lines(layout.metrics)
-    return saved.name, digests, [(row["step"], *(number(row["metrics"][name]) for name in REPLAYED)) for row in rows]
+    figures = [(record.step, *(record.metrics[name] for name in REPLAYED)) for record in read_steps(layout.metrics)]
+    return saved.name, digests, figures
 
 
 def undisturbed(zygote, recipe):

@@ -12,7 +12,7 @@ from lockstep.errors import RunError
 from lockstep.rollout import store
 from lockstep.runs import durable
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_lines, read_rollouts
+from lockstep.runs.read import read_rollouts, read_steps
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.chaos.lost_flush import recorded
 from tests.chaos.tiny_run import CHECKPOINT_EVERY, GROUP_SIZE, SAMPLING, STEPS, Trainer, assert_finished, score, start
@@ -42,7 +42,7 @@ def assert_in_order(layout: RunLayout, trainer: Trainer) -> None:
     for step in admitted:
         assert len(read_rollouts(layout.rollouts(step))) == GROUP_SIZE
         assert store.load(layout.rollouts(step), GROUP_SIZE, SAMPLING).rewarded
-    lines = [row["step"] for row in read_lines(layout.metrics)]
+    lines = [record.step for record in read_steps(layout.metrics)]
     assert lines == list(range(len(lines)))
     assert admitted == list(range(len(admitted))), "steps are admitted one after the other"
     assert len(lines) <= len(admitted), "a line is written when its rollouts are there"
@@ -64,7 +64,7 @@ def test_at_every_cut_what_is_left_is_whole_and_the_run_ends_as_if_undisturbed(r
             if root.exists():
                 assert_in_order(layout, trainer)
                 wanted["checkpoint"] += newest_checkpoint(layout.checkpoints) is not None
-                wanted["line"] += bool(read_lines(layout.metrics))
+                wanted["line"] += bool(len(read_steps(layout.metrics)))
                 wanted["rollouts"] += layout.rollouts(0).is_file()
             assert_finished(start(root, trainer), trainer, undisturbed)
     assert min(wanted.values()) >= 10, wanted

@@ -11,12 +11,14 @@ from lockstep.config.recipe import Optimizer
 from lockstep.policy.model import Policy, load_policy
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import Verdict
+from lockstep.records.verdicts import AfterSync, BeforeStep, Verdict
 from lockstep.records.versions import VersionSpan
 from lockstep.rollout import store
-from lockstep.runs.layout import RunLayout, new_run
-from lockstep.runs.read import drop_partial_line, read_lines
-from lockstep.runs.write import append_metrics, append_verdict, forget_partials, write_atomically
+from lockstep.runs.durable import write_atomically
+from lockstep.runs.layout import RunLayout, forget_partials, new_run
+from lockstep.runs.read import read_steps
+from lockstep.runs.record import open_recorder
+from lockstep.runs.strict import drop_partial_line, read_lines
 from lockstep.training.checkpoint import keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
 from lockstep.training.optimizer import MasterAdamW
 
@@ -99,7 +101,7 @@ def start(root: Path, trainer: Trainer) -> RunLayout:
         checkpoint = newest_checkpoint(layout.checkpoints)
         first = load_checkpoint(checkpoint, trainer.policy, trainer.optimizer) if checkpoint else 0
         keep_newest(layout.checkpoints)
-        append_verdict(layout.verdicts, HOLDS, f"before step {first}")
+        open_recorder(layout).verdict(BeforeStep(first), HOLDS)
         write_atomically(layout.certificate, b'{"schema": "lockstep.certificate/1"}')
         for step in range(first, STEPS):
             one_step(layout, trainer, step)
@@ -121,9 +123,9 @@ def one_step(layout: RunLayout, trainer: Trainer, step: int) -> None:
             store.save(layout.drawn(step), rollouts)
         store.admit(layout, step)
     trainer.train(rollouts)
-    append_verdict(layout.verdicts, HOLDS, f"after sync {step + 1}")
-    if step not in {row["step"] for row in read_lines(layout.metrics)}:
-        append_metrics(layout.metrics, step, step + 1, {"loss": float(step)})
+    open_recorder(layout).verdict(AfterSync(step + 1), HOLDS)
+    if step not in {record.step for record in read_steps(layout.metrics)}:
+        open_recorder(layout).step(step, step + 1, {"loss": float(step)})
     if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == STEPS:
         save_checkpoint(layout.checkpoints, step + 1, trainer.policy, trainer.optimizer, trainer.model_path)
 
@@ -131,7 +133,7 @@ def one_step(layout: RunLayout, trainer: Trainer, step: int) -> None:
 def assert_finished(layout: RunLayout, trainer: Trainer, undisturbed: dict[str, bytes]) -> None:
     """As the run that nothing happened to: same weights, every step once, the last checkpoint there and nothing half-written."""
     assert trainer.weights() == undisturbed
-    assert [row["step"] for row in read_lines(layout.metrics)] == list(range(STEPS))
+    assert [record.step for record in read_steps(layout.metrics)] == list(range(STEPS))
     last = newest_checkpoint(layout.checkpoints)
     assert last is not None
     assert last.name == f"step-{STEPS:06d}"

@@ -12,8 +12,9 @@ import psutil
 import pytest
 from transformers import LlamaConfig
 
+from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_lines, read_rollouts
+from lockstep.runs.read import open_run, read_rollouts, read_steps
 from tests.e2e.conftest import QUICKSTART, tiny_checkpoint
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
@@ -88,7 +89,7 @@ def start_training(run, small_run):
 
 def wait_for_step(process, layout, step):
     deadline = time.monotonic() + 400
-    while len(read_lines(layout.metrics)) < step:
+    while len(read_steps(layout.metrics)) < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -130,20 +131,20 @@ def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads(resumed.stdout)
     assert summary["steps"] == STEPS
-    rows = read_lines(layout.metrics)
-    assert [row["step"] for row in rows] == list(range(STEPS))
-    assert all(row["weight_version"] == row["step"] + 1 for row in rows)
+    run = open_run(layout.root)
+    assert [record.step for record in run.steps] == list(range(STEPS))
+    assert all(record.weight_version == record.step + 1 for record in run.steps)
     for step in range(STEPS):
         rollouts = read_rollouts(layout.rollouts(step))
         assert len(rollouts) == 16
         assert {row["weight_version"] for row in rollouts} == {step}
     state = json.loads((layout.checkpoints / f"step-{STEPS:06}" / "trainer" / "state.json").read_text())
     assert state["step"] == STEPS
-    when = [row["when"] for row in read_lines(layout.verdicts)]
-    assert when.count("before step 0") == 5
-    assert any(w.startswith("before step ") and w != "before step 0" for w in when), "parity is proven again on resume"
+    when = [record.when for record in run.verdicts]
+    assert when.count(BeforeStep(0)) == 5
+    assert any(isinstance(w, BeforeStep) and w.step > 0 for w in when), "parity is proven again on resume"
     assert "replayed" in resumed.stderr
-    assert all(row["metrics"]["grad_norm"] > 0.0 for row in rows), "each step moved the weights: a replayed loss can differ"
+    assert (run.steps.column("grad_norm") > 0.0).all(), "each step moved the weights: a replayed loss can differ"
 
 
 def test_a_killed_trainer_leaves_no_engine_behind(small_run, tmp_path):

@@ -29,6 +29,8 @@ from lockstep.parity.pair import draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
+from lockstep.runs.certificate import read_certificate
+from lockstep.runs.record import open_recorder
 from tests.e2e.conftest import QUICKSTART, SMALL, tiny_checkpoint
 
 P999_NATS = 1e-3
@@ -50,10 +52,10 @@ def test_a_clean_pair_passes_all_five_layers(pair, tmp_path):
     assert result.verdicts[4].figures["policy_ratio_mean"] == 1.0
     path = tmp_path / "certificate.json"
     issued = certificate.issue(pair, result.verdicts, path)
-    assert certificate.read_certificate(path) == issued
+    assert read_certificate(path) == issued
     path.write_bytes(path.read_bytes().replace(b'"PASS"', b'"FAIL"', 1))
     with pytest.raises(RunError, match="digest"):
-        certificate.read_certificate(path)
+        read_certificate(path)
 
 
 REAL = (
@@ -152,7 +154,7 @@ def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path
     from lockstep.runs.layout import new_run
 
     layout = new_run(tmp_path / "run")
-    run = Run(Session(pair, None, Path()), layout, print)
+    run = Run(Session(pair, None, Path()), layout, print, open_recorder(layout))
     sample = draw(pair, probe_prompts(pair, 4, pair.seed), SamplingParams(max_tokens=8), pair.seed)
     run.canary = Canary.of(sample, pair.recipe.parity.canary_tokens)
     run.canary.clean_gap_nats = run.canary.measure(pair).gap_abs_mean_nats
@@ -201,7 +203,7 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
     from lockstep.runs.read import read_rollouts
 
     layout = new_run(tmp_path / "run")
-    run = Run(Session(pair, None, Path()), layout, None, print)
+    run = Run(Session(pair, None, Path()), layout, None, print, open_recorder(layout))
     original, drawn = pair.task._reward, None
     for broken, needle in ((lambda text, item: 1 / 0, "ZeroDivisionError"), (lambda text, item: float("nan"), "nan")):
         pair.task._reward = broken

@@ -9,13 +9,14 @@ from lockstep.config.recipe import with_sets
 from lockstep.errors import RunError
 from lockstep.parity import certificate
 from lockstep.parity.ladder import climb
+from lockstep.runs.certificate import read_certificate
 
 
 @pytest.fixture
 def issued(pair, tmp_path):
     path = tmp_path / "certificate.json"
     certificate.issue(pair, climb(pair).verdicts, path)
-    return certificate.read_certificate(path)
+    return read_certificate(path)
 
 
 def test_it_holds_while_nothing_changes(pair, issued):
@@ -75,13 +76,13 @@ def test_a_forged_or_truncated_one_is_refused(pair, issued, tmp_path):
     path = tmp_path / "certificate.json"
     whole = msgspec.json.format(msgspec.json.encode(issued), indent=1)
     path.write_bytes(whole)
-    assert certificate.read_certificate(path) == issued
+    assert read_certificate(path) == issued
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RunError, match="certificate"):
-        certificate.read_certificate(path)
+        read_certificate(path)
     path.write_bytes(whole.replace(b'"PASS"', b'"FAIL"', 1))
     with pytest.raises(RunError, match="digest"):
-        certificate.read_certificate(path)
+        read_certificate(path)
     path.write_bytes(whole.replace(issued.pair["weights_sha256"].encode(), b"0" * 64))
     with pytest.raises(RunError, match="digest"):
-        certificate.read_certificate(path)
+        read_certificate(path)

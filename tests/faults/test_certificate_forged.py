@@ -9,9 +9,10 @@ from msgspec.structs import replace
 from lockstep.errors import LockstepError, ParityError, RunError, UsageError
 from lockstep.faults.at_load import AtLoad
 from lockstep.parity import certificate
-from lockstep.parity.certificate import issue, read_certificate, void
+from lockstep.parity.certificate import issue
 from lockstep.parity.ladder import climb
-from lockstep.parity.signature import read_key
+from lockstep.runs.certificate import read_certificate, void, write_certificate
+from lockstep.runs.signature import read_key
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 
@@ -33,7 +34,7 @@ def issued(pair, verdicts, path):
 
 def forged(path, issued, **changes):
     """What anyone can write: any content, with the digest of that content."""
-    return certificate._write(path, replace(issued, **changes), b"")
+    return write_certificate(path, replace(issued, **changes), b"")
 
 
 def layer(issued, number, **changes):
@@ -134,7 +135,7 @@ def test_a_signature_is_of_one_key_and_one_content(pair, verdicts, path, issued)
     assert read_certificate(path, KEY) == signed == read_certificate(path)
     with pytest.raises(RunError, match="another key"):
         read_certificate(path, OTHER)
-    other = certificate._write(path, replace(signed, depth="full"), b"")  # digested again, the old signature put back
+    other = write_certificate(path, replace(signed, depth="full"), b"")  # digested again, the old signature put back
     path.write_bytes(msgspec.json.encode(replace(other, signature=signed.signature)))
     assert read_certificate(path).depth == "full"
     with pytest.raises(RunError, match="another key"):

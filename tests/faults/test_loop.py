@@ -12,12 +12,14 @@ from lockstep.errors import ParityError, RewardError, RunError
 from lockstep.loop.open import open_session
 from lockstep.loop.stages import Run
 from lockstep.loop.sync import run_steps
-from lockstep.parity.certificate import read_certificate
 from lockstep.records.tokens import FLOAT32
+from lockstep.records.verdicts import BeforeCheckpoint
 from lockstep.rollout import store
+from lockstep.runs.certificate import read_certificate
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import write_manifest
-from lockstep.runs.read import read_lines
+from lockstep.runs.read import open_run, read_steps
+from lockstep.runs.record import open_recorder
 
 SETS = [
     "training.steps=3",
@@ -45,7 +47,7 @@ class Loop:
                 write_manifest(self.layout.manifest, session.manifest)
             before(session.pair)
             try:
-                run_steps(Run(session, self.layout, self.said.append), resumed=resumed)
+                run_steps(Run(session, self.layout, self.said.append, open_recorder(self.layout)), resumed=resumed)
             finally:
                 self.weights = torch.cat(
                     [p.detach().reshape(-1).clone() for p in session.pair.trainer._policy.model.parameters()]
@@ -95,12 +97,12 @@ def test_refused_rollouts_are_never_trained_on_and_resume_draws_that_step_again(
     assert len(store.load(refused, 2, loop.recipe.sampling)) == 4
     assert not loop.layout.rollouts(1).exists()
     assert not loop.layout.drawn(1).exists()
-    assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0]
+    assert [record.step for record in read_steps(loop.layout.metrics)] == [0]
     with pytest.raises(ParityError, match=r"void|rollouts of step 1"):
         read_certificate(loop.layout.certificate)
     assert torch.equal(loop.start(resumed=True), expected)
     assert refused.exists()
-    assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0, 1, 2]
+    assert [record.step for record in read_steps(loop.layout.metrics)] == [0, 1, 2]
     assert read_certificate(loop.layout.certificate).void == ""
 
 
@@ -135,7 +137,7 @@ def test_a_replay_that_gives_other_figures_is_refused(loop):
     loop.start()
     loop.layout.checkpoints.rename(loop.layout.root / "away")
     text = loop.layout.metrics.read_text()
-    row = read_lines(loop.layout.metrics)[0]["metrics"]
+    row = read_steps(loop.layout.metrics).records[0].metrics
     loop.layout.metrics.write_text(text.replace(f'"grad_norm":{row["grad_norm"]}', f'"grad_norm":{row["grad_norm"] * 1.1}'))
     with pytest.raises(RunError, match="grad_norm"):
         loop.start(resumed=True)
@@ -163,7 +165,7 @@ def test_a_bf16_run_whose_ladder_measured_next_to_nothing_is_not_refused_for_its
     sets = ["model.dtype=bfloat16", "training.steps=6", "training.group_size=4", "training.prompts_per_step=4"]
     loop = Loop(with_sets(recipe, [*SETS, *sets, f"training.seed={seed}", "sampling.temperature=0.7"]), tmp_path)
     loop.start()
-    medians = [row["metrics"]["gap_abs_p50_nats"] for row in read_lines(loop.layout.metrics)]
+    medians = read_steps(loop.layout.metrics).column("gap_abs_p50_nats").tolist()
     assert len(medians) == 6
     assert max(medians) > 1e-4
 
@@ -177,9 +179,9 @@ def test_a_step_says_what_is_proven_and_for_how_long_it_was_not(recipe, tmp_path
         "not proven for 2 steps",
         "not proven for 3 steps",
     ]
-    assert [row["metrics"]["unproven_syncs"] for row in read_lines(small.layout.metrics)] == [1.0, 2.0, 3.0]
-    proven = read_lines(small.layout.verdicts)[-1]
-    assert (proven["when"], proven["status"]) == ("before checkpoint 3", "PASS")
+    assert read_steps(small.layout.metrics).column("unproven_syncs").tolist() == [1.0, 2.0, 3.0]
+    proven = open_run(small.layout.root).verdicts[-1]
+    assert (proven.when, proven.verdict.status) == (BeforeCheckpoint(3), "PASS")
     large = Loop(with_sets(recipe, SETS), tmp_path / "large")
     large.start()
     assert all("weights proven by the canary" in text for text in large.said if text.startswith("step "))
@@ -191,4 +193,4 @@ def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(l
     loop.layout.rollouts(1).unlink()
     with pytest.raises(RunError, match="a step that metrics"):
         loop.start(resumed=True)
-    assert [row["step"] for row in read_lines(loop.layout.metrics)] == [0, 1, 2]
+    assert [record.step for record in read_steps(loop.layout.metrics)] == [0, 1, 2]

@@ -7,8 +7,7 @@ import msgspec
 
 from lockstep.config.recipe import Recipe, load_recipe
 from lockstep.errors import RecipeError
-from lockstep.runs.read import exact
-from lockstep.runs.write import plain
+from lockstep.runs.strict import exact, plain
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 LINES = QUICKSTART.read_text().splitlines()

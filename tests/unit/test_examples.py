@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lockstep.config.recipe import load_recipe
-from lockstep.runs.read import read_lines
+from lockstep.runs.strict import read_lines
 from tests.unit.test_objective import inputs_of
 from tests.unit.tiny_run import write_recipe
 

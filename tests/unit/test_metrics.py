@@ -14,8 +14,6 @@ from lockstep.metrics.reduce import (
     outside_clip,
     quantiles_abs,
 )
-from lockstep.runs.read import drop_partial_line, number, read_lines
-from lockstep.runs.write import append_metrics
 
 
 def test_ess_is_one_for_equal_ratios_and_one_in_n_for_one_heavy_token():
@@ -55,23 +53,3 @@ def test_names_and_aliases_are_unique():
     assert len(BY_NAME) == len(METRICS)
     assert len(ALIASES) == sum(len(m.aliases) for m in METRICS)
     assert all(m.estimator for m in METRICS)
-
-
-def test_metrics_on_disk_are_strict_and_survive_a_kill(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    append_metrics(path, 0, 1, {"loss": 0.5, "gap_abs_max_nats": math.nan})
-    append_metrics(path, 1, 2, {"loss": 0.25})
-    with path.open("ab") as file:
-        file.write(b'{"step": 2, "metr')
-    rows = read_lines(path)
-    assert [row["step"] for row in rows] == [0, 1]
-    assert rows[0]["metrics"]["gap_abs_max_nats"] == {"nonfinite": "nan"}
-    assert math.isnan(number(rows[0]["metrics"]["gap_abs_max_nats"]))
-    drop_partial_line(path)
-    append_metrics(path, 2, 3, {"loss": 0.1})
-    assert [row["step"] for row in read_lines(path)] == [0, 1, 2]
-
-
-def test_a_figure_that_is_not_in_the_catalog_is_refused(tmp_path):
-    with pytest.raises(KeyError, match="los_s"):
-        append_metrics(tmp_path / "m.jsonl", 0, 1, {"los_s": 1.0})

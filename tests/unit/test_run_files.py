@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from lockstep.errors import RunError, UsageError
-from lockstep.parity.certificate import read_certificate
-from lockstep.records.verdicts import Verdict
+from lockstep.records.verdicts import OfCheck, Verdict
 from lockstep.rollout import store
 from lockstep.runs import durable
-from lockstep.runs.layout import new_run
+from lockstep.runs.certificate import read_certificate
+from lockstep.runs.durable import write_atomically
+from lockstep.runs.layout import forget_partials, new_run
 from lockstep.runs.manifest import read_recipe
-from lockstep.runs.read import drop_partial_line, read_lines
-from lockstep.runs.write import append, append_metrics, append_verdict, forget_partials, write_atomically
+from lockstep.runs.record import open_recorder
+from lockstep.runs.strict import append, drop_partial_line, read_lines
 from tests.unit.test_store import rollouts
 
 
@@ -45,8 +46,8 @@ def test_what_we_make_is_private_whatever_the_umask(tmp_path, umask):
     layout = new_run(tmp_path / "run")
     with layout.held():
         write_atomically(layout.manifest, b"{}")
-        append_metrics(layout.metrics, 0, 1, {"loss": 0.0})
-        append_verdict(layout.verdicts, Verdict(layer="weights", status="PASS", summary="", n_tokens=1), "check")
+        open_recorder(layout).step(0, 1, {"loss": 0.0})
+        open_recorder(layout).verdict(OfCheck(), Verdict(layer="weights", status="PASS", summary="", n_tokens=1))
         store.save(layout.drawn(0), rollouts(0))
         store.admit(layout, 0)
         store.save(layout.drawn(1), rollouts(1))

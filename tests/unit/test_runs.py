@@ -10,8 +10,8 @@ from lockstep.errors import RunError, UsageError
 from lockstep.records.messages import Ready
 from lockstep.runs.layout import existing_run, new_run
 from lockstep.runs.manifest import build_manifest, read_manifest, read_recipe, refuse_other_run, unfinished_run, write_manifest
-from lockstep.runs.read import read_lines
-from lockstep.runs.write import append_metrics
+from lockstep.runs.record import open_recorder
+from lockstep.runs.strict import read_lines
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.toml", ["training.steps=2"])
 
@@ -36,7 +36,7 @@ def made(root, recipe=RECIPE, steps=0):
     layout = new_run(root)
     write_manifest(layout.manifest, manifest(recipe))
     for step in range(steps):
-        append_metrics(layout.metrics, step, step + 1, {"loss": 0.0})
+        open_recorder(layout).step(step, step + 1, {"loss": 0.0})
     return layout
 
 
@@ -47,7 +47,7 @@ def test_an_interrupted_run_is_found_and_a_finished_or_other_one_is_not(tmp_path
     assert read_recipe(layout.manifest) == RECIPE
     other = msgspec.structs.replace(RECIPE, training=msgspec.structs.replace(RECIPE.training, seed=9))
     assert unfinished_run(other, tmp_path) is None
-    append_metrics(layout.metrics, 1, 2, {"loss": 0.0})
+    open_recorder(layout).step(1, 2, {"loss": 0.0})
     assert unfinished_run(RECIPE, tmp_path) == layout  # its last step is trained, and not saved yet
     layout.checkpoint(2).mkdir(parents=True)
     assert unfinished_run(RECIPE, tmp_path) is None

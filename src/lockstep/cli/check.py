@@ -101,14 +101,17 @@ def _climb(
 
     make_directory(directory)
     with open_session(recipe, directory / "engine.log", say, plants(faults), api_key_env) as session:
-        from lockstep.parity.certificate import issue, void
+        from lockstep.parity.certificate import issue
         from lockstep.parity.ladder import climb
-        from lockstep.runs.write import append_verdict
+        from lockstep.records.verdicts import OfCheck
+        from lockstep.runs.certificate import void
+        from lockstep.runs.layout import RunLayout
+        from lockstep.runs.record import open_recorder
 
-        deeper = _deeper(session) if depth == "full" else {}
+        recorder, deeper = open_recorder(RunLayout(directory)), _deeper(session) if depth == "full" else {}
         result = climb(session.pair, lambda layer: say(f"ladder: {layer}"), deeper)
         for verdict in result.verdicts:
-            append_verdict(directory / "verdicts.jsonl", verdict, "check")
+            recorder.verdict(OfCheck(), verdict)
         if result.passed:
             issue(session.pair, result.verdicts, directory / "certificate.json", depth, key)
         else:
@@ -165,7 +168,7 @@ def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:
     path = sign_key or verify_key
     if path is None:
         return b""
-    from lockstep.parity.signature import read_key
+    from lockstep.runs.signature import read_key
 
     return read_key(path, wanted)
 
@@ -173,7 +176,8 @@ def _key(sign_key: Path | None, verify_key: Path | None, use: str) -> bytes:
 def _holds(path: Path, recipe: "Recipe", key: bytes, api_key_env: str, *, as_json: bool) -> int:
     """Compare a certificate with the pair as it is now. Returns the exit code: 0 while it holds, 1 when anything changed."""
     from lockstep.loop.open import open_session
-    from lockstep.parity.certificate import changes, read_certificate
+    from lockstep.parity.certificate import changes
+    from lockstep.runs.certificate import read_certificate
 
     issued = read_certificate(path, key)
     with (

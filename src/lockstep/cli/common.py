@@ -39,7 +39,7 @@ def plants(faults: tuple[str, ...]) -> "Plants | None":
 
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """The layers as ``--json`` gives them: ``layer``, ``verdict``, ``findings`` and what else a verdict holds."""
-    from lockstep.runs.write import plain
+    from lockstep.runs.strict import plain
 
     return [plain(v) | {"verdict": v.status} for v in verdicts]
 

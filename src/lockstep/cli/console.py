@@ -131,9 +131,9 @@ def show(text: str) -> None:
     print(printable(text))
 
 
-def emit(schema: str, content: dict[str, Any]) -> None:
+def emit(schema: str, content: dict[str, Any] | msgspec.Struct) -> None:
     """One JSON document on stdout; what a terminal would obey is in it as JSON's own escape."""
-    from lockstep.runs.write import plain
+    from lockstep.runs.strict import plain
 
     document = {"schema": f"lockstep.{schema}/1", **plain(content)}
     text = msgspec.json.format(msgspec.json.encode(document), indent=1).decode()

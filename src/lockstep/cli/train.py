@@ -32,9 +32,9 @@ def train(
 ) -> None:
     """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
     from lockstep.cli.common import planted
-    from lockstep.parity.signature import read_key
     from lockstep.runs.layout import new_run
     from lockstep.runs.manifest import finished
+    from lockstep.runs.signature import read_key
 
     loaded, layout = _run_of(recipe, set_, engine, out, resume, go_on=go_on)
     faults, key = planted(plant), read_key(sign_key, "--sign-key") if sign_key else b""
@@ -51,8 +51,9 @@ def train(
         else:
             _train(loaded, layout, console.say, _Extras(faults, key, api_key_env), resumed=resumed)
     from lockstep.report import summarise, summary_table
+    from lockstep.runs.read import open_run
 
-    summary = summarise(layout)
+    summary = summarise(open_run(layout.root))
     if as_json:
         emit("train", summary)
     else:
@@ -61,7 +62,7 @@ def train(
 
 def _tidy(layout: "RunLayout") -> None:
     """What a kill after the last checkpoint left: older ones, and the parts of one that was being removed."""
-    from lockstep.runs.write import forget_partials
+    from lockstep.runs.layout import forget_partials
 
     forget_partials(layout)
     if len(list(layout.checkpoints.iterdir())) > 1:
@@ -121,13 +122,14 @@ def _train(recipe: "Recipe", layout: "RunLayout", say: Callable[[str], None], ex
     with open_session(recipe, layout.engine_log, say, plants(extras.faults), extras.api_key_env) as session:
         from lockstep.loop.stages import Run
         from lockstep.loop.sync import run_steps
+        from lockstep.runs.record import open_recorder
 
         if resumed:
             refuse_other_run(layout.manifest, session.manifest)
         else:
             write_manifest(layout.manifest, session.manifest)
         try:
-            run_steps(Run(session, layout, say, sign_key=extras.sign_key), resumed=resumed)
+            run_steps(Run(session, layout, say, open_recorder(layout), sign_key=extras.sign_key), resumed=resumed)
         except LockstepError as error:
             error.add_note(f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}")
             raise

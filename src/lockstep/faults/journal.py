@@ -13,8 +13,7 @@ import lockstep
 from lockstep.config.recipe import Recipe
 from lockstep.engines.registry import choose
 from lockstep.faults.campaign import Outcome
-from lockstep.runs.read import drop_partial_line, number, read_lines
-from lockstep.runs.write import append, plain
+from lockstep.runs.strict import append, drop_partial_line, exact, plain, read_lines
 
 
 class Journal:
@@ -27,7 +26,7 @@ class Journal:
         """Those that an earlier campaign came to."""
         drop_partial_line(self.path)
         rows = [row["outcome"] for row in read_lines(self.path) if row["key"] == self.key]
-        return [msgspec.convert(row | {"effect_nats": number(row["effect_nats"])}, Outcome) for row in rows]
+        return [msgspec.convert(exact(row), Outcome) for row in rows]
 
     def add(self, outcome: Outcome) -> None:
         """Keep one more."""

@@ -6,8 +6,6 @@
 Rollouts of that step may lie drawn: ``stages.sample`` takes them. Refused ones lie elsewhere and are not looked at.
 """
 
-from typing import Any
-
 import numpy as np
 
 from lockstep.errors import RunError
@@ -15,8 +13,9 @@ from lockstep.loop.stages import Run, train_gated
 from lockstep.parity.gate import Gate
 from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
 from lockstep.rollout import store
-from lockstep.runs.read import drop_partial_line, number, read_lines
-from lockstep.runs.write import append_metrics, forget_partials
+from lockstep.runs.layout import forget_partials
+from lockstep.runs.read import read_steps, read_verdicts
+from lockstep.runs.strict import drop_partial_line
 from lockstep.training.checkpoint import keep_newest, newest_checkpoint
 
 REPLAYED = ("loss", "entropy_mean_nats", "grad_norm")
@@ -34,7 +33,7 @@ def catch_up(run: Run) -> int:
     forget_partials(run.layout)
     drop_partial_line(run.layout.metrics)
     drop_partial_line(run.layout.verdicts)
-    recorded = {row["step"]: row["metrics"] for row in read_lines(run.layout.metrics)}
+    recorded = {row.step: row.metrics for row in read_steps(run.layout.metrics)}
     keep_newest(run.layout.checkpoints)  # the kill may have come before older ones went
     newest = newest_checkpoint(run.layout.checkpoints)
     step = run.pair.trainer.restore(newest) if newest else 0
@@ -44,7 +43,7 @@ def catch_up(run: Run) -> int:
         rollouts = store.load(run.layout.rollouts(step), run.recipe.training.group_size, run.recipe.sampling)
         figures = train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:
-            append_metrics(run.layout.metrics, step, step + 1, figures)
+            run.recorder.step(step, step + 1, figures)
         else:
             _refuse_other_figures(run, step, figures, recorded[step])
         run.say(f"resume: step {step + 1} replayed from its stored rollouts")
@@ -62,9 +61,10 @@ def catch_up(run: Run) -> int:
 
 def _recorded_gate(run: Run) -> Gate:
     """The gate of the ladder that passed last, from the run's verdicts."""
-    rows = [row for row in read_lines(run.layout.verdicts) if row["layer"] == "numerics" and row["status"] == "PASS"]
+    verdicts = [record.verdict for record in read_verdicts(run.layout.verdicts)]
+    passed = [verdict for verdict in verdicts if verdict.layer == "numerics" and verdict.status == "PASS"]
     try:
-        return Gate.of(run.pair, {name: number(value) for name, value in rows[-1]["figures"].items() if name.startswith("gap_")})
+        return Gate.of(run.pair, passed[-1].figures)
     except (IndexError, KeyError) as error:
         raise RunError(
             f"resume, {run.layout.verdicts}",
@@ -74,10 +74,10 @@ def _recorded_gate(run: Run) -> Gate:
         ) from error
 
 
-def _refuse_other_figures(run: Run, step: int, figures: dict[str, float], recorded: dict[str, Any]) -> None:
+def _refuse_other_figures(run: Run, step: int, figures: dict[str, float], recorded: dict[str, float]) -> None:
     rtol = replay_rtol(run.pair.trainer.dtype)
     for name in REPLAYED:
-        then = number(recorded[name])
+        then = recorded[name]
         if not np.isclose(figures[name], then, rtol=rtol, atol=REPLAY_ATOL):
             raise RunError(
                 f"resume, step {step + 1} replayed from its rollouts",

@@ -22,7 +22,7 @@ from lockstep.errors import ParityError, RewardError, WeightSyncError
 from lockstep.loop.open import Session
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.causes import finding
-from lockstep.parity.certificate import issue, void
+from lockstep.parity.certificate import issue
 from lockstep.parity.gate import Gate
 from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
 from lockstep.parity.layers import weights as layer3_weights
@@ -30,10 +30,11 @@ from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import Verdict
+from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, Verdict, When
 from lockstep.rollout import collect, store
+from lockstep.runs.certificate import void
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.write import append_metrics, append_verdict
+from lockstep.runs.record import Recorder
 from lockstep.training.step import AtSampling
 
 Say = Callable[[str], None]
@@ -47,6 +48,7 @@ class Run:
     session: Session
     layout: RunLayout
     say: Say
+    recorder: Recorder
     canary: Canary | None = None
     gate: Gate | None = None
     """What rollouts are held to; from the ladder that passed last."""
@@ -76,7 +78,7 @@ def certified(run: Run) -> Iterator[None]:
         raise
 
 
-def prove(run: Run, when: str) -> LadderResult:
+def prove(run: Run, when: When) -> LadderResult:
     """Run the ladder and write its verdicts; on PASS issue the certificate and set the gate.
 
     Raises:
@@ -84,7 +86,7 @@ def prove(run: Run, when: str) -> LadderResult:
     """
     result = climb(run.pair, lambda layer: run.say(f"ladder: {layer}"))
     for verdict in result.verdicts:
-        append_verdict(run.layout.verdicts, verdict, when)
+        run.recorder.verdict(when, verdict)
         run.say(f"  {verdict.layer:<10} {verdict.status:<8} {verdict.summary}")
     if not result.passed:
         raise refusal(result)
@@ -192,7 +194,7 @@ def sync(run: Run, version: int) -> dict[str, float]:
     loaded = time.perf_counter()
     result = run.canary.measure(run.pair, trainer)
     verdict = _sync_verdict(run, result, version)
-    append_verdict(run.layout.verdicts, verdict, f"after sync {version}")
+    run.recorder.verdict(AfterSync(version), verdict)
     _refuse_sync(verdict, version)
     run.unproven = 0 if verdict.status == "PASS" else run.unproven + 1
     return {
@@ -211,7 +213,7 @@ def record(run: Run, step: int, figures: dict[str, float], spent_s: float) -> No
         "tokens_per_s": figures["n_tokens"] / spent_s,
         "samples_per_s": figures["n_samples"] / spent_s,
     }
-    append_metrics(run.layout.metrics, step, step + 1, figures)
+    run.recorder.step(step, step + 1, figures)
     run.say(_line(step, run.recipe.training.steps, figures))
 
 
@@ -233,7 +235,7 @@ def prove_transport(run: Run, version: int) -> None:
     """
     if run.unproven:
         verdict = _perturbed(run)
-        append_verdict(run.layout.verdicts, verdict, f"before checkpoint {version}")
+        run.recorder.verdict(BeforeCheckpoint(version), verdict)
         _refuse_sync(verdict, version)
         run.unproven = 0 if verdict.status == "PASS" else run.unproven
 

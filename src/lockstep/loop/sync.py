@@ -12,6 +12,7 @@ import time
 
 from lockstep.loop.resume import catch_up
 from lockstep.loop.stages import Run, certified, checkpoint, prove, record, reward, sample, sync, train_gated
+from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.manifest import finished
 
 
@@ -28,7 +29,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         if resumed:
             run.pair.version = first
             run.pair.sync(first)
-        prove(run, f"before step {first}")
+        prove(run, BeforeStep(first))
         for step in range(first, run.recipe.training.steps):
             _step(run, step)
         if first == run.recipe.training.steps and not finished(run.layout, run.recipe):

@@ -55,3 +55,61 @@ class Verdict(Struct, frozen=True, kw_only=True):
             raise ValueError(f"layer {self.layer}: FAIL without a finding names no cause")
         if self.status == "NOT_RUN" and not self.reason:
             raise ValueError(f"layer {self.layer}: NOT_RUN without a reason")
+
+
+class BeforeStep(Struct, frozen=True):
+    """The ladder before a start's first step; a run that was resumed has one for each start."""
+
+    step: int
+
+    def __str__(self) -> str:
+        return f"before step {self.step}"
+
+
+class AfterSync(Struct, frozen=True):
+    """The canary after weights were loaded into the engine."""
+
+    version: int
+
+    def __str__(self) -> str:
+        return f"after sync {self.version}"
+
+
+class BeforeCheckpoint(Struct, frozen=True):
+    """The perturbation that proves how updates too small for the canary arrive, before they are saved."""
+
+    version: int
+
+    def __str__(self) -> str:
+        return f"before checkpoint {self.version}"
+
+
+class OfCheck(Struct, frozen=True):
+    """The ladder alone: ``lockstep check``."""
+
+    def __str__(self) -> str:
+        return "check"
+
+
+When = BeforeStep | AfterSync | BeforeCheckpoint | OfCheck
+"""What a verdict is about; its text is how it stands on disk, and :func:`when_of` reads it."""
+NUMBERED: dict[str, type[BeforeStep] | type[AfterSync] | type[BeforeCheckpoint]] = {
+    "before step": BeforeStep,
+    "after sync": AfterSync,
+    "before checkpoint": BeforeCheckpoint,
+}
+
+
+def when_of(text: str) -> When:
+    """The moment that a text names.
+
+    Raises:
+        ValueError: for a text that is none of theirs.
+    """
+    if text == str(OfCheck()):
+        return OfCheck()
+    name, _, number = text.rpartition(" ")
+    if name not in NUMBERED or not (number.isascii() and number.isdigit()):
+        known = ", ".join(f"'{name} N'" for name in NUMBERED)
+        raise ValueError(f"{text!r} is none of {known}, 'check'")
+    return NUMBERED[name](int(number))

@@ -15,13 +15,14 @@ runs/<id>/
 import contextlib
 import fcntl
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.errors import UsageError
-from lockstep.runs.durable import PARTIAL, make_directory, open_for_append, writing
+from lockstep.runs.durable import PARTIAL, flush_directory, make_directory, open_for_append, writing
 
 
 @dataclass(frozen=True)
@@ -157,3 +158,19 @@ def existing_run(root: Path) -> RunLayout:
     if not (root / "manifest.json").is_file():
         raise UsageError(f"run directory {root}", got="no manifest.json", expected="a run", hint="ls runs/")
     return RunLayout(root)
+
+
+def forget_partials(layout: RunLayout) -> None:
+    """At the start of a run that goes on: remove what a killed process left half-written, and flush what it renamed last.
+
+    Raises:
+        RunError: when it cannot be removed.
+    """
+    with writing(layout.root):
+        for left in list(layout.root.rglob(f"{PARTIAL}*")):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+        for directory in (layout.root, *(path for path in layout.root.rglob("*") if path.is_dir())):
+            flush_directory(directory)

@@ -18,9 +18,9 @@ from lockstep.config.recipe import Recipe
 from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
 from lockstep.records.messages import Ready
+from lockstep.runs.durable import write_atomically
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import exact, read_document
-from lockstep.runs.write import plain, write_atomically
+from lockstep.runs.strict import exact, plain, read_document
 
 SCHEMA = "lockstep.manifest/2"
 SHOWN = 4

@@ -1,74 +1,124 @@
-"""Read a run directory. No torch."""
+"""Read a run directory into records. No torch.
 
-import os
+    open_run(path) ─► RunRecord: manifest, steps (figures as columns), verdicts, certificate
+
+A line that is whole JSON and no record of ours is an error that names the file and the line.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
+import numpy as np
+from msgspec import convert
 
-from lockstep.errors import RunError
-from lockstep.runs.durable import flush_file, writing
+from lockstep.metrics.catalog import BY_NAME
+from lockstep.records.verdicts import Verdict, when_of
+from lockstep.runs.certificate import Certificate, whole_certificate
+from lockstep.runs.layout import RunLayout, existing_run
+from lockstep.runs.manifest import Manifest, read_manifest
 from lockstep.runs.rollouts import read_table
+from lockstep.runs.sinks.base import StepRecord, VerdictRecord
+from lockstep.runs.sinks.jsonl import SCHEMA_METRICS, SCHEMA_VERDICT
+from lockstep.runs.strict import bad_line, exact, read_lines
+
+Record = TypeVar("Record")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file. A last line cut short by a kill is left out; one in the middle is an error.
+@dataclass(frozen=True)
+class Steps:
+    """The training steps of a run, in the order in which they were recorded. N is how many there are."""
+
+    records: tuple[StepRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self.records)
+
+    def column(self, name: str) -> np.ndarray:
+        """One figure over all steps, float64 [N]; NaN where it was NaN and where it was not :meth:`measured`.
+
+        Raises:
+            KeyError: for a name that is neither in the catalog nor in the run.
+        """
+        if name not in BY_NAME and not self.measured(name).any():
+            raise KeyError(f"no figure {name!r} in metrics/catalog.py or in the run")
+        return np.array([record.metrics.get(name, np.nan) for record in self.records], np.float64)
+
+    def measured(self, name: str) -> np.ndarray:
+        """Which steps have the figure at all, bool [N]: one that was replayed has no time of its own."""
+        return np.array([name in record.metrics for record in self.records], np.bool_)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its directory holds it; each part is read when it is first asked for."""
+
+    layout: RunLayout
+    manifest: Manifest
+
+    @cached_property
+    def steps(self) -> Steps:
+        """What ``metrics.jsonl`` holds."""
+        return read_steps(self.layout.metrics)
+
+    @cached_property
+    def verdicts(self) -> tuple[VerdictRecord, ...]:
+        """What ``verdicts.jsonl`` holds, over all starts of the run."""
+        return read_verdicts(self.layout.verdicts)
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """The certificate as it stands, a void one too; None where none was issued."""
+        return whole_certificate(self.layout.certificate) if self.layout.certificate.is_file() else None
+
+
+def open_run(path: Path) -> RunRecord:
+    """The run in a directory.
 
     Raises:
-        RunError: for a line that is no JSON.
+        UsageError: when there is none.
+        RunError: when its manifest is damaged or of another schema; other files' errors come when they are read.
     """
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
+    layout = existing_run(path)
+    return RunRecord(layout, read_manifest(layout.manifest))
+
+
+def read_steps(path: Path) -> Steps:
+    """The whole lines of a ``metrics.jsonl``; a file that is not there has none.
+
+    Raises:
+        RunError: for a line that is no step's record; names it.
+    """
+    return Steps(tuple(_of_lines(path, SCHEMA_METRICS, lambda row: convert(row, StepRecord))))
+
+
+def read_verdicts(path: Path) -> tuple[VerdictRecord, ...]:
+    """The whole lines of a ``verdicts.jsonl``; a file that is not there has none.
+
+    Raises:
+        RunError: for a line that is no verdict's record; names it.
+    """
+    return tuple(_of_lines(path, SCHEMA_VERDICT, _verdict))
+
+
+def _verdict(row: dict[str, Any]) -> VerdictRecord:
+    return VerdictRecord(when=when_of(str(row.pop("when", ""))), verdict=convert(row, Verdict))
+
+
+def _of_lines(path: Path, schema: str, read: Callable[[dict[str, Any]], Record]) -> Iterator[Record]:
+    for number, row in enumerate(read_lines(path), 1):
+        if (got := row.pop("schema", None)) != schema:
+            raise bad_line(path, number, f"schema {got!r}", schema)
         try:
-            rows.append(msgspec.json.decode(line, type=dict[str, Any]))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise RunError(
-                f"{path}, line {number}", got=str(error), expected="a JSON object", hint=f"sed -n {number}p {path}"
-            ) from error
-    return rows
-
-
-def read_document(path: Path, hint: str) -> dict[str, Any]:
-    """A file that holds one JSON object: a manifest, say.
-
-    Args:
-        hint: what to do when it does not.
-
-    Raises:
-        RunError: when it is missing, cut, empty, or no JSON object.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RunError(f"file {path}", got=str(error) or type(error).__name__, expected="a JSON object", hint=hint) from error
-
-
-def number(value: Any) -> float:
-    """A figure as written by :func:`lockstep.runs.write.strict`, non-finite ones included."""
-    return float(value["nonfinite"]) if isinstance(value, dict) else float(value)
-
-
-def exact(value: Any) -> Any:
-    """What :func:`lockstep.runs.write.strict` was given: non-finite floats are floats again."""
-    if isinstance(value, dict):
-        if value.keys() == {"nonfinite"} and value["nonfinite"] in ("nan", "inf", "-inf"):
-            return float(value["nonfinite"])
-        return {key: exact(item) for key, item in value.items()}
-    return [exact(item) for item in value] if isinstance(value, list) else value
-
-
-def drop_partial_line(path: Path) -> None:
-    """Cut off a last line that a kill left incomplete, so that the next line starts on its own."""
-    if path.is_file():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with writing(path):
-                os.truncate(path, whole)
-                flush_file(path)
+            record = read(exact(row))
+        except ValueError as error:  # msgspec's own errors are ValueErrors
+            raise bad_line(path, number, str(error), f"a record of {schema}") from error
+        yield record
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,40 @@
+"""What is recorded of a run while it goes on, and what a sink is."""
+
+from typing import Protocol
+
+from msgspec import Struct
+
+from lockstep.records.verdicts import Verdict, When
+
+
+class StepRecord(Struct, frozen=True, kw_only=True):
+    """One training step.
+
+    Example::
+
+        StepRecord(step=0, weight_version=1, metrics={"loss": -0.0012, "grad_norm": 0.31})
+    """
+
+    step: int
+    """From 0."""
+    weight_version: int
+    """That the step made: ``step + 1`` in the synchronous loop."""
+    metrics: dict[str, float]
+    """By catalog name; a figure that this step did not measure is absent, one that came out non-finite is that float."""
+
+
+class VerdictRecord(Struct, frozen=True, kw_only=True):
+    """One verdict and what it is about."""
+
+    when: When
+    verdict: Verdict
+
+
+class Sink(Protocol):
+    """Takes records as they come. It keeps nothing back: what a call returned from is where it belongs."""
+
+    def step(self, record: StepRecord) -> None:
+        """Take one step's figures."""
+
+    def verdict(self, record: VerdictRecord) -> None:
+        """Take one verdict."""

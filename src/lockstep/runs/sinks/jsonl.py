@@ -1,0 +1,32 @@
+"""``metrics.jsonl`` and ``verdicts.jsonl``: one line of strict JSON a record, flushed before the call returns."""
+
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.sinks.base import StepRecord, VerdictRecord
+from lockstep.runs.strict import append, plain, strict
+
+SCHEMA_METRICS = "lockstep.metrics/1"
+SCHEMA_VERDICT = "lockstep.verdict/1"
+
+
+class JsonlSink:
+    """The files that a run is read back from."""
+
+    def __init__(self, layout: RunLayout) -> None:
+        self.layout = layout
+
+    def step(self, record: StepRecord) -> None:
+        """Add a line to ``metrics.jsonl``.
+
+        Raises:
+            RunError: when it cannot be written; the file is then as it was.
+        """
+        row = {"schema": SCHEMA_METRICS, "step": record.step, "weight_version": record.weight_version}
+        append(self.layout.metrics, row | {"metrics": strict(record.metrics)})
+
+    def verdict(self, record: VerdictRecord) -> None:
+        """Add a line to ``verdicts.jsonl``.
+
+        Raises:
+            RunError: as :meth:`step`.
+        """
+        append(self.layout.verdicts, {"schema": SCHEMA_VERDICT, "when": str(record.when), **plain(record.verdict)})
