@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lockstep.cli.check import QUICK
+from lockstep.api import QUICK
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.loop.open import Session, open_engine, open_session
 from lockstep.loop.stages import Run, sync

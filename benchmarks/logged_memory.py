@@ -133,7 +133,7 @@ def main() -> int:
     """Exit code 1 where it takes more than the limit."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=10_000_000)
-    parser.add_argument("--rows", type=int, help="measure the gap on so many rows, as check --rows does")
+    parser.add_argument("--rows", type=int, help="measure the gap on so many rows, as check-log --rows does")
     parser.add_argument("--format", choices=("jsonl", "parquet"), action="append", help="only this one")
     asked = parser.parse_args()
     worst, spawn = 0.0, multiprocessing.get_context("spawn")

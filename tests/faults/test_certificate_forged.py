@@ -158,11 +158,11 @@ def test_a_key_is_long_and_nobody_elses(tmp_path):
 
 
 def command(*args):
-    """The exit code and the error of ``lockstep check``."""
+    """The exit code and the error of a command."""
     from lockstep.cli.main import app
 
     try:
-        return app(["check", *map(str, args)], standalone_mode=False) or 0, ""
+        return app([*map(str, args)], standalone_mode=False) or 0, ""
     except LockstepError as error:
         return error.exit_code, str(error)
 
@@ -175,30 +175,54 @@ def flags(recipe, tmp_path):
         '[task]\nname = "reasoning_gym:basic_arithmetic"\n[task.options]\nmin_terms = 2\nmax_terms = 2\n'
         "min_digits = 1\nmax_digits = 1\n[sampling]\nmax_tokens = 5\n[training]\nsteps = 1\n[parity]\nprobe_prompts = 8\n"
     )
-    return [file, "--depth", "quick"]
+    return [file]
 
 
-def test_the_command_signs_verifies_and_voids(flags, tmp_path, capsys):
-    out, key, other = tmp_path / "out", tmp_path / "key", tmp_path / "other"
-    for file in (key, other):
+@pytest.fixture
+def keys(tmp_path):
+    for file in (tmp_path / "key", tmp_path / "other"):
         file.write_bytes(os.urandom(40))
         file.chmod(0o600)
+    return tmp_path / "key", tmp_path / "other"
+
+
+def test_the_commands_sign_verify_and_void(flags, keys, tmp_path, capsys):
+    out, (key, other) = tmp_path / "out", keys
     held = out / "certificate.json"
-    assert command(*flags, "--out", out, "--sign-key", key) == (0, "")
-    assert command(*flags, "--certificate", held, "--verify-key", key) == (0, "")
+    verify, check = ["certificate", "verify", held], ["check", *flags, "--depth", "quick"]
+    assert command(*check, "--out", out, "--sign-key", key) == (0, "")
+    assert command(*verify, *flags, "--verify-key", key) == (0, "")
     assert "by the key of --verify-key" in capsys.readouterr().out
-    code, error = command(*flags, "--certificate", held, "--verify-key", other)
+    assert command("check", *flags, "--certificate", held, "--verify-key", key) == (0, ""), "the old flag"
+    old = capsys.readouterr()
+    assert "by the key of --verify-key" in old.out
+    assert "type: lockstep certificate verify" in old.err
+    code, error = command(*verify, *flags, "--verify-key", other)
     assert code == 3
     assert "another key" in error
-    code, _ = command(*flags, "--out", out, "--set", "sampling.top_k=3")
+    assert command(*verify, *flags, "--set", "sampling.top_k=3") == (1, "")
+    assert "void: sampling.top_k: 0 → 3" in capsys.readouterr().out
+    code, _ = command(*check, "--out", out, "--set", "sampling.top_k=3")
     assert code == 1
-    code, error = command(*flags, "--certificate", held)
-    assert code == 1
-    assert "layer semantics of a later check here did not pass" in error
+    for pair in ([], flags):
+        code, error = command(*verify, *pair)
+        assert code == 1
+        assert "layer semantics of a later check here did not pass" in error
+
+
+def test_without_a_pair_the_file_alone_is_verified_and_that_is_no_pass(issued, path, capsys):
+    import json
+
+    assert command("certificate", "verify", path, "--json") == (3, "")
+    document = json.loads(capsys.readouterr().out)
+    assert (document["verdict"], document["signature"], document["changes"]) == ("NOT_RUN", "none", [])
+    assert "not compared with any pair" in document["reason"]
+    path.write_bytes(path.read_bytes()[:-2])
+    assert command("certificate", "verify", path)[0] == 3
 
 
 def test_a_key_goes_with_what_it_is_for(flags, tmp_path):
     for use in (["--verify-key", "k"], ["--sign-key", "k"], ["--verify-key", "k", "--out", tmp_path / "o"]):
-        code, error = command(*flags, *use)
+        code, error = command("check", *flags, *use)
         assert code == 2
         assert f"{use[0]} " in error

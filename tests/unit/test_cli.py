@@ -41,6 +41,9 @@ VERBS = [
     ["init"],
     ["train"],
     ["check"],
+    ["check-log"],
+    ["certificate"],
+    ["certificate", "verify"],
     ["diagnose"],
     ["faults"],
     ["engines"],
@@ -108,7 +111,7 @@ def test_the_catalogue_names_only_ways_to_break_the_trainer_that_there_are():
     ("missing", "args"),
     [
         ("torch", ["check", QUICKSTART, "--engine", "transformers", "--set", "model.path=MODEL"]),
-        ("torch", ["check", "--rollouts", "ROLLOUTS", "--model", "MODEL"]),
+        ("torch", ["check-log", "ROLLOUTS", "--model", "MODEL"]),
         ("gguf", ["models", "install", "smollm2-135m-instruct"]),
         ("reasoning_gym", ["train", QUICKSTART, "--engine", "transformers", "--set", "model.path=MODEL"]),
         ("huggingface_hub", ["check", QUICKSTART, "--engine", "transformers", "--set", "model.path=org/name"]),
@@ -149,6 +152,17 @@ def test_the_extras_packages_are_those_that_the_command_knows():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = {line.partition(">")[0].replace("-", "_") for line in table["project"]["optional-dependencies"]["trainer"]}
     assert declared | {"huggingface_hub"} == set(EXTRA)
+
+
+def test_the_command_alone_says_what_to_do_first():
+    done = lockstep()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line, verb in zip(lines, ("init", "check", "train"), strict=False):
+        assert line.startswith(f"lockstep {verb}")
+    assert "lockstep --help" in lines[3]
+    assert (ROOT / lines[3].partition("Guides: ")[2].partition(" ")[0]).is_file()
 
 
 def test_init_writes_the_quick_start_and_overwrites_nothing(tmp_path):
@@ -213,7 +227,8 @@ def test_wrong_usage_is_exit_code_2(args):
         (["engines", "audit"], "engines audit", "lockstep engines audit recipes/quickstart.toml"),
         (["engines", "audit", "--url", "http://127.0.0.1:9", "--from", "0.7"], "flag --from", "--from 0.8.5"),
         (["check"], "check", "lockstep check --help"),
-        (["check", "--rollouts", "absent.parquet"], "check --rollouts", "--model PATH"),
+        (["check-log", "absent.parquet"], "check-log", "--model PATH"),
+        (["certificate", "verify", "c.json", "--model", "m"], "certificate verify", "lockstep certificate verify --help"),
     ],
 )
 def test_an_error_names_the_boundary_and_the_next_command_for_people_and_for_programs(args, boundary, hint):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lockstep.cli.check import _show
+from lockstep.cli.check import show_result
 from lockstep.cli.common import show_ladder
 from lockstep.cli.console import OBEYED, Console, emit, fail, guarded, printable, show
 from lockstep.errors import EngineError
@@ -108,7 +108,7 @@ def test_a_check_that_could_not_judge_a_layer_says_that_nothing_failed(unable, s
 
     result = LadderResult([verdict(layer) for layer in LAYERS], None)
     for as_json in (False, True):
-        _show(result, "standard", (), None, as_json=as_json)
+        show_result(result, "standard", (), None, as_json=as_json)
         out = capsys.readouterr().out
         assert said in out
         assert ("nothing failed" in out) == bool(said)

@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from lockstep.cli.console import show
 from lockstep.config.recipe import EngineName, Recipe, load_recipe
 from lockstep.errors import UsageError
 from lockstep.records.verdicts import Verdict
-
-if TYPE_CHECKING:
-    from lockstep.loop.open import Plants
 
 
 def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Recipe:
@@ -21,20 +18,9 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
     return load_recipe(path, overrides, engine)
 
 
-def planted(names: list[str] | None) -> tuple[str, ...]:
-    """The faults of ``--plant``, known by name."""
-    from lockstep.faults.catalogue import planted as known
-
-    return known(names or [])
-
-
-def plants(faults: tuple[str, ...]) -> "Plants | None":
-    """They for :func:`~lockstep.loop.open.open_session`; None for none, and then nothing that plants is loaded."""
-    if not faults:
-        return None
-    from lockstep.faults.at_load import plants as at_load
-
-    return at_load(faults)
+def with_search_s(sets: list[str], seconds: float | None) -> list[str]:
+    """The overrides with ``--search-s`` behind them."""
+    return sets if seconds is None else [*sets, f"parity.search_s={seconds}"]
 
 
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

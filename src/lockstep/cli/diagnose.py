@@ -6,16 +6,17 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import Engine, Json, Sets
 
 
 def diagnose(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe whose check fails.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
+    set_: Sets = None,
+    engine: Engine = None,
     against: Annotated[
         str | None, typer.Option(metavar="vllm==VERSION", help="An engine version that is known to be good; the last factor.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Mend one setting at a time, measure again each time, and show what each is worth. Effects and rest sum to the total.
 

@@ -6,10 +6,9 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import KeyEnv
+from lockstep.cli.flags import Json, KeyEnv, Sets
 
 app = typer.Typer(help="Engine environments: each engine version in a Python environment of its own.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Spec = Annotated[str, typer.Argument(help="vllm==0.32.0, or vllm for the newest.")]
 
 
@@ -89,7 +88,7 @@ def audit(
     recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe; its engine is started.")] = None,
     url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server instead.")] = None,
     before: Annotated[str, typer.Option("--from", help="The vLLM version you come from.")] = "0.8.5",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
+    set_: Sets = None,
     engine: Annotated[str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")] = None,
     api_key_env: KeyEnv = "",
     as_json: Json = False,

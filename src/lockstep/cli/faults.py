@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import Engine, Json, Sets
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ DEFAULT = Path("recipes/quickstart.toml")
 
 def faults(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe whose model and engine they are planted in.")] = DEFAULT,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")] = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")] = None,
+    set_: Sets = None,
+    engine: Engine = None,
     only: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Just these.")] = None,
     clean: Annotated[bool, typer.Option(help="Climb eight clean configurations too: none may fail.")] = True,
     list_: Annotated[bool, typer.Option("--list", help="Only say what there is to plant.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where outcomes are kept; started again, it goes on there.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Plant each fault, climb the ladder, and print the confusion matrix.
 

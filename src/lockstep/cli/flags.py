@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")]
+Engine = Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")]
+EngineUrl = Annotated[str | None, typer.Option(help="A running OpenAI-compatible server in place of an engine.")]
+TrainerModel = Annotated[str | None, typer.Option(help="The trainer's model, in place of a recipe or of the recipe's.")]
+SearchS = Annotated[float | None, typer.Option(help="Seconds to look for a cause; the recipe's parity.search_s.")]
 Plant = Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")]
 SignKey = Annotated[Path | None, typer.Option(help="Sign the certificate with this key: 32 bytes or more, mode 0600.")]
+VerifyKey = Annotated[Path | None, typer.Option(help="The certificate must be signed with this key.")]
 
 KeyEnv = Annotated[
     str, typer.Option(metavar="NAME", help="Confirm the recipe's api_key_env where its name is not that of a key.")

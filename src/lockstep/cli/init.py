@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import emit
+from lockstep.cli.flags import Json
 from lockstep.errors import UsageError
 
 RECIPE = Path("recipes") / "quickstart.toml"
@@ -14,7 +15,7 @@ RECIPE = Path("recipes") / "quickstart.toml"
 
 def init(
     directory: Annotated[Path, typer.Argument(help="Where; here if not given.")] = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write recipes/quickstart.toml, commented, and say what to do with it. Nothing is overwritten."""
     from importlib import resources

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lockstep
-from lockstep.cli import check, diagnose, engines, faults, init, models, train
+from lockstep.cli import certificate, check, check_log, diagnose, engines, faults, init, models, train
 from lockstep.cli.console import fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
 
@@ -21,7 +21,6 @@ EXTRA = (
 app = typer.Typer(
     name="lockstep",
     help="Online RL for language models in which every rollout log-probability is proven before it is trained on.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,18 +33,30 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+FIRST = """\
+lockstep init            write recipes/quickstart.toml, and say what it takes to run it
+lockstep check RECIPE    prove that engine and trainer are the same policy, or name what is not
+lockstep train RECIPE    prove it, then train; every weight sync is proven too
+All verbs: lockstep --help. Guides: docs/guides/my-engine.md and beside it, in the source."""
+
+
+@app.callback(invoke_without_command=True)
 def _app(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Online RL for language models in which every rollout log-probability is proven before it is trained on."""
+    if context.invoked_subcommand is None:
+        print(FIRST)
 
 
 app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("check")(check.check)
+app.command("check-log")(check_log.check_log)
 app.command("diagnose")(diagnose.diagnose)
 app.command("faults")(faults.faults)
+app.add_typer(certificate.app, name="certificate")
 app.add_typer(engines.app, name="engines")
 app.add_typer(models.app, name="models")
 

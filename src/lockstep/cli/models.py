@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import Json
 
 app = typer.Typer(help="Models that need no hub.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 @app.command("install")

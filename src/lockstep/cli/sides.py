@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lockstep.cli.common import recipe_of
+from lockstep.cli.common import recipe_of, with_search_s
 from lockstep.config.recipe import Recipe, parse_overrides
 from lockstep.errors import UsageError
 
@@ -17,23 +17,30 @@ PLAIN = {
 
 
 def recipe_of_sides(
-    path: Path | None, model: str | None, url: str | None, overrides: list[str] | None, engine: str | None
+    path: Path | None,
+    model: str | None,
+    url: str | None,
+    overrides: list[str] | None,
+    engine: str | None,
+    search_s: float | None = None,
+    *,
+    verb: str = "check",
 ) -> Recipe:
     """The recipe that the flags come to; ``--set`` comes last.
 
     Raises:
-        UsageError: when one side is missing.
+        UsageError: when one side is missing, or the engine is named twice.
     """
+    if engine is not None and url is not None:
+        expected, hint = "one of them: a server is asked over HTTP", "leave --engine out"
+        raise UsageError(verb, got="--engine with --engine-url", expected=expected, hint=hint)
     sets = [f"model.path={model}"] if model is not None else []
     if url is not None:
         sets.append(f"engine.options.base_url={url}")
+    sets = with_search_s([*sets, *(overrides or [])], search_s)
     if path is not None:
-        return recipe_of(path, [*sets, *(overrides or [])], "openai" if url is not None else engine)
+        return recipe_of(path, sets, "openai" if url is not None else engine)
     if url is None or model is None:
-        raise UsageError(
-            "check",
-            got="no recipe",
-            expected="RECIPE, or --engine-url URL --model PATH, or --rollouts FILE --model PATH",
-            hint="lockstep check --help",
-        )
-    return parse_overrides(PLAIN, [*sets, *(overrides or [])], "--engine-url")
+        expected, hint = "RECIPE, or --engine-url URL --model PATH", f"lockstep {verb} --help"
+        raise UsageError(verb, got="no recipe", expected=expected, hint=hint)
+    return parse_overrides(PLAIN, sets, "--engine-url")

@@ -1,0 +1,67 @@
+"""``lockstep certificate``: whether a proof still holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import Engine, EngineUrl, Json, KeyEnv, Sets, TrainerModel, VerifyKey
+
+if TYPE_CHECKING:
+    from lockstep.api import Verification
+
+app = typer.Typer(help="Certificates: whether a proof still holds.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Certificates: whether a proof still holds."""
+
+
+@app.command("verify")
+def verify(
+    file: Annotated[Path, typer.Argument(help="A certificate.json.")],
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe whose pair it is compared with.")] = None,
+    verify_key: VerifyKey = None,
+    set_: Sets = None,
+    engine: Engine = None,
+    engine_url: EngineUrl = None,
+    api_key_env: KeyEnv = "",
+    model: TrainerModel = None,
+    as_json: Json = False,
+) -> None:
+    """Read a certificate, and compare it with the recipe's pair as it is now. Without a recipe no engine is started.
+
+    Exit code: 0 it holds, 1 it is void or something changed, 2 usage or configuration, 3 it is no whole certificate, or
+    it is one and there was no pair to compare it with.
+    """
+    from lockstep import api
+    from lockstep.cli.sides import recipe_of_sides
+
+    alone = recipe is None and engine_url is None and model is None
+    loaded = None if alone else recipe_of_sides(recipe, model, engine_url, set_, engine, verb="certificate verify")
+    with Console() as console:
+        found = api.verify(file, loaded, verify_key=verify_key, api_key_env=api_key_env, say=console.say)
+    if as_json:
+        about = {"verdict": found.status, "reason": _reason(found), "signature": found.signature}
+        issued = {"issued": found.certificate.issued, "depth": found.certificate.depth}
+        emit("certificate.verify", about | issued | {"changes": found.changes or ()})
+    else:
+        print("\n".join(shown(found)))
+    raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[found.status])
+
+
+def shown(found: "Verification") -> list[str]:
+    """What people are told, a line each."""
+    by = ", by the key of --verify-key" if found.signature == "verified" else ""
+    if found.changes is None:
+        return [f"whole and not void, as issued {found.certificate.issued}{by}", _reason(found)]
+    return [f"void: {change}" for change in found.changes] or [f"holds, as issued {found.certificate.issued}{by}"]
+
+
+def _reason(found: "Verification") -> str:
+    """Why it is NOT_RUN; empty otherwise."""
+    if found.changes is not None:
+        return ""
+    return "not compared with any pair: that takes its RECIPE, or --engine-url URL --model PATH; hence exit code 3"
