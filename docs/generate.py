@@ -1,8 +1,13 @@
 """Write docs/reference/ from the code: ``python docs/generate.py`` (``--check``: only say whether it is up to date)."""
 
+import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import typer
+
+from lockstep.cli.main import app
 from lockstep.faults.catalogue import FAULTS
 from lockstep.parity.causes import CAUSES
 from lockstep.records.verdicts import LAYERS
@@ -44,7 +49,36 @@ def faults() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"causes.md": causes, "faults.md": faults}
+def commands() -> str:
+    """Every command with its arguments and options, as ``--help`` has them; hidden flags are left out."""
+    parts = [
+        "# Commands",
+        "Exit codes: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run or NOT_RUN. With `--json` one document is on "
+        'stdout, `"schema": "lockstep.<verb>/1"`; what goes on is told on stderr. Made by `docs/generate.py`.',
+    ]
+    parts += [part for verb in _verbs(typer.main.get_command(app), "lockstep") for part in verb]
+    return "\n\n".join(parts) + "\n"
+
+
+def _verbs(command, name: str) -> Iterator[list[str]]:
+    below = getattr(command, "commands", {})
+    for verb in sorted(below):
+        yield from _verbs(below[verb], f"{name} {verb}")
+    if not below:
+        rows = [_row(parameter) for parameter in command.params if not parameter.hidden]
+        yield [f"## {name}", inspect.cleandoc(command.help), "\n".join(["| | |", "|---|---|", *rows])]
+
+
+def _row(parameter) -> str:
+    name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+    takes = f" {parameter.metavar}" if parameter.metavar else ""
+    other = "".join(f", `{flag}`" for flag in parameter.secondary_opts)
+    default = parameter.default if isinstance(parameter.default, str | Path) and parameter.default != "" else None
+    said = parameter.help + (f" Default: `{default}`." if default is not None else "")
+    return f"| `{name}{takes}`{other} | {said.replace('|', chr(92) + '|')} |"
+
+
+PAGES = {"causes.md": causes, "commands.md": commands, "faults.md": faults}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from lockstep import api
 from lockstep.cli.common import recipe_of
 from lockstep.cli.console import Console, emit
+from lockstep.cli.flags import EXIT_CODES
 from lockstep.config.recipe import Engine, Model, Recipe, Task, Training
 from lockstep.errors import UsageError
 from lockstep.records.tokens import SamplingParams
@@ -32,7 +33,7 @@ def run_audit(
         emit("engines.audit", {"engine": found.engine, "from": found.before, "verdict": found.status, "rows": found.rows})
     else:
         _show(found)
-    return {"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[found.status]
+    return EXIT_CODES[found.status]
 
 
 def _show(found: api.Audit) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import Engine, EngineUrl, Json, KeyEnv, Sets, TrainerModel, VerifyKey
+from lockstep.cli.flags import EXIT_CODES, Engine, EngineUrl, Json, KeyEnv, Sets, TrainerModel, VerifyKey
 
 if TYPE_CHECKING:
     from lockstep.api import Verification
@@ -49,7 +49,7 @@ def verify(
         emit("certificate.verify", about | issued | {"changes": found.changes or ()})
     else:
         print("\n".join(shown(found)))
-    raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[found.status])
+    raise typer.Exit(EXIT_CODES[found.status])
 
 
 def shown(found: "Verification") -> list[str]:

@@ -7,7 +7,7 @@ import typer
 
 from lockstep.cli import moved
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import Engine, EngineUrl, Json, KeyEnv, Plant, SearchS, Sets, SignKey, TrainerModel
+from lockstep.cli.flags import EXIT_CODES, Engine, EngineUrl, Json, KeyEnv, Plant, SearchS, Sets, SignKey, TrainerModel
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check(
             say=console.say,
         )
     show_result(result, depth, faults, out, as_json=as_json)
-    raise typer.Exit({"PASS": 0, "FAIL": 1, "NOT_RUN": 3}[result.status])
+    raise typer.Exit(EXIT_CODES[result.status])
 
 
 def show_result(result: "LadderResult", depth: str, faults: tuple[str, ...], out: Path | None, *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import Json, SearchS, Sets, TrainerModel
+from lockstep.cli.flags import EXIT_CODES, Json, SearchS, Sets, TrainerModel
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def judge_log(
         emit(document, {"verdict": status, "layers": layers_document(verdicts)})
     else:
         show_ladder(verdicts)
-    return {"FAIL": 1, "NOT_RUN": 3}[status]
+    return EXIT_CODES[status]
 
 
 def _recipe(recipe: Path | None, model: str | None, overrides: list[str] | None, search_s: float | None) -> "Recipe":

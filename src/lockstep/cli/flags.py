@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "NOT_RUN": 3}
+"""Of what was judged; an error has its class's own (``errors.py``)."""
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")]
 Engine = Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")]
