@@ -87,3 +87,15 @@ def test_the_loop_on_one_page_gives_the_figures_of_lockstep_train(tmp_path, exam
     told = [row["metrics"] for row in read_lines(tmp_path / "command" / "metrics.jsonl")]
     for name in ("reward_mean", "loss", "grad_norm", "gap_abs_max_nats", "entropy_mean_nats"):
         assert [row[name] for row in figures] == [row[name] for row in told], name
+
+
+@pytest.mark.parametrize(("sets", "code"), [((), 0), (("sampling.repetition_penalty=1.5",), 1)])
+def test_a_script_is_told_what_an_engine_is_and_how_to_mend_it(tmp_path, examples, monkeypatch, capsys, sets, code):
+    from check_my_engine import main
+
+    recipe = write_recipe(tmp_path, 64)
+    monkeypatch.setattr(sys, "argv", ["check_my_engine.py", str(recipe), *sets])
+    assert main() == code
+    said = capsys.readouterr().out
+    assert said.count("PASS") == (5 if code == 0 else 0)
+    assert ("cause    penalties_unmodelled" in said) == (code == 1)
