@@ -4,10 +4,10 @@ import ast
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -198,11 +198,15 @@ def test_describe_tells_the_facts_of_an_engine_that_is_not_installed():
 
 
 def test_help_answers_at_once():
+    def processor_s():  # not the clock's, which is other processes' too
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     spent = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = processor_s()
         lockstep("--help")
-        spent.append(time.perf_counter() - began)
+        spent.append(processor_s() - began)
     assert min(spent) < HELP_LIMIT_S
 
 

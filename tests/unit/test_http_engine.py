@@ -237,15 +237,16 @@ def test_no_more_connections_than_asked_for(server):
 
 
 def test_a_slow_answer_is_given_up_and_a_dead_server_is_named(server):
-    engine = engine_of(server, timeout_s=0.2, retries=1)
+    engine, patient = engine_of(server, timeout_s=0.2, retries=1), engine_of(server, retries=1)
     server.trouble = lambda number, body: time.sleep(1.0)
     with pytest.raises(EngineDied, match=r"no whole answer in 0\.2 s"):
         sample(engine, 1)
     server.shutdown()
     server.server_close()
     with pytest.raises(EngineDied, match="after 2 tries"):
-        sample(engine, 1)
-    engine.close()
+        sample(patient, 1)
+    for each in (engine, patient):
+        each.close()
 
 
 def test_what_http_cannot_do_is_refused_with_the_reason(engine):

@@ -15,8 +15,8 @@ OF_A_MODEL = {
 OF_AN_ENGINE = {"faults/at_load.py"}
 """Holds the model of an engine in this process at its old weights: that one is no trainer's."""
 MODEL = {"model", "head", "head_bias"}
-RECORDS = {"recipe", "loaded", "manifest", "good"}
-"""Of these ``model`` is a section: of a recipe, a manifest, a pair that is diagnosed."""
+RECORDS = {"recipe", "loaded", "manifest", "good", "given"}
+"""Of these ``model`` is a section or a path: of a recipe, a manifest, a pair that is diagnosed, the command line."""
 
 
 def reaches(tree: ast.AST) -> list[str]:
