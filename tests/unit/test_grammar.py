@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lockstep.parity.explain.semantics.grammar import hidden_mask, masks
-from lockstep.parity.explain.semantics.sampler import Held
+from lockstep.parity.explain.semantics.held import Held
 from lockstep.records.samples import Group
 
 TEXTS = ["", *"0123456789", *"abcdefghijklmnop", *(a + b for a in "abcé7 " for b in "xyzü3\n")]

@@ -5,18 +5,12 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of
 from lockstep.parity.explain.semantics.logit_bias import BiasFit
 from lockstep.parity.explain.semantics.penalties import PenaltyFit, seen_before
-from lockstep.parity.explain.semantics.sampler import (
-    Held,
-    examine_draws,
-    fitted_temperature,
-    fitted_truncation,
-    hidden_settings,
-    hidden_temperature,
-    tokens_of_every_part,
-)
+from lockstep.parity.explain.semantics.sampler import examine_draws, fitted_temperature, hidden_settings, hidden_temperature
+from lockstep.parity.explain.semantics.truncation import fitted_truncation
 from lockstep.policy.model import load_policy
 from lockstep.policy.truncation import kept
 from lockstep.records.samples import Group, Samples
@@ -59,17 +53,17 @@ def logits():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hidden_truncation_is_fitted(logits, setting, name, seed):
     ids, numbers = sampled(logits, replace(PLAIN, **setting), seed)
-    found = fitted_truncation(logits, ids, numbers, LIMIT)
+    found = fitted_truncation(Held(logits, ids, numbers), LIMIT)
     assert found is not None
-    assert found[0].split()[0] == name.split()[0]
-    assert float(found[0].split()[1]) == pytest.approx(float(name.split()[1]), rel=0.05)
+    assert found.name.split()[0] == name.split()[0]
+    assert float(found.name.split()[1]) == pytest.approx(float(name.split()[1]), rel=0.05)
 
 
 def test_nothing_is_fitted_where_nothing_is_hidden(logits):
     ids, numbers = sampled(logits, PLAIN)
-    assert fitted_truncation(logits, ids, numbers, LIMIT) is None
+    assert fitted_truncation(Held(logits, ids, numbers), LIMIT) is None
     ids, numbers = sampled(logits, replace(PLAIN, temperature=0.7))
-    assert fitted_truncation(logits, ids, numbers, LIMIT) is None
+    assert fitted_truncation(Held(logits, ids, numbers), LIMIT) is None
 
 
 @pytest.mark.parametrize("temperature", [0.37, 0.9, 1.6])

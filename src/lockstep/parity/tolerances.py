@@ -1,7 +1,7 @@
 """Every threshold of the ladder, with its derivation. Nothing else in parity/ holds a number that decides.
 
-A gap is judged against what the arithmetic of a dtype can bring about, measured on this project's own clean runs, and against
-the objective's clip range; never against a mean that can cancel.
+A gap is judged against what the arithmetic of a dtype can bring about, measured on this project's own clean
+runs, and against the objective's clip range; never against a mean that can cancel.
 """
 
 import numpy as np
@@ -9,141 +9,164 @@ from msgspec import Struct
 
 
 class Tolerance(Struct, frozen=True):
-    """What two computations of one log-probability may differ by in one dtype, nats; and what stands out from that."""
+    """What two computations of one log-probability may differ by in one dtype, nats; what stands out from that."""
 
     p50: float
     p999: float
     perturbation: float
-    """Noise of layer 3 that stands out, relative to each tensor's root mean square: 0.02 moves SmolLM2's log-probabilities by 0.3
-    nats, three orders above fp32 noise; 0.04 by 0.6, where 0.02 did not stand out from bf16 on every probe seed."""
+    """Noise of layer 3 that stands out, relative to each tensor's root mean square: 0.02 moves SmolLM2's
+    log-probabilities by 0.3 nats, three orders above fp32 noise; 0.04 by 0.6, where 0.02 did not stand out
+    from bf16 on every probe seed."""
 
 
 NOISE: dict[str, Tolerance] = {
-    # Unit roundoff 6e-8 times logits of about 20 over 30 layers gives 1e-5 to 1e-4; SmolLM2 on a CPU measured 4e-5 at most.
-    # Ten times that, for longer models and sequences.
+    # Unit roundoff 6e-8 times logits of about 20 over 30 layers gives 1e-5 to 1e-4; SmolLM2 on a CPU measured
+    # 4e-5 at most. Ten times that, for longer models and sequences.
     "torch.float32": Tolerance(p50=1e-4, p999=1e-3, perturbation=0.02),
-    # Unit roundoff 4e-3: one engine's decode against its own prefill measured a mean of 0.043 and a maximum of 0.29 in bf16;
-    # twice the mean for the median, three times the maximum for the tail.
+    # Unit roundoff 4e-3: one engine's decode against its own prefill measured a mean of 0.043 and a maximum
+    # of 0.29 in bf16; twice the mean for the median, three times the maximum for the tail.
     "torch.bfloat16": Tolerance(p50=0.09, p999=0.9, perturbation=0.04),
     "torch.float16": Tolerance(p50=0.02, p999=0.2, perturbation=0.02),
-    # Keys and values alone: what is nearly on a border is rounded to either side, three bits coarse. Decode against prefill
-    # measured 5e-4 in the mean and 0.075 at most (SmolLM2 in fp32, vLLM 0.32.0, a CPU); four times that.
+    # Keys and values alone: what is nearly on a border is rounded to either side, three bits coarse. Decode
+    # against prefill measured 5e-4 in the mean and 0.075 at most (SmolLM2 in fp32, vLLM 0.32.0, a CPU); four
+    # times that.
     "fp8": Tolerance(p50=0.002, p999=0.3, perturbation=0.02),
 }
 
 SEMANTICS_MARGIN = 3.0
-"""The tempered hypothesis may fit worse than the two sides agree at T = 1 by this factor. Dividing logits by 0.7 multiplies
-their error by 1.4; the rest is the spread of a median over a few hundred tokens. A wrong hypothesis misses by 0.25 nats in the
-median on SmolLM2, where the two sides agree to 1e-5."""
+"""The tempered hypothesis may fit worse than the two sides agree at T = 1 by this factor. Dividing logits by
+0.7 multiplies their error by 1.4; the rest is the spread of a median over a few hundred tokens. A wrong
+hypothesis misses by 0.25 nats in the median on SmolLM2, where the two sides agree to 1e-5."""
 
 DISTINGUISHING_TEMPERATURE = 0.7
-"""Where the recipe samples at T = 1, raw and tempered log-probabilities coincide; this probe tells them apart by 0.15 nats in
-the mean on SmolLM2."""
+"""Where the recipe samples at T = 1, raw and tempered log-probabilities coincide; this probe tells them apart
+by 0.15 nats in the mean on SmolLM2."""
+
+KEPT_MASS_SLACK = 3.0
+"""What arithmetic may bring to the mass of a truncated distribution that was kept, as a multiple of the
+median |gap| allowed: of a normal error that multiple of the median is two standard deviations, so that one
+token in fifty lies above it. The mass is at most 1, so that its own error is at most that of its logarithm,
+which is the gap."""
+
+RARELY_ABOVE = 0.02
+"""Share of tokens whose number may lie below the whole distribution's when it is truncated, which only makes
+numbers larger: noise alone brings them there, one token in fifty by the slack above."""
 
 LOG_CHANCE = -21.0
-"""Draws are not of their distribution when what was seen has a chance of e^−21 = 8e-10 or less. A hidden top-p of 0.9 over 500
-tokens has 0.9^500 = e^−53."""
+"""Draws are not of their distribution when what was seen has a chance of e^−21 = 8e-10 or less. A hidden
+top-p of 0.9 over 500 tokens has 0.9^500 = e^−53."""
 
 TELLING_LOG_T = 0.1
-"""|log T| from which a recipe's own sample tells raw from tempered: at T = 0.9 the two differ by 0.14 nats in the median on
-SmolLM2, where bf16 brings 0.03. Nearer to 1 another temperature is drawn at."""
+"""|log T| from which a recipe's own sample tells raw from tempered: at T = 0.9 the two differ by 0.14 nats in
+the median on SmolLM2, where bf16 brings 0.03. Nearer to 1 another temperature is drawn at."""
 
 DRAWS_Z = 6.0
-"""The same chance in standard errors of Σ(log p + H), whose sum over some hundred bounded terms is close to normal."""
+"""The same chance in standard errors of Σ(log p + H), whose sum over some hundred bounded terms is close to
+normal."""
 
 DRAWS_FALSE_ALARM = 1e-4
-"""Chance at most, by Markov's inequality and without an approximation, that honest draws fail the test of many draws
-(``draws.py``): one check in ten thousand. At 8e-10, as above, it would take half as many draws again to see the same."""
+"""Chance at most, by Markov's inequality and without an approximation, that honest draws fail the test of
+many draws (``draws.py``): one check in ten thousand. At 8e-10, as above, it would take half as many draws
+again to see the same."""
 
 REPLAY_WRONG_MULTIPLE = 3.0
-"""The two assumptions about the cache are told apart when the one that is not in force misses by this multiple of the other.
-In fp32 it missed by 0.15 nats in the mean against 1e-5 (SmolLM2, vLLM 0.32.0)."""
+"""The two assumptions about the cache are told apart when the one that is not in force misses by this
+multiple of the other. In fp32 it missed by 0.15 nats in the mean against 1e-5 (SmolLM2, vLLM 0.32.0)."""
 
 EXPLAINS = 1 / 3
 """Of a miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
 
 ABSURD_NATS = 5.0
-"""A token is absurd when the engine gave it 150 times the probability of a re-score. fp32 and bf16 pairs measured 1e-4 and 0.3 at
-most."""
+"""A token is absurd when the engine gave it 150 times the probability of a re-score. fp32 and bf16 pairs
+measured 1e-4 and 0.3 at most."""
 
 CORRUPTED_AT_MOST = 0.5
 """Share of completions: corruption strikes some of them. What strikes most is a fault of the whole path."""
 
 PHANTOM_CLIP_FRACTION = 0.05
-"""Share of tokens that the objective may clip because of the mismatch alone. Such a token has no gradient on one side of its
-advantage, so this bounds the lost signal at a twentieth. bf16 on both sides with fp32 heads measured 1.3 % outside [0.8, 1.2]
-at T = 0.7 (SmolLM2, CPU), and pairs of that kind train; a public report of a collapse had 45 %."""
+"""Share of tokens that the objective may clip because of the mismatch alone. Such a token has no gradient on
+one side of its advantage, so this bounds the lost signal at a twentieth. bf16 on both sides with fp32 heads
+measured 1.3 % outside [0.8, 1.2] at T = 0.7 (SmolLM2, CPU), and pairs of that kind train; a public report of
+a collapse had 45 %."""
 
 PRECISION_MULTIPLE = 6.0
-"""A difference of dtype explains a gap of at most this multiple of what the trainer's own model shows between the two: another
-kernel rounds in other places. A bf16 body beside an fp32 trainer measured 0.9 times that on vLLM 0.32.0 (0.024 against 0.027 nats
-in the median), and 4.4 times on 0.8.5 (0.12), whose norms round between their steps."""
+"""A difference of dtype explains a gap of at most this multiple of what the trainer's own model shows between
+the two: another kernel rounds in other places. A bf16 body beside an fp32 trainer measured 0.9 times that on
+vLLM 0.32.0 (0.024 against 0.027 nats in the median), and 4.4 times on 0.8.5 (0.12), whose norms round between
+their steps."""
 
 QUANTISED_CORRELATION = 0.7
-"""Between the gaps and what the trainer's own weights, rounded alike, bring to each token: weights that are rounded in one way
-err in one way, where another kernel's roundings are its own. Two bf16 kernels on one checkpoint in bf16 correlate by less."""
+"""Between the gaps and what the trainer's own weights, rounded alike, bring to each token: weights that are
+rounded in one way err in one way, where another kernel's roundings are its own. Two bf16 kernels on one
+checkpoint in bf16 correlate by less."""
 
 CENTRED = 0.5
-"""|median gap| over median |gap|: rounding errs to both sides; what errs to one side by more than half of its size is no
-rounding."""
+"""|median gap| over median |gap|: rounding errs to both sides; what errs to one side by more than half of its
+size is no rounding."""
 
 POLICY_RATIO_AT_LAG_0 = 0.0
 """At lag 0 the trainer's log-probabilities are compared with themselves, bit for bit."""
 
 LOSS_SLACK = 1.01
-"""The loss with the engine's numbers as denominator may move by max|A| · (exp(max|gap|) − 1): each ratio moves by at most that
-factor. The hundredth covers the rounding of the sum."""
+"""The loss with the engine's numbers as denominator may move by max|A| · (exp(max|gap|) − 1): each ratio
+moves by at most that factor. The hundredth covers the rounding of the sum."""
 
 PERTURBATION_OVER_NOISE = 3.0
-"""Layer 3 is NOT_RUN unless the perturbation moves the trainer's own canary scores by this multiple of the dtype's median
-noise: a proof that could not have failed is none."""
+"""Layer 3 is NOT_RUN unless the perturbation moves the trainer's own canary scores by this multiple of the
+dtype's median noise: a proof that could not have failed is none."""
 
 CANARY_MULTIPLE = 5.0
-"""A sync is refused when the canary's mean |gap| exceeds this multiple of the mean |gap| that the ladder measured
-(``Canary.clean_gap_nats``), and proven when it does not although the update moved the trainer's own scores by more than that.
-Over 93 clean fp32 syncs of the quick start the ratio stayed below 1.2; one of its steps moves the canary by 1.5e-3 to 5e-3 nats,
-which is 130 to 450 times the clean gap. In bf16 the clean gap is 3e-2 nats: there a step is lost in the noise, and is counted as
-not proven."""
+"""A sync is refused when the canary's mean |gap| exceeds this multiple of the mean |gap| that the ladder
+measured (``Canary.clean_gap_nats``), and proven when it does not although the update moved the trainer's own
+scores by more than that. Over 93 clean fp32 syncs of the quick start the ratio stayed below 1.2; one of its
+steps moves the canary by 1.5e-3 to 5e-3 nats, which is 130 to 450 times the clean gap. In bf16 the clean gap
+is 3e-2 nats: there a step is lost in the noise, and is counted as not proven."""
 
 CANARY_FLOOR = 1e-6
-"""Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of 1e-6."""
+"""Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of
+1e-6."""
 
 
 LARGEST_OVER_P999 = 3.0
-"""The largest error of a token's log-odds, as a multiple of the dtype's tail. Of a normal error the largest of 10^8 tokens is 1.7
-times the 0.999 quantile; the rest is for the weight of real tails: 5,120 fp32 tokens at T = 0.7 measured a largest gap of 4e-5 to
-8e-5, single tokens behind random ids 4.5e-4."""
+"""The largest error of a token's log-odds, as a multiple of the dtype's tail. Of a normal error the largest
+of 10^8 tokens is 1.7 times the 0.999 quantile; the rest is for the weight of real tails: 5,120 fp32 tokens at
+T = 0.7 measured a largest gap of 4e-5 to 8e-5, single tokens behind random ids 4.5e-4."""
 
 NEGLIGIBLE_NATS = 1e-4
-"""A ratio of 1.0001. Less is never refused as such: float32 log-sums near 30 have a spacing of 2e-6, and a few of them add up."""
+"""A ratio of 1.0001. Less is never refused as such: float32 log-sums near 30 have a spacing of 2e-6, and a
+few of them add up."""
 
 GATE_MEDIAN_MULTIPLE = 3.0
-"""A step's median |gap| may be this multiple of what the ladder measured on this pair. Its probes hold random ids, on which the
-gap is larger than on a task's own text; a bias of .3 nats is ten times a bf16 pair's median of .03. A third of the dtype's noise
-is never refused: two sides with the same kernels agree to 0 in bf16 before training moves the logits, and to .003 after it."""
+"""A step's median |gap| may be this multiple of what the ladder measured on this pair. Its probes hold random
+ids, on which the gap is larger than on a task's own text; a bias of .3 nats is ten times a bf16 pair's median
+of .03. A third of the dtype's noise is never refused: two sides with the same kernels agree to 0 in bf16
+before training moves the logits, and to .003 after it."""
 
 BIAS_Z = 6.0
-"""Standard errors over sequences by which a step's mean gap may lie beyond the ladder's, besides one median of slack: a chance of
-2e-9 where sequences are many, and the slack holds where they are few."""
+"""Standard errors over sequences by which a step's mean gap may lie beyond the ladder's, besides one median
+of slack: a chance of 2e-9 where sequences are many, and the slack holds where they are few."""
 
 REPLAY_ATOL = 1e-6
 """Figures of a replayed step that are sums which cancel (a loss of 0) have no scale of their own."""
 
 
 def replay_rtol(dtype: str) -> float:
-    """By how much a replayed step's figures may differ, relatively. The same machine gives them bit for bit; another one rounds
-    elsewhere: a thousandth in fp32 is a hundred roundings of a sum, and bf16's unit roundoff of 4e-3 needs ten times that."""
+    """By how much a replayed step's figures may differ, relatively. The same machine gives them bit for bit;
+    another one rounds elsewhere: a thousandth in fp32 is a hundred roundings of a sum, and bf16's unit
+    roundoff of 4e-3 needs ten times that."""
     return 1e-3 if dtype == "torch.float32" else 5e-2
 
 
 def largest_gap(logprobs: np.ndarray, noise: Tolerance, temperature: float) -> np.ndarray:
     """The largest |gap| that arithmetic can bring at each token's probability p, nats.
 
-    An error of d in a token's log-odds log(p / (1 − p)) moves log p by at most log(1 + (1 − p)(e^d − 1)): by d for an unlikely
-    token, by nothing for a certain one. A temperature below 1 divides the logits' errors as it divides the logits.
+    An error of d in a token's log-odds log(p / (1 − p)) moves log p by at most log(1 + (1 − p)(e^d − 1)): by
+    d for an unlikely token, by nothing for a certain one. A temperature below 1 divides the logits' errors as
+    it divides the logits.
 
     Args:
-        logprobs: float [T], the higher of the two sides' numbers. Then the bound says exactly that the two log-odds differ by d.
+        logprobs: float [T], the higher of the two sides' numbers. Then the bound says exactly that the two
+        log-odds differ by d.
     """
     log_odds = LARGEST_OVER_P999 * noise.p999 / min(1.0, temperature)
     unlikely = -np.expm1(np.minimum(logprobs.astype(np.float64), 0.0))

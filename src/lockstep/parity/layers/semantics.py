@@ -2,16 +2,16 @@
 
 In this order, each only when those before it found nothing:
 
-1. every token has a finite number, and no function was applied to the numbers (``transforms.py``);
-2. one hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up; where none
-   does, settings that nobody asked for are fitted (``unasked.py``);
-3. the numbers stand beside their own tokens, the tokens are those that were drawn (``alignment.py``), after the prompt that was
-   sent (``prompt_edits.py``);
-4. what explains them is what the recipe asked for, and what the trainer scores;
-5. the tokens are drawn from the distribution that the numbers are of (``sampler.py``).
+1. every token has a finite number, and no function was applied to the numbers (``transforms.py``); 2. one
+hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up;
+where none does, settings that nobody asked for are fitted (``unasked.py``); 3. the numbers stand beside their
+own tokens, the tokens are those that were drawn (``alignment.py``), after the prompt that was sent
+(``prompt_edits.py``); 4. what explains them is what the recipe asked for, and what the trainer scores; 5. the
+tokens are drawn from the distribution that the numbers are of (``sampler.py``).
 
-What B and C differ by, at T = 1, where all hypotheses coincide, is the *ground*: it is no matter of semantics, so wrong weights
-or coarse arithmetic further down disturb nothing here. Nor does an engine that disagrees with itself at T = 1: that is layer 2's.
+What B and C differ by, at T = 1, where all hypotheses coincide, is the *ground*: it is no matter of
+semantics, so wrong weights or coarse arithmetic further down disturb nothing here. Nor does an engine that
+disagrees with itself at T = 1: that is layer 2's.
 """
 
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ from lockstep.parity.explain.semantics.draws import draw_many, weigh_many
 from lockstep.parity.explain.semantics.groups import examine_groups
 from lockstep.parity.explain.semantics.hypotheses import Fit, fits, scored_under
 from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
-from lockstep.parity.explain.semantics.sampler import RARELY_ABOVE, Explained, examine_draws, likeliest_temperature
+from lockstep.parity.explain.semantics.sampler import Explained, examine_draws, likeliest_temperature
 from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS, SEMANTICS_MARGIN
+from lockstep.parity.tolerances import EXPLAINS, RARELY_ABOVE, SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
 from lockstep.records.samples import Samples
 from lockstep.records.semantics import LogprobSemantics
@@ -55,7 +55,8 @@ class Identified:
 
     @property
     def margin(self) -> float:
-        """How many times worse the runner-up fits; infinite where the sampling tells no two candidates apart."""
+        """How many times worse the runner-up fits; infinite where the sampling tells no two candidates
+        apart."""
         return self.ranked[1].miss / max(self.ranked[0].miss, 1e-9) if len(self.ranked) > 1 else float("inf")
 
     def evidence(self) -> str:
@@ -83,7 +84,8 @@ def identify(pair: Pair, evidence: Evidence) -> Identified:
 
 
 def _by_the_engine_alone(pair: Pair, evidence: Evidence, told: Identified) -> Identified:
-    """Where the trainer's scores are too far off to tell, the engine's own re-score says whether its numbers are raw."""
+    """Where the trainer's scores are too far off to tell, the engine's own re-score says whether its numbers
+    are raw."""
     telling = evidence.telling
     if not pair.engine.ready.capabilities["rescore"].supported:
         return told
@@ -150,10 +152,12 @@ def _passed(pair: Pair, evidence: Evidence, told: Identified) -> str:
 
 
 def _hidden(pair: Pair, evidence: Evidence, told: Identified) -> Explained | None:
-    """Settings that nobody asked for, where the numbers need them, be it that most tokens do not feel them."""
+    """Settings that nobody asked for, where the numbers need them, be it that most tokens do not feel
+    them."""
     telling, neutral = evidence.telling, evidence.neutral
     if told.best is None:
-        # Where the sides differ at T = 1 too the limit is wide: a setting must also leave little of the miss, not just come near.
+        # Where the sides differ at T = 1 too the limit is wide: a setting must also leave little of the miss,
+        # not just come near.
         limit = min(told.limit, EXPLAINS * told.ranked[0].p50)
         return unasked(pair, telling, limit)
     if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
@@ -215,7 +219,8 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
 
 
 def _missed(evidence: Evidence, told: Identified) -> tuple[Samples, np.ndarray]:
-    """The sample on which what was asked for does not explain the numbers, and engine − what comes nearest, float32 [T]."""
+    """The sample on which what was asked for does not explain the numbers, and engine − what comes nearest,
+    float32 [T]."""
     if told.best is None:
         return evidence.telling, told.ranked[0].gap
     return evidence.neutral, evidence.neutral.engine_logprobs - evidence.trainer
@@ -233,10 +238,11 @@ def _unexplained(pair: Pair, evidence: Evidence, told: Identified) -> Finding:
 
 
 def _path_may_explain(pair: Pair, evidence: Evidence, told: Identified) -> bool:
-    """True when the numbers are no worse than the engine disagrees with itself at T = 1, which is for layer 2 to judge.
+    """True when the numbers are no worse than the engine disagrees with itself at T = 1, which is for layer 2
+    to judge.
 
-    A completion's first token comes out of a prefill, as its re-score does: where the trainer confirms the re-score and already
-    the first token's number is another, no path through the engine explains it.
+    A completion's first token comes out of a prefill, as its re-score does: where the trainer confirms the
+    re-score and already the first token's number is another, no path through the engine explains it.
     """
     neutral = evidence.neutral
     gap = np.abs(neutral.engine_logprobs - evidence.rescored)
@@ -251,7 +257,8 @@ def _confirmed(pair: Pair, evidence: Evidence) -> bool:
 
 
 def _raw(pair: Pair, own: Samples, text: str) -> tuple[str, str]:
-    """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever it is asked."""
+    """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever
+    it is asked."""
     asked, at_one = (examine_draws(pair.trainer, own.groups, s) for s in (own.sampling, replace(own.sampling, temperature=1.0)))
     if asked.oddity() and not at_one.oddity():
         return "temperature_altered", f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}"

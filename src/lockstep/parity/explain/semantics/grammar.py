@@ -1,8 +1,10 @@
-"""Layer 1: are tokens drawn under a mask (a grammar, a pattern, a list of allowed tokens) that nobody asked for?
+"""Layer 1: are tokens drawn under a mask (a grammar, a pattern, a list of allowed tokens) that nobody asked
+for?
 
-A mask renormalises: each number is higher than the whole distribution's by −log(mass of what is allowed). What is allowed is
-read off what was drawn: tokens of those characters alone, or of characters of those Unicode categories. A mask that changes with
-what came before it, as JSON's, is of neither form and stays unexplained.
+A mask renormalises: each number is higher than the whole distribution's by −log(mass of what is allowed).
+What is allowed is read off what was drawn: tokens of those characters alone, or of characters of those
+Unicode categories. A mask that changes with what came before it, as JSON's, is of neither form and stays
+unexplained.
 """
 
 from collections.abc import Iterator, Set
@@ -13,9 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.parity.explain.fitting import miss_of
-from lockstep.parity.explain.semantics.sampler import RARELY_ABOVE, Explained, Held
+from lockstep.parity.explain.semantics.held import Held
+from lockstep.parity.explain.semantics.sampler import Explained
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.tolerances import EXPLAINS, RARELY_ABOVE
 from lockstep.records.samples import Samples
 
 SHOWN = 24
@@ -46,7 +49,8 @@ def hidden_mask(pair: Pair, sample: Samples, held: Held, limit: float) -> Explai
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, n: int) -> list[str]:
-    """Each token's text; empty for special tokens and for ids past the tokenizer's last, which no pattern speaks of."""
+    """Each token's text; empty for special tokens and for ids past the tokenizer's last, which no pattern
+    speaks of."""
     texts = tokenizer.batch_decode([[token] for token in range(min(n, len(tokenizer)))])
     special = set(tokenizer.all_special_ids)
     return ["" if token in special else text for token, text in enumerate(texts)] + [""] * (n - len(texts))

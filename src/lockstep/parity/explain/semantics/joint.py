@@ -1,7 +1,8 @@
-"""Layer 1: a truncation together with a penalty or another temperature, where neither alone explains the numbers.
+"""Layer 1: a truncation together with a penalty or another temperature, where neither alone explains the
+numbers.
 
-What goes before the truncation is one number, which is fitted; for each of its values one sort gives the numbers under every
-top-k at once, and under the top-p that the kept masses point to.
+What goes before the truncation is one number, which is fitted; for each of its values one sort gives the
+numbers under every top-k at once, and under the top-p that the kept masses point to.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +12,9 @@ import torch
 from torch import Tensor
 
 from lockstep.parity.explain.fitting import fitted, miss_of
+from lockstep.parity.explain.semantics.held import SCREENED_TOKENS, Held, spread
 from lockstep.parity.explain.semantics.hypotheses import penalised
-from lockstep.parity.explain.semantics.sampler import (
-    LARGEST_TOP_K,
-    SCREEN_SLACK,
-    SCREENED_TOKENS,
-    TEMPERATURES,
-    Explained,
-    Held,
-    spread,
-)
+from lockstep.parity.explain.semantics.sampler import LARGEST_TOP_K, SCREEN_SLACK, TEMPERATURES, Explained
 from lockstep.parity.tolerances import EXPLAINS
 
 REPETITION = tuple(float(1.0 + v) for v in np.geomspace(0.02, 1.0, 10))

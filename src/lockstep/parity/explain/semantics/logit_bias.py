@@ -1,8 +1,8 @@
 """Layer 1: is a bias added to the logits of a few tokens, or are they banned, though nobody asked for it?
 
-With a bias b on token x every number moves by b·[drawn = x] − log(1 + p_x·(eᵇ − 1)). Tokens are taken one at a time, as in
-matching pursuit: the one whose direction [drawn = x] − p_x the miss lies along most, then its bias, then the next. They are
-fitted on some tokens and proven on all.
+With a bias b on token x every number moves by b·[drawn = x] − log(1 + p_x·(eᵇ − 1)). Tokens are taken one at
+a time, as in matching pursuit: the one whose direction [drawn = x] − p_x the miss lies along most, then its
+bias, then the next. They are fitted on some tokens and proven on all.
 """
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.fitting import fitted, miss_of
-from lockstep.parity.explain.semantics.sampler import Explained, Held, distributions
+from lockstep.parity.explain.semantics.held import Held
+from lockstep.parity.explain.semantics.sampler import Explained, distributions
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS
 from lockstep.records.samples import Samples
@@ -24,7 +25,8 @@ CANDIDATES = 4
 SIZES = tuple(float(size) for size in np.geomspace(0.02, 20.0, 11))
 """A token that is 20 nats down is as good as banned."""
 ENOUGH = 0.5
-"""Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked for."""
+"""Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked
+for."""
 SUPPORT = 4
 """Numbers that each bias must mend: one that mends the number of a single drawn token explains nothing."""
 
@@ -54,7 +56,8 @@ class BiasFit:
         return self.gap - shift + mass.clamp(min=1e-12).log()
 
     def step(self) -> float:
-        """Give the token that mends most its bias, one that has none yet or one again; the mean |left| after it, nats."""
+        """Give the token that mends most its bias, one that has none yet or one again; the mean |left| after
+        it, nats."""
         left = self.left(self.biases)
         along = (-(left.float() @ self.p)).index_add_(0, self.ids, left.float())
         best = (along.abs() / self.length).topk(CANDIDATES).indices.tolist()
@@ -75,7 +78,8 @@ class BiasFit:
 
 
 def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
-    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: of ``sample``."""
+    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: of
+    ``sample``."""
     engine, temperature = sample.engine_logprobs, sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now, after = np.inf, float(fit.gap.abs().mean())

@@ -1,7 +1,7 @@
 """Layer 1: was repetition penalised though nobody asked for it?
 
-A penalty edits the logits of the tokens seen before and of no others (``hypotheses.edit``). Of a distribution a fit needs the
-logits of those, and the mass of the rest.
+A penalty edits the logits of the tokens seen before and of no others (``hypotheses.edit``). Of a distribution
+a fit needs the logits of those, and the mass of the rest.
 """
 
 import numpy as np
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lockstep.parity.explain.fitting import fitted, miss_of
+from lockstep.parity.explain.semantics.held import Held, every_part
 from lockstep.parity.explain.semantics.hypotheses import penalised
-from lockstep.parity.explain.semantics.sampler import Explained, Held, every_part
+from lockstep.parity.explain.semantics.sampler import Explained
 from lockstep.records.samples import Samples
 
 PENALTIES = {

@@ -1,12 +1,14 @@
-"""Layer 1: which rows does an explanation speak of? Where it is not all of them, they are split and told apart.
+"""Layer 1: which rows does an explanation speak of? Where it is not all of them, they are split and told
+apart.
 
-A file may hold rows drawn under two settings and say so of none; a server may edit long prompts alone. Then no hypothesis
-explains the whole, and one explains the rows that are off.
+A file may hold rows drawn under two settings and say so of none; a server may edit long prompts alone. Then
+no hypothesis explains the whole, and one explains the rows that are off.
 """
 
 import numpy as np
 
-from lockstep.parity.explain.semantics.sampler import TEMPERATURES, TOLD_APART, Explained, Held, fitted_temperature
+from lockstep.parity.explain.semantics.held import Held
+from lockstep.parity.explain.semantics.sampler import TEMPERATURES, TOLD_APART, Explained, fitted_temperature
 from lockstep.records.samples import Samples
 
 LEAST_ROWS = 2
@@ -30,7 +32,8 @@ def rows_off(sample: Samples, gap: np.ndarray, limit: float) -> np.ndarray:
 
 
 def where(sample: Samples, rows: np.ndarray) -> str:
-    """Which rows they are, for people: by the length of their prompts or completions where that tells them from the others."""
+    """Which rows they are, for people: by the length of their prompts or completions where that tells them
+    from the others."""
     count = f"{len(rows)} of {len(sample)} rows"
     inside = np.isin(np.arange(len(sample)), rows)
     if inside.all():

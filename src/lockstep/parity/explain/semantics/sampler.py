@@ -1,31 +1,28 @@
-"""Layer 1, when nothing that was asked for explains the numbers, or the numbers are right and the draws may not be:
-which settings did the sampler really use?
+"""Layer 1, when nothing that was asked for explains the numbers, or the numbers are right and the draws may
+not be: which settings did the sampler really use?
 
-The temperature and the truncation are *fitted*, not looked up in a list, so that a setting nobody thought of is named too. Only
-what then explains the numbers to within arithmetic counts.
+The temperature and the truncation are *fitted*, not looked up in a list, so that a setting nobody thought of
+is named too. Only what then explains the numbers to within arithmetic counts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from lockstep.parity.explain.fitting import fitted, miss_of
+from lockstep.parity.explain.fitting import fitted
+from lockstep.parity.explain.semantics.held import FITTED_TOKENS, Held
 from lockstep.parity.explain.semantics.hypotheses import edit, fits
+from lockstep.parity.explain.semantics.truncation import fitted_truncation
 from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LOG_CHANCE
 from lockstep.policy.truncation import CHUNK, kept
 from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 
-FITTED_TOKENS = 128
-"""Whole distributions that are held at once for a fit."""
-SCREENED_TOKENS = 24
-"""Of those: what a hypothesis is fitted on before it is proven on the others."""
 SCREEN_SLACK = 2.0
 """A fit may miss on the screened tokens by this multiple of what is an explanation: they are few."""
 TOLD_APART = 5e-3
@@ -33,8 +30,6 @@ TOLD_APART = 5e-3
 TEMPERATURES = np.geomspace(0.05, 4.0, 45).tolist()
 LARGEST_TOP_K = 4096
 """Ranks past this speak against a truncation that matters."""
-RARELY_ABOVE = 0.02
-"""Share of tokens whose number may lie below the whole distribution's when it is truncated: noise alone brings them there."""
 
 
 @dataclass(frozen=True)
@@ -45,31 +40,6 @@ class Explained:
     name: str
     miss: float
     """What the explanation leaves, nats (``fitting.miss_of``)."""
-
-
-class Held(NamedTuple):
-    """Tokens out of every part of a sample, with their whole distributions."""
-
-    logits: Tensor
-    """float32 [N, V]."""
-    ids: Tensor
-    """What was drawn, int64 [N]."""
-    engine: Tensor
-    """What was reported for it, float32 [N]."""
-
-    def screened(self) -> "Held":
-        """A few of them, of every part."""
-        at = spread(len(self.ids), SCREENED_TOKENS)
-        return Held(self.logits[at], self.ids[at], self.engine[at])
-
-    def left(self, z: Tensor) -> float:
-        """How far the numbers are from those of processed logits: float32 [N, V] (``fitting.miss_of``)."""
-        return miss_of(z.log_softmax(-1).gather(1, self.ids[:, None])[:, 0] - self.engine)
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """``most`` of ``n`` places, evenly: int [N]."""
-    return np.unique(np.linspace(0, n - 1, most).astype(int))
 
 
 def hidden_settings(
@@ -140,9 +110,9 @@ SCREENED_ROWS = 2
 
 def _truncated(held: Held, asked: SamplingParams, limit: float) -> Explained | None:
     for base in dict.fromkeys((asked.temperature or 1.0, 1.0)):
-        found = fitted_truncation(held.logits / base, held.ids, held.engine, limit)
-        if found is not None:
-            return Explained("hidden_truncation", f"{found[0]} at T={base:g}", found[1])
+        truncation = fitted_truncation(held._replace(logits=held.logits / base), limit)
+        if truncation is not None:
+            return Explained("hidden_truncation", f"{truncation.name} at T={base:g}", truncation.miss)
     return None
 
 
@@ -150,7 +120,8 @@ _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams | None:
-    """``asked`` with the checkpoint's own generation_config.json applied, as a server does; None when that changes nothing."""
+    """``asked`` with the checkpoint's own generation_config.json applied, as a server does; None when that
+    changes nothing."""
     config = trainer.generation_config
     values = {name: getattr(config, name, None) for name in _CONFIGURABLE}
     changes = {name: value for name, value in values.items() if value is not None}
@@ -158,97 +129,19 @@ def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams
     return None if changed == asked else changed
 
 
-def every_part(n_tokens: int) -> np.ndarray:
-    """Which tokens are held for a fit, int [N]."""
-    return spread(n_tokens, FITTED_TOKENS)
-
-
-def tokens_of_every_part(
-    trainer: Trainer,
-    groups: Sequence[Group],
-    engine: np.ndarray,
-    at: np.ndarray | None = None,
-    hidden: Sequence[Tensor] | None = None,
-) -> Held:
-    """Those of :func:`every_part`, or the tokens ``at``; ``engine`` is float32 [T]. ``hidden``: where it is known already."""
-    at = every_part(len(engine)) if at is None else at
-    ids = np.concatenate([group.completions[0] for group in groups])[at]
-    hidden = trainer.hidden(groups) if hidden is None else hidden
-    with torch.no_grad():
-        logits = trainer.logits(torch.cat(list(hidden))[torch.from_numpy(at)])
-    device = logits.device
-    return Held(logits, torch.as_tensor(ids.astype(np.int64), device=device), torch.as_tensor(engine[at], device=device))
-
-
 def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[float, float]:
-    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss). Fitted on a few of them."""
+    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss). Fitted on
+    a few of them."""
     held = Held(logits, ids, engine)
     few = held.screened()
     temperature, _ = fitted(TEMPERATURES, lambda t: few.left(few.logits / t), float("inf"), tries=40)
     return temperature, held.left(logits / temperature)
 
 
-def fitted_truncation(logits: Tensor, ids: Tensor, engine: Tensor, limit: float) -> tuple[str, float] | None:
-    """The top-k, top-p or min-p under which the numbers are renormalised, if one fits.
-
-    Where tokens are cut, each number exceeds the whole distribution's by −log(kept mass). The mass says how many tokens were
-    kept at each place; a constant count is top-k, a constant mass top-p, a constant ratio to the likeliest min-p.
-    """
-    whole = logits.log_softmax(-1)
-    mass = (whole.gather(1, ids[:, None])[:, 0] - engine).double().exp()  # [N]
-    if (mass > 1.0 + 3 * limit).double().mean() > RARELY_ABOVE or (mass > 1.0 - 3 * limit).all():
-        return None
-    ordered = whole.sort(-1, descending=True).values.double().exp()
-    cumulative = ordered.cumsum(-1)
-    count = (cumulative < mass[:, None] - 3 * limit).sum(-1) + 1  # [N] tokens kept
-    cut = count < whole.shape[1]
-    if not cut.any():
-        return None
-    rows, last = torch.arange(len(count), device=count.device)[cut], count[cut] - 1
-    # Where the next token's probability is below the noise the count falls short, so the largest is the best guess too.
-    ks = {int(count.median()), int(count[cut].max())}
-    held, ratio = cumulative[rows, last], ordered[rows, last] / ordered[cut, 0]
-    crossing = float((held - ordered[rows, last]).max() + held.min()) / 2
-    ps = {crossing, round(crossing, 2), float(mass[cut].min()), round(float(mass[cut].min()), 2)}
-    following = ordered[rows, last + 1] / ordered[cut, 0]
-    ms = {float(ratio.min() + following.max()) / 2, float(ratio.min()), round(float(ratio.min()), 2)}
-    none = SamplingParams(max_tokens=1)
-    tried = {f"top-k {k}": replace(none, top_k=k) for k in ks}
-    tried |= {f"top-p {value:.3g}": replace(none, top_p=value) for value in ps if 0.0 < value < 1.0}
-    tried |= {f"min-p {value:.3g}": replace(none, min_p=value) for value in ms if 0.0 < value < 1.0}
-    tried |= _both(cumulative[cut], count[cut])
-    misses = {}
-    for name, setting in tried.items():
-        z = whole.masked_fill(~kept(whole, setting), float("-inf"))
-        misses[name] = miss_of(z.log_softmax(-1).gather(1, ids[:, None])[:, 0] - engine)
-    best = min(misses, key=lambda name: misses[name])
-    return (best, misses[best]) if misses[best] <= limit else None
-
-
-USUAL_TOP_K = (10, 20, 40, 50, 64, 100)
-"""Tried beside the largest count of tokens kept, which is k only where no top-p cut further."""
-
-
-def _both(cumulative: Tensor, count: Tensor) -> dict[str, SamplingParams]:
-    """Top-k and top-p together: where fewer than k are kept, top-p cut what top-k had left, and its mass is of those k."""
-    largest, tried = int(count.max()), {}
-    for top_k in sorted({largest, *(k for k in USUAL_TOP_K if k > largest)}):
-        fewer = count < top_k
-        if not fewer.any() or top_k > cumulative.shape[1]:
-            continue
-        of_k, last = cumulative[fewer] / cumulative[fewer, top_k - 1][:, None], count[fewer, None] - 1
-        held = of_k.gather(1, last)[:, 0]
-        before = of_k.gather(1, (last - 1).clamp(min=0))[:, 0] * (last[:, 0] > 0)
-        middle = float(held.min() + before.max()) / 2
-        for top_p in (middle, round(middle, 2)):
-            if 0.0 < top_p < 1.0:
-                tried[f"top-k {top_k} and top-p {top_p:.3g}"] = SamplingParams(max_tokens=1, top_k=top_k, top_p=top_p)
-    return tried
-
-
 @dataclass(frozen=True)
 class Draws:
-    """Were tokens drawn from the distribution they are said to be of? Three ways in which they may not be, with their chances."""
+    """Were tokens drawn from the distribution they are said to be of? Three ways in which they may not be,
+    with their chances."""
 
     n_tokens: int
     excess_nats: float
@@ -267,7 +160,8 @@ class Draws:
     """|log p + H| of each token, float [T]."""
 
     def cut(self) -> str:
-        """A truncation that chance does not explain; empty when it does. Choosing rows by their reward brings none about."""
+        """A truncation that chance does not explain; empty when it does. Choosing rows by their reward brings
+        none about."""
         if self.log_chance_top_k < LOG_CHANCE and self.log_chance_top_k <= self.log_chance_top_p:
             return f"no drawn token ranks past {self.top_k}; the chance of that is e^{self.log_chance_top_k:.0f}"
         if self.log_chance_top_p < LOG_CHANCE:
@@ -327,7 +221,8 @@ def _chance_of_truncation(
     for z, _ in distributions(trainer, groups, sampling):
         held = z.log_softmax(-1).exp().double().topk(min(k, z.shape[1])).values.cumsum(-1)  # [L, k]
         by_rank += float(held[:, -1].clamp(max=1.0).log().sum())
-        # The token that crosses the mass is kept too; where the first k tokens do not reach it, nothing is known.
+        # The token that crosses the mass is kept too; where the first k tokens do not reach it, nothing is
+        # known.
         reached = held > mass
         crossing = torch.where(reached.any(-1), held.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0], 1.0)
         by_mass += float(crossing.clamp(max=1.0).log().sum())
@@ -347,7 +242,8 @@ def likeliest_temperature(trainer: Trainer, groups: Sequence[Group], sampling: S
 
 
 def distributions(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a sampler with these settings draws from: processed logits [L, V] and the ids [L] that were drawn, in portions."""
+    """What a sampler with these settings draws from: processed logits [L, V] and the ids [L] that were drawn,
+    in portions."""
     for group, hidden in zip(groups, trainer.hidden(groups), strict=True):
         ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
         for start in range(0, len(ids), CHUNK):

@@ -1,4 +1,5 @@
-"""Layer 1: settings that nobody asked for and that explain an engine's numbers, of all rows or of those that are off."""
+"""Layer 1: settings that nobody asked for and that explain an engine's numbers, of all rows or of those that
+are off."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.semantics.grammar import hidden_mask
+from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.joint import hidden_cut
 from lockstep.parity.explain.semantics.logit_bias import hidden_bias
 from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_before
@@ -21,7 +23,7 @@ from lockstep.parity.explain.semantics.portions import (
     temperatures_of_rows,
     where,
 )
-from lockstep.parity.explain.semantics.sampler import Explained, Held, setting_hypotheses, tokens_of_every_part
+from lockstep.parity.explain.semantics.sampler import Explained, setting_hypotheses
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks
 from lockstep.parity.tolerances import EXPLAINS
