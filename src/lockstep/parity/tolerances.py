@@ -9,7 +9,8 @@ from msgspec import Struct
 
 
 class Tolerance(Struct, frozen=True):
-    """What two computations of one log-probability may differ by in one dtype, nats; what stands out from that."""
+    """What two computations of one log-probability may differ by in one dtype, nats; what stands out from
+    that."""
 
     p50: float
     p999: float
@@ -73,8 +74,25 @@ REPLAY_WRONG_MULTIPLE = 3.0
 """The two assumptions about the cache are told apart when the one that is not in force misses by this
 multiple of the other. In fp32 it missed by 0.15 nats in the mean against 1e-5 (SmolLM2, vLLM 0.32.0)."""
 
+IMPROVES = 0.9
+"""Of a miss: where the best value of a coarse grid leaves more of it, no value between two of them is looked
+for. A setting that is right leaves a third of the miss at most (``EXPLAINS``), and the grids are dense enough
+that its neighbours mend a tenth."""
+
+TAIL, TAIL_OVER_MEDIAN = 0.99, 10.0
+"""A hypothesis is held against a tenth of this quantile of |gap| too: what the arithmetic of a body's dtype
+brings has a p999 of ten times its median (``NOISE``), and a p99 below that."""
+
 EXPLAINS = 1 / 3
 """Of a miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
+
+ALIKE = 1.5
+"""Tensors that explain a gap within this multiple of the best miss are named beside it: some edits cannot be
+told apart by any score. Two re-scores of one edit differ by arithmetic alone; the half is room for that."""
+
+LIMIT_OVER_ALIKE = 10.0
+"""Misses this many times below what is a proof at all are alike too: there the best is best by arithmetic
+alone."""
 
 ABSURD_NATS = 5.0
 """A token is absurd when the engine gave it 150 times the probability of a re-score. fp32 and bf16 pairs
@@ -126,6 +144,10 @@ CANARY_FLOOR = 1e-6
 """Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of
 1e-6."""
 
+OTHER_CHECKPOINT = 2.0
+"""The engine held other weights before the first sync when the sides then differed by more than this multiple
+of the dtype's median noise, and by more than what a later sync is refused at. The factor is for the mean of a
+gap, which lies above its median."""
 
 LARGEST_OVER_P999 = 3.0
 """The largest error of a token's log-odds, as a multiple of the dtype's tail. Of a normal error the largest

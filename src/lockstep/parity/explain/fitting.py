@@ -1,23 +1,32 @@
 """Find the value of a setting under which two sides agree best, and say how well they do."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from lockstep.parity.search import keep_looking
+from lockstep.parity.tolerances import IMPROVES, TAIL, TAIL_OVER_MEDIAN
 
 GOLDEN = (5**0.5 - 1) / 2
-IMPROVES = 0.9
-"""A setting that leaves more of the miss than this is not looked at more closely."""
+"""Of a bracket: where golden sections probe it."""
+ROUNDED_TO = (3, 2, 1)
+"""Significant digits to which a fitted value is rounded too: people set 0.7 and not 0.69998."""
 
 
-TAIL, TAIL_OVER_MEDIAN = 0.99, 10.0
-"""What arithmetic brings has a tail ten times its median at most (``tolerances.NOISE``)."""
+@dataclass(frozen=True, order=True)
+class Fitted:
+    """A value of a setting."""
+
+    miss: float
+    """What it leaves, by the measure that it was fitted with."""
+    value: float
 
 
 def miss_of(gap: Tensor | np.ndarray) -> float:
-    """How badly a hypothesis explains numbers, nats: the median |gap|, or a tenth of its p99 where that is more.
+    """How badly a hypothesis explains numbers, nats: the median |gap|, or a tenth of its p99 where that is
+    more.
 
     Where the model is sure of most tokens, any hypothesis explains the median one; the tail tells them apart.
     """
@@ -25,10 +34,14 @@ def miss_of(gap: Tensor | np.ndarray) -> float:
     return float(max(np.median(size), np.quantile(size, TAIL, method="lower") / TAIL_OVER_MEDIAN))
 
 
-def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tries: int = 24) -> tuple[float, float]:
-    """The best of a grid and its miss, refined between its neighbours on a logarithmic scale where it beats the miss ``now``.
+def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tries: int = 24) -> Fitted:
+    """The best of a grid, refined between its neighbours where it beats what is missed without it.
 
-    By golden sections: a bracket of width w is one of w · .618ⁿ after n tries.
+    Args:
+        grid: positive values in order, about even on a logarithmic scale.
+        miss: what a value leaves.
+        now: what is missed without the setting.
+        tries: evaluations of ``miss`` for the refinement.
     """
     misses = []
     for value in grid:
@@ -36,20 +49,34 @@ def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tr
         misses.append(miss(value))
     at = int(np.argmin(misses))
     if not misses[at] < IMPROVES * now:
-        return grid[at], misses[at]
-    low, high = (float(np.log(grid[min(max(to, 0), len(grid) - 1)])) for to in (at - 1, at + 1))
-    a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    left, right = miss(float(np.exp(a))), miss(float(np.exp(b)))
+        return Fitted(misses[at], grid[at])
+    low = grid[max(at - 1, 0)]
+    high = grid[min(at + 1, len(grid) - 1)]
+    exact = _golden(low, high, miss, tries)
+    rounded = [float(f"{exact:.{digits}g}") for digits in ROUNDED_TO]
+    return min(Fitted(miss(value), value) for value in (grid[at], exact, *rounded))
+
+
+def _golden(low: float, high: float, miss: Callable[[float], float], tries: int) -> float:
+    """The value of the least miss between two, by golden sections of the logarithm.
+
+    A bracket of width w is one of w · .618ⁿ after n tries. The two probes divide it alike from either end, so
+    that after each step one of them is a probe of the narrower bracket already, and ``miss`` is evaluated
+    once.
+    """
+    start, stop = float(np.log(low)), float(np.log(high))
+    left = stop - GOLDEN * (stop - start)
+    right = start + GOLDEN * (stop - start)
+    miss_left = miss(float(np.exp(left)))
+    miss_right = miss(float(np.exp(right)))
     for _ in range(tries - 2):
         keep_looking()
-        if left < right:
-            high, b, right = b, a, left
-            a = high - GOLDEN * (high - low)
-            left = miss(float(np.exp(a)))
+        if miss_left < miss_right:
+            stop, right, miss_right = right, left, miss_left
+            left = stop - GOLDEN * (stop - start)
+            miss_left = miss(float(np.exp(left)))
         else:
-            low, a, left = a, b, right
-            b = low + GOLDEN * (high - low)
-            right = miss(float(np.exp(b)))
-    exact = float(np.exp((low + high) / 2))
-    least, best = min((miss(value), value) for value in (grid[at], exact, *(float(f"{exact:.{n}g}") for n in (3, 2, 1))))
-    return best, least
+            start, left, miss_left = left, right, miss_right
+            right = start + GOLDEN * (stop - start)
+            miss_right = miss(float(np.exp(right)))
+    return float(np.exp((start + stop) / 2))

@@ -1,9 +1,10 @@
 """Layer 3: does the engine serve the weights it is sent?
 
-Perturb → sync → prove. Every tensor of the trainer gets noise, the weights are published and loaded, and both sides score
-known tokens. Where they differ by more than they did before, the residue is explained by the hypothesis that fits: nothing
-delivered; the head old under a new body; one or some tensors old (``attribution.py``). Then the weights are put back, exactly,
-and proven again. Prompts that were in the prefix cache before the update are drawn from after it, to show a stale cache.
+Perturb → sync → prove. Every tensor of the trainer gets noise, the weights are published and loaded, and both
+sides score known tokens. Where they differ by more than they did before, the residue is explained by the
+hypothesis that fits: nothing delivered; the head old under a new body; one or some tensors old
+(``attribution.py``). Then the weights are put back, exactly, and proven again. Prompts that were in the
+prefix cache before the update are drawn from after it, to show a stale cache.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.pair import Pair, draw
-from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE, EXPLAINS, PERTURBATION_OVER_NOISE
+from lockstep.parity.tolerances import (
+    CANARY_FLOOR,
+    CANARY_MULTIPLE,
+    EXPLAINS,
+    OTHER_CHECKPOINT,
+    PERTURBATION_OVER_NOISE,
+)
 from lockstep.policy.variants import EarlierHead, Perturbed
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
@@ -63,40 +70,50 @@ class Measured:
 
     @property
     def shift(self) -> float:
-        """How far the perturbation moved the trainer's own scores, mean, nats: what a lost update would show."""
+        """How far the perturbation moved the trainer's own scores, mean, nats: what a lost update would
+        show."""
         return float(np.abs(self.new - self.old).mean())
 
     @property
     def blurred(self) -> bool:
-        """True when the sides differed so much before that scores tell nothing of this update: then moves are compared.
+        """True when the sides differed so much before this update that scores alone tell nothing of it.
 
-        Either a lost update would pass for delivered, or an earlier one was lost. Sides that agree after it are not blurred.
+        Then the engine's move is compared with the trainer's. Either a lost update would pass for delivered,
+        or an earlier one was lost. Sides that agree after the update are not blurred.
         """
         if float(np.abs(self.engine - self.new).mean()) <= self.noise:
             return False
         return self.limit >= self.shift or float(self.ground.mean()) > self.limit
 
     def residue(self, scores: np.ndarray) -> float:
-        """mean |engine − scores|, nats; where that is blurred, of the moves that led there."""
+        """mean |engine − scores|, nats; where the sides are blurred, the same of the moves that led to
+        both."""
         if self.blurred:
             return float(np.abs((self.engine - self.first) - (scores - self.old)).mean())
         return float(np.abs(self.engine - scores).mean())
 
     @property
     def delivered(self) -> bool:
-        """True when the engine serves what it was sent; where that is blurred, when it moved, and not as with an old head."""
-        new, old, old_head = (self.residue(scores) for scores in (self.new, self.old, self.old_head))
-        return old > self.noise and old_head > EXPLAINS * new if self.blurred else new <= self.limit
+        """True when the engine serves what it was sent.
+
+        Where the sides are blurred: when the engine moved at all, and not as it would with an old head.
+        """
+        new = self.residue(self.new)
+        if not self.blurred:
+            return new <= self.limit
+        return self.residue(self.old) > self.noise and self.residue(self.old_head) > EXPLAINS * new
 
 
 def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
-    """The verdict of layer 3. Leaves trainer and engine with the weights they had, and the canary with its clean gap.
+    """The verdict of layer 3. Leaves trainer and engine with the weights they had, and the canary with its
+    clean gap.
 
     Args:
         sample: drawn under the weights that both sides are meant to hold.
     """
     measured = _measure(pair, canary, sample)
     restored = canary.measure(pair)
+    n_tokens = 2 * canary.scores.size + measured.cache_gap.size  # the canary is scored after either sync
     figures: dict[str, Any] = {
         "before_sync_abs_mean_nats": float(measured.ground.mean()),
         "residue_all_new_abs_mean_nats": measured.residue(measured.new),
@@ -110,26 +127,33 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     }
     if not measured.shift >= PERTURBATION_OVER_NOISE * pair.noise.p50:
         reason = f"the perturbation moved the canary by {measured.shift:.1e} nats only: no stale weight could be seen"
-        return Verdict(layer="weights", status="NOT_RUN", summary="nothing proven", reason=reason, figures=figures)
+        summary = "nothing proven"
+        return Verdict(layer="weights", status="NOT_RUN", summary=summary, reason=reason, figures=figures)
     failed = _failed(pair, canary, sample, measured, restored.gap_abs_mean_nats)
     if failed is not None:
-        cause, summary, size, owners, text = failed
-        found = finding(cause, size, owners, text, pair.engine.fix(cause), 2 * canary.scores.size + measured.cache_gap.size)
+        fix = pair.engine.fix(failed.cause)
+        named = finding(failed.cause, failed.size, failed.owners, failed.evidence, fix, n_tokens)
         return Verdict(
-            layer="weights", status="FAIL", summary=summary, n_tokens=found.n_tokens, findings=(found,), figures=figures
+            layer="weights",
+            status="FAIL",
+            summary=failed.summary,
+            n_tokens=n_tokens,
+            findings=(named,),
+            figures=figures,
         )
     canary.clean_gap_nats = restored.gap_abs_mean_nats
     new = figures["residue_all_new_abs_mean_nats"]
-    seen = [] if measured.blurred else ["no stale tensor or head"]
-    seen += ["no stale prefix cache"] if _cache_limit(pair, measured) < measured.shift else []
-    seen = seen or ["one stale tensor would be lost in what the sides differ by anyway"]
-    summary = f"a change of {measured.shift:.2f} nats arrived to within {new:.1e}, and back again; {', '.join(seen)}"
-    n = 2 * canary.scores.size + measured.cache_gap.size
-    return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n, figures=figures)
+    excluded = [] if measured.blurred else ["no stale tensor or head"]
+    if _cache_limit(pair, measured) < measured.shift:
+        excluded.append("no stale prefix cache")
+    proven = ", ".join(excluded) or "one stale tensor would be lost in what the sides differ by anyway"
+    summary = f"a change of {measured.shift:.2f} nats arrived to within {new:.1e}, and back again; {proven}"
+    return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n_tokens, figures=figures)
 
 
 def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
-    cached = sorted(sample.prompts, key=len)[-CACHE_PROMPTS:]  # the longest fill blocks of the prefix cache
+    # The prefix cache keeps whole blocks of tokens, which only the longest prompts fill.
+    cached = sorted(sample.prompts, key=len)[-CACHE_PROMPTS:]
     few = SamplingParams(max_tokens=CACHE_TOKENS)
     filling = draw(pair, cached, few, pair.seed)
     old = canary.trainer_scores(pair)
@@ -138,13 +162,27 @@ def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
     noise = perturbed(pair)
     with pair.trainer.holding(noise):
         pair.sync(PROBE_VERSION)
-        engine, new = canary.engine_scores(pair), canary.trainer_scores(pair)
+        engine = canary.engine_scores(pair)
+        new = canary.trainer_scores(pair)
         after = draw(pair, cached, few, pair.seed)
         cache_gap = after.scored(pair.trainer) - after.engine_logprobs
         with pair.trainer.holding(EarlierHead(noise.before)):
             old_head = canary.trainer_scores(pair)
-        measured = Measured(limit, pair.noise.p50, first, old, new, engine, old_head, filling, after, cache_gap)
+        measured = Measured(
+            limit=limit,
+            noise=pair.noise.p50,
+            first=first,
+            old=old,
+            new=new,
+            engine=engine,
+            old_head=old_head,
+            filling=filling,
+            cached=after,
+            cache_gap=cache_gap,
+        )
         plain = (measured.residue(scores) for scores in (new, old, old_head))
+        # Gradients at the perturbed weights name the tensors, so they are looked for while the trainer holds
+        # these.
         if not measured.blurred and not min(plain) <= measured.limit:
             pair.say("weights: not all arrived; looking for the tensors, which can take a minute")
             measured.named = (
@@ -157,61 +195,116 @@ def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
     return measured
 
 
-def _failed(
-    pair: Pair, canary: Canary, sample: Samples, measured: Measured, restored: float
-) -> tuple[str, str, np.ndarray, np.ndarray, str] | None:
-    """Cause, summary, effect per token, owners and evidence of what is wrong; None when nothing is."""
-    size, owners, limit = np.abs(measured.engine - measured.new), canary.owners, measured.limit
-    told = ", ".join(
-        f"{name}: {measured.residue(scores):.1e}"
-        for name, scores in {"all new": measured.new, "none delivered": measured.old, "head old": measured.old_head}.items()
-    )
-    text = f"mean |engine − trainer|, nats, by hypothesis: {told}"
-    served = "after a sync the engine does not serve the weights it was sent: "
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """What is wrong with a sync."""
+
+    cause: str
+    summary: str
+    evidence: str
+    size: np.ndarray
+    """What it does to each token, nats: float32 [T]."""
+    owners: np.ndarray
+    """The completion of each, int [T]."""
+
+
+SERVED = "after a sync the engine does not serve the weights it was sent: "
+
+
+def _failed(pair: Pair, canary: Canary, sample: Samples, measured: Measured, restored: float) -> Failed | None:
+    """The first thing that is wrong: the update, its version, the prefix cache, the way back, the start. None
+    when nothing is.
+
+    Args:
+        restored: mean |engine − trainer| after the old weights were put back, nats.
+    """
     if not measured.delivered:
-        best = min(measured.residue(measured.old), measured.residue(measured.old_head))
-        close = measured.blurred or best <= limit
-        if close and measured.residue(measured.old) == best:
-            moved = measured.back - measured.first
-            behind = np.abs(moved - (measured.new - measured.old)).mean() < np.abs(moved).mean()
-            cause = "one_version_behind" if behind else "not_delivered"
-            return cause, served + cause.replace("_", " "), size, owners, text
-        if close:
-            summary = served + "its lm_head is stale: a packed copy holds the old weights"
-            return "stale_head", summary, size, owners, text
-        if measured.named is not None:
-            named = measured.named
-            if named.factor != 1.0 or named.change:
-                change = named.change or f"times {named.factor:.4g}"
-                text = f"in the engine {named.label} is {change} (then it agrees to {named.miss:.1e}); {text}"
-                return "altered_on_load", f"{served}{named.label} is {change}", size, owners, text
-            text = f"old in the engine: {named.label} (then it agrees to {named.miss:.1e}); {text}"
-            return "stale_tensors", f"{served}{named.label} is old", size, owners, text
-        return "unexplained_weights", served + "no mixture of old and new explains it", size, owners, text
+        return _not_served(canary, measured)
     wrong = _wrong_version(pair, sample, pair.version) or _wrong_version(pair, measured.cached, PROBE_VERSION)
     if wrong:
-        return "version_tag", wrong, np.zeros(owners.size), owners, wrong
-    if not np.abs(measured.cache_gap).max() <= _cache_limit(pair, measured):
-        largest = np.abs(measured.cache_gap).max()
-        text = f"tokens drawn over prompts that were cached before the update are off by up to {largest:.1e} nats"
-        summary = "after a sync the engine answers from a prefix cache of the old weights"
-        return "stale_prefix_cache", summary, np.abs(measured.cache_gap), measured.cached.owners, text
-    if not restored <= limit:
-        still = float(np.abs(measured.back - measured.new).mean())
-        cause = "not_delivered" if still <= limit else "unexplained_weights"
-        text = f"mean |engine − trainer| {restored:.1e} nats; against the weights before that sync {still:.1e}"
-        return cause, "weights that were put back did not arrive", np.full(owners.size, restored), owners, text
-    first = not canary.clean_gap_nats
-    if first and measured.ground.mean() > max(CANARY_MULTIPLE * max(restored, CANARY_FLOOR), 2 * pair.noise.p50):
-        summary = "before the first sync the engine held other weights than the trainer"
-        return "checkpoint_differs", summary, measured.ground, owners, f"a sync brought the gap to {restored:.1e} nats"
-    return None
+        # The numbers are right: a wrong tag moves no log-probability.
+        return Failed("version_tag", wrong, wrong, np.zeros(canary.owners.size), canary.owners)
+    return (
+        _stale_cache(pair, measured)
+        or _not_put_back(canary, measured, restored)
+        or _other_checkpoint(pair, canary, measured, restored)
+    )
+
+
+def _not_served(canary: Canary, measured: Measured) -> Failed:
+    """Which mixture of old and new weights the engine serves after the update."""
+    residues = {
+        "all new": measured.residue(measured.new),
+        "none delivered": measured.residue(measured.old),
+        "head old": measured.residue(measured.old_head),
+    }
+    hypotheses = ", ".join(f"{name}: {residue:.1e}" for name, residue in residues.items())
+    evidence = f"mean |engine − trainer|, nats, by hypothesis: {hypotheses}"
+    size = np.abs(measured.engine - measured.new)
+
+    def failed(cause: str, what: str, first: str = "") -> Failed:
+        return Failed(cause, SERVED + what, first + evidence, size, canary.owners)
+
+    best = min(residues["none delivered"], residues["head old"])
+    if measured.blurred or best <= measured.limit:
+        if residues["none delivered"] != best:
+            return failed("stale_head", "its lm_head is stale: a packed copy holds the old weights")
+        # Loading the old weights again moved it as the perturbation should have: it serves each update one
+        # sync late.
+        moved = measured.back - measured.first
+        behind = np.abs(moved - (measured.new - measured.old)).mean() < np.abs(moved).mean()
+        cause = "one_version_behind" if behind else "not_delivered"
+        return failed(cause, cause.replace("_", " "))
+    named = measured.named
+    if named is None:
+        return failed("unexplained_weights", "no mixture of old and new explains it")
+    agrees = f"(then it agrees to {named.miss:.1e}); "
+    if named.factor != 1.0 or named.change:
+        change = named.change or f"times {named.factor:.4g}"
+        altered = f"{named.label} is {change}"
+        return failed("altered_on_load", altered, f"in the engine {altered} {agrees}")
+    return failed("stale_tensors", f"{named.label} is old", f"old in the engine: {named.label} {agrees}")
+
+
+def _stale_cache(pair: Pair, measured: Measured) -> Failed | None:
+    """Tokens drawn after the update over prompts that were cached before it are not of the new weights."""
+    size = np.abs(measured.cache_gap)
+    if size.max() <= _cache_limit(pair, measured):
+        return None
+    summary = "after a sync the engine answers from a prefix cache of the old weights"
+    evidence = f"tokens drawn over prompts that were cached before the update are off by up to {size.max():.1e} nats"
+    return Failed("stale_prefix_cache", summary, evidence, size, measured.cached.owners)
+
+
+def _not_put_back(canary: Canary, measured: Measured, restored: float) -> Failed | None:
+    """The second sync, which puts the old weights back, did not arrive."""
+    if restored <= measured.limit:
+        return None
+    still = float(np.abs(measured.back - measured.new).mean())
+    cause = "not_delivered" if still <= measured.limit else "unexplained_weights"
+    evidence = f"mean |engine − trainer| {restored:.1e} nats; against the weights before that sync {still:.1e}"
+    size = np.full(canary.owners.size, restored)
+    return Failed(cause, "weights that were put back did not arrive", evidence, size, canary.owners)
+
+
+def _other_checkpoint(pair: Pair, canary: Canary, measured: Measured, restored: float) -> Failed | None:
+    """The gap that the first sync ever closed was there because the engine had been started on other
+    weights."""
+    if canary.clean_gap_nats:  # a sync was measured before: the engine has had the trainer's weights
+        return None
+    after = max(CANARY_MULTIPLE * max(restored, CANARY_FLOOR), OTHER_CHECKPOINT * pair.noise.p50)
+    if not measured.ground.mean() > after:
+        return None
+    summary = "before the first sync the engine held other weights than the trainer"
+    evidence = f"a sync brought the gap to {restored:.1e} nats"
+    return Failed("checkpoint_differs", summary, evidence, measured.ground, canary.owners)
 
 
 def _cache_limit(pair: Pair, measured: Measured) -> float:
     """Largest |gap| over a prompt that was cached before the update, nats.
 
-    What the sides differ by over the same prompts before it is no sign of a stale cache; it is scored where something is off.
+    What the sides differ by over the same prompts before it is no sign of a stale cache; it is scored where
+    something is off.
     """
     limit = max(pair.noise.p999, CANARY_MULTIPLE * float(measured.ground.max()))
     if np.abs(measured.cache_gap).max() <= limit:

@@ -90,12 +90,12 @@ def hidden_cut(held: Held, seen: tuple[Sequence[Tensor], Sequence[Tensor]], temp
         def cut(value: float, at: np.ndarray, edit=edit) -> Cut:
             return Cut(edit(held.logits[at], value, at), held.ids[at], held.engine[at])
 
-        value, left = fitted(grid, lambda v, cut=cut: cut(v, few).best()[0], without, tries=30)
-        if not left <= SCREEN_SLACK * limit:
+        best = fitted(grid, lambda v, cut=cut: cut(v, few).best()[0], without, tries=30)
+        if not best.miss <= SCREEN_SLACK * limit:
             continue
-        miss, told = cut(value, np.arange(len(held.ids))).best()
+        miss, truncation = cut(best.value, np.arange(len(held.ids))).best()
         if miss <= min(limit, EXPLAINS * without):
-            return Explained(cause, f"{name} {value:.3g} with {told}", miss)
+            return Explained(cause, f"{name} {best.value:.3g} with {truncation}", miss)
     return None
 
 

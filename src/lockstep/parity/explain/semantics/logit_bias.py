@@ -73,8 +73,8 @@ class BiasFit:
         def miss(size: float) -> float:
             return float(self.left(self.biases | {token: sign * size}).abs().mean())
 
-        size, left = fitted(SIZES, miss, now, tries=36)
-        return left, float(sign * size)
+        best = fitted(SIZES, miss, now, tries=36)
+        return best.miss, float(sign * best.value)
 
 
 def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:

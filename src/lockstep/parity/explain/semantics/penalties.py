@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.parity.explain.fitting import fitted, miss_of
+from lockstep.parity.explain.fitting import Fitted, fitted, miss_of
 from lockstep.parity.explain.semantics.held import Held, every_part
 from lockstep.parity.explain.semantics.hypotheses import penalised
 from lockstep.parity.explain.semantics.sampler import Explained
@@ -74,12 +74,16 @@ def hidden_penalty(
     def miss(**penalty: float) -> float:
         return miss_of(fit.scores(**penalty) - held.engine)
 
-    without, fits = miss(), {}
+    without = miss()
+    fits: dict[str, Fitted] = {}
     for name, grid in PENALTIES.items():
-        value, left = fitted([float(v) for v in grid], lambda v, name=name: miss(**{name: v}), without, tries=36)
-        fits[f"{name.replace('_', ' ')} {value:.3g}"] = left
-    best = min(fits, key=lambda name: fits[name])
-    return Explained("hidden_penalties", best, fits[best]) if fits[best] <= limit < without else None
+        values = [float(v) for v in grid]
+        fits[name] = fitted(values, lambda v, name=name: miss(**{name: v}), without, tries=36)
+    name = min(fits, key=lambda name: fits[name].miss)
+    best = fits[name]
+    if not best.miss <= limit < without:
+        return None
+    return Explained("hidden_penalties", f"{name.replace('_', ' ')} {best.value:.3g}", best.miss)
 
 
 def seen_before(sample: Samples) -> tuple[list[Tensor], list[Tensor]]:

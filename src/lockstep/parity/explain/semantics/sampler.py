@@ -134,7 +134,7 @@ def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[flo
     a few of them."""
     held = Held(logits, ids, engine)
     few = held.screened()
-    temperature, _ = fitted(TEMPERATURES, lambda t: few.left(few.logits / t), float("inf"), tries=40)
+    temperature = fitted(TEMPERATURES, lambda t: few.left(few.logits / t), float("inf"), tries=40).value
     return temperature, held.left(logits / temperature)
 
 

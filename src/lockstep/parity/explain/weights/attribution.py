@@ -1,8 +1,9 @@
 """Which tensors explain a gap? Named by gradients, proven by a re-score.
 
-To first order, the trainer's log-probability of a token moves by ⟨∇ log p, ΔW⟩ when tensor W moves by ΔW. For the tokens with the
-largest gaps one backward pass each gives that product for *every* tensor at once; a set of tensors is a hypothesis when its sum
-fits the gaps. The best few are then held by the trainer for real, and only one whose re-score agrees with the engine is named.
+To first order, the trainer's log-probability of a token moves by ⟨∇ log p, ΔW⟩ when tensor W moves by ΔW. For
+the tokens with the largest gaps one backward pass each gives that product for *every* tensor at once; a set
+of tensors is a hypothesis when its sum fits the gaps. The best few are then held by the trainer for real, and
+only one whose re-score agrees with the engine is named.
 """
 
 import re
@@ -14,6 +15,7 @@ import numpy as np
 
 from lockstep.parity.canary import Canary
 from lockstep.parity.pair import Pair
+from lockstep.parity.tolerances import ALIKE, LIMIT_OVER_ALIKE
 from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Snapshot, Variant
 
 TOKENS = 24
@@ -24,13 +26,11 @@ REFINED = 4
 """Re-scores of a hypothesis whose factor is fitted: the first is a linear guess."""
 GREEDY = 4
 """Tensors of the set that is put together one at a time, in case no natural set fits."""
-ALIKE = 1.5
-"""Hypotheses that miss by less than this times the best are named beside it: some edits cannot be told apart by any score."""
 MANY_KINDS = 4
-"""Beyond which a label says the layers alone."""
+"""Kinds of tensors beyond which a label names the layers alone."""
 _LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Engines hold these as one tensor."""
+"""Engines hold these as one tensor, so that they are old together."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,27 @@ class Named:
     """What else became of them on the way."""
 
 
+@dataclass(frozen=True)
+class Hypothesis:
+    """A set of tensors, all changed alike."""
+
+    names: tuple[str, ...]
+    factor: float
+    """What they are multiplied by; 1 where they are old instead."""
+    miss: float
+    """mean |engine − trainer with those tensors changed|, nats: to first order, or by a re-score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """What tensors do to the tokens with the largest gaps."""
+
+    moves: np.ndarray
+    """How far each tensor's change moves each token, to first order, nats: float64 [tokens, tensors]."""
+    gap: np.ndarray
+    """engine − trainer of those tokens, nats: float64 [tokens]."""
+
+
 def stale(pair: Pair, canary: Canary, before: Snapshot, engine: np.ndarray, limit: float) -> Named | None:
     """Tensors that the engine still holds at their old values.
 
@@ -57,16 +78,14 @@ def stale(pair: Pair, canary: Canary, before: Snapshot, engine: np.ndarray, limi
         limit: a hypothesis is proven when it misses by at most this in the mean, nats.
     """
     names = pair.trainer.parameter_names()
-    slopes, gap = _slopes(pair, canary, engine, names, before)
-    ranked = _ranked(slopes, gap, names, free=False)
+    ranked = _ranked(_slopes(pair, canary, engine, names, before), names, free=False)
     return _proven(pair, canary, engine, ranked, lambda chosen, factor: Earlier(before, chosen), limit)
 
 
 def scaled(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
     """Tensors that the engine holds multiplied by a constant. Arguments as :func:`stale`."""
     names = pair.trainer.parameter_names(trained=True)
-    slopes, gap = _slopes(pair, canary, engine, names)
-    ranked = _ranked(slopes, gap, names, free=True)
+    ranked = _ranked(_slopes(pair, canary, engine, names), names, free=True)
     return _proven(pair, canary, engine, ranked, Scaled, limit)
 
 
@@ -80,47 +99,55 @@ def rounded(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Nam
     return None
 
 
-def _slopes(
-    pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], towards: Snapshot | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """``Trainer.slopes`` of the tokens with the largest gaps, float64 [tokens, tensors], and engine − trainer of those tokens."""
+def _slopes(pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], towards: Snapshot | None = None) -> Slopes:
+    """``Trainer.slopes`` of the tokens with the largest gaps."""
     gap = engine - canary.trainer_scores(pair)
     chosen = np.argsort(-np.abs(gap))[:TOKENS]
     slopes = pair.trainer.slopes(canary.groups, chosen, canary.temperature, names, towards)
-    return np.array([slope.moves for slope in slopes]), np.array([gap[slope.token] for slope in slopes], np.float64)
+    moves = np.array([slope.moves for slope in slopes])
+    return Slopes(moves, np.array([gap[slope.token] for slope in slopes], np.float64))
 
 
-def _ranked(slopes: np.ndarray, gap: np.ndarray, names: list[str], *, free: bool) -> list[tuple[tuple[str, ...], float]]:
-    """Sets of tensors by how well they fit, the best first, each with its factor.
+def _ranked(slopes: Slopes, names: list[str], *, free: bool) -> list[Hypothesis]:
+    """Sets of tensors by how well they fit to first order, the best first.
 
     Args:
         free: the size of the move is fitted (a factor), and not 1.
     """
-    column = {name: slopes[:, at] for at, name in enumerate(names)}
-    found = {}
+    gap = slopes.gap
+    column = {name: slopes.moves[:, at] for at, name in enumerate(names)}
     greedy = [] if free else [_greedy(column, gap, names)]
+    candidates: dict[tuple[str, ...], Hypothesis] = {}
     for chosen in [candidate for candidate in (*_sets(names), *greedy) if candidate]:
         move = sum((column[name] for name in chosen), start=np.zeros(len(gap)))
-        size = float(gap @ move / max(move @ move, 1e-30)) if free else 1.0
-        found[chosen] = (float(np.abs(gap - size * move).mean()), 1.0 + size if free else 1.0)
-    ordered = sorted(found, key=lambda chosen: found[chosen][0])
-    return [(chosen, found[chosen][1]) for chosen in ordered[:VERIFIED]]
+        size = _projected(gap, move) if free else 1.0
+        miss = float(np.abs(gap - size * move).mean())
+        candidates[chosen] = Hypothesis(chosen, 1.0 + size if free else 1.0, miss)
+    return sorted(candidates.values(), key=lambda hypothesis: hypothesis.miss)[:VERIFIED]
+
+
+def _projected(gap: np.ndarray, move: np.ndarray) -> float:
+    """How many times ``move`` comes nearest to ``gap``, by least squares."""
+    return float(gap @ move / max(move @ move, 1e-30))
 
 
 def _sets(names: list[str]) -> Iterator[tuple[str, ...]]:
-    """Each tensor; the fused ones of a layer; a whole layer, all before it and all from it on; a kind over all layers, two kinds,
-    as an adapter has them, and a whole block.
+    """The sets of tensors that go wrong together.
+
+    Each tensor alone; all of one block (attention, MLP) over all layers; all layers before one, and all from
+    it on; a whole layer; those of a layer that engines fuse; a kind over all layers, and two kinds, as an
+    adapter has them.
     """
     layers: dict[str, list[str]] = {}
     kinds: dict[str, list[str]] = {}
     blocks: dict[str, list[str]] = {}
     for name in names:
         yield (name,)
-        found = _LAYER.match(name)
-        if found:
-            layers.setdefault(found[1] + found[2], []).append(name)
-            kinds.setdefault(found[3], []).append(name)
-            blocks.setdefault(found[3].split(".")[1], []).append(name)
+        parts = _LAYER.match(name)
+        if parts:
+            layers.setdefault(parts[1] + parts[2], []).append(name)
+            kinds.setdefault(parts[3], []).append(name)
+            blocks.setdefault(parts[3].split(".")[1], []).append(name)
     yield from (tuple(members) for members in blocks.values())
     stacked = list(layers.values())
     for at in range(1, len(stacked)):
@@ -137,6 +164,8 @@ def _sets(names: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _greedy(column: dict[str, np.ndarray], gap: np.ndarray, names: list[str]) -> tuple[str, ...]:
+    """A set that is put together one tensor at a time, each the one that mends most of what the others
+    leave."""
     chosen: list[str] = []
     rest = gap.copy()
     for _ in range(GREEDY):
@@ -152,37 +181,56 @@ def _proven(
     pair: Pair,
     canary: Canary,
     engine: np.ndarray,
-    ranked: list[tuple[tuple[str, ...], float]],
+    ranked: list[Hypothesis],
     variant: Callable[[tuple[str, ...], float], Variant],
     limit: float,
 ) -> Named | None:
     """The hypothesis whose re-score agrees with the engine, with those that do so as well."""
-    misses: dict[tuple[tuple[str, ...], float], float] = {}
     gap = engine - canary.trainer_scores(pair)
-    for chosen, factor in ranked:
-        for _ in range(1 if factor == 1.0 else REFINED):
-            with pair.trainer.holding(variant(chosen, factor)):
-                left = engine - canary.trainer_scores(pair)
-            misses[chosen, factor] = float(np.abs(left).mean())
-            moved = gap - left  # what the factor did to each token; the line through it meets the gap at the next factor
-            factor = 1.0 + (factor - 1.0) * float(gap @ moved / max(moved @ moved, 1e-30))
-    if not misses or not min(misses.values()) <= limit:
+    tried = [_rescored(pair, canary, engine, gap, hypothesis, variant) for hypothesis in ranked]
+    if not tried:
         return None
-    best = {chosen: min((miss, factor) for (c, factor), miss in misses.items() if c == chosen) for chosen, _ in misses}
+    least = min(hypothesis.miss for hypothesis in tried)
+    if not least <= limit:
+        return None
+    close = min(max(ALIKE * least, limit / LIMIT_OVER_ALIKE), limit)
     # Of sets that explain alike, the smallest is named.
-    least = min(miss for miss, _ in best.values())
-    close = min(max(ALIKE * least, limit / 10), limit)
-    alike: list[tuple[str, ...]] = sorted((c for c, (miss, _) in best.items() if miss <= close), key=len)
-    miss, factor = best[alike[0]]
-    return Named(label(alike[0]), miss, tuple(label(other) for other in alike[1:] if len(other) == len(alike[0])), factor)
+    alike = sorted((hypothesis for hypothesis in tried if hypothesis.miss <= close), key=lambda h: len(h.names))
+    named = alike[0]
+    others = tuple(label(other.names) for other in alike[1:] if len(other.names) == len(named.names))
+    return Named(label(named.names), named.miss, others, named.factor)
+
+
+def _rescored(
+    pair: Pair,
+    canary: Canary,
+    engine: np.ndarray,
+    gap: np.ndarray,
+    hypothesis: Hypothesis,
+    variant: Callable[[tuple[str, ...], float], Variant],
+) -> Hypothesis:
+    """A hypothesis with the miss of a real re-score, at the best of a few factors where that is fitted.
+
+    Args:
+        gap: engine − trainer as it is, float32 [T].
+    """
+    names, factor = hypothesis.names, hypothesis.factor
+    tried = []
+    for _ in range(1 if factor == 1.0 else REFINED):
+        with pair.trainer.holding(variant(names, factor)):
+            left = engine - canary.trainer_scores(pair)
+        tried.append(Hypothesis(names, factor, float(np.abs(left).mean())))
+        # What the factor did to each token; the line through it meets the gap at the next factor.
+        factor = 1.0 + (factor - 1.0) * _projected(gap, gap - left)
+    return min(tried, key=lambda at: (at.miss, at.factor))
 
 
 def label(names: tuple[str, ...]) -> str:
     """A set of tensors for people."""
-    found = [_LAYER.match(name) for name in names]
-    if len(names) > 1 and all(found):
-        layers = sorted({int(f[2]) for f in found if f})
-        kinds = sorted({f[3].strip(".") for f in found if f})
+    matches = [_LAYER.match(name) for name in names]
+    if len(names) > 1 and all(matches):
+        layers = sorted({int(match[2]) for match in matches if match})
+        kinds = sorted({match[3].strip(".") for match in matches if match})
         span = f"layers {layers[0]} to {layers[-1]}"
         if len(kinds) > MANY_KINDS and len(layers) > 1:
             return span

@@ -1,14 +1,15 @@
-"""Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried on the trainer.
+"""Layer 4: would the trainer agree with the engine if it computed as the engine may? Each hypothesis is tried
+on the trainer.
 
-A precision has the gap's size (``precision.py``). The engine's own model configuration, another setting of the model
-(``fitted_settings.py``) or a scaled tensor must make the gap vanish: fitted on a few dozen tokens, proven on more.
+A precision has the gap's size (``precision.py``). The engine's own model configuration, another setting of
+the model (``fitted_settings.py``) or a scaled tensor must make the gap vanish: fitted on a few dozen tokens,
+proven on more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.numerics.precision import Explanation, precision
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.explain.weights.fitted_settings import Setting, settings_of
-from lockstep.parity.explain.weights.model_settings import departures
+from lockstep.parity.explain.weights.model_settings import Departure, departures
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks, keep_looking
 from lockstep.parity.tolerances import EXPLAINS
@@ -30,7 +31,8 @@ from lockstep.records.samples import Samples
 
 WINDOWS = tuple(2**n for n in range(3, 13))
 SETTING_ROWS = 4
-"""At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves nothing anywhere."""
+"""At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves
+nothing anywhere."""
 SCREENED_CONTEXT = 112
 """Tokens, prompts and all, on which a setting is fitted before it is proven."""
 SCREEN_SLACK = 3.0
@@ -44,8 +46,8 @@ def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: boo
 
     Args:
         gap: trainer − engine, float32 [T].
-        precision_last: where nothing is known of the engine's precision: one that merely has the gap's size comes after what
-            makes it vanish.
+        precision_last: where nothing is known of the engine's precision: one that merely has the gap's size
+            comes after what makes it vanish.
     """
     search, before = pair.search, len(pair.search.tried)
     looks: list[Looks[Explanation]] = []
@@ -57,12 +59,13 @@ def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: boo
         tried = ", ".join(search.tried[before:]) or "nothing"
         found = Explanation("unexplained_numerics", f"tried, and not the explanation: {tried}{search.told()}")
     if found.cause in ("unexplained_numerics", "tensor_scaled") and (engines := departures(pair)):
-        return replace(found, evidence=f"{found.evidence}; suspected, not proven: {_told(engines)}")
+        return replace(found, evidence=f"{found.evidence}; suspected, not proven: {_named(engines)}")
     return found
 
 
 class _Settings:
-    """Another configuration of the model, or of its attention, under which the trainer agrees with the engine."""
+    """Another configuration of the model, or of its attention, under which the trainer agrees with the
+    engine."""
 
     def __init__(self, pair: Pair, sample: Samples) -> None:
         self.pair, self.few, self.least = pair, sample[: max(SETTING_ROWS, len(sample) // 4)], screened(sample)
@@ -97,25 +100,26 @@ class _Settings:
     def _departures(self) -> Explanation | None:
         engines = departures(self.pair)
         try:
-            left = self._miss(self.few, Configured({path: theirs for path, (_, theirs) in engines.items()}))
+            left = self._miss(self.few, Configured({departure.path: departure.engine for departure in engines}))
         except ModelError:
             return None
         if not left <= self._enough(self.now[1]):
             return None
-        return Explanation("model_config_differs", f"{_told(engines)}; so configured the trainer agrees to {left:.1e} nats")
+        return Explanation("model_config_differs", f"{_named(engines)}; so configured the trainer agrees to {left:.1e} nats")
 
     def _fitted(self, setting: Setting) -> Explanation | None:
         def miss(value: float) -> float:
             tried = setting.variant(value)
             return self._of_head(tried) if setting.of_head else self._miss(self.least, tried)
 
-        value, left = fitted(setting.grid, miss, self.now[0])
-        if not left <= SCREEN_SLACK * self._enough(self.now[0]):
+        best = fitted(setting.grid, miss, self.now[0])
+        if not best.miss <= SCREEN_SLACK * self._enough(self.now[0]):
             return None
-        left = self._miss(self.few, setting.variant(value))
+        left = self._miss(self.few, setting.variant(best.value))
         if not left <= self._enough(self.now[1]):
             return None
-        return Explanation("model_config_differs", f"with {setting.told.format(value)} the trainer agrees to {left:.1e} nats")
+        changed = setting.told.format(best.value)
+        return Explanation("model_config_differs", f"with {changed} the trainer agrees to {left:.1e} nats")
 
     def _of_head(self, variant: Variant) -> float:
         """What the screened rows miss by under another head alone: the body's pass is shared."""
@@ -137,9 +141,9 @@ class _Settings:
         return None
 
     def _window(self) -> Explanation | None:
-        told = [theirs for path, (_, theirs) in departures(self.pair).items() if path[-1] == "sliding_window" and theirs]
+        own = [d.engine for d in departures(self.pair) if d.path[-1] == "sliding_window" and d.engine]
         longest = max(len(ids) for ids in self.few.sequences)  # a wider window is none
-        for window in [w for w in (*told, *WINDOWS) if w < longest]:
+        for window in [w for w in (*own, *WINDOWS) if w < longest]:
             left = self._miss(self.few, SlidingWindow(window))
             if left <= self._enough(self.now[1]):
                 text = f"with a sliding window of {window} the trainer agrees to {left:.1e} nats"
@@ -148,7 +152,8 @@ class _Settings:
 
 
 def screened(sample: Samples) -> Samples:
-    """A few rows whose contexts come to few tokens, the longest that do: a setting is felt more over a longer one."""
+    """A few rows whose contexts come to few tokens, the longest that do: a setting is felt more over a longer
+    one."""
     lengths = np.array([len(ids) for ids in sample.sequences])
     order, rows = np.argsort(-lengths, kind="stable"), []
     for row in order.tolist():
@@ -157,8 +162,8 @@ def screened(sample: Samples) -> Samples:
     return sample.take(sorted(rows or [int(order[-1])]))
 
 
-def _told(engines: dict[tuple[str, ...], tuple[Any, Any]]) -> str:
-    return ", ".join(f"{path[-1]} is {theirs} in the engine, {ours} in the trainer" for path, (ours, theirs) in engines.items())
+def _named(departures: Sequence[Departure]) -> str:
+    return ", ".join(f"{d.path[-1]} is {d.engine} in the engine, {d.trainer} in the trainer" for d in departures)
 
 
 def _scale(pair: Pair, sample: Samples) -> Explanation | None:
