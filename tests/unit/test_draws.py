@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.parity.explain.semantics.draws import CROWD, POWER, TILTS, Drawn, weigh
-from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
+from lockstep.parity.explain.semantics.draws import CROWD, TILTS, Drawn, weigh
+from lockstep.parity.tolerances import DRAWS_FALSE_ALARM, DRAWS_POWER
 
 SIMULATIONS = 200
 SINGLES, PROMPTS = 192, 45
@@ -81,7 +81,7 @@ def test_a_product_has_expectation_one(contexts):
 
 @pytest.mark.parametrize("temperature", [0.95, 1 / 0.95])
 def test_a_temperature_off_by_five_percent_is_seen(check, temperature):
-    assert share_seen(check, crowd={"temperature": temperature}) >= POWER
+    assert share_seen(check, crowd={"temperature": temperature}) >= DRAWS_POWER
 
 
 def test_the_better_of_two_behind_one_is_seen(check):
@@ -95,5 +95,5 @@ def test_what_is_told_of_the_power_is_so(check):
     """At the effect that it names the test sees nine of ten, and at a third of it hardly any."""
     least = check.drawn(np.random.default_rng(2)).smallest_temperature
     assert 0.02 < least < 0.05
-    assert share_seen(check, crowd={"temperature": 1 / (1 + least)}) == pytest.approx(POWER, abs=0.06)
+    assert share_seen(check, crowd={"temperature": 1 / (1 + least)}) == pytest.approx(DRAWS_POWER, abs=0.06)
     assert share_seen(check, crowd={"temperature": 1 / (1 + least / 3)}) < 0.05

@@ -1,10 +1,11 @@
-"""Run the layers in order and stop at the first that does not hold: a semantic error looks like noise further down.
+"""Run the layers in order and stop at the first that does not hold: a semantic error looks like noise further
+down.
 
 own, neutral, telling ──► 1 semantics ─► 2 path ─► 3 weights ─► 4 numerics ─► 5 objective ─► certificate
     (evidence.py)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from lockstep.parity.canary import Canary
-from lockstep.parity.evidence import gather, steadied
+from lockstep.parity.evidence import Evidence, gather, steadied
 from lockstep.parity.explain.numerics.precision import presumed_dtype
 from lockstep.parity.layers import numerics, objective, path, semantics, weights
 from lockstep.parity.pair import Pair
@@ -34,8 +35,10 @@ class LadderResult:
     @property
     def status(self) -> Status:
         """PASS when every layer passed, FAIL when one failed, NOT_RUN otherwise."""
-        found = {verdict.status for verdict in self.verdicts}
-        return "FAIL" if "FAIL" in found else "NOT_RUN" if "NOT_RUN" in found else "PASS"
+        statuses = {verdict.status for verdict in self.verdicts}
+        if "FAIL" in statuses:
+            return "FAIL"
+        return "NOT_RUN" if "NOT_RUN" in statuses else "PASS"
 
     @property
     def passed(self) -> bool:
@@ -71,28 +74,52 @@ def climb(
         "numerics": lambda done: numerics.judge(pair, evidence, done[1]),
         "objective": lambda done: objective.judge(pair, pair.seed),
     }
-    # What the engine cannot do is NOT_RUN with its own reason, and does not keep the layers after it from being judged.
-    load = pair.engine.ready.capabilities["load"]
-    unable = {} if load.supported else {"weights": f"{pair.engine.ready.engine} takes no weights: {load.how}"}
-    rescore = pair.engine.ready.capabilities["rescore"]
-    if not rescore.supported:
-        unable |= dict.fromkeys(("path", "weights"), f"{pair.engine.ready.engine} cannot re-score: {rescore.how}")
+    unable = _unable(pair)
     verdicts: list[Verdict] = []
     for layer in LAYERS:
-        stopped = next((v.layer for v in verdicts if v.status != "PASS" and v.layer not in unable), None)
-        reason = unable.get(layer, "") if stopped is None else f"layer {stopped} did not pass"
+        reason = _not_judged(layer, verdicts, unable)
         if reason:
             verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=reason))
             continue
-        if layer != "semantics":
+        if layer != "semantics":  # which was told of above, before its tokens were drawn
             on_layer(layer)
         with steadied(pair, evidence.floors) if layer in STEADIED else nullcontext():
             verdict = steps[layer](verdicts)
-            verdicts.append(deeper[layer](verdict) if verdict.status == "PASS" and layer in deeper else verdict)
+            if verdict.status == "PASS" and layer in deeper:
+                verdict = deeper[layer](verdict)
+        verdicts.append(verdict)
+    return LadderResult(verdicts, _canary(pair, evidence))
+
+
+def _unable(pair: Pair) -> dict[LayerName, str]:
+    """Layers that this engine cannot be judged in, and why."""
+    ready = pair.engine.ready
+    load, rescore = ready.capabilities["load"], ready.capabilities["rescore"]
+    unable: dict[LayerName, str] = {}
+    if not load.supported:
+        unable["weights"] = f"{ready.engine} takes no weights: {load.how}"
+    if not rescore.supported:
+        unable["path"] = unable["weights"] = f"{ready.engine} cannot re-score: {rescore.how}"
+    return unable
+
+
+def _not_judged(layer: LayerName, verdicts: Sequence[Verdict], unable: Mapping[LayerName, str]) -> str:
+    """Why a layer is not judged; empty where it is.
+
+    What the engine cannot do is NOT_RUN with its own reason, and does not keep the layers after it from being
+    judged.
+    """
+    for verdict in verdicts:
+        if verdict.status != "PASS" and verdict.layer not in unable:
+            return f"layer {verdict.layer} did not pass"
+    return unable.get(layer, "")
+
+
+def _canary(pair: Pair, evidence: Evidence) -> Canary:
+    """The canary for the syncs to come, with the gap that is clean on this pair."""
     canary = Canary.of(evidence.neutral, pair.recipe.parity.canary_tokens)
-    if rescore.supported:
+    if pair.engine.ready.capabilities["rescore"].supported:
         # The mean of few tokens may be small by chance, and would then refuse the next sync by chance.
-        canary.clean_gap_nats = max(
-            canary.measure(pair).gap_abs_mean_nats, float(np.abs(evidence.rescored - evidence.trainer).mean())
-        )
-    return LadderResult(verdicts, canary)
+        of_all = float(np.abs(evidence.rescored - evidence.trainer).mean())
+        canary.clean_gap_nats = max(canary.measure(pair).gap_abs_mean_nats, of_all)
+    return canary

@@ -168,6 +168,101 @@ BIAS_Z = 6.0
 """Standard errors over sequences by which a step's mean gap may lie beyond the ladder's, besides one median
 of slack: a chance of 2e-9 where sequences are many, and the slack holds where they are few."""
 
+
+# Of the search for a cause. What is named has explained the numbers to within NOISE in any case; these say
+# what is looked at, and which of two explanations is meant.
+
+MOST_ROWS = 0.5
+"""Share of rows, or of their tokens, that an explanation must concern: what strikes most of them is a fault
+of the whole path, what strikes fewer is corruption, which layer 2 looks for."""
+
+LEAST_ROWS = 2
+"""Rows that are off before an explanation of rows is looked for: one is corruption."""
+
+OFF_QUANTILE = 0.8
+"""Of a row's |gap|: a setting that is felt by a fifth of a row's tokens makes the row one that is off."""
+
+TELLING_NATS = 1e-2
+"""Noise beyond which a log-probability fits too many tokens to tell which one it is of: 50,000 tokens over
+some 20 nats lie half a thousandth apart in the mean, so that dozens are this near."""
+
+PROVING_TOKENS = 1
+"""Tokens after an edited one that must agree once it is put right. With an error of a nat or so after a wrong
+token and fp32's noise of 1e-3 one or two in a thousand agree by chance, and most of the rows must."""
+
+UNEDITED_AT_MOST = 0.25
+"""Share of rows that may stay off under the right edit of their prompts: those whose prompts are so short
+that the edit leaves nothing of them."""
+
+SCREEN_SLACK = 2.0
+"""A setting may miss on the few tokens it is fitted on by this multiple of what is an explanation: the median
+of 24 normal errors exceeds twice the median of all less than once in a thousand times. What passes is judged
+on all."""
+
+SETTING_SCREEN_SLACK = 3.0
+"""The same for settings of the model, which are fitted on a few rows whose tokens' errors go together."""
+
+TEMPERATURES_APART = 5e-3
+"""|log ratio| up to which two temperatures are one: with logits spread over 10 nats that far apart they
+differ by 0.05 nats, and people set temperatures in steps of a hundredth at least."""
+
+LARGEST_TOP_K = 4096
+"""Ranks past this speak against a truncation that matters: the tail beyond holds next to no mass, and nobody
+sets such a k."""
+
+BIAS_ENOUGH = 0.5
+"""Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked for.
+Less is arithmetic's."""
+
+BIAS_SUPPORT = 4
+"""Numbers that each bias must mend on average. One that mends the number of a single drawn token explains
+nothing, for there is one for every number."""
+
+MOVE_IMPROVES = 0.8
+"""Of the miss: a move of the vocabulary's ids that leaves more at each of a dozen places is no better between
+them, for with each place passed a twelfth more of the tokens is read as drawn."""
+
+TOKEN_AT_MOST_NATS = 3.0
+"""Of a token's |gap| in that comparison: how far off one wrong token is says little, that it is off says
+all."""
+
+LEAST_REPLACED = 3
+"""Numbers beyond a threshold that must be one and the same value to be replaced ones: float32 numbers of
+different tokens agree bit for bit once in some million pairs."""
+
+DRAWS_POWER = 0.9
+"""Chance with which the effects that a check says it would have seen are seen."""
+
+# Of a log: which of its numbers are none of their tokens.
+
+ONE_VALUE = 0.9
+"""Share of the tokens that are off which carry one value, or stand in one place: then it is a placeholder."""
+
+LONG_RUN, IMPROBABLE_NATS = 4, -2.0
+"""So many exact zeros on end, beside tokens so improbable to the model, are no draws, whatever else is off: a
+number of 0.0 says certainty, where the model gives four such tokens e^−8."""
+
+RIGHT_TOKENS = 8
+"""Tokens beside the placeholders at least: that they are right must be seen on more than a few."""
+
+STRUCK = 0.05
+"""Share of a row's tokens beyond arithmetic's tail that makes a row one that is not right: fifty times what a
+0.999 quantile lets through."""
+
+UNRELATED = 0.5
+"""Correlation of a row's numbers with the scores of its tokens below which they are of other tokens. Right
+numbers of a coarse dtype correlate by far more, those of other tokens by about nothing."""
+
+PLAUSIBLE_NATS = -1.0
+"""Mean of log p + entropy per token: 0 for draws of the model. Tokens drawn from something else lie nats
+below."""
+
+NEARLY_ALL, HALF = 0.9, 0.5
+"""A mask is the other way round when at least this share of the numbers beside 1s is 0.0, and less than this
+of those beside 0s: a token that was not sampled carries 0.0."""
+
+# Of a replay, and what both sides share.
+
 REPLAY_ATOL = 1e-6
 """Figures of a replayed step that are sums which cancel (a loss of 0) have no scale of their own."""
 

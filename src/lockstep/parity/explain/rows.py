@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST = 0.5
-"""Of the rows: a mangling concerns at least this share; corruption, which layer 2 looks for, concerns fewer."""
-
 
 @dataclass(frozen=True)
 class Mangled:

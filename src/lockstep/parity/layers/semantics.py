@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
-from lockstep.parity.explain.rows import MOST, Mangled
+from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.alignment import dropped_stop, examine, transformed
 from lockstep.parity.explain.semantics.draws import draw_many, weigh_many
 from lockstep.parity.explain.semantics.groups import examine_groups
@@ -31,7 +31,7 @@ from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
 from lockstep.parity.explain.semantics.sampler import Explained, examine_draws, likeliest_temperature
 from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS, RARELY_ABOVE, SEMANTICS_MARGIN
+from lockstep.parity.tolerances import EXPLAINS, MOST_ROWS, RARELY_ABOVE, SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
 from lockstep.records.samples import Samples
 from lockstep.records.semantics import LogprobSemantics
@@ -230,7 +230,7 @@ def _unexplained(pair: Pair, evidence: Evidence, told: Identified) -> Finding:
     sample, gap = _missed(evidence, told)
     finite = gap[np.isfinite(gap)]
     text = f"{told.evidence()}{pair.search.told()}"
-    if np.mean(gap > told.limit) >= MOST and np.mean(gap < -told.limit) <= RARELY_ABOVE:
+    if np.mean(gap > told.limit) >= MOST_ROWS and np.mean(gap < -told.limit) <= RARELY_ABOVE:
         text = f"hardly a number is below the trainer's, as under a mask that changes from token to token (a grammar); {text}"
     owners = sample.owners[np.isfinite(gap)]
     cause = "unexplained_semantics"

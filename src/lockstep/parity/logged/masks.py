@@ -1,33 +1,35 @@
-"""Which tokens of a log the model sampled: pads are taken away, what a tool or an environment put in is left out.
+"""Which tokens of a log the model sampled: pads are taken away, what a tool or an environment put in is left
+out.
 
-A mask column says so (``file.MASKS``, 1 where the model sampled, which is what verl's response_mask and TRL's tool_mask
-and env_mask mean). What it says is held against the numbers: beside a token that was not sampled stands 0.0, or nothing.
-``tool_mask`` and ``env_mask`` are 1 for the *tool's* tokens in some frameworks: they are read the way the numbers say.
+A mask column says so (``file.MASKS``, 1 where the model sampled, which is what verl's response_mask and TRL's
+tool_mask and env_mask mean). What it says is held against the numbers: beside a token that was not sampled
+stands 0.0, or nothing. ``tool_mask`` and ``env_mask`` are 1 for the *tool's* tokens in some frameworks: they
+are read the way the numbers say.
 
-Pads without a mask are told by their id, which is one of the tokenizer's or of the checkpoint's, and by where they stand: on the
-right with one and the same number (0.0, or −1 in some versions of verl), or on the left of prompts. There the trainer says
-whether the engine saw them; where it cannot tell, prompts that are all of one length are taken to be padded.
+Pads without a mask are told by their id, which is one of the tokenizer's or of the checkpoint's, and by where
+they stand: on the right with one and the same number (0.0, or −1 in some versions of verl), or on the left of
+prompts. There the trainer says whether the engine saw them; where it cannot tell, prompts that are all of one
+length are taken to be padded.
 """
 
 import numpy as np
 
 from lockstep.errors import UsageError
 from lockstep.parity.logged.rows import Logged
-from lockstep.parity.tolerances import SEMANTICS_MARGIN
+from lockstep.parity.tolerances import HALF, NEARLY_ALL, SEMANTICS_MARGIN
 from lockstep.records.samples import Group
 from lockstep.rendering import Renderer
 from lockstep.training.trainer import Trainer
 
 EITHER_WAY = ("tool_mask", "env_mask")
 """Masks of which frameworks disagree what 1 means."""
-NEARLY_ALL, HALF = 0.9, 0.5
-"""Of the numbers beside 1s being 0.0, and fewer than half of those beside 0s: the mask is the other way round."""
 FEW_PROMPTS, FEW_TOKENS = 4, 32
 """Scored to tell pads from the beginning of a prompt."""
 
 
 def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
-    """Take pads away and mark what was sampled. Returns what is wrong with a mask, for people; empty when nothing is.
+    """Take pads away and mark what was sampled. Returns what is wrong with a mask, for people; empty when
+    nothing is.
 
     Raises:
         UsageError: when nothing is left.
@@ -180,7 +182,8 @@ def _left(misses: dict[int | None, float], in_doubt: int | None) -> int | None:
 
 
 def _misses(logged: Logged, trainer: Trainer, rows: np.ndarray, runs: np.ndarray) -> dict[int | None, float]:
-    """The median |gap| under each count of pads left in the prompts; infinite where nothing would be left of them."""
+    """The median |gap| under each count of pads left in the prompts; infinite where nothing would be left of
+    them."""
     found: dict[int | None, float] = {}
     for left in (0, 1, None):
         groups, engine = [], []

@@ -1,7 +1,9 @@
-"""Numbers of a log that are none of their tokens: placeholders, tokens that nobody sampled, numbers of other completions.
+"""Numbers of a log that are none of their tokens: placeholders, tokens that nobody sampled, numbers of other
+completions.
 
-All of these strike some tokens and leave the others right, so that no median shows them. They are told by what the tokens that
-are off have in common: one and the same value, where they stand, or that their rows' numbers know nothing of their rows' tokens.
+All of these strike some tokens and leave the others right, so that no median shows them. They are told by
+what the tokens that are off have in common: one and the same value, where they stand, or that their rows'
+numbers know nothing of their rows' tokens.
 """
 
 from dataclasses import dataclass
@@ -12,26 +14,25 @@ from msgspec.structs import replace
 
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.path.corruption import SHOWN, SHOWN_CHARACTERS, Corrupted
-from lockstep.parity.explain.rows import MOST, Mangled
+from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.sampler import distributions, examine_draws, likeliest_temperature
 from lockstep.parity.logged.rows import Logged
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import ABSURD_NATS, Tolerance
+from lockstep.parity.tolerances import (
+    ABSURD_NATS,
+    IMPROBABLE_NATS,
+    LONG_RUN,
+    MOST_ROWS,
+    ONE_VALUE,
+    PLAUSIBLE_NATS,
+    RIGHT_TOKENS,
+    STRUCK,
+    UNRELATED,
+    Tolerance,
+)
 from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
-ONE_VALUE = 0.9
-"""Of the tokens that are off carry one value: it is a placeholder."""
-LONG_RUN, IMPROBABLE = 4, -2.0
-"""Tokens, nats: so many exact zeros on end beside tokens so improbable to the model are no draws, whatever else is off."""
-RIGHT_TOKENS = 8
-"""At least, beside the placeholders."""
-UNRELATED = 0.5
-"""Correlation of a row's numbers with the scores of its tokens, below which they are of other tokens."""
-PLAUSIBLE_NATS = -1.0
-"""Mean of log p + H per token: tokens drawn from something else lie nats below."""
-STRUCK = 0.05
-"""Of a row's tokens are off by more than arithmetic's tail: the row is not right, and not merely coarse."""
 LOOKED_AT = 64
 """Rows that are off."""
 HEAD = 8
@@ -94,7 +95,7 @@ def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
         return None
     run = _runs(gaps, same)  # of each token
     right = counts.max() >= ONE_VALUE * off.sum() and np.median(rest) <= noise.p50
-    long = value == 0.0 and np.median(run[wrong]) >= LONG_RUN and np.median(scores) <= IMPROBABLE
+    long = value == 0.0 and np.median(run[wrong]) >= LONG_RUN and np.median(scores) <= IMPROBABLE_NATS
     if not right and not long:
         return None
     beside = (
@@ -102,7 +103,7 @@ def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
         f"the other {rest.size:,} are {np.median(rest):.1e} nats off (median)"
     )
     where = f"in {rows.size:,} of {len(gaps.lengths):,} completions"
-    if (run[wrong] > 1).mean() >= MOST:
+    if (run[wrong] > 1).mean() >= MOST_ROWS:
         text = (
             f"{wrong.sum():,} of {wrong.size:,} tokens {where} carry {beside}; they stand in runs of up to {run[wrong].max():,}"
         )
@@ -141,7 +142,7 @@ class SomeRows:
 def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeRows | None:
     """A minority of rows that are off, the others being right."""
     off = np.flatnonzero(gaps.shares_off(pair.noise.p999) > STRUCK)
-    if not off.size or off.size > MOST * len(rows) or not within(pair.noise, gaps.gap[~np.isin(gaps.owners, off)]):
+    if not off.size or off.size > MOST_ROWS * len(rows) or not within(pair.noise, gaps.gap[~np.isin(gaps.owners, off)]):
         return None
     few = off[:LOOKED_AT]
     turns = logged.turns(rows[few], 256)
@@ -169,7 +170,7 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
         with np.errstate(invalid="ignore"):
             found += bool((np.abs(heads[:, : len(numbers)] - numbers).max(1) <= pair.noise.p999).any())
     text = f"the numbers of {some.rows.size:,} of {len(gaps.lengths):,} completions do not go with their tokens, which are draws"
-    if found >= MOST * looked.size:
+    if found >= MOST_ROWS * looked.size:
         return Mangled("rows_swapped", f"{text}; {found} of {looked.size} that were looked for are another row's")
     return Mangled("foreign_logprobs", f"{text}; {found} of {looked.size} that were looked for are another row's of this file")
 
@@ -178,7 +179,7 @@ def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corru
     """Completions with absurd tokens, where they are a minority and the others agree (``corruption.py``)."""
     absurd = -gaps.gap > ABSURD_NATS
     struck = np.unique(gaps.owners[absurd])
-    if not struck.size or struck.size > MOST * len(rows):
+    if not struck.size or struck.size > MOST_ROWS * len(rows):
         return None
     rest = np.abs(gaps.gap)[~np.isin(gaps.owners, struck)]
     if not np.median(rest) <= pair.noise.p50:
@@ -189,7 +190,8 @@ def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corru
 
 @torch.no_grad()
 def not_greedy(trainer: Trainer, few: Samples, noise: Tolerance) -> str:
-    """How far the tokens are from what temperature 0 draws, which is the likeliest; empty when they are that."""
+    """How far the tokens are from what temperature 0 draws, which is the likeliest; empty when they are
+    that."""
     sampling = replace(few.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     short = [z.max(-1).values - z.gather(1, ids[:, None])[:, 0] for z, ids in distributions(trainer, few.groups, sampling)]
     behind = torch.cat(short)

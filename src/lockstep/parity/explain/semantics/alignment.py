@@ -1,26 +1,28 @@
-"""Layer 1, tokens: are the numbers beside the tokens that they are of, and are the tokens those that were drawn?
+"""Layer 1, tokens: are the numbers beside the tokens that they are of, and are the tokens those that were
+drawn?
 
-Judged on ``neutral`` (T = 1; a log's own T), where no choice of distribution plays a part. A is first held against B, the same
-engine's own re-score, row by row. Where most rows do not agree, each way in which rows are known to be mangled is tried; the
-first that makes them agree is the cause. Where they do agree and the trainer's do not, the prompt may have been edited on its way
-to the engine.
+Judged on ``neutral`` (T = 1; a log's own T), where no choice of distribution plays a part. A is first held
+against B, the same engine's own re-score, row by row. Where most rows do not agree, each way in which rows
+are known to be mangled is tried; the first that makes them agree is the cause. Where they do agree and the
+trainer's do not, the prompt may have been edited on its way to the engine.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 
 from lockstep.parity.evidence import Evidence, within
-from lockstep.parity.explain.rows import MOST, Mangled, off, rows_of
-from lockstep.parity.explain.semantics.portions import LEAST_ROWS, where
+from lockstep.parity.explain.rows import Mangled, off, rows_of
+from lockstep.parity.explain.semantics.portions import where
 from lockstep.parity.explain.semantics.prompt_edits import edited_prompts, miscounted_prompts
 from lockstep.parity.explain.semantics.sampler import distributions
 from lockstep.parity.explain.semantics.transforms import transform
 from lockstep.parity.pair import Pair, draw
-from lockstep.parity.search import keep_looking
+from lockstep.parity.search import Looks, keep_looking
+from lockstep.parity.tolerances import LEAST_ROWS, MOST_ROWS, PROVING_TOKENS, TELLING_NATS
 from lockstep.records.samples import Group, Samples
 
 STOP_TOKENS = 4
@@ -32,68 +34,81 @@ SWAP_TOKENS = 8
 NEAREST = 8
 """Tokens of the right log-probability that are tried in the place of an edited one."""
 MOST_EDITS = 4
-PROVING = 1
-"""Tokens after an edited one that must agree once it is put right: one in a thousand agrees by chance."""
-TELLING_NATS = 1e-2
-"""Noise beyond which a log-probability fits too many tokens to tell which one it is of."""
 
 
 def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     """The first explanation that fits the rows that are off, if more than one is."""
-    neutral, limit = evidence.neutral, pair.noise.p50
-    ours, theirs = rows_of(neutral.engine_logprobs, neutral.owners), rows_of(evidence.rescored, neutral.owners)
-    trainer = rows_of(evidence.trainer, neutral.owners)
-    wrong = np.array([i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if off(a, b, limit)], int)
-    strange = np.array([i for i, (a, c) in enumerate(zip(ours, trainer, strict=True)) if off(a, c, limit)], int)
-    some_of = [ours[i] for i in wrong], [theirs[i] for i in wrong]
-    looks: list[tuple[str, np.ndarray | None, Callable[[], Mangled | None]]] = []
+    neutral = evidence.neutral
+    ours = rows_of(neutral.engine_logprobs, neutral.owners)
+    theirs = rows_of(evidence.rescored, neutral.owners)
+    wrong = _rows_off(ours, theirs, pair.noise.p50)
+    strange = _rows_off(ours, rows_of(evidence.trainer, neutral.owners), pair.noise.p50)
+
+    def of(rows: np.ndarray, look: Callable[[], Mangled | None]) -> Callable[[], Mangled | None]:
+        return lambda: _naming_rows(neutral, rows, look())
+
+    looks: list[Looks[Mangled]] = []
     if len(wrong) >= LEAST_ROWS:
-        looks.append(("numbers beside other tokens", wrong, lambda: _shifted(*some_of, limit)))
-    looks.append(("tokens that are others", None, lambda: _edited(pair, evidence, ours, theirs)))
+        some, others = [ours[i] for i in wrong], [theirs[i] for i in wrong]
+        looks.append(("numbers beside other tokens", of(wrong, lambda: _shifted(some, others, pair.noise.p50))))
+    looks.append(("tokens that are others", lambda: _edited(pair, evidence, ours, theirs)))
     if len(strange) >= LEAST_ROWS:
-        looks.append(("edited prompts", strange, lambda: edited_prompts(pair, evidence, ours, strange)))
-        looks.append(("prompts of another length", None, lambda: miscounted_prompts(neutral)))
+        looks.append(("edited prompts", of(strange, lambda: edited_prompts(pair, evidence, ours, strange))))
+        looks.append(("prompts of another length", lambda: miscounted_prompts(neutral)))
     if len(wrong) >= LEAST_ROWS:
-        looks.append(("rows of other requests", wrong, lambda: _swapped(pair, evidence, ours, theirs, wrong)))
-    return pair.search.first((name, lambda rows=rows, look=look: _of(neutral, rows, look())) for name, rows, look in looks)
+        looks.append(("rows of other requests", of(wrong, lambda: _swapped(pair, evidence, ours, theirs, wrong))))
+    return pair.search.first(looks)
 
 
-def _of(sample: Samples, rows: np.ndarray | None, found: Mangled | None) -> Mangled | None:
-    """What was found, with the rows that it speaks of where those are not most."""
-    if found is None or rows is None or len(rows) >= MOST * len(sample):
-        return found
-    return Mangled(found.cause, f"in {where(sample, rows)}: {found.evidence}")
+def _rows_off(ours: list[np.ndarray], others: list[np.ndarray], limit: float) -> np.ndarray:
+    """The rows in which two scores do not agree in the median, int [R]."""
+    return np.array([i for i, (a, b) in enumerate(zip(ours, others, strict=True)) if off(a, b, limit)], int)
+
+
+def _naming_rows(sample: Samples, rows: np.ndarray, mangled: Mangled | None) -> Mangled | None:
+    """An explanation that says which rows it is of, where those are not most."""
+    if mangled is None or len(rows) >= MOST_ROWS * len(sample):
+        return mangled
+    return Mangled(mangled.cause, f"in {where(sample, rows)}: {mangled.evidence}")
 
 
 def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
-    """Logits; or a function of the right numbers, which are the engine's re-score, where the trainer confirms it."""
+    """Logits; or a function of the right numbers, which are the engine's re-score, where the trainer confirms
+    it."""
     neutral = evidence.neutral
     if (neutral.engine_logprobs > pair.noise.p999).any():
         gap = _logits(pair, evidence) - neutral.engine_logprobs
         if within(pair.noise, gap):
             text = f"the trainer's logits fit to {np.median(np.abs(gap)):.1e} (median)"
             return Mangled("logits_reported", f"numbers of up to {neutral.engine_logprobs.max():.3g}; {text}")
-    told = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
-    if told is not None and evidence.confirmed(pair):
-        return Mangled("logprobs_transformed", f"the numbers are the right ones, {told}")
-    # What is done to the re-scores too is no difference between them: then both are a function of the trainer's.
-    both = [
-        transform(side, evidence.trainer, neutral.owners, pair.noise) for side in (neutral.engine_logprobs, evidence.rescored)
-    ]
-    if None in both or len({re.sub(r"[-+]?[\d.]+(e-?\d+)?", "#", str(told)) for told in both}) > 1:
+    change = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
+    if change is not None and evidence.confirmed(pair):
+        return Mangled("logprobs_transformed", f"the numbers are the right ones, {change}")
+    # What is done to the re-scores too is no difference between them: then both are a function of the
+    # trainer's.
+    drawn = transform(neutral.engine_logprobs, evidence.trainer, neutral.owners, pair.noise)
+    rescored = transform(evidence.rescored, evidence.trainer, neutral.owners, pair.noise)
+    if drawn is None or rescored is None or _kind(drawn) != _kind(rescored):
         return None
-    return Mangled("logprobs_transformed", f"the numbers, and those of its re-scores, are the trainer's, {both[0]}")
+    text = f"the numbers, and those of its re-scores, are the trainer's, {drawn}"
+    return Mangled("logprobs_transformed", text)
+
+
+def _kind(change: str) -> str:
+    """A change without its numbers: what is fitted to two samples differs between them."""
+    return re.sub(r"[-+]?[\d.]+(e-?\d+)?", "#", change)
 
 
 @torch.no_grad()
 def _logits(pair: Pair, evidence: Evidence) -> np.ndarray:
-    """The trainer's, of the tokens of ``neutral``, float32 [T]."""
+    """The trainer's logits of the tokens of ``neutral``, float32 [T]."""
     neutral = evidence.neutral
     drawn_from = distributions(pair.trainer, neutral.groups, neutral.sampling)
     return torch.cat([z.gather(1, ids[:, None])[:, 0] for z, ids in drawn_from]).numpy(force=True)
 
 
 def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:
+    """Numbers that are right, and stand beside a token before or after their own."""
     for by in range(1, FARTHEST_SHIFT + 1):
         for place, one, other in (("after", theirs, ours), ("before", ours, theirs)):
             gap = np.abs(np.concatenate([a[:-by] - b[by:] for a, b in zip(one, other, strict=True)]))
@@ -106,44 +121,61 @@ def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> 
 def _swapped(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray], wrong: np.ndarray
 ) -> Mangled | None:
-    """Numbers that fit another row's tokens, or whole completions that fit another row's prompt. ``wrong``: rows that are off."""
-    n, limit = len(ours), pair.noise.p50
+    """Numbers that fit another row's tokens, or whole completions that fit another row's prompt.
 
-    def fits(a: np.ndarray, b: np.ndarray) -> bool:
-        return len(a) == len(b) and not off(a, b, limit)
-
-    elsewhere = sum(any(fits(ours[i], theirs[j]) for j in range(n) if j != i) for i in wrong)
-    if elsewhere >= MOST * len(wrong):
+    Args:
+        ours: score A, by row.
+        theirs: score B, by row.
+        wrong: the rows in which they do not agree, int [R].
+    """
+    limit = pair.noise.p50
+    elsewhere = sum(_fits_another(ours[i], theirs, i, limit) for i in wrong)
+    if elsewhere >= MOST_ROWS * len(wrong):
         return Mangled("rows_swapped", f"the numbers of {elsewhere} of {len(wrong)} rows are another row's")
-    groups, homes = evidence.neutral.groups, []
-    for tried in dict.fromkeys((SCREENED, len(wrong))):  # a few rows after every prompt, then all that are off
-        rows = wrong[:tried]
-        heads = [groups[i].completions[0][:SWAP_TOKENS] for i in rows]
-        after = pair.trainer.score([Group(group.prompt, heads) for group in groups], evidence.neutral.temperature)
-        m = len(rows)
-        homes = [
-            i for at, i in enumerate(rows) if any(fits(ours[i][:SWAP_TOKENS], after[j * m + at]) for j in range(n) if j != i)
-        ]
-        if not homes:
-            return None
-    if len(homes) < MOST * len(wrong):
+    # Every completion after every prompt is a quadratic number of scores, so a few rows must fit before all
+    # are tried.
+    if not _after_another_prompt(pair, evidence, ours, wrong[:SCREENED]):
         return None
-    return Mangled("rows_swapped", f"{len(homes)} of {len(wrong)} completions were drawn after another row's prompt")
+    homes = _after_another_prompt(pair, evidence, ours, wrong)
+    if not homes or homes < MOST_ROWS * len(wrong):
+        return None
+    return Mangled("rows_swapped", f"{homes} of {len(wrong)} completions were drawn after another row's prompt")
+
+
+def _fits_another(numbers: np.ndarray, rows: Sequence[np.ndarray], own: int, limit: float) -> bool:
+    """True when a row's numbers agree with another row's in the median."""
+    others = (row for j, row in enumerate(rows) if j != own)
+    return any(len(numbers) == len(row) and not off(numbers, row, limit) for row in others)
+
+
+def _after_another_prompt(pair: Pair, evidence: Evidence, ours: list[np.ndarray], rows: np.ndarray) -> int:
+    """How many of these rows' completions fit their numbers after the prompt of another row."""
+    groups = evidence.neutral.groups
+    heads = [groups[i].completions[0][:SWAP_TOKENS] for i in rows]
+    after_each = [Group(group.prompt, heads) for group in groups]
+    scores = pair.trainer.score(after_each, evidence.neutral.temperature)  # by prompt, then by completion
+    fitting = 0
+    for at, row in enumerate(rows):
+        fitting += _fits_another(ours[row][:SWAP_TOKENS], scores[at :: len(rows)], row, pair.noise.p50)
+    return fitting
 
 
 def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mangled | None:
-    """Rows whose numbers are right once a few of their tokens are others, each of the log-probability that is reported for it."""
-    tail, neutral, groups = pair.noise.p999, evidence.neutral, evidence.neutral.groups
+    """Rows whose numbers are right once a few of their tokens are others, each of the log-probability
+    reported for it."""
+    neutral = evidence.neutral
+    groups = neutral.groups
+    tail = pair.noise.p999
     if pair.noise.p50 > TELLING_NATS:
         return _no_more_after(ours, theirs, tail)
     wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _first_off(a, b, tail) < len(a)]
     wrong.sort(key=lambda i: len(groups[i].prompt))
-    told = [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[:SCREENED]]
-    if any(told):
-        told += [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[SCREENED:]]
-    told = [n for n in told if n is not None]
-    restored = [n for n in told if n]
-    if not restored or len(restored) < MOST * len(told):
+    edits = [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[:SCREENED]]
+    if any(edits):
+        edits += [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[SCREENED:]]
+    judged = [n for n in edits if n is not None]
+    restored = [n for n in judged if n]
+    if not restored or len(restored) < MOST_ROWS * len(judged):
         return None
     text = f"{len(restored)} of {len(wrong)} rows that are off agree once {sum(restored)} of their tokens are others"
     return Mangled("tokens_edited", text)
@@ -152,7 +184,8 @@ def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list
 def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, tail: float) -> int | None:
     """How many tokens of a row must be others for it to agree with its numbers.
 
-    0 when it does not come to agree; None when it is off at its end only, where nothing after it could prove another token right.
+    0 when it does not come to agree; None when it is off at its end only, where nothing after it could prove
+    another token right.
     """
     ids = group.completions[0]
     for edits in range(MOST_EDITS + 1):
@@ -162,44 +195,47 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, ta
         at = _first_off(numbers, logprobs[np.arange(len(ids)), ids], tail)
         if at == len(ids):
             return edits
-        if at + PROVING >= len(ids):
+        if at + PROVING_TOKENS >= len(ids):
             return edits or None
         nearest = np.argsort(np.abs(logprobs[at] - numbers[at]))[:NEAREST]
         tried = [np.r_[ids[:at], token, ids[at + 1 :]].astype(np.int32) for token in nearest]
-        reach = [_first_off(numbers, scored, tail) for scored in pair.trainer.score([Group(group.prompt, tried)], temperature)]
-        if max(reach) <= at + PROVING:
+        scores = pair.trainer.score([Group(group.prompt, tried)], temperature)
+        reach = [_first_off(numbers, row, tail) for row in scores]
+        if max(reach) <= at + PROVING_TOKENS:
             return 0
         ids = tried[int(np.argmax(reach))]
     return 0
 
 
 def _first_off(a: np.ndarray, b: np.ndarray, tail: float) -> int:
+    """The first place at which two rows differ by more than ``tail``; their length where none is."""
     beyond = ~(np.abs(a - b) <= tail)
     return int(beyond.argmax()) if beyond.any() else len(beyond)
 
 
 def _no_more_after(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float) -> Mangled | None:
-    """Where a number fits too many tokens: from one place on most of what follows is off by more than arithmetic allows."""
+    """Rows that agree up to one token and mostly not after it, which is all that is seen where a number fits
+    too many tokens."""
     places = 0
     for a, b in zip(ours, theirs, strict=True):
         first = _first_off(a, b, tail)
         rest = ~(np.abs(a - b) <= tail)[first:]
-        places += 0 < first < len(a) - PROVING - 1 and bool(rest.mean() > MOST)
-    if places < MOST * len(ours):
+        places += 0 < first < len(a) - PROVING_TOKENS - 1 and bool(rest.mean() > MOST_ROWS)
+    if places < MOST_ROWS * len(ours):
         return None
     return Mangled("tokens_edited", f"{places} of {len(ours)} rows agree up to a token and hardly after it")
 
 
 def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:
-    """Stop at tokens that are likely to be drawn, and look whether the completions that stopped end in one."""
+    """Stop at tokens that are likely to be drawn, and look whether the completions that stopped end in
+    one."""
     neutral = evidence.neutral
     stops = tuple({int(ids[at]) for group in neutral.groups for ids in group.completions for at in range(min(2, len(ids)))})
     some = neutral.prompts[: len(neutral.prompts) // 2]
-    found = draw(pair, some, replace(neutral.sampling, max_tokens=STOP_TOKENS, stop_token_ids=stops), seed)
-    stopped = [s for s in found if s.finish_reason == "stop"]
+    sampling = replace(neutral.sampling, max_tokens=STOP_TOKENS, stop_token_ids=stops)
+    stopped = [s for s in draw(pair, some, sampling, seed) if s.finish_reason == "stop"]
     without = [s for s in stopped if not len(s.token_ids) or int(s.token_ids[-1]) not in stops]
     if without:
-        return Mangled(
-            "stop_token_dropped", f"{len(without)} of {len(stopped)} completions that stopped do not end in a stop token"
-        )
+        text = f"{len(without)} of {len(stopped)} completions that stopped do not end in a stop token"
+        return Mangled("stop_token_dropped", text)
     return None

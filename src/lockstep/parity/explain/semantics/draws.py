@@ -1,14 +1,18 @@
-"""Layer 1: the power of the draws. Many tokens are drawn, one each after one id, and weighed against tempered distributions.
+"""Layer 1: the power of the draws. Many tokens are drawn, one each after one id, and weighed against tempered
+distributions.
 
-A draw y from p is weighed by w = p(y)^λ / Σ p^(1+λ), what the distribution tempered by 1/(1 + λ) gives it over what p gives it.
-Under p the expectation of Π w is 1 at every token, whatever came before, so that by Markov's inequality Π w exceeds 1/α with a
-chance of at most α: no approximation, and the mean of several such products is one again. Two samples are drawn, after one
-random id, where SmolLM2 has var(log p) of 11 nats² at T = 1 and of 4 at T = 0.7 (a second id doubles what the engine computes):
+A draw y from p is weighed by w = p(y)^λ / Σ p^(1+λ), what the distribution tempered by 1/(1 + λ) gives it
+over what p gives it. Under p the expectation of Π w is 1 at every token, whatever came before, so that by
+Markov's inequality Π w exceeds 1/α with a chance of at most α: no approximation, and the mean of several such
+products is one again. Two samples are drawn, after one random id, where SmolLM2 has var(log p) of 11 nats² at
+T = 1 and of 4 at T = 0.7 (a second id doubles what the engine computes):
 
-* ``singles``: n = 1, one token each, every one of them a request of its own. The better of two draws per request is far out here,
-  where a longer completion counts as one draw too and costs as many passes as it has tokens;
-* ``crowd``: n samples a prompt, one token each. The trainer needs one distribution for all samples of a prompt, so that thousands
-  of draws cost it a few dozen passes: what a temperature that is a little off needs.
+* ``singles``: n = 1, one token each, every one of them a request of its own. The better of two draws per
+  request is far out here, where a longer completion counts as one draw too and costs as many passes as it has
+  tokens;
+* ``crowd``: n samples a prompt, one token each. The trainer needs one distribution for all samples of a
+  prompt, so that thousands of draws cost it a few dozen passes: what a temperature that is a little off
+  needs.
 """
 
 from collections.abc import Sequence
@@ -21,20 +25,19 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
+from lockstep.parity.tolerances import DRAWS_FALSE_ALARM, DRAWS_POWER
 from lockstep.policy.truncation import CHUNK
 from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 
 TILTS = {"singles": (-0.25, 0.25), "crowd": (-0.045, 0.045)}
-"""λ of each sample: the better of two draws is like 1/T = 1.25 over one token, and 5 % like 1.045 over thousands."""
+"""λ of each sample: the better of two draws is like 1/T = 1.25 over one token, and 5 % like 1.045 over
+thousands."""
 SINGLES = 16
 """Of the tokens drawn, one in so many is a single."""
 CROWD = 64
 """Samples of each prompt of the crowd."""
-POWER = 0.9
-"""With which the effects that are told would have been seen."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Weighed:
 
     def smallest_temperature(self, threshold: float) -> float:
         """The least |1/T − 1| that would have been seen with :data:`POWER`."""
-        z = NormalDist().inv_cdf(POWER)
+        z = NormalDist().inv_cdf(DRAWS_POWER)
         v = max(self.variance, 1e-12)
         return min((threshold + z * abs(t) * v**0.5 + t * t * v / 2) / (abs(t) * v) for t in self.tilts)
 
@@ -115,7 +118,7 @@ class Drawn:
     def told(self) -> str:
         """What would have been seen, for people."""
         two = self.power_of_two
-        seen = f"the better of 2 behind n = 1 with a chance of {two:.0%}" if two < POWER else "the better of 2 behind n = 1"
+        seen = f"the better of 2 behind n = 1 with a chance of {two:.0%}" if two < DRAWS_POWER else "the better of 2 behind n = 1"
         return f"over {self.crowd.n + self.singles.n} draws a temperature off by {self.smallest_temperature:.1%}, and {seen}"
 
 
@@ -189,7 +192,8 @@ def weigh(logprobs: Tensor, rows: Tensor, ids: Tensor, tilts: tuple[float, ...])
 
 
 def _better(logprobs: Tensor, tilt: float, partition: Tensor, times: Tensor) -> tuple[float, float]:
-    """Mean and variance of log Π w if each draw were the likelier of two: P(x) = p(x)·(2·P(less likely) + p(x))."""
+    """Mean and variance of log Π w if each draw were the likelier of two: P(x) = p(x)·(2·P(less likely) +
+    p(x))."""
     ordered = logprobs.double().sort(-1).values
     p = ordered.exp()
     chance = p * (2.0 * (p.cumsum(-1) - p) + p)

@@ -14,8 +14,8 @@ from torch import Tensor
 from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.held import SCREENED_TOKENS, Held, spread
 from lockstep.parity.explain.semantics.hypotheses import penalised
-from lockstep.parity.explain.semantics.sampler import LARGEST_TOP_K, SCREEN_SLACK, TEMPERATURES, Explained
-from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.explain.semantics.sampler import TEMPERATURES, Explained
+from lockstep.parity.tolerances import EXPLAINS, LARGEST_TOP_K, SCREEN_SLACK
 
 REPETITION = tuple(float(1.0 + v) for v in np.geomspace(0.02, 1.0, 10))
 ADDED = tuple(float(v) for v in np.geomspace(0.05, 2.0, 10))

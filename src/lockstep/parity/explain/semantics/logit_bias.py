@@ -14,7 +14,7 @@ from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.held import Held
 from lockstep.parity.explain.semantics.sampler import Explained, distributions
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.tolerances import BIAS_ENOUGH, BIAS_SUPPORT, EXPLAINS
 from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
@@ -24,11 +24,6 @@ CANDIDATES = 4
 """Of each step, whose bias is fitted."""
 SIZES = tuple(float(size) for size in np.geomspace(0.02, 20.0, 11))
 """A token that is 20 nats down is as good as banned."""
-ENOUGH = 0.5
-"""Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked
-for."""
-SUPPORT = 4
-"""Numbers that each bias must mend: one that mends the number of a single drawn token explains nothing."""
 
 
 class BiasFit:
@@ -83,12 +78,12 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     engine, temperature = sample.engine_logprobs, sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now, after = np.inf, float(fit.gap.abs().mean())
-    while ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:
+    while BIAS_ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:
         now, after = after, fit.step()
     if not after <= EXPLAINS * float(fit.gap.abs().mean()):
         return None
     before, left = (np.abs(scored - engine) for scored in _scored(pair.trainer, sample, fit.biases))
-    supported = (before > pair.noise.p50).sum() >= SUPPORT * len(fit.biases)
+    supported = (before > pair.noise.p50).sum() >= BIAS_SUPPORT * len(fit.biases)
     if not (fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()):
         return None
     decode = pair.renderer.tokenizer.decode

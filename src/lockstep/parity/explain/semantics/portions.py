@@ -8,15 +8,12 @@ no hypothesis explains the whole, and one explains the rows that are off.
 import numpy as np
 
 from lockstep.parity.explain.semantics.held import Held
-from lockstep.parity.explain.semantics.sampler import TEMPERATURES, TOLD_APART, Explained, fitted_temperature
+from lockstep.parity.explain.semantics.sampler import TEMPERATURES, Explained, fitted_temperature
+from lockstep.parity.tolerances import OFF_QUANTILE, TEMPERATURES_APART
 from lockstep.records.samples import Samples
 
-LEAST_ROWS = 2
-"""One row that is off is corruption, which layer 2 looks for."""
 LEAST_TOKENS = 12
 """Of a part that is to be explained by itself."""
-OFF_QUANTILE = 0.8
-"""Of a row's |gap|: a setting that is felt by a fifth of its tokens makes it one that is off."""
 ROW_TOKENS = 6
 """Of each row, to which a temperature of its own is fitted."""
 MOST_SETTINGS = 4
@@ -85,6 +82,6 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
     asked = sample.temperature
     if len(rest) or len(told) < 2:
         return None
-    others = [(t, rows) for t, rows in told if abs(np.log(t / asked)) > TOLD_APART]
+    others = [(t, rows) for t, rows in told if abs(np.log(t / asked)) > TEMPERATURES_APART]
     text = " and ".join(f"temperature {t:.3g} in {where(sample, rows)}" for t, rows in others)
     return Explained("temperature_altered", text, worst) if others else None

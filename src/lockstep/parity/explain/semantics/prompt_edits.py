@@ -1,7 +1,8 @@
 """Layer 1: was the prompt edited on its way to the engine?
 
-The trainer edits its own prompts alike and scores again; the edit under which it agrees with the engine is the evidence. Where a
-prompt is cut, at either end, by so many tokens or down to so many, the number is fitted.
+The trainer edits its own prompts alike and scores again; the edit under which it agrees with the engine is
+the evidence. Where a prompt is cut, at either end, by so many tokens or down to so many, the number is
+fitted.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.parity.evidence import Evidence
-from lockstep.parity.explain.rows import MOST, Mangled, off, rows_of
+from lockstep.parity.explain.rows import Mangled, off, rows_of
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
+from lockstep.parity.tolerances import MOST_ROWS, UNEDITED_AT_MOST
 from lockstep.records.samples import Group, Samples
 
-FEW = 0.25
-"""Of the rows may stay off under the right edit: prompts so short that it left nothing of them."""
 SCREENED = 3
 """Rows that an edit is tried on before it is tried on all."""
 
@@ -41,7 +41,7 @@ def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], stran
 
     first = [rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, SCREENED).astype(int))] if rows else []
     for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)) if rows else ():
-        if 2 * agree(edit, first[:2]).sum() >= len(first[:2]) and agree(edit, rows).mean() > 1 - FEW:
+        if 2 * agree(edit, first[:2]).sum() >= len(first[:2]) and agree(edit, rows).mean() > 1 - UNEDITED_AT_MOST:
             return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
     return None
 
@@ -72,7 +72,8 @@ def retokenised(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, *, add_s
 def _cuts(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray]
 ) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
-    """The cut that is fitted on the shortest row that is off: so many tokens left out at one end, or so many kept."""
+    """The cut that is fitted on the shortest row that is off: so many tokens left out at one end, or so many
+    kept."""
     pairs = zip(ours, evidence.neutral.groups, rows_of(evidence.trainer, evidence.neutral.owners), strict=True)
     cut = [(len(g.prompt), i) for i, (a, g, c) in enumerate(pairs) if len(g.prompt) > 2 and off(a, c, pair.noise.p50)]
     if not cut:
@@ -96,10 +97,11 @@ def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndar
 
 
 def miscounted_prompts(sample: Samples) -> Mangled | None:
-    """Prompts that the engine itself says were longer or shorter than they were: something was put in that cannot be guessed."""
+    """Prompts that the engine itself says were longer or shorter than they were: something was put in that
+    cannot be guessed."""
     counts = [(s.prompt_tokens, len(s.prompt_ids)) for s in sample if s.prompt_tokens]
     wrong = [(counted, sent) for counted, sent in counts if counted != sent]
-    if not wrong or len(wrong) < MOST * len(counts):
+    if not wrong or len(wrong) < MOST_ROWS * len(counts):
         return None
     counted, sent = wrong[0]
     text = (

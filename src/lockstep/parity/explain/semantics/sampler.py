@@ -17,19 +17,13 @@ from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.semantics.held import FITTED_TOKENS, Held
 from lockstep.parity.explain.semantics.hypotheses import edit, fits
 from lockstep.parity.explain.semantics.truncation import fitted_truncation
-from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LOG_CHANCE
+from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LARGEST_TOP_K, LOG_CHANCE, SCREEN_SLACK, TEMPERATURES_APART
 from lockstep.policy.truncation import CHUNK, kept
 from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 
-SCREEN_SLACK = 2.0
-"""A fit may miss on the screened tokens by this multiple of what is an explanation: they are few."""
-TOLD_APART = 5e-3
-"""Temperatures nearer to each other than this, relatively, are one."""
 TEMPERATURES = np.geomspace(0.05, 4.0, 45).tolist()
-LARGEST_TOP_K = 4096
-"""Ranks past this speak against a truncation that matters."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def hidden_temperature(held: Held, asked: SamplingParams, limit: float) -> Expla
     """A temperature other than the one asked for, which explains what that one does not."""
     base = asked.temperature or 1.0
     temperature, miss = fitted_temperature(*held)
-    other = abs(np.log(temperature / base)) > TOLD_APART
+    other = abs(np.log(temperature / base)) > TEMPERATURES_APART
     if not (other and miss <= min(limit, EXPLAINS * held.left(held.logits / base))):
         return None
     return Explained("temperature_altered", f"temperature {temperature:.3g}", miss)

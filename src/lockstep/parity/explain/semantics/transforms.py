@@ -1,7 +1,9 @@
-"""Layer 1: numbers that are a function of the right ones: another base of the logarithm, a running sum, a coarser number format.
+"""Layer 1: numbers that are a function of the right ones: another base of the logarithm, a running sum, a
+coarser number format.
 
-Each function is applied to score B, the same engine's re-score of the same tokens; one under which A agrees to within arithmetic,
-where A itself does not, is the explanation. What the function needs (a factor, a floor, a grid) is fitted.
+Each function is applied to score B, the same engine's re-score of the same tokens; one under which A agrees
+to within arithmetic, where A itself does not, is the explanation. What the function needs (a factor, a floor,
+a grid) is fitted.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,14 +14,15 @@ import torch
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.rows import rows_of
-from lockstep.parity.tolerances import EXPLAINS, Tolerance
+from lockstep.parity.tolerances import EXPLAINS, LEAST_REPLACED, Tolerance
 
 BASES = {"log10": 1.0 / np.log(10.0), "log2": 1.0 / np.log(2.0), "the sign turned": -1.0}
 DECIMALS = (1, 2, 3)
 
 
 def transform(engine: np.ndarray, rescored: np.ndarray, owners: np.ndarray, noise: Tolerance) -> str | None:
-    """What was done to the numbers, for people; None when they are right, or nothing that was tried explains them.
+    """What was done to the numbers, for people; None when they are right, or nothing that was tried explains
+    them.
 
     Args:
         engine: score A, float32 [T].
@@ -51,10 +54,6 @@ def _functions(a: np.ndarray, b: np.ndarray, owners: np.ndarray) -> Iterator[tup
     yield from _beyond(a, b)
     factor = float(a @ b / max(b @ b, 1e-30))
     yield f"times {factor:.3f}", factor * b
-
-
-LEAST_REPLACED = 3
-"""Numbers beyond a threshold that must be one and the same."""
 
 
 def _beyond(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

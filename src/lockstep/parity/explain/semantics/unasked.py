@@ -15,18 +15,11 @@ from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.joint import hidden_cut
 from lockstep.parity.explain.semantics.logit_bias import hidden_bias
 from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_before
-from lockstep.parity.explain.semantics.portions import (
-    LEAST_ROWS,
-    LEAST_TOKENS,
-    places_of_rows,
-    rows_off,
-    temperatures_of_rows,
-    where,
-)
+from lockstep.parity.explain.semantics.portions import LEAST_TOKENS, places_of_rows, rows_off, temperatures_of_rows, where
 from lockstep.parity.explain.semantics.sampler import Explained, setting_hypotheses
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks
-from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.tolerances import EXPLAINS, LEAST_ROWS
 from lockstep.records.samples import Samples
 
 

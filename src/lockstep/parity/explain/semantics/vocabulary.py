@@ -1,7 +1,8 @@
 """Layer 1 of a log: ids of another vocabulary, which has a few tokens more or fewer below some id.
 
-A token added in the middle moves every id above it. Prompts and completions are both told in such ids, so that next to no number
-is right. Which ids are moved is fitted: the nearer the id from which they are, the more tokens are read as they were drawn.
+A token added in the middle moves every id above it. Prompts and completions are both told in such ids, so
+that next to no number is right. Which ids are moved is fitted: the nearer the id from which they are, the
+more tokens are read as they were drawn.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.pair import Pair
+from lockstep.parity.tolerances import MOVE_IMPROVES, TOKEN_AT_MOST_NATS
 from lockstep.records.samples import Group, Samples
 
 MOVES = (1, -1, 2, -2)
@@ -17,10 +19,6 @@ ROWS, TOKENS = 4, 32
 """Of the sample: some dozens of passes."""
 PLACES = 12
 """Ids from which the others may be moved that are tried before the best is looked at more closely."""
-IMPROVES = 0.8
-"""Of the miss: a move that leaves more at every one of those places is no better anywhere."""
-MOST_NATS = 3.0
-"""Of a token's |gap|: how far off one token is says little."""
 
 
 def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
@@ -39,10 +37,14 @@ def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
         moved = [Group(read(group.prompt), [read(group.completions[0])]) for group in groups]
         return np.abs(np.concatenate(pair.trainer.score(moved, few.temperature)) - engine)
 
-    now = float(np.minimum(gap(0, 0), MOST_NATS).mean())
+    now = float(np.minimum(gap(0, 0), TOKEN_AT_MOST_NATS).mean())
     places = np.unique(np.searchsorted(used, np.quantile(every, np.linspace(0.0, 1.0, PLACES), method="lower")))
     for move in MOVES:
-        at = _fitted(lambda at, move=move: float(np.minimum(gap(move, at), MOST_NATS).mean()), places.tolist(), IMPROVES * now)
+        at = _fitted(
+            lambda at, move=move: float(np.minimum(gap(move, at), TOKEN_AT_MOST_NATS).mean()),
+            places.tolist(),
+            MOVE_IMPROVES * now,
+        )
         left = float("inf") if at is None else float(np.median(gap(move, at)))
         if at is not None and left <= pair.noise.p50:
             read = f"ids from {used[at]} on read as {abs(move)} {'less' if move > 0 else 'more'}"

@@ -24,7 +24,7 @@ from lockstep.parity.explain.weights.fitted_settings import Setting, settings_of
 from lockstep.parity.explain.weights.model_settings import Departure, departures
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks, keep_looking
-from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.tolerances import EXPLAINS, SETTING_SCREEN_SLACK
 from lockstep.policy.variant_settings import CACHE_FORMS, CacheKept, SlidingWindow
 from lockstep.policy.variants import Configured, Variant
 from lockstep.records.samples import Samples
@@ -35,8 +35,6 @@ SETTING_ROWS = 4
 nothing anywhere."""
 SCREENED_CONTEXT = 112
 """Tokens, prompts and all, on which a setting is fitted before it is proven."""
-SCREEN_SLACK = 3.0
-"""A median over so few may be that much larger."""
 SCALED_TOKENS = 64
 """Of the sample, for the search for a scaled tensor."""
 
@@ -113,7 +111,7 @@ class _Settings:
             return self._of_head(tried) if setting.of_head else self._miss(self.least, tried)
 
         best = fitted(setting.grid, miss, self.now[0])
-        if not best.miss <= SCREEN_SLACK * self._enough(self.now[0]):
+        if not best.miss <= SETTING_SCREEN_SLACK * self._enough(self.now[0]):
             return None
         left = self._miss(self.few, setting.variant(best.value))
         if not left <= self._enough(self.now[1]):
@@ -132,7 +130,7 @@ class _Settings:
 
     def _cache(self) -> Explanation | None:
         for name in CACHE_FORMS:
-            if not self._miss(self.least, CacheKept(name)) <= SCREEN_SLACK * EXPLAINS * self.now[0]:
+            if not self._miss(self.least, CacheKept(name)) <= SETTING_SCREEN_SLACK * EXPLAINS * self.now[0]:
                 continue
             left, now = self._miss(self.few, CacheKept(name)), self.now[1]
             if left <= EXPLAINS * now:
