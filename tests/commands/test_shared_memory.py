@@ -16,7 +16,7 @@ from lockstep.errors import NoRoomError
 from lockstep.weights import directory as place
 from lockstep.weights.directory import FILE_NAME, remove_weights, reserve, weights_directory
 from lockstep.weights.publish import WeightPublisher
-from tests.unit.tiny_run import write_recipe
+from tests.commands.tiny_run import write_recipe
 
 MB = 1 << 20
 TRAIN_UNDER_SMALL_SHM = """\

@@ -11,8 +11,8 @@ import torch
 
 from lockstep.config.recipe import load_recipe
 from lockstep.runs.strict import read_lines
+from tests.commands.tiny_run import write_recipe
 from tests.unit.test_objective import inputs_of
-from tests.unit.tiny_run import write_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SETS = ("training.minibatches=2", "optimizer.lr=1e-3")
