@@ -203,7 +203,7 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
     from lockstep.runs.read import read_rollouts
 
     layout = new_run(tmp_path / "run")
-    run = Run(Session(pair, None, Path()), layout, None, print, open_recorder(layout))
+    run = Run(Session(pair, None, Path()), layout, print, open_recorder(layout))
     original, drawn = pair.task._reward, None
     for broken, needle in ((lambda text, item: 1 / 0, "ZeroDivisionError"), (lambda text, item: float("nan"), "nan")):
         pair.task._reward = broken
