@@ -15,7 +15,7 @@ from lockstep.engines.channel import Channel
 from lockstep.engines.replies import PLAIN_BYTES, check_reply
 from lockstep.engines.worker.server import _Server
 from lockstep.errors import EngineDied, LockstepError, ProtocolError
-from lockstep.records.messages import Failure, Sample, Sampled, Score, Scored, decode_reply, decode_request, encode, number_of
+from lockstep.records.messages import Draw, Drawn, Failure, Score, Scored, decode_reply, decode_request, encode, number_of
 from lockstep.records.tokens import FLOAT32, INT32, Scores, pack_logprobs
 from lockstep.records.versions import LoadReceipt
 from tests.chaos.frames import REPLIES, REPLY_FRAMES, REQUEST_FRAMES, REQUESTS, mutant
@@ -59,7 +59,7 @@ def test_every_malformed_reply_is_a_protocol_error_or_means_what_it_must(n):
             else:
                 believing = [request for request in (None, *REQUESTS) if believed(request, reply)]
                 taken += bool(believing)
-                if isinstance(reply, Sampled) and believing:
+                if isinstance(reply, Drawn) and believing:
                     _assert_whole(reply)
             longest = max(longest, time.perf_counter() - began)
     assert longest < FRAME_LIMIT_S
@@ -97,8 +97,8 @@ def test_every_malformed_request_is_a_protocol_error_whose_sender_can_be_told(n)
 @pytest.mark.parametrize(
     ("request_", "reply", "needle"),
     [
-        (SAMPLE, REPLIES[2], "Scored, expected Sampled"),
-        (SAMPLE, Sampled(3, []), "0 completions, expected 3"),
+        (SAMPLE, REPLIES[2], "Scored, expected Drawn"),
+        (SAMPLE, Drawn(3, []), "0 completions, expected 3"),
         (SCORE, Scored(3, [Scores(pack_logprobs([-1.0] * 2)), Scores(b"123")]), "bytes"),
         (SCORE, Scored(3, [Scores(pack_logprobs([-1.0, None])), Scores(pack_logprobs([-2.0] * 39))]), "row 0: 0 missing"),
         (SCORE, Scored(3, [Scores(pack_logprobs([-1.0, np.inf])), Scores(pack_logprobs([-2.0] * 39))]), "infinite"),
@@ -127,8 +127,8 @@ def test_a_reply_that_is_not_the_requests_is_named(request_, reply, needle):
 def test_a_completion_that_cannot_be_is_named(ids, change, needle):
     others = REPLIES[1].completions[1:]
     with pytest.raises(ProtocolError, match=needle):
-        check_reply(SAMPLE, Sampled(3, [completion(0, 0, ids, **change), *others]))
-    check_reply(SAMPLE, Sampled(3, [completion(0, 0, [5, 6]), *others]))
+        check_reply(SAMPLE, Drawn(3, [completion(0, 0, ids, **change), *others]))
+    check_reply(SAMPLE, Drawn(3, [completion(0, 0, [5, 6]), *others]))
 
 
 def asked_of(answer: bytes):
@@ -180,7 +180,7 @@ def test_what_reaches_nobody_reaches_everybody():
         (framed(Scored(99, [])), "Scored to request 99, which nobody waits for"),
         (framed(READY), "Ready to request 0, which nobody waits for"),
         (struct.pack("<I", 2 * PLAIN_BYTES), f"a frame of {2 * PLAIN_BYTES} bytes"),
-        (framed(Sampled(SCORE.id, [])), "got Sampled, expected Scored"),
+        (framed(Drawn(SCORE.id, [])), "got Drawn, expected Scored"),
     ):
         error = asked_of(answer)
         assert isinstance(error, ProtocolError)
@@ -211,7 +211,7 @@ class Engine:
 def test_a_live_worker_answers_every_malformed_frame_and_goes_on(capsys):
     rng, problems = np.random.default_rng(4), []
     frames = [mutant(rng, REQUEST_FRAMES) for _ in range(400)]
-    frames.append(encode(Sample(77, [], [])).replace(b"prompts", b"prompt5"))
+    frames.append(encode(Draw(77, [], [])).replace(b"prompts", b"prompt5"))
 
     async def talk():
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))

@@ -15,7 +15,7 @@ import pytest
 from lockstep.engines.process import SHORT_PATH, WorkerProcess, WorkerProgram, private_directory, scarce_memory
 from lockstep.engines.vllm.served import CORE_ERROR
 from lockstep.errors import EngineDied, EngineError, ProtocolError
-from lockstep.records.messages import Sample, Sampled, Score, Scored
+from lockstep.records.messages import Draw, Drawn, Score, Scored
 from lockstep.records.tokens import SamplingParams, pack_ids
 from tests.unit import worker_that_lies
 
@@ -60,7 +60,7 @@ def gone(process):
 def test_an_honest_worker_is_believed(start):
     process = start()
     assert process.wait_ready(30).engine == "fake"
-    reply = process.request(Sampled, Sample, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=30)
+    reply = process.request(Drawn, Draw, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=30)
     assert [np.frombuffer(c.token_ids, np.int32).tolist() for c in reply.completions] == [[5, 6, 7]] * 2
     assert process.request(Scored, Score, IDS, timeout_s=30).scores[0].logprobs == np.float32([-1, -1]).tobytes()
 
@@ -101,7 +101,7 @@ def test_a_time_out_says_what_was_waited_for(start):
     process = start(answer="silence")
     process.wait_ready(30)
     with pytest.raises(EngineError, match=r"sample \(1 prompts, 2 completions of at most 3 tokens\): got no answer in 0.3 s"):
-        process.request(Sampled, Sample, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=0.3)
+        process.request(Drawn, Draw, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=0.3)
     assert gone(process)
 
 

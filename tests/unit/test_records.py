@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import errors
-from lockstep.records.messages import Sample, decode_reply, decode_request, encode, number_of
+from lockstep.records.messages import Draw, decode_reply, decode_request, encode, number_of
 from lockstep.records.semantics import LogprobSemantics
 from lockstep.records.tokens import FLOAT32, INT32, SamplingParams, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.verdicts import Finding, Verdict
@@ -39,7 +39,7 @@ def test_malformed_frames_raise_and_nothing_else(frame):
 
 
 def test_a_request_with_an_unknown_field_or_a_bad_temperature_is_refused():
-    good = msgspec.msgpack.decode(encode(Sample(1, [b""], [SamplingParams(max_tokens=1)])))
+    good = msgspec.msgpack.decode(encode(Draw(1, [b""], [SamplingParams(max_tokens=1)])))
     for change, told in (({"hook": "x"}, "hook"), ({"params": [{"max_tokens": 1, "temperature": -1.0}]}, "params")):
         frame = msgspec.msgpack.encode(good | change)
         with pytest.raises(errors.ProtocolError, match=told):

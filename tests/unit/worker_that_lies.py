@@ -14,7 +14,7 @@ import msgspec
 
 from lockstep.engines.replies import REPLY_TO
 from lockstep.records.capabilities import CAPABILITIES, Capability
-from lockstep.records.messages import Failure, Ready, Request, Sampled, Scored, decode_request, encode
+from lockstep.records.messages import Drawn, Failure, Ready, Request, Scored, decode_request, encode
 from lockstep.records.tokens import Completion, Scores, pack_ids, pack_logprobs
 from lockstep.records.versions import VersionSpan
 
@@ -50,9 +50,9 @@ def completion(prompt, sample, ids, **changes):
 
 def honest(request: Request):
     """The reply that the request is owed; only samples and scores are asked for."""
-    if REPLY_TO[type(request)] is Sampled:
+    if REPLY_TO[type(request)] is Drawn:
         places = [(p, s) for p, params in enumerate(request.params) for s in range(params.n)]
-        return Sampled(request.id, [completion(p, s, [5, 6, 7]) for p, s in places])
+        return Drawn(request.id, [completion(p, s, [5, 6, 7]) for p, s in places])
     sizes = [len(sequence) // 4 - 1 for sequence in request.sequences]
     return Scored(request.id, [Scores(pack_logprobs([-1.0] * size)) for size in sizes])
 

@@ -16,20 +16,20 @@ from lockstep.records.messages import (
     Aborted,
     Count,
     Counted,
+    Draw,
+    Drawn,
     Failure,
     Load,
     Loaded,
     Ready,
     Reply,
     Request,
-    Sample,
-    Sampled,
     Score,
     Scored,
 )
 from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams, Scores
 
-REPLY_TO: dict[type, type] = {Sample: Sampled, Score: Scored, Load: Loaded, Abort: Aborted, Count: Counted}
+REPLY_TO: dict[type, type] = {Draw: Drawn, Score: Scored, Load: Loaded, Abort: Aborted, Count: Counted}
 PLAIN_BYTES = 4 * 1024 * 1024
 """Room for what does not grow with the request: a resolved configuration, counters, receipts, a failure."""
 RECORD_BYTES = 512
@@ -41,7 +41,7 @@ TOKEN_BYTES = 64
 def describe(request: Request | None) -> str:
     """What is waited for, for people. None: the worker's first message."""
     match request:
-        case Sample():
+        case Draw():
             asked = sum(params.n for params in request.params)
             longest = max((params.max_tokens for params in request.params), default=0)
             return f"sample ({len(request.prompts)} prompts, {asked} completions of at most {longest} tokens)"
@@ -57,7 +57,7 @@ def describe(request: Request | None) -> str:
 def reply_limit(request: Request | None) -> int:
     """Bytes that an honest reply cannot exceed."""
     asked = 0
-    if isinstance(request, Sample):
+    if isinstance(request, Draw):
         asked = sum(params.n * (RECORD_BYTES + params.max_tokens * TOKEN_BYTES) for params in request.params)
     elif isinstance(request, Score):
         asked = sum(RECORD_BYTES + len(sequence) for sequence in request.sequences)
@@ -80,7 +80,7 @@ def check_reply(request: Request | None, reply: Reply) -> None:
             missing = sorted(CAPABILITIES.keys() - reply.capabilities.keys())
             if missing:
                 raise _broken(request, f"no word on {', '.join(missing)}", "every capability, supported or not")
-        case Sample(), Sampled():
+        case Draw(), Drawn():
             check_completions(describe(request), request.params, reply.completions)
         case Score(), Scored():
             _check_scores(request, reply.scores)

@@ -8,8 +8,8 @@ neutral    T = 1, nothing truncated or penalised           A, B, C at T = 1
 telling    settings under which the hypotheses differ      A (own, or a sample at another T)
 =========  ==============================================  =======================================
 
-On ``neutral`` every hypothesis of layer 1 says the same, so a gap there is none of semantics; and there score B, which V1 engines
-have at T = 1 only, is of the same distribution as A and C.
+On ``neutral`` every hypothesis of layer 1 says the same, so a gap there is none of semantics; and there score
+B, which V1 engines have at T = 1 only, is of the same distribution as A and C.
 """
 
 from collections.abc import Iterator
@@ -59,6 +59,26 @@ class Evidence:
     """Score C of ``own`` at the recipe's temperature."""
     floors: Floors
 
+    @classmethod
+    def by_trainer(cls, sample: Samples, trainer: np.ndarray) -> "Evidence":
+        """One sample of an engine that cannot be asked again: the trainer's scores stand in for its
+        re-scores.
+
+        Args:
+            trainer: score C of the sample, float32 [T]. Its floors are taken to be 0.
+        """
+        none = np.zeros(trainer.size, np.float32)
+        floors = Floors(repeat=none, alone=none.copy(), half=np.ones(trainer.size, bool))
+        return cls(
+            own=sample,
+            neutral=sample,
+            telling=sample,
+            rescored=trainer,
+            trainer=trainer,
+            own_trainer=trainer,
+            floors=floors,
+        )
+
     @property
     def samples(self) -> list[Samples]:
         """Each sample once."""
@@ -101,7 +121,8 @@ def _floors(pair: Pair, own: Samples, trainer: np.ndarray) -> Floors:
 
 @contextmanager
 def steadied(pair: Pair, floors: Floors) -> Iterator[None]:
-    """For the layers before numerics: dropout off and one sequence a row, where the trainer needs that to be steady at all."""
+    """For the layers before numerics: dropout off and one sequence a row, where the trainer needs that to be
+    steady at all."""
     if floors.steady(pair):
         yield
         return
@@ -116,7 +137,8 @@ def within(noise: Tolerance, gap: np.ndarray) -> bool:
 
 
 def _telling(pair: Pair, own: Samples) -> Samples:
-    """The recipe's own sample where raw and sampled differ in it, else a smaller one at another temperature."""
+    """The recipe's own sample where raw and sampled differ in it, else a smaller one at another
+    temperature."""
     if abs(np.log(own.sampling.temperature)) >= TELLING_LOG_T or own.sampling.truncates or own.sampling.penalises:
         return own
     half = own.prompts[: max(4, len(own.prompts) // 2)]

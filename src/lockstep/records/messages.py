@@ -20,8 +20,8 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024
 """A frame announced larger than this drops the peer: no honest message is that large."""
 
 
-class Sample(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Draw ``params.n`` completions of every prompt. Answered by :class:`Sampled`, all completions in prompt order."""
+class Draw(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Draw ``params.n`` completions of every prompt. Answered by :class:`Drawn`, all completions in prompt order."""
 
     id: int
     prompts: list[bytes]
@@ -60,7 +60,7 @@ class Count(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     id: int
 
 
-Request = Sample | Score | Load | Abort | Count
+Request = Draw | Score | Load | Abort | Count
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -78,8 +78,8 @@ class Ready(Struct, frozen=True, tag=True):
     pids: tuple[int, ...] = ()
 
 
-class Sampled(Struct, frozen=True, tag=True):
-    """Answer to :class:`Sample`."""
+class Drawn(Struct, frozen=True, tag=True):
+    """Answer to :class:`Draw`."""
 
     id: int
     completions: list[Completion]
@@ -125,7 +125,7 @@ class Failure(Struct, frozen=True, tag=True):
     fatal: bool = False
 
 
-Reply = Ready | Sampled | Scored | Loaded | Aborted | Counted | Failure
+Reply = Ready | Drawn | Scored | Loaded | Aborted | Counted | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

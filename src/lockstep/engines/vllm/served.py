@@ -17,7 +17,7 @@ from lockstep.engines.process import WorkerProcess, WorkerProgram
 from lockstep.engines.vllm.older_form import older_form
 from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS
 from lockstep.errors import UsageError
-from lockstep.records.messages import Abort, Aborted, Count, Counted, Load, Loaded, Sample, Sampled, Score, Scored
+from lockstep.records.messages import Abort, Aborted, Count, Counted, Draw, Drawn, Load, Loaded, Score, Scored
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
@@ -100,7 +100,7 @@ class VllmEngine(Engine):
         self.ready = self._process.wait_ready(START_TIMEOUT_S)
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        return self._process.request(Sampled, Sample, [_packed(prompt) for prompt in prompts], list(params)).completions
+        return self._process.request(Drawn, Draw, [_packed(prompt) for prompt in prompts], list(params)).completions
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         reply = self._process.request(Scored, Score, [_packed(sequence) for sequence in sequences], temperature)

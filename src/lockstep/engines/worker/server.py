@@ -33,14 +33,14 @@ from lockstep.records.messages import (
     Aborted,
     Count,
     Counted,
+    Draw,
+    Drawn,
     Failure,
     Load,
     Loaded,
     Ready,
     Reply,
     Request,
-    Sample,
-    Sampled,
     Score,
     Scored,
     decode_request,
@@ -63,7 +63,7 @@ class ServedEngine(Protocol):
         """Who the engine is and what it resolved to."""
         ...
 
-    async def sample(self, request: Sample) -> list[Completion]:
+    async def sample(self, request: Draw) -> list[Completion]:
         """All completions of all prompts, in prompt order, then sample order."""
         ...
 
@@ -217,8 +217,8 @@ class _Server:
 
     async def _reply(self, request: Request) -> Reply:
         match request:
-            case Sample():
-                return Sampled(request.id, await self._tracked(self.engine.sample(request)))
+            case Draw():
+                return Drawn(request.id, await self._tracked(self.engine.sample(request)))
             case Score():
                 return Scored(request.id, await self._tracked(self.engine.score(request)))
             case Load():

@@ -20,7 +20,7 @@ from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
 from lockstep.records.environment import resolved_env
-from lockstep.records.messages import Load, Sample, Score
+from lockstep.records.messages import Draw, Load, Score
 from lockstep.records.settings import resolved_plain, resolved_settings
 from lockstep.records.tokens import Completion, SamplingParams, Scores, finite_logprob, pack_ids, pack_logprobs, unpack_ids
 from lockstep.records.versions import LoadReceipt, VersionSpan
@@ -68,7 +68,7 @@ class VllmEngine(ABC):
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
         """The last output of one request."""
 
-    async def sample(self, request: Sample) -> list[Completion]:
+    async def sample(self, request: Draw) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
         checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)

@@ -1,11 +1,11 @@
 """Rollouts that another framework logged, judged by the trainer alone. No engine runs.
 
-Layers semantics and numerics are judged, and of layer path completions that are corrupted; the rest needs a live engine: NOT_RUN.
-What layer 1 cannot explain may still be a difference between two models: where one that layer 4 knows explains every number, that
-is what is named.
+Layers semantics and numerics are judged, and of layer path completions that are corrupted; the rest needs a
+live engine: NOT_RUN. What layer 1 cannot explain may still be a difference between two models: where one that
+layer 4 knows explains every number, that is what is named.
 
-Hypotheses are tried on the first rows of each sampling setting. The gap is measured on every row, or on as many as were asked
-for, spread over the file; the verdict says of how many.
+Hypotheses are tried on the first rows of each sampling setting. The gap is measured on every row, or on as
+many as were asked for, spread over the file; the verdict says of how many.
 """
 
 import time
@@ -19,8 +19,9 @@ from msgspec.structs import replace
 from lockstep.config.recipe import Recipe
 from lockstep.engines.logged import REASON, LoggedEngine
 from lockstep.parity.causes import CAUSES, finding
-from lockstep.parity.evidence import Evidence, Floors, within
+from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
+from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.alignment import examine, transformed
 from lockstep.parity.explain.semantics.hypotheses import Fit, fits
 from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
@@ -40,11 +41,13 @@ from lockstep.rendering import Renderer
 from lockstep.training.trainer import Trainer
 
 FEW_ROWS = 32
-"""Completions that hypotheses are tried on; the gap is measured on all. Neighbours, for a log may have mixed them up."""
+"""Completions that hypotheses are tried on; the gap is measured on all. Neighbours, for a log may have mixed
+them up."""
 FEW_TOKENS = 256
 """The first so many of each."""
 MOST_SETTINGS = 16
-"""Sampling settings that hypotheses are tried under, those of the most rows; the gap is measured under all."""
+"""Sampling settings that hypotheses are tried under, those of the most rows; the gap is measured under
+all."""
 SAID_EVERY_S = 10.0
 """How far the scoring is."""
 UNEXPLAINED = "unexplained_numerics"
@@ -66,13 +69,17 @@ class Part:
     """
 
     def __init__(self, pair: Pair, logged: Logged, every: np.ndarray, rows: np.ndarray, wrong_mask: str = "") -> None:
-        self.pair, self.logged, self.every, self.rows, self.wrong_mask = pair, logged, every, rows, wrong_mask
+        self.pair = pair
+        self.logged = logged
+        self.every = every
+        self.rows = rows
+        self.wrong_mask = wrong_mask
         self.n = int(logged.counts(rows).sum())
         self.sampling = logged.samplings[logged.settings[rows[0]]]
 
     @cached_property
     def few(self) -> Samples:
-        """Of the first rows, what was sampled on end."""
+        """Of the first rows, the first run of tokens that were sampled one after the other."""
         return self.logged.turns(self.every[:FEW_ROWS], FEW_TOKENS)
 
     @cached_property
@@ -83,7 +90,9 @@ class Part:
     @cached_property
     def gaps(self) -> Gaps:
         """trainer − engine of every token that is judged."""
-        gap, done, said = np.empty(self.n, np.float32), 0, time.monotonic()
+        gap = np.empty(self.n, np.float32)
+        done = 0
+        said = time.monotonic()
         for portion in self.logged.gaps(self.pair.trainer, self.rows, self.sampling.temperature or 1.0):
             gap[done : done + portion.size] = portion
             done += portion.size
@@ -105,99 +114,102 @@ class Part:
         ranked = fits(pair.trainer, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
         figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
         figures["minimal_detectable_effect_nats"] = pair.noise.p50
-        told = doubled_bos(pair, few.prompts[0]) or placeholders(of_few(few, self.trainer), pair.noise)
-        found = (told.cause, told.evidence) if told else self._named(ranked)
-        if found is not None:
-            return self._fail(*found, figures)
+        wrong = doubled_bos(pair, few.prompts[0]) or placeholders(of_few(few, self.trainer), pair.noise) or self._named(ranked)
+        if wrong is not None:
+            return self._fail(wrong.cause, wrong.evidence, figures)
         summary = f"the log holds what the trainer scores: the {ranked[0].semantics.describe()}"
         if not ranked[0].p50 <= pair.noise.p50:
             summary = "the log's numbers are those of another model, which layer numerics names"
         return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=self.n, figures=figures)
 
-    def _named(self, ranked: Sequence[Fit]) -> tuple[str, str] | None:
-        """Cause and evidence of what is wrong with the numbers; None where nothing is."""
-        asked, best = self.few.sampling, ranked[0].semantics
-        told = "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
-        if not ranked[0].p50 <= self.pair.noise.p50:
-            found = self._unasked(told)
-            if found is not None:
-                return found
-            if self.other is not None:
-                return None
-            return "unexplained_semantics", f"{told}; is --model the checkpoint that drew them?{self.pair.search.told()}"
+    def _named(self, ranked: Sequence[Fit]) -> Mangled | None:
+        """What is wrong with the numbers; None where nothing is, or where layer 4 explains them."""
+        asked = self.few.sampling
+        best = ranked[0]
+        fitting = "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
+        if not best.p50 <= self.pair.noise.p50:
+            return self._unexplained(fitting)
         if asked.penalises:
-            return "penalties_unmodelled", told
+            return Mangled("penalties_unmodelled", fitting)
         if asked.truncates:
-            return "truncation_unmodelled", told if best.truncated else f"{told}; the numbers do not show what was cut"
-        if best.temperature != asked.temperature and asked.temperature > 0.0:
-            return "raw_logprobs", told
+            hint = "" if best.semantics.truncated else "; the numbers do not show what was cut"
+            return Mangled("truncation_unmodelled", f"{fitting}{hint}")
+        if best.semantics.temperature != asked.temperature and asked.temperature > 0.0:
+            return Mangled("raw_logprobs", fitting)
         return self._in_some() or self._drawn()
 
-    def _drawn(self) -> tuple[str, str] | None:
+    def _unexplained(self, fitting: str) -> Mangled | None:
+        """What is wrong where nothing that was asked for explains the numbers; None where layer 4 explains
+        them."""
+        hidden = self._unasked(fitting)
+        if hidden is not None or self.other is not None:
+            return hidden
+        question = f"{fitting}; is --model the checkpoint that drew them?{self.pair.search.told()}"
+        return Mangled("unexplained_semantics", question)
+
+    def _drawn(self) -> Mangled | None:
         """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
         pair, few = self.pair, self.few
         if few.sampling.temperature == 0.0:
             others = not_greedy(pair.trainer, few, pair.noise)
-            return ("temperature_altered", others) if others else None
+            return Mangled("temperature_altered", others) if others else None
         cut = examine_draws(pair.trainer, few.groups, few.sampling).cut()
-        return ("draws_differ", cut) if cut else None
+        return Mangled("draws_differ", cut) if cut else None
 
-    def _in_some(self) -> tuple[str, str] | None:
+    def _in_some(self) -> Mangled | None:
         """What strikes some tokens, or some rows, and leaves the median right."""
         pair, gaps = self.pair, self.gaps
         if within(pair.noise, gaps.gap):
             return None
-        found = placeholders(gaps, pair.noise)
-        some = some_rows(pair, self.logged, self.rows, gaps) if found is None else None
-        if some is not None:
-            found = foreign(pair, gaps, some)
-            if (
-                found is None
-                and not some.plausible
-                and not some.related
-                and corrupted(pair, self.logged, self.rows, gaps) is not None
-            ):
-                return None  # layer path shows them
-        if found is not None:
-            return found.cause, found.evidence
+        replaced = placeholders(gaps, pair.noise)
+        if replaced is not None:
+            return replaced
+        some = some_rows(pair, self.logged, self.rows, gaps)
+        if some is None:
+            return self._rarely_felt()
+        moved = foreign(pair, gaps, some)
+        if moved is not None:
+            return moved
+        unlike = not some.plausible and not some.related
+        if unlike and corrupted(pair, self.logged, self.rows, gaps) is not None:
+            return None  # layer path shows them
         return self._rarely_felt()
 
-    def _unasked(self, told: str) -> tuple[str, str] | None:
-        """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows besides."""
+    def _unasked(self, fitting: str) -> Mangled | None:
+        """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows
+        besides."""
         pair, few, evidence = self.pair, self.few, self._evidence()
         mangled = transformed(pair, evidence) or moved_ids(pair, few)
         if mangled is not None:
-            return mangled.cause, mangled.evidence
+            return mangled
         hidden = unasked(pair, few, pair.noise.p50)
         if hidden is not None:
-            return hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {told}"
+            evidence_text = f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {fitting}"
+            return Mangled(hidden.cause, evidence_text)
         mangled = examine(pair, evidence)
-        return None if mangled is None else (mangled.cause, f"{mangled.evidence}; {told}")
+        return None if mangled is None else Mangled(mangled.cause, f"{mangled.evidence}; {fitting}")
 
-    def _rarely_felt(self) -> tuple[str, str] | None:
+    def _rarely_felt(self) -> Mangled | None:
         """A setting, or tokens that are others, where the median token feels nothing of it."""
         pair, few = self.pair, self.few
         gap = few.engine_logprobs - self.trainer
         if within(pair.noise, gap):
             return None
-        found = unasked(pair, few, min(pair.noise.p50, EXPLAINS * miss_of(gap)))
-        if found is not None:
-            return found.cause, f"{found.name} fits to {found.miss:.1e} nats"
-        mangled = examine(pair, self._evidence())
-        return None if mangled is None else (mangled.cause, mangled.evidence)
+        hidden = unasked(pair, few, min(pair.noise.p50, EXPLAINS * miss_of(gap)))
+        if hidden is not None:
+            return Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
+        return examine(pair, self._evidence())
 
     def _evidence(self) -> Evidence:
-        """The trainer's scores stand in for the engine's own."""
-        n = self.trainer.size
-        floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))
-        return Evidence(self.few, self.few, self.few, self.trainer, self.trainer, self.trainer, floors)
+        """The few, of an engine that cannot be asked again."""
+        return Evidence.by_trainer(self.few, self.trainer)
 
     @cached_property
     def other(self) -> Explanation | None:
         """A difference between two models that explains the numbers."""
         gap = self.trainer - self.few.engine_logprobs
-        found = explain(self.pair, self.few, gap, precision_last=not self.pair.engine_dtype)
-        return None if found.cause == UNEXPLAINED else found
+        explanation = explain(self.pair, self.few, gap, precision_last=not self.pair.engine_dtype)
+        return None if explanation.cause == UNEXPLAINED else explanation
 
     def explanation(self) -> tuple[str, str, str]:
         """Cause, evidence and mend of the gap."""
@@ -209,23 +221,41 @@ class Part:
 
     def path(self) -> Verdict:
         """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
-        found = corrupted(self.pair, self.logged, self.rows, self.gaps)
-        if found is None:
+        completions = corrupted(self.pair, self.logged, self.rows, self.gaps)
+        if completions is None:
             return _not_run("path", REASON)
-        return self._fail("corrupted_completions", found.evidence(), {}, np.abs(self.gaps.gap), "path")
+        return self._fail("corrupted_completions", completions.evidence(), {}, np.abs(self.gaps.gap), "path")
 
     def _fail(
-        self, cause: str, evidence: str, figures: dict[str, Any], size: np.ndarray | None = None, layer: LayerName = "semantics"
+        self,
+        cause: str,
+        evidence: str,
+        figures: dict[str, Any],
+        size: np.ndarray | None = None,
+        layer: LayerName = "semantics",
     ) -> Verdict:
-        size, owners = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size, np.zeros(1, int)
+        """A verdict that fails.
+
+        Args:
+            size: what the cause does to each token of the few or of all, nats; None for the gap of the few.
+        """
+        size = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size
+        owners = np.zeros(1, int)
         if size.size == self.trainer.size:
             owners = self.few.owners
         elif size.size == self.n:
             owners = self.gaps.owners
         mend = MENDS_OF_A_LOG.get(cause, CAUSES[cause].mend)
-        found = finding(cause, size, owners, evidence, mend, self.n)
+        named = finding(cause, size, owners, evidence, mend, self.n)
         summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sampling.temperature:g}"
-        return Verdict(layer=layer, status="FAIL", summary=summary, n_tokens=self.n, findings=(found,), figures=figures)
+        return Verdict(
+            layer=layer,
+            status="FAIL",
+            summary=summary,
+            n_tokens=self.n,
+            findings=(named,),
+            figures=figures,
+        )
 
 
 def judge(
@@ -296,11 +326,13 @@ def _semantics(parts: Sequence[Part], logged: Logged) -> Verdict:
 
 def _numerics(parts: Sequence[Part]) -> Verdict:
     """The verdict of layer 4 over all parts."""
-    pair, gaps = parts[0].pair, [part.gaps for part in parts]
+    pair = parts[0].pair
+    gaps = [part.gaps for part in parts]
     starts = np.cumsum([0, *(len(part.rows) for part in parts)], dtype=np.int32)
-    owners = np.concatenate([found.owners + start for found, start in zip(gaps, starts, strict=False)])
-    widest = parts[int(np.argmax([np.median(np.abs(found.gap)) for found in gaps]))]
-    gap = np.concatenate([found.gap for found in gaps])
+    # The last start is the end, which has no part of its own.
+    owners = np.concatenate([part.owners + start for part, start in zip(gaps, starts, strict=False)])
+    widest = parts[int(np.argmax([np.median(np.abs(part.gap)) for part in gaps]))]
+    gap = np.concatenate([part.gap for part in gaps])
     verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
     measured, rows = int(starts[-1]), sum(len(part.every) for part in parts)
     return verdict if measured == rows else replace(verdict, summary=f"{verdict.summary}; {measured:,} of {rows:,} completions")

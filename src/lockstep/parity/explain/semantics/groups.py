@@ -1,9 +1,10 @@
-"""Layer 1: requests for several samples, as training makes them. Everything else is judged on requests for one."""
+"""Layer 1: requests for several samples, as training makes them. Everything else is judged on requests for
+one."""
 
 import numpy as np
 from msgspec.structs import replace
 
-from lockstep.parity.evidence import Evidence, Floors, within
+from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.alignment import examine, transformed
@@ -21,10 +22,11 @@ TOKENS = 8
 
 
 def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, Samples, np.ndarray]:
-    """Draw ``training.group_size`` samples of a few prompts: what is wrong with them, they, and trainer − engine, float32 [T].
+    """Draw ``training.group_size`` samples of a few prompts: what is wrong with them, they, and trainer −
+    engine, float32 [T].
 
-    Only where one sample a request is right: then what is wrong here is wrong because of n. The prompts are new ones, for a
-    warm prefix cache is layer 2's.
+    Only where one sample a request is right: then what is wrong here is wrong because of n. The prompts are
+    new ones, for a warm prefix cache is layer 2's.
     """
     shortest = sorted(probe_prompts(pair, 2 * PROMPTS, pair.seed + 1), key=len)[:PROMPTS]
     sampling = replace(asked, n=pair.recipe.training.group_size, max_tokens=TOKENS)
@@ -34,8 +36,9 @@ def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, S
         return Mangled("missing_logprobs", _only(sampling, text)), sample, np.full(1, np.nan, np.float32)
     trainer = sample.scored(pair.trainer)
     gap = trainer - sample.engine_logprobs
-    found = _repeated(sample.groups, trainer) if within(pair.noise, gap) else _explained(pair, sample.apart(), trainer)
-    return (None if found is None else Mangled(found.cause, _only(sampling, found.evidence))), sample, gap
+    agrees = within(pair.noise, gap)
+    wrong = _repeated(sample.groups, trainer) if agrees else _explained(pair, sample.apart(), trainer)
+    return (None if wrong is None else Mangled(wrong.cause, _only(sampling, wrong.evidence))), sample, gap
 
 
 def _only(sampling: SamplingParams, text: str) -> str:
@@ -60,14 +63,12 @@ def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
 
 
 def _explained(pair: Pair, sample: Samples, trainer: np.ndarray) -> Mangled:
-    """What is wrong with the numbers, as far as layer 1 knows it. The trainer stands in for the engine's re-score."""
-    n = trainer.size
-    floors = Floors(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, bool))
-    evidence = Evidence(sample, sample, sample, trainer, trainer, trainer, floors)
+    """What is wrong with the numbers, as far as layer 1 knows it."""
+    evidence = Evidence.by_trainer(sample, trainer)
     size = np.abs(trainer - sample.engine_logprobs)
-    found = transformed(pair, evidence)
-    if found is None:
+    cause = transformed(pair, evidence)
+    if cause is None:
         hidden = unasked(pair, sample, min(pair.noise.p50, EXPLAINS * miss_of(size)))
-        found = None if hidden is None else Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
-    text = f"the trainer differs by {np.median(size):.1e} nats in the median, {size.max():.1e} at most{pair.search.told()}"
-    return found or examine(pair, evidence) or Mangled("unexplained_semantics", text)
+        cause = None if hidden is None else Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
+    differs = f"the trainer differs by {np.median(size):.1e} nats in the median, {size.max():.1e} at most"
+    return cause or examine(pair, evidence) or Mangled("unexplained_semantics", f"{differs}{pair.search.told()}")
