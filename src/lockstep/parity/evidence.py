@@ -121,8 +121,7 @@ def _floors(pair: Pair, own: Samples, trainer: np.ndarray) -> Floors:
 
 @contextmanager
 def steadied(pair: Pair, floors: Floors) -> Iterator[None]:
-    """For the layers before numerics: dropout off and one sequence a row, where the trainer needs that to be
-    steady at all."""
+    """For the layers before numerics: dropout off, one sequence a row, where the trainer is not steady otherwise."""
     if floors.steady(pair):
         yield
         return
@@ -137,8 +136,7 @@ def within(noise: Tolerance, gap: np.ndarray) -> bool:
 
 
 def _telling(pair: Pair, own: Samples) -> Samples:
-    """The recipe's own sample where raw and sampled differ in it, else a smaller one at another
-    temperature."""
+    """The recipe's own sample where raw and sampled differ in it, else a few at another temperature."""
     if abs(np.log(own.sampling.temperature)) >= TELLING_LOG_T or own.sampling.truncates or own.sampling.penalises:
         return own
     half = own.prompts[: max(4, len(own.prompts) // 2)]

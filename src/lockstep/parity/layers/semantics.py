@@ -61,13 +61,17 @@ class Identified:
 
     def evidence(self) -> str:
         """The fits, for people."""
-        told = "; ".join(f"{named(fit.semantics)} fits to {fit.p50:.1e} nats" for fit in self.ranked[:2])
-        return f"{told} (medians); at T=1 the two sides differ by {self.ground:.1e}"
+        best = "; ".join(f"{named(fit.semantics)} fits to {fit.p50:.1e} nats" for fit in self.ranked[:2])
+        return f"{best} (medians); at T=1 the two sides differ by {self.ground:.1e}"
 
 
 def named(semantics: LogprobSemantics) -> str:
     """``raw``, ``tempered``, ``truncated``, ``penalised``, or what of them applies."""
-    parts = {"tempered": semantics.temperature != 1.0, "truncated": semantics.truncated, "penalised": semantics.penalised}
+    parts = {
+        "tempered": semantics.temperature != 1.0,
+        "truncated": semantics.truncated,
+        "penalised": semantics.penalised,
+    }
     return ", ".join(name for name, applies in parts.items() if applies) or "raw"
 
 
@@ -77,23 +81,23 @@ def identify(pair: Pair, evidence: Evidence) -> Identified:
     ground = float(np.median(np.abs(evidence.rescored - evidence.trainer)))
     limit = max(pair.noise.p50, SEMANTICS_MARGIN * ground)
     ranked = fits(pair.trainer, telling.groups, telling.engine_logprobs, telling.sampling, limit)
-    told = Identified(ranked, ground, limit)
-    if ground > pair.noise.p50 and told.margin < SEMANTICS_MARGIN:
-        told = _by_the_engine_alone(pair, evidence, told)
-    return told
+    identified = Identified(ranked, ground, limit)
+    if ground > pair.noise.p50 and identified.margin < SEMANTICS_MARGIN:
+        identified = _by_the_engine_alone(pair, evidence, identified)
+    return identified
 
 
-def _by_the_engine_alone(pair: Pair, evidence: Evidence, told: Identified) -> Identified:
+def _by_the_engine_alone(pair: Pair, evidence: Evidence, identified: Identified) -> Identified:
     """Where the trainer's scores are too far off to tell, the engine's own re-score says whether its numbers
     are raw."""
     telling = evidence.telling
     if not pair.engine.ready.capabilities["rescore"].supported:
-        return told
+        return identified
     fit = float(np.median(np.abs(telling.engine_logprobs - telling.rescored(pair.engine))))
     raw = fit <= pair.noise.p50
-    first = [f for f in told.ranked if (named(f.semantics) == "raw") == raw]
-    rest = [f for f in told.ranked if (named(f.semantics) == "raw") != raw]
-    return Identified([*first, *rest], told.ground, max(told.limit, first[0].p50)) if first else told
+    first = [f for f in identified.ranked if (named(f.semantics) == "raw") == raw]
+    rest = [f for f in identified.ranked if (named(f.semantics) == "raw") != raw]
+    return Identified([*first, *rest], identified.ground, max(identified.limit, first[0].p50)) if first else identified
 
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
@@ -108,20 +112,20 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
     mangled = doubled_bos(pair, prompt) or transformed(pair, evidence)
     if mangled is not None:
         return _mangled(pair, evidence, mangled, figures)
-    told = identify(pair, evidence)
-    hidden = _hidden(pair, evidence, told)
+    identified = identify(pair, evidence)
+    hidden = _hidden(pair, evidence, identified)
     mangled = (examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)) if hidden is None else None
     if mangled is not None:
         return _mangled(pair, evidence, mangled, figures)
     figures |= {
-        "identified": named(told.ranked[0].semantics) if told.best is not None else "unexplained",
-        "runner_up": named(told.ranked[1].semantics) if len(told.ranked) > 1 else "none",
-        "margin": told.margin,
-        "fit_p50_nats": told.ranked[0].p50,
-        "ground_p50_nats": told.ground,
-        "minimal_detectable_effect_nats": told.limit,
+        "identified": named(identified.ranked[0].semantics) if identified.best is not None else "unexplained",
+        "runner_up": named(identified.ranked[1].semantics) if len(identified.ranked) > 1 else "none",
+        "margin": identified.margin,
+        "fit_p50_nats": identified.ranked[0].p50,
+        "ground_p50_nats": identified.ground,
+        "minimal_detectable_effect_nats": identified.limit,
     }
-    failed = _distribution(pair, evidence, told, hidden) or _draws(pair, evidence, told, figures)
+    failed = _distribution(pair, evidence, identified, hidden) or _draws(pair, evidence, identified, figures)
     if failed is not None:
         return Verdict(
             layer="semantics",
@@ -132,52 +136,59 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
             figures=figures,
         )
     seen = figures.get("draws_would_see", "")
-    summary = f"{_passed(pair, evidence, told)}{f'; {seen}, would have been seen' if seen else ''}"
+    summary = f"{_passed(pair, evidence, identified)}{f'; {seen}, would have been seen' if seen else ''}"
     return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
 
 
-def _passed(pair: Pair, evidence: Evidence, told: Identified) -> str:
-    if told.best is None:
+def _passed(pair: Pair, evidence: Evidence, identified: Identified) -> str:
+    if identified.best is None:
         return "nothing but what the engine disagrees with itself about at T = 1, which is the next layer's"
+    best = identified.best
     declared = pair.engine.semantics(evidence.telling.sampling)
-    said = "" if named(declared) == named(told.best) else f", though it declares the {declared.describe()}"
-    note = ", which is the same at T=1" if named(told.best) == "raw" else ""
-    reported = told.best.describe() if evidence.telling is evidence.own else f"{told.best.distribution} distribution, at T=1 here"
-    if told.margin < SEMANTICS_MARGIN:
-        return (
-            f"the two sides are {told.ground:.1e} nats apart at T=1, too far to tell the {reported} from others: a later layer's"
-        )
-    margin = f"; the runner-up fits {told.margin:.0f} times worse" if np.isfinite(told.margin) else ""
+    said = "" if named(declared) == named(best) else f", though it declares the {declared.describe()}"
+    note = ", which is the same at T=1" if named(best) == "raw" else ""
+    own = evidence.telling is evidence.own
+    reported = best.describe() if own else f"{best.distribution} distribution, at T=1 here"
+    if identified.margin < SEMANTICS_MARGIN:
+        apart = f"the two sides are {identified.ground:.1e} nats apart at T=1"
+        return f"{apart}, too far to tell the {reported} from others: a later layer's"
+    finite = np.isfinite(identified.margin)
+    margin = f"; the runner-up fits {identified.margin:.0f} times worse" if finite else ""
     return f"the engine reports what the trainer scores: the {reported}{note}{said}{margin}"
 
 
-def _hidden(pair: Pair, evidence: Evidence, told: Identified) -> Explained | None:
-    """Settings that nobody asked for, where the numbers need them, be it that most tokens do not feel
-    them."""
+def _hidden(pair: Pair, evidence: Evidence, identified: Identified) -> Explained | None:
+    """Settings that nobody asked for, where the numbers need them, even if most tokens do not feel them."""
     telling, neutral = evidence.telling, evidence.neutral
-    if told.best is None:
+    if identified.best is None:
         # Where the sides differ at T = 1 too the limit is wide: a setting must also leave little of the miss,
         # not just come near.
-        limit = min(told.limit, EXPLAINS * told.ranked[0].p50)
+        limit = min(identified.limit, EXPLAINS * identified.ranked[0].p50)
         return unasked(pair, telling, limit)
     if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
-        limit = min(told.limit, EXPLAINS * miss_of(neutral.engine_logprobs - evidence.trainer))
+        limit = min(identified.limit, EXPLAINS * miss_of(neutral.engine_logprobs - evidence.trainer))
         return unasked(pair, neutral, limit)
     return None
 
 
-def _mangled(pair: Pair, evidence: Evidence, found: Mangled, figures: dict) -> Verdict:
-    return _fail(
-        pair, evidence, found.cause, found.evidence, figures, np.abs(evidence.neutral.engine_logprobs - evidence.trainer)
-    )
+def _mangled(pair: Pair, evidence: Evidence, mangled: Mangled, figures: dict) -> Verdict:
+    """The verdict on numbers that are wrong on ``neutral`` already."""
+    size = np.abs(evidence.neutral.engine_logprobs - evidence.trainer)
+    return _fail(pair, evidence, mangled.cause, mangled.evidence, figures, size)
 
 
 def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, size: np.ndarray) -> Verdict:
-    owners = evidence.neutral.owners if size.size == evidence.neutral.engine_logprobs.size else np.zeros(size.size, int)
-    found = finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens)
-    summary = _summary(cause, evidence) if cause != "missing_logprobs" else text
+    """A verdict that fails. ``size``: what the cause does to each token of ``neutral``, nats, or to all of
+    them: one number."""
+    of_neutral = size.size == evidence.neutral.engine_logprobs.size
+    owners = evidence.neutral.owners if of_neutral else np.zeros(size.size, int)
     return Verdict(
-        layer="semantics", status="FAIL", summary=summary, n_tokens=evidence.n_tokens, findings=(found,), figures=figures
+        layer="semantics",
+        status="FAIL",
+        summary=_summary(cause, evidence) if cause != "missing_logprobs" else text,
+        n_tokens=evidence.n_tokens,
+        findings=(finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens),),
+        figures=figures,
     )
 
 
@@ -193,10 +204,10 @@ def _summary(cause: str, evidence: Evidence) -> str:
     }.get(cause, cause.replace("_", " "))
 
 
-def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Explained | None) -> Finding | None:
+def _distribution(pair: Pair, evidence: Evidence, identified: Identified, hidden: Explained | None) -> Finding | None:
     """Is what explains the numbers what was asked for, and what the trainer scores?"""
     own, asked = evidence.own, evidence.own.sampling
-    size, text = np.abs(evidence.own_trainer - own.engine_logprobs), told.evidence()
+    size, text = np.abs(evidence.own_trainer - own.engine_logprobs), identified.evidence()
     if asked.truncates:
         cause = "truncation_unmodelled"
         parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in pair.trainer.hidden(own.groups)]
@@ -207,37 +218,37 @@ def _distribution(pair: Pair, evidence: Evidence, told: Identified, hidden: Expl
         size = np.abs(scores - evidence.own_trainer)
     elif hidden is not None:
         cause, text = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
-        sample, gap = _missed(evidence, told)
+        sample, gap = _missed(evidence, identified)
         return finding(cause, np.abs(gap), sample.owners, text, pair.engine.fix(cause), evidence.n_tokens)
-    elif told.best is None:
-        return None if _path_may_explain(pair, evidence, told) else _unexplained(pair, evidence, told)
-    elif told.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
+    elif identified.best is None:
+        return None if _path_may_explain(pair, evidence, identified) else _unexplained(pair, evidence, identified)
+    elif identified.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
         cause, text = _raw(pair, own, text)
     else:
         return None
     return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
 
 
-def _missed(evidence: Evidence, told: Identified) -> tuple[Samples, np.ndarray]:
+def _missed(evidence: Evidence, identified: Identified) -> tuple[Samples, np.ndarray]:
     """The sample on which what was asked for does not explain the numbers, and engine − what comes nearest,
     float32 [T]."""
-    if told.best is None:
-        return evidence.telling, told.ranked[0].gap
+    if identified.best is None:
+        return evidence.telling, identified.ranked[0].gap
     return evidence.neutral, evidence.neutral.engine_logprobs - evidence.trainer
 
 
-def _unexplained(pair: Pair, evidence: Evidence, told: Identified) -> Finding:
-    sample, gap = _missed(evidence, told)
+def _unexplained(pair: Pair, evidence: Evidence, identified: Identified) -> Finding:
+    sample, gap = _missed(evidence, identified)
     finite = gap[np.isfinite(gap)]
-    text = f"{told.evidence()}{pair.search.told()}"
-    if np.mean(gap > told.limit) >= MOST_ROWS and np.mean(gap < -told.limit) <= RARELY_ABOVE:
+    text = f"{identified.evidence()}{pair.search.told()}"
+    if np.mean(gap > identified.limit) >= MOST_ROWS and np.mean(gap < -identified.limit) <= RARELY_ABOVE:
         text = f"hardly a number is below the trainer's, as under a mask that changes from token to token (a grammar); {text}"
     owners = sample.owners[np.isfinite(gap)]
     cause = "unexplained_semantics"
     return finding(cause, np.abs(finite), owners, text, pair.engine.fix(cause), evidence.n_tokens)
 
 
-def _path_may_explain(pair: Pair, evidence: Evidence, told: Identified) -> bool:
+def _path_may_explain(pair: Pair, evidence: Evidence, identified: Identified) -> bool:
     """True when the numbers are no worse than the engine disagrees with itself at T = 1, which is for layer 2
     to judge.
 
@@ -246,7 +257,7 @@ def _path_may_explain(pair: Pair, evidence: Evidence, told: Identified) -> bool:
     """
     neutral = evidence.neutral
     gap = np.abs(neutral.engine_logprobs - evidence.rescored)
-    if not told.ranked[0].p50 <= SEMANTICS_MARGIN * np.median(gap):
+    if not identified.ranked[0].p50 <= SEMANTICS_MARGIN * np.median(gap):
         return False
     return not _confirmed(pair, evidence) or bool(np.median(gap[neutral.positions == 0]) <= pair.noise.p50)
 
@@ -259,16 +270,17 @@ def _confirmed(pair: Pair, evidence: Evidence) -> bool:
 def _raw(pair: Pair, own: Samples, text: str) -> tuple[str, str]:
     """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever
     it is asked."""
-    asked, at_one = (examine_draws(pair.trainer, own.groups, s) for s in (own.sampling, replace(own.sampling, temperature=1.0)))
+    asked = examine_draws(pair.trainer, own.groups, own.sampling)
+    at_one = examine_draws(pair.trainer, own.groups, replace(own.sampling, temperature=1.0))
     if asked.oddity() and not at_one.oddity():
         return "temperature_altered", f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}"
     return "raw_logprobs", text
 
 
-def _draws(pair: Pair, evidence: Evidence, told: Identified, figures: dict) -> Finding | None:
+def _draws(pair: Pair, evidence: Evidence, identified: Identified, figures: dict) -> Finding | None:
     """Are the tokens drawn from what the numbers are of? Judged where the two sides agree at all."""
     at_one = np.median(np.abs(evidence.neutral.engine_logprobs - evidence.trainer))
-    if not max(told.ground, at_one) <= pair.noise.p50:
+    if not max(identified.ground, at_one) <= pair.noise.p50:
         return None
     for name, sample in (("own", evidence.own), ("neutral", evidence.neutral)):
         draws = examine_draws(pair.trainer, sample.groups, sample.sampling)
@@ -289,12 +301,13 @@ def _grouped(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None:
     """Are requests for several samples answered as those for one are? Asked where those for one are right."""
     if not within(pair.noise, evidence.own.engine_logprobs - evidence.own_trainer):
         return None
-    found, sample, gap = examine_groups(pair, evidence.own.sampling)
+    wrong, sample, gap = examine_groups(pair, evidence.own.sampling)
     figures["grouped_gap_abs_max_nats"] = float(np.abs(gap).max())
-    if found is None:
+    if wrong is None:
         return None
     owners = sample.owners if gap.size == sample.owners.size else np.zeros(gap.size, int)
-    return finding(found.cause, np.abs(gap), owners, found.evidence, pair.engine.fix(found.cause), sample.owners.size)
+    fix = pair.engine.fix(wrong.cause)
+    return finding(wrong.cause, np.abs(gap), owners, wrong.evidence, fix, sample.owners.size)
 
 
 def _many_draws(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None:

@@ -1,5 +1,4 @@
-"""Layer 1, tokens: are the numbers beside the tokens that they are of, and are the tokens those that were
-drawn?
+"""Layer 1, tokens: does each number stand beside its own token, and are the tokens those that were drawn?
 
 Judged on ``neutral`` (T = 1; a log's own T), where no choice of distribution plays a part. A is first held
 against B, the same engine's own re-score, row by row. Where most rows do not agree, each way in which rows
@@ -73,8 +72,7 @@ def _naming_rows(sample: Samples, rows: np.ndarray, mangled: Mangled | None) -> 
 
 
 def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
-    """Logits; or a function of the right numbers, which are the engine's re-score, where the trainer confirms
-    it."""
+    """Numbers that are logits, or a function of the right ones: of its re-scores, where the trainer confirms these."""
     neutral = evidence.neutral
     if (neutral.engine_logprobs > pair.noise.p999).any():
         gap = _logits(pair, evidence) - neutral.engine_logprobs

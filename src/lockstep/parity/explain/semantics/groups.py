@@ -1,5 +1,4 @@
-"""Layer 1: requests for several samples, as training makes them. Everything else is judged on requests for
-one."""
+"""Layer 1: requests for several samples, as training makes them. All else is judged on requests for one."""
 
 import numpy as np
 from msgspec.structs import replace

@@ -1,5 +1,4 @@
-"""Layer 1: tokens whose whole distributions are held at once, so that many settings can be fitted to them
-without another pass."""
+"""Layer 1: tokens with their whole distributions, to which many settings are fitted without another pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,8 +54,14 @@ def tokens_of_every_part(
     at: np.ndarray | None = None,
     hidden: Sequence[Tensor] | None = None,
 ) -> Held:
-    """Those of :func:`every_part`, or the tokens ``at``; ``engine`` is float32 [T]. ``hidden``: where it is
-    known already."""
+    """Tokens of a sample with their distributions.
+
+    Args:
+        groups: one completion each.
+        engine: what the engine reported, float32 [T].
+        at: which tokens, int [N]; None for those of :func:`every_part`.
+        hidden: the body's output for the groups, where it is known already.
+    """
     at = every_part(len(engine)) if at is None else at
     ids = np.concatenate([group.completions[0] for group in groups])[at]
     hidden = trainer.hidden(groups) if hidden is None else hidden

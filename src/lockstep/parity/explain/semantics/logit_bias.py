@@ -51,8 +51,7 @@ class BiasFit:
         return self.gap - shift + mass.clamp(min=1e-12).log()
 
     def step(self) -> float:
-        """Give the token that mends most its bias, one that has none yet or one again; the mean |left| after
-        it, nats."""
+        """Give the token that mends most its bias, be it a new token or one that has one; the mean |left| then, nats."""
         left = self.left(self.biases)
         along = (-(left.float() @ self.p)).index_add_(0, self.ids, left.float())
         best = (along.abs() / self.length).topk(CANDIDATES).indices.tolist()
@@ -73,8 +72,7 @@ class BiasFit:
 
 
 def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
-    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: of
-    ``sample``."""
+    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: its tokens."""
     engine, temperature = sample.engine_logprobs, sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now, after = np.inf, float(fit.gap.abs().mean())

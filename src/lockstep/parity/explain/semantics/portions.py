@@ -29,8 +29,7 @@ def rows_off(sample: Samples, gap: np.ndarray, limit: float) -> np.ndarray:
 
 
 def where(sample: Samples, rows: np.ndarray) -> str:
-    """Which rows they are, for people: by the length of their prompts or completions where that tells them
-    from the others."""
+    """Which rows they are, for people: by their lengths, where these tell them from the others."""
     count = f"{len(rows)} of {len(sample)} rows"
     inside = np.isin(np.arange(len(sample)), rows)
     if inside.all():

@@ -72,8 +72,7 @@ def retokenised(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, *, add_s
 def _cuts(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray]
 ) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
-    """The cut that is fitted on the shortest row that is off: so many tokens left out at one end, or so many
-    kept."""
+    """Cuts, fitted on the shortest row that is off: so many tokens left out at one end, or so many kept."""
     pairs = zip(ours, evidence.neutral.groups, rows_of(evidence.trainer, evidence.neutral.owners), strict=True)
     cut = [(len(g.prompt), i) for i, (a, g, c) in enumerate(pairs) if len(g.prompt) > 2 and off(a, c, pair.noise.p50)]
     if not cut:
@@ -97,8 +96,7 @@ def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndar
 
 
 def miscounted_prompts(sample: Samples) -> Mangled | None:
-    """Prompts that the engine itself says were longer or shorter than they were: something was put in that
-    cannot be guessed."""
+    """Prompts of another length by the engine's own count: something was put in that cannot be guessed."""
     counts = [(s.prompt_tokens, len(s.prompt_ids)) for s in sample if s.prompt_tokens]
     wrong = [(counted, sent) for counted, sent in counts if counted != sent]
     if not wrong or len(wrong) < MOST_ROWS * len(counts):

@@ -36,17 +36,6 @@ class Explained:
     """What the explanation leaves, nats (``fitting.miss_of``)."""
 
 
-def hidden_settings(
-    trainer: Trainer, groups: Sequence[Group], engine: np.ndarray, asked: SamplingParams, limit: float, held: Held
-) -> Explained | None:
-    """The first of :func:`setting_hypotheses` that fits; None when none does."""
-    for _, look in setting_hypotheses(trainer, groups, engine, asked, limit, lambda: held):
-        found = look()
-        if found is not None:
-            return found
-    return None
-
-
 def setting_hypotheses(
     trainer: Trainer,
     groups: Sequence[Group],
@@ -114,8 +103,7 @@ _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams | None:
-    """``asked`` with the checkpoint's own generation_config.json applied, as a server does; None when that
-    changes nothing."""
+    """``asked`` under the checkpoint's generation_config.json, as a server applies it; None when that changes nothing."""
     config = trainer.generation_config
     values = {name: getattr(config, name, None) for name in _CONFIGURABLE}
     changes = {name: value for name, value in values.items() if value is not None}
@@ -124,8 +112,10 @@ def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams
 
 
 def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[float, float]:
-    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss). Fitted on
-    a few of them."""
+    """The temperature under which log-softmax comes nearest to ``engine``, and how near: (T, miss).
+
+    It is fitted on a few of the tokens; the miss is of all.
+    """
     held = Held(logits, ids, engine)
     few = held.screened()
     temperature = fitted(TEMPERATURES, lambda t: few.left(few.logits / t), float("inf"), tries=40).value
@@ -134,8 +124,7 @@ def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[flo
 
 @dataclass(frozen=True)
 class Draws:
-    """Were tokens drawn from the distribution they are said to be of? Three ways in which they may not be,
-    with their chances."""
+    """Were tokens drawn from the distribution they are said to be of? Three ways in which not, with their chances."""
 
     n_tokens: int
     excess_nats: float
@@ -154,8 +143,10 @@ class Draws:
     """|log p + H| of each token, float [T]."""
 
     def cut(self) -> str:
-        """A truncation that chance does not explain; empty when it does. Choosing rows by their reward brings
-        none about."""
+        """A truncation that chance does not explain; empty when it does.
+
+        Rows that were chosen by their reward do not look like one: choosing cuts no tail.
+        """
         if self.log_chance_top_k < LOG_CHANCE and self.log_chance_top_k <= self.log_chance_top_p:
             return f"no drawn token ranks past {self.top_k}; the chance of that is e^{self.log_chance_top_k:.0f}"
         if self.log_chance_top_p < LOG_CHANCE:
@@ -236,8 +227,7 @@ def likeliest_temperature(trainer: Trainer, groups: Sequence[Group], sampling: S
 
 
 def distributions(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a sampler with these settings draws from: processed logits [L, V] and the ids [L] that were drawn,
-    in portions."""
+    """What a sampler with these settings draws from, in portions: processed logits [L, V], and the ids drawn [L]."""
     for group, hidden in zip(groups, trainer.hidden(groups), strict=True):
         ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
         for start in range(0, len(ids), CHUNK):

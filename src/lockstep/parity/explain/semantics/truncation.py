@@ -82,8 +82,7 @@ def fitted_truncation(held: Held, limit: float) -> Truncation | None:
 
 
 def _cut(whole: Tensor, held: Held, limit: float) -> Cut | None:
-    """Where the numbers say that tokens were cut; None where they say so nowhere, or cannot be of a
-    truncation."""
+    """Where tokens were cut, by the numbers; None where nowhere, or where they cannot be of a truncation."""
     slack = KEPT_MASS_SLACK * limit
     mass = (whole.gather(1, held.ids[:, None])[:, 0] - held.engine).double().exp()  # [N]
     if (mass > 1.0 + slack).double().mean() > RARELY_ABOVE or (mass > 1.0 - slack).all():
@@ -98,6 +97,7 @@ def _cut(whole: Tensor, held: Held, limit: float) -> Cut | None:
 
 
 def _top_k(cut: Cut) -> dict[str, SamplingParams]:
+    """Every place keeps k tokens."""
     # Where the next token's probability is below the noise the count falls short, so the largest is the best
     # guess too.
     ks = {cut.median_count, int(cut.count.max())}
@@ -105,8 +105,7 @@ def _top_k(cut: Cut) -> dict[str, SamplingParams]:
 
 
 def _top_p(cut: Cut) -> dict[str, SamplingParams]:
-    """Before its last token each place holds less than p, with it p or more: p lies between the extremes of
-    both."""
+    """Before its last token each place holds less than p, with it p or more: p lies in between."""
     crossing = float((cut.held - cut.last).max() + cut.held.min()) / 2
     least = float(cut.mass.min())
     ps = {crossing, round(crossing, 2), least, round(least, 2)}
@@ -123,8 +122,10 @@ def _min_p(cut: Cut) -> dict[str, SamplingParams]:
 
 
 def _both(cut: Cut) -> dict[str, SamplingParams]:
-    """Top-k and top-p together: where fewer than k are kept, top-p cut what top-k had left, and its mass is
-    of those k."""
+    """Top-k and top-p together.
+
+    Where fewer than k tokens are kept, top-p cut what top-k had left, and its mass is a share of those k.
+    """
     largest = int(cut.count.max())
     tried = {}
     for top_k in sorted({largest, *(k for k in USUAL_TOP_K if k > largest)}):

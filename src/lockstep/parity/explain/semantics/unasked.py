@@ -1,5 +1,4 @@
-"""Layer 1: settings that nobody asked for and that explain an engine's numbers, of all rows or of those that
-are off."""
+"""Layer 1: settings that nobody asked for and that explain the numbers, of all rows or of those that are off."""
 
 from collections.abc import Iterator
 from dataclasses import replace
