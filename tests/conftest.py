@@ -12,6 +12,26 @@ REAL_MODELS = {"contract", "e2e"}
 """Folders whose tests compute on models for which a second thread pays."""
 
 
+def pytest_configure(config):
+    """Each of pytest-xdist's workers is a machine of its own: its share of the cores is all that its engines see."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the mark
+def pytest_collection_modifyitems(items):
+    """Tests that share an engine stay on one worker: a module of ``e2e``, an engine of ``contract``."""
+    for item in items:
+        folder, params = item.path.parent.name, getattr(item, "callspec", None)
+        if folder == "e2e":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        elif folder == "contract":
+            engines = [str(value) for value in params.params.values() if "vllm" in str(value)] if params else []
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {''.join(engines[:1])}"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def threads_that_pay(request, monkeypatch_module):
     """One thread for tiny models, here and in the processes that a test starts: more of them wait for one another by spinning."""

@@ -29,7 +29,6 @@ ENGINES = ["vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0", "transformers", "http:
 MODEL = "smollm2-135m-instruct"
 MAX_MODEL_LEN = 512
 API_KEY = "a-key-of-the-contract-suite"
-RESULTS = pytest.StashKey[dict[tuple[str, str], str]]()
 
 
 @dataclass(eq=False)
@@ -185,25 +184,29 @@ def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
+    """Says beside the outcome which check of which engine it is of: a report crosses from pytest-xdist's workers."""
     report = (yield).get_result()
     callspec = getattr(item, "callspec", None)
-    if callspec is None or "side" not in callspec.params or not (report.when == "call" or report.outcome != "passed"):
+    if callspec is None or "side" not in callspec.params:
         return
     rest = item.name.split("[")[1].rstrip("]").replace(callspec.params["side"], "").strip("-")
     check = item.originalname.removeprefix("test_").replace("_", " ") + (f", {rest}" if rest else "")
-    outcome = {"passed": "PASS", "failed": "FAIL", "skipped": "NOT_RUN"}[report.outcome]
-    note = dict(item.user_properties).get("note", "")
-    item.config.stash.setdefault(RESULTS, {})[check, callspec.params["side"]] = f"{outcome} {note}".strip()
+    report.user_properties = [*item.user_properties, ("contract", (check, callspec.params["side"]))]
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """The contract as a table: a row for each check, a column for each engine."""
-    results = config.stash.get(RESULTS, {})
+    results = {}
+    for outcome, shown in (("passed", "PASS"), ("skipped", "NOT_RUN"), ("failed", "FAIL"), ("error", "FAIL")):
+        for report in terminalreporter.stats.get(outcome, ()):
+            said = dict(getattr(report, "user_properties", ()))
+            if "contract" in said:
+                results[tuple(said["contract"])] = f"{shown} {said.get('note', '')}".strip()
     if results:
         terminalreporter.section("engine contract")
-        checks = list(dict.fromkeys(check for check, _ in results))
-        width = max(map(len, checks)) + 2
+        order = list(dict.fromkeys(check for check, _ in results))
+        width = max(map(len, order)) + 2
         terminalreporter.write_line(" " * width + "  ".join(f"{name:<17}" for name in ENGINES))
-        for check in checks:
+        for check in order:
             row = "  ".join(f"{results.get((check, name), '-'):<17}" for name in ENGINES)
             terminalreporter.write_line(f"{check:<{width}}{row}")
