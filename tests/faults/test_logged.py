@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from lockstep.errors import UsageError
 from lockstep.faults import trainer as planted_trainer
 from lockstep.parity.explain.semantics.transforms import BASES
+from lockstep.policy.parameters import named_weights
 from lockstep.policy.variants import InDtype
 from lockstep.records.samples import Group
-from lockstep.weights.publish import named_weights
 from tests.faults.conftest import SHARP, T, named, verdicts_of
 
 

@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lockstep.errors import ModelError, UsageError
 from lockstep.policy.model import Policy, load_policy, recompute_layers
+from lockstep.policy.parameters import Snapshot
 from lockstep.policy.variant_settings import (
     AttentionScaled,
     CacheKept,
@@ -28,7 +29,6 @@ from lockstep.policy.variants import (
     Quantised,
     RoundedThrough,
     Scaled,
-    Snapshot,
     Steady,
 )
 from lockstep.records.samples import Group

@@ -7,6 +7,8 @@ import torch
 import transformers
 from torch import nn
 
+from lockstep.policy.parameters import whole
+
 PATHS = ("_name_or_path", "transformers_version", "_attn_implementation_internal", "attn_implementation")
 """Of a configuration: where it was read from and by what, and what Lockstep sets itself."""
 
@@ -16,7 +18,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

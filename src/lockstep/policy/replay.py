@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lockstep.policy.model import EAGER, Policy, attention_of
-from lockstep.policy.variants import Earlier, Snapshot
+from lockstep.policy.parameters import Snapshot
+from lockstep.policy.variants import Earlier
 
 Piece = tuple[np.ndarray, np.ndarray, int]
 """Prompt int32 [P], completion int32 [T], and n ≥ 1: how many of its tokens were drawn before the switch."""

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lockstep.errors import ModelError
 from lockstep.policy.model import Policy
+from lockstep.policy.parameters import Snapshot, assign, parameters_of, whole
 
 INT8_LEVELS = 127.0
 
@@ -34,18 +35,6 @@ class Variant(Protocol):
             ModelError: where this model cannot be so.
         """
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """Copies of a model's parameters by name, as they were when it was taken; tied ones once, under their first name."""
-
-    values: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Snapshot":
-        """The parameters as they are now."""
-        return cls({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
 
 
 @dataclass(frozen=True)
@@ -78,14 +67,13 @@ class Perturbed:
     @contextmanager
     def held(self, policy: Policy) -> Iterator[Policy]:
         """See :class:`Variant`."""
-        parameters = dict(policy.model.named_parameters())
+        parameters = parameters_of(policy.model)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same noise on every device
         try:
-            with torch.no_grad():
-                for name, value in self.before.values.items():
-                    size = self.scale * value.float().square().mean().sqrt()
-                    noise = torch.randn(value.shape, generator=generator).to(value.device) * size
-                    parameters[name].add_(noise.to(value.dtype))
+            for name, value in self.before.values.items():
+                size = self.scale * value.float().square().mean().sqrt()
+                noise = torch.randn(value.shape, generator=generator).to(value.device) * size
+                assign(parameters, {name: value + noise.to(value.dtype)})
             yield policy
         finally:
             assign(parameters, self.before.values)
@@ -212,13 +200,6 @@ def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name.removeprefix("torch."))
 
 
-@torch.no_grad()
-def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy each value into its parameter, in place."""
-    for name, value in values.items():
-        parameters[name].copy_(value)
-
-
 @contextmanager
 def holding_attributes(places: Sequence[tuple[Any, str]], value: Any) -> Iterator[None]:
     """Attributes with another value, all with the same."""
@@ -237,8 +218,8 @@ def _with_values(
     policy: Policy, value_of: Callable[[str, Tensor], Tensor | None], names: Sequence[str] | Mapping[str, Any]
 ) -> Iterator[Policy]:
     """The policy's own model with other values in the parameters ``names``."""
-    parameters = dict(policy.model.named_parameters())
-    now = {name: parameters[name].detach().clone() for name in names}
+    parameters = parameters_of(policy.model)
+    now = {name: whole(parameters[name].detach()).clone() for name in names}
     assign(parameters, {name: value for name, old in now.items() if (value := value_of(name, old)) is not None})
     try:
         yield policy

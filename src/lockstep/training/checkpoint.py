@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lockstep.errors import RunError
 from lockstep.policy.model import Policy
+from lockstep.policy.parameters import assign, checkpoint_weights, named_weights
 from lockstep.runs.durable import PARTIAL, PRIVATE_FILE, flush_directory, flush_file, make_directory, rename, writing
 from lockstep.training.optimizer import MasterAdamW
-from lockstep.weights.publish import checkpoint_weights, named_weights
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"
 PARTS = ("config.json", MODEL, OPTIMIZER, STATE)
@@ -125,9 +125,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> int:
     _refuse_other(path, OPTIMIZER, state, _expected_state(optimizer, state))
     if any(as_stored.get(name) is not tensor for name, tensor in weights.items()):  # transformers keeps some in another form
         stored = named_weights(type(policy.model).from_pretrained(path, dtype=policy.model.dtype))
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(stored[name])
+    assign(weights, {name: stored[name] for name in weights})
     optimizer.restore(state)
     return step
 

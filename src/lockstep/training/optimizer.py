@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lockstep.config.recipe import Optimizer as OptimizerConfig
 from lockstep.errors import DivergenceError
+from lockstep.policy.parameters import laid_as, whole
 
 
 class MasterAdamW:
@@ -42,7 +43,7 @@ class MasterAdamW:
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = float(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm)))
         if not norm < float("inf"):
             raise DivergenceError(
                 "optimizer step",
@@ -70,9 +71,9 @@ class MasterAdamW:
         tensors: dict[str, Tensor] = {}
         for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
             for key, value in self._adamw.state[master].items():
-                tensors[f"{key}.{name}"] = value
+                tensors[f"{key}.{name}"] = whole(value)
             if master is not parameter:
-                tensors[f"master.{name}"] = master
+                tensors[f"master.{name}"] = whole(master)
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -80,7 +81,7 @@ class MasterAdamW:
         with torch.no_grad():
             for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
                 if f"exp_avg.{name}" in tensors:
-                    keys = ("step", "exp_avg", "exp_avg_sq")
-                    self._adamw.state[master] = {key: tensors[f"{key}.{name}"].to(master.device) for key in keys}
+                    moments = {key: laid_as(master, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+                    self._adamw.state[master] = {"step": tensors[f"step.{name}"].to(master.device), **moments}
                 if master is not parameter:
-                    master.copy_(tensors[f"master.{name}"])
+                    master.copy_(laid_as(master, tensors[f"master.{name}"]))

@@ -27,16 +27,17 @@ from lockstep.policy import replay
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
+from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of, whole
 from lockstep.policy.replay import Piece
 from lockstep.policy.variant_settings import base_of, rotary_of
-from lockstep.policy.variants import Snapshot, Variant
+from lockstep.policy.variants import Variant
 from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
 from lockstep.training import checkpoint, rehearsal
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.rehearsal import Rehearsal
 from lockstep.training.step import Gate, train
-from lockstep.weights.publish import Publisher, checkpoint_weights
+from lockstep.weights.publish import Publisher
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,11 @@ class Trainer:
             towards: the direction of each parameter is from what it is to what it was there; None: the parameter itself,
                 which is a change of its scale.
         """
-        parameters = dict(self._policy.model.named_parameters())
+        parameters = parameters_of(self._policy.model)
         chosen = [parameters[name] for name in names]
-        moves = [p.detach().float() for p in chosen]
+        moves = [whole(p.detach()).float() for p in chosen]
         if towards is not None:
-            moves = [(towards.values[name] - parameters[name].detach()).float() for name in names]
+            moves = [(towards.values[name] - whole(parameters[name].detach())).float() for name in names]
         starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
         owners = np.searchsorted(starts, tokens, side="right") - 1
         found = []
@@ -224,7 +225,9 @@ class Trainer:
                 for token in tokens[owners == number].tolist():
                     at = logprobs[token - int(starts[number])]
                     grads = torch.autograd.grad(at, chosen, retain_graph=True, allow_unused=True)
-                    products = [0.0 if g is None else float((g.float() * m).sum()) for g, m in zip(grads, moves, strict=True)]
+                    products = [
+                        0.0 if g is None else float((whole(g).float() * m).sum()) for g, m in zip(grads, moves, strict=True)
+                    ]
                     found.append(Slope(token, np.array(products)))
         return found
 

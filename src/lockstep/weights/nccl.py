@@ -17,8 +17,8 @@ from torch import nn
 from torch.cuda import nccl
 
 from lockstep.errors import EngineError, UsageError
+from lockstep.policy.parameters import checkpoint_weights
 from lockstep.records.versions import NcclBroadcast, WeightUpdate
-from lockstep.weights.publish import checkpoint_weights
 
 SETTLE_S = 1800.0
 

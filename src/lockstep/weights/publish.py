@@ -18,9 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from lockstep.policy.parameters import checkpoint_weights, named_weights
 from lockstep.records.versions import WeightUpdate
 from lockstep.weights.directory import FILE_NAME, reserve
 
@@ -142,30 +141,6 @@ class DoublePublisher:
 
     def settle(self) -> None:
         """Nothing is under way on the trainer's side."""
-
-
-def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the model's name; a tied tensor appears once, under its first name."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
-
-
-@torch.no_grad()
-def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The present weights as a checkpoint holds them, which is what an engine reads; tied ones once.
-
-    transformers keeps some in another form, a layer's experts as one tensor, say: of those, copies. Others are the model's own.
-
-    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one aligned.
-    """
-    weights = named_weights(model)
-    found = revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
-    return dict(sorted(found.items(), key=lambda item: -item[1].element_size()))
 
 
 def _header(tensors: dict[str, Tensor], version: int) -> tuple[bytes, dict[str, int]]:

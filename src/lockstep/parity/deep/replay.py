@@ -14,7 +14,8 @@ import numpy as np
 from lockstep.parity.layers.weights import PROBE_VERSION, perturbed
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.policy.variants import Earlier, Snapshot
+from lockstep.policy.parameters import Snapshot
+from lockstep.policy.variants import Earlier
 from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadMode

@@ -16,7 +16,8 @@ import numpy as np
 from lockstep.parity.canary import Canary
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import ALIKE, LIMIT_OVER_ALIKE
-from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Snapshot, Variant
+from lockstep.policy.parameters import Snapshot
+from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Variant
 
 TOKENS = 24
 """Backward passes: the tokens with the largest gaps."""

@@ -1,0 +1,83 @@
+"""A model's tensors by name: the one place that knows how they lie.
+
+    parameters_of · named_weights     as they lie: what an optimizer steps, and what is written back into
+    whole                             one of them in one piece, where FSDP2 has spread it over processes
+    checkpoint_weights                all of them, whole, as a checkpoint holds them
+    laid_as · assign · Snapshot       the way back
+
+Digests, publishers, checkpoints, the optimizer's state and the variants read and write values through these alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one spread over processes all of it, which every process must ask for together."""
+    lies: Any = tensor  # torch.distributed.tensor costs a second to import, and one process has no use for it
+    return lies.full_tensor() if hasattr(lies, "full_tensor") else tensor
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """By name, tied ones once, under their first name."""
+    return dict(model.named_parameters())
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the model's name; a tied tensor appears once, under its first name."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+@torch.no_grad()
+def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The present weights as a checkpoint holds them, which is what an engine reads; tied ones once.
+
+    transformers keeps some in another form, a layer's experts as one tensor, say: of those, copies. Others are the
+    model's own.
+
+    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one aligned.
+    """
+    weights = {name: whole(tensor) for name, tensor in named_weights(model).items()}
+    found = revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
+    return dict(sorted(found.items(), key=lambda item: -item[1].element_size()))
+
+
+def laid_as(place: Any, value: Tensor) -> Tensor:
+    """A whole value on the device of ``place``; where that one is spread, the part of it that lies here."""
+    value = value.to(place.device)
+    if not hasattr(place, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, place.device_mesh, place.placements)
+
+
+@torch.no_grad()
+def assign(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy each whole value into the tensor of its name, in place."""
+    for name, value in values.items():
+        places[name].copy_(laid_as(places[name], value))
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Copies of a model's parameters by name, as they were when it was taken; tied ones once, under their first name."""
+
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Snapshot":
+        """The parameters as they are now."""
+        return cls({name: whole(p.detach()).clone() for name, p in parameters_of(model).items()})

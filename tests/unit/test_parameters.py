@@ -1,0 +1,92 @@
+"""A model spread over processes (FSDP2) is read and written as the whole one is: digests, snapshots, variants, the optimizer's
+state. One process here: what is told is that every way in and out goes through ``parameters.py``."""
+
+import copy
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from lockstep.config.recipe import Optimizer
+from lockstep.policy.fingerprint import weights_digest
+from lockstep.policy.model import load_policy
+from lockstep.policy.parameters import Snapshot, assign, checkpoint_weights, named_weights, parameters_of, whole
+from lockstep.policy.variants import Earlier, Perturbed, Scaled
+from lockstep.training.optimizer import MasterAdamW
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """A mesh of one process, over which FSDP2 lays what it shards."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def both(tiny_model_dir, spread):
+    """The same weights twice: whole, and as DTensors."""
+    plain = load_policy(tiny_model_dir, "float32", "float32")
+    sharded = copy.copy(plain)
+    sharded.model = copy.deepcopy(plain.model)
+    fully_shard(sharded.model, mesh=spread)
+    assert all(hasattr(p, "full_tensor") for p in sharded.model.parameters())
+    return plain, sharded
+
+
+def test_digest_and_checkpoint_are_those_of_the_whole_model(both):
+    plain, sharded = both
+    assert weights_digest(sharded.model) == weights_digest(plain.model)
+    stored = checkpoint_weights(sharded.model)
+    assert {name: t.shape for name, t in stored.items()} == {n: t.shape for n, t in checkpoint_weights(plain.model).items()}
+    assert all(not hasattr(tensor, "full_tensor") for tensor in stored.values())
+    assign(named_weights(sharded.model), {NORM: torch.full_like(stored[NORM], 2.0)})
+    assert weights_digest(sharded.model) != weights_digest(plain.model)
+    assign(named_weights(sharded.model), {NORM: checkpoint_weights(plain.model)[NORM]})
+    assert weights_digest(sharded.model) == weights_digest(plain.model)
+
+
+def test_a_variant_changes_it_and_puts_it_back(both):
+    plain, sharded = both
+    before, digest = Snapshot.of(sharded.model), weights_digest(sharded.model)
+    earlier = Snapshot({name: value + 1 for name, value in before.values.items()})
+    for variant in (Scaled((NORM,), 1.5), Perturbed(before, 0.1, 7), Earlier(earlier)):
+        with variant.held(plain), variant.held(sharded):
+            held = weights_digest(sharded.model)
+            assert held == weights_digest(plain.model) != digest
+        assert weights_digest(sharded.model) == digest
+
+
+def test_an_update_and_its_state_are_those_of_the_whole_model(both):
+    states = []
+    for policy in both:
+        optimizer = MasterAdamW(policy.model, Optimizer(lr=1e-2))
+        for parameter in policy.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        norm = optimizer.step(0)
+        states.append((norm, optimizer.state(), weights_digest(policy.model)))
+    (norm, state, digest), (norm_2, state_2, digest_2) = states
+    assert norm_2 == pytest.approx(norm, rel=1e-6)
+    assert state.keys() == state_2.keys()
+    assert all(torch.equal(state[name], state_2[name]) for name in state)
+    assert digest == digest_2
+
+
+def test_the_state_goes_back_in(both):
+    plain, sharded = both
+    first = MasterAdamW(plain.model, Optimizer(lr=1e-2))
+    for parameter in plain.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step(0)
+    second = MasterAdamW(sharded.model, Optimizer(lr=1e-2))
+    assign(parameters_of(sharded.model), Snapshot.of(plain.model).values)
+    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
+    for policy, optimizer in ((plain, first), (sharded, second)):
+        for parameter in policy.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1)
+    for name, parameter in parameters_of(sharded.model).items():
+        assert torch.equal(whole(parameter.detach()), parameters_of(plain.model)[name].detach()), name
