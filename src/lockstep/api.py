@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Depth = Literal["quick", "standard", "full"]
 DEPTHS: tuple[Depth, ...] = ("quick", "standard", "full")
-QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16", "parity.draw_tokens=768")
+QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16", "parity.draw_tokens=768", "parity.draws_see=1.0")
 """What depth ``quick`` sets in the recipe."""
 
 

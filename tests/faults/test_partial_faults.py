@@ -101,6 +101,16 @@ def test_the_power_of_the_draws_is_told_beside_the_verdict(pair):
     assert first.figures["draws_log_evidence"] < np.log(1e4)
 
 
+def test_more_is_drawn_until_the_draws_show_what_they_are_to(pair, recipe):
+    sees = {}
+    for asked in (1.0, 0.25, 0.01):
+        pair.recipe = with_sets(recipe, ["sampling.temperature=0.25", f"parity.draws_see={asked}"])
+        figures = layer1_semantics.judge(pair, gather(pair)).figures
+        sees[asked] = figures["draws_smallest_temperature"], figures["draws_n_tokens"]
+    assert sees[1.0][0] > 0.25 >= sees[0.25][0], sees
+    assert sees[1.0][1] < sees[0.25][1] <= sees[0.01][1] < 4 * sees[1.0][1], "and never more than four times as many"
+
+
 @pytest.mark.parametrize("proxy", [BetterOfTwo, drawn_at(0.9)])
 def test_draws_that_are_a_little_off_are_seen(pair, recipe, proxy, monkeypatch):
     pair.recipe = with_sets(recipe, ["sampling.temperature=0.25", "parity.draw_tokens=4096"])  # its logits are nearly flat

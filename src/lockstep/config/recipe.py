@@ -147,8 +147,11 @@ class Parity(_Section, frozen=True):
     canary_tokens: Annotated[int, Meta(ge=8)] = 8
     """Known tokens that engine and trainer score after every weight sync."""
     draw_tokens: NonNegative = 3072
-    """Drawn, one each after prompts of one token, to tell whether tokens are drawn from what their numbers are of; 0 leaves it
-    out. So many show a temperature that is off by 5 %."""
+    """Drawn at first, one each after prompts of one token, to tell whether tokens are drawn from what their numbers are of; 0
+    leaves it out."""
+    draws_see: PositiveFloat = 0.05
+    """How far a temperature may be off, relatively, and still be seen in the draws. Where ``draw_tokens`` do not show so little,
+    up to four times as many are drawn: peaked distributions tell less of their temperature."""
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101

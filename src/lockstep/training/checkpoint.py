@@ -45,13 +45,9 @@ class CheckpointState(Struct, frozen=True):
     """What is no tensor. ``step`` training steps are inside the weights."""
 
     step: int
-    run_sha256: str = ""
-    """Of whatever must be the same when the run goes on; empty where nobody said."""
 
 
-def save_checkpoint(
-    directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path, *, run_sha256: str = ""
-) -> Path:
+def save_checkpoint(directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path) -> Path:
     """Write ``directory/step-000012`` and then remove older ones. Returns its path.
 
     Raises:
@@ -69,7 +65,7 @@ def save_checkpoint(
             with writing(target / OPTIMIZER):
                 _save_tensors(optimizer.state(), partial / OPTIMIZER)
             with writing(target / STATE):
-                (partial / STATE).write_bytes(json.encode(CheckpointState(step, run_sha256)))
+                (partial / STATE).write_bytes(json.encode(CheckpointState(step)))
             _flush_tree(partial)
             _put_in_place(partial, target)
         except BaseException:
@@ -98,6 +94,11 @@ def keep_newest(directory: Path) -> None:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The last whole checkpoint, or None. One that is not whole, whatever cut it short, is passed over."""
     return max(filter(_whole, _named(directory)), default=None, key=_age)
+
+
+def damaged_checkpoints(directory: Path) -> list[Path]:
+    """Those that have a checkpoint's name and are not whole."""
+    return sorted(path for path in _named(directory) if not _whole(path))
 
 
 def read_state(path: Path) -> CheckpointState:

@@ -24,7 +24,7 @@ from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.alignment import dropped_stop, examine, transformed
-from lockstep.parity.explain.semantics.draws import draw_many, weigh_many
+from lockstep.parity.explain.semantics.draws import draw_many
 from lockstep.parity.explain.semantics.groups import examine_groups
 from lockstep.parity.explain.semantics.hypotheses import Fit, fits, scored_under
 from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
@@ -315,8 +315,7 @@ def _many_draws(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None
     n_tokens = pair.recipe.parity.draw_tokens
     if not n_tokens:
         return None
-    singles, crowd = draw_many(pair, evidence.own.sampling, n_tokens)
-    drawn = weigh_many(pair.trainer, singles, crowd)
+    drawn = draw_many(pair, evidence.own.sampling, n_tokens)
     figures |= {
         "draws_log_evidence": drawn.log_evidence,
         "draws_n_tokens": drawn.singles.n + drawn.crowd.n,

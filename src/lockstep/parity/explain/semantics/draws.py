@@ -15,8 +15,10 @@ T = 1 and of 4 at T = 0.7 (a second id doubles what the engine computes):
   needs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from statistics import NormalDist
 
 import numpy as np
@@ -38,6 +40,8 @@ SINGLES = 16
 """Of the tokens drawn, one in so many is a single."""
 CROWD = 64
 """Samples of each prompt of the crowd."""
+MOST_DRAWS = 4.0
+"""Times the crowd of ``parity.draw_tokens``, where peaked distributions need more."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +126,32 @@ class Drawn:
         return f"over {self.crowd.n + self.singles.n} draws a temperature off by {self.smallest_temperature:.1%}, and {seen}"
 
 
-def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> tuple[Samples, Samples]:
-    """The singles and the crowd, ``n_tokens`` in all."""
-    singles = max(8, n_tokens // SINGLES)
-    prompts = max(4, (n_tokens - singles) // CROWD)
-    rng, vocabulary = np.random.default_rng(pair.seed), pair.trainer.vocabulary
+@torch.no_grad()
+def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> Drawn:
+    """Draw the singles and the crowd, ``n_tokens`` in all, and weigh them; then as much more of a crowd as
+    ``parity.draws_see`` needs.
+
+    How much more follows from the prompts' distributions and not from what was drawn: the chance of a false
+    alarm stays what it was.
+    """
     one = replace(sampling, max_tokens=1, stop_token_ids=())
-    return (
-        _requested(pair, list(rng.integers(0, vocabulary, (singles, 1)).astype(np.int32)), one, pair.seed + 1),
-        _requested(
-            pair,
-            list(rng.integers(0, vocabulary, (prompts, 1)).astype(np.int32)),
-            replace(one, n=CROWD),
-            pair.seed + 2 + singles,
-        ),
-    )
+    rng, singles = np.random.default_rng(pair.seed), max(8, n_tokens // SINGLES)
+    prompts = max(4, (n_tokens - singles) // CROWD)
+    first = _after_one_id(pair, rng, singles, one, pair.seed + 1)
+    second = _after_one_id(pair, rng, prompts, replace(one, n=CROWD), pair.seed + 2 + singles)
+    drawn = weigh_many(pair.trainer, first, second)
+    missing = min((drawn.smallest_temperature / pair.recipe.parity.draws_see) ** 2, MOST_DRAWS) - 1.0
+    if missing <= 0.0:
+        return drawn
+    more = math.ceil(missing * prompts)
+    seed = pair.seed + 3 + singles + CROWD * prompts
+    third = _after_one_id(pair, rng, more, replace(one, n=CROWD), seed)
+    return with_fields(drawn, crowd=added([drawn.crowd, _weighed(pair.trainer, third, TILTS["crowd"])]))
+
+
+def _after_one_id(pair: Pair, rng: np.random.Generator, n: int, sampling: SamplingParams, seed: int) -> Samples:
+    ids = rng.integers(0, pair.trainer.vocabulary, (n, 1)).astype(np.int32)
+    return _requested(pair, list(ids), sampling, seed)
 
 
 def draw_groups(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingParams) -> Samples:
