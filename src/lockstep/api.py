@@ -68,9 +68,10 @@ def check(
     faults, key, loaded = _planted(plant), _key(sign_key, "--sign-key"), _loaded(recipe)
     if depth == "quick":
         loaded = with_sets(loaded, QUICK)
-    from lockstep.loop.open import open_session
+    from lockstep.loop.open import open_session, preflight
     from lockstep.runs.durable import make_directory
 
+    preflight(loaded, api_key_env)
     with tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
         directory = Path(out or scratch)
         make_directory(directory)

@@ -10,6 +10,7 @@ from lockstep.config.recipe import Engine
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.openai_http.options import options_of
 from lockstep.engines.registry import choose
+from lockstep.engines.worker import vllm_environment
 from lockstep.errors import EngineError, UsageError, bare_urls
 from lockstep.records.environment import SECRET, WRITTEN, resolved_env, without_secrets
 from lockstep.records.settings import resolved_plain
@@ -58,8 +59,9 @@ def recipe_file(tmp_path, tiny_checkpoint):
 def test_only_names_that_are_listed_are_written_down():
     environ = CANARIES | {"VLLM_USE_V1": "1", "OMP_NUM_THREADS": "2", "LOCKSTEP_HEAD_DTYPE": "float32", "VLLM_HOME_OF_MINE": "x"}
     written = {"env.VLLM_USE_V1": "1", "env.OMP_NUM_THREADS": "2", "env.LOCKSTEP_HEAD_DTYPE": "float32"}
-    assert resolved_env(environ) == written
-    assert not {name for name in WRITTEN if SECRET.search(name)}
+    assert resolved_env(environ, vllm_environment.WRITTEN) == written
+    assert resolved_env(environ).keys() == written.keys() - {"env.VLLM_USE_V1"}
+    assert not {name for name in WRITTEN | vllm_environment.WRITTEN if SECRET.search(name)}
 
 
 def test_an_engines_process_is_given_no_secret(monkeypatch):

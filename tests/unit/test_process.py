@@ -12,8 +12,11 @@ import numpy as np
 import psutil
 import pytest
 
+from lockstep.engines.base import EngineSpec
+from lockstep.engines.environments.locate import Environment
 from lockstep.engines.process import SHORT_PATH, WorkerProcess, WorkerProgram, private_directory, scarce_memory
 from lockstep.engines.vllm.served import CORE_ERROR
+from lockstep.engines.worker_engine import WorkerEngine
 from lockstep.errors import EngineDied, EngineError, ProtocolError
 from lockstep.records.messages import Draw, Drawn, Score, Scored
 from lockstep.records.tokens import SamplingParams, pack_ids
@@ -63,6 +66,35 @@ def test_an_honest_worker_is_believed(start):
     reply = process.request(Drawn, Draw, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=30)
     assert [np.frombuffer(c.token_ids, np.int32).tolist() for c in reply.completions] == [[5, 6, 7]] * 2
     assert process.request(Scored, Score, IDS, timeout_s=30).scores[0].logprobs == np.float32([-1, -1]).tobytes()
+
+
+def test_an_adapter_is_what_its_worker_is_started_with(start, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text((tmp_path / "python").read_text())
+    (tmp_path / "bin" / "python").chmod(0o700)
+    known = {"name": "vllm", "version": "0.32.0", "generation": "V1", "flavour": "cpu", "digest": "", "smoke": "", "built": ""}
+    environment = Environment(**known, size_bytes=0, path=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"vocab_size": 8}')
+    spec = EngineSpec(
+        model_path=tmp_path,
+        dtype="float32",
+        head_dtype="float32",
+        max_model_len=8,
+        options={},
+        weights_dir=tmp_path,
+        log_path=tmp_path / "engine.log",
+    )
+    engine = WorkerEngine(spec, environment, PROGRAM, {}, {"LIAR_START_S": "0.1"})
+    try:
+        engine.wait_ready()
+        assert (engine.ready.engine, engine.vocabulary) == ("fake", 8)
+        drawn = engine.sample([np.array([5, 6, 7])], [SamplingParams(max_tokens=3, n=2)])
+        assert [np.frombuffer(c.token_ids, np.int32).tolist() for c in drawn] == [[5, 6, 7]] * 2
+        (scores,) = engine.score([np.array([5, 6, 7])])
+        np.testing.assert_array_equal(scores, np.float32([-1, -1]))
+    finally:
+        engine.close()
+    assert gone(engine._process)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lockstep.cli.console import show
-from lockstep.config.recipe import EngineName, Recipe, load_recipe
+from lockstep.config.recipe import Recipe, load_recipe
 from lockstep.errors import UsageError
 from lockstep.records.verdicts import Verdict
 
 
 def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Recipe:
     """The recipe with ``--engine`` and then ``--set`` applied."""
-    known = get_args(EngineName)
-    if engine is not None and engine not in known:
-        raise UsageError("flag --engine", got=repr(engine), expected=f"one of {', '.join(known)}", hint="--engine transformers")
+    from lockstep.engines.registry import NAMES
+
+    if engine is not None and engine not in NAMES:
+        raise UsageError("flag --engine", got=repr(engine), expected=f"one of {', '.join(NAMES)}", hint="--engine transformers")
     return load_recipe(path, overrides, engine)
 
 

@@ -19,7 +19,6 @@ from msgspec import Meta, Struct
 from lockstep.errors import RecipeError
 from lockstep.records.tokens import NonNegative, Positive, SamplingParams
 
-EngineName = Literal["auto", "vllm", "transformers", "openai"]
 Dtype = Literal["float32", "bfloat16"]
 EngineDtype = Literal["float32", "bfloat16", "float16"]
 PositiveFloat = Annotated[float, Meta(gt=0)]
@@ -51,8 +50,9 @@ class Model(_Section, frozen=True):
 class Engine(_Section, frozen=True):
     """What samples tokens."""
 
-    name: EngineName = "auto"
-    """``auto``: the newest installed vLLM, else transformers. ``openai``: the server at ``options.base_url``."""
+    name: str = "auto"
+    """One of ``engines/registry.py``. ``auto``: the newest installed vLLM, else transformers. ``openai``: the server at
+    ``options.base_url``."""
     version: str = ""
     """Empty: the newest installed."""
     dtype: EngineDtype | None = None

@@ -1,5 +1,6 @@
 """From a recipe's ``[engine]`` to a running engine. Adapters are imported only when they are chosen."""
 
+import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.environments.locate import Environment, find, installed
-from lockstep.errors import UsageError
+from lockstep.errors import RecipeError, UsageError
 
 EMBEDDED = {
     "transformers": "lockstep.engines.transformers:TransformersEngine",
@@ -32,6 +33,10 @@ REFUSALS = {PREFERRED: "lockstep.engines.vllm.served:refuse_options"}
 """What refuses options of other engines, given them."""
 
 
+NAMES = ("auto", *sorted({*EMBEDDED, *(name for name, _ in ADAPTERS)}))
+"""What ``engine.name`` may be."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which engine a recipe comes to here, and why."""
@@ -49,8 +54,13 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
 
     Raises:
         NotInstalledError: when the engine asked for is not installed; the hint is the install line.
+        RecipeError: for an engine that nobody knows.
         UsageError: for options of a server that cannot be, or an option that would run a checkpoint's own code.
     """
+    if config.name not in NAMES:
+        near = difflib.get_close_matches(config.name, NAMES, n=1)
+        hint = f"--set engine.name={near[0] if near else 'auto'}"
+        raise RecipeError("recipe, key engine.name", got=repr(config.name), expected=f"one of {', '.join(NAMES)}", hint=hint)
     if config.name in KEYED:
         _named(KEYED[config.name])(config.options, api_key_env)
     elif api_key_env:

@@ -3,25 +3,18 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import msgspec
-import numpy as np
-
-from lockstep.engines.base import Engine, EngineFacts, EngineSpec, PathFactor, vocabulary_of
+from lockstep.engines.base import EngineFacts, EngineSpec, PathFactor
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.environments.recipes import recipe_for
-from lockstep.engines.process import WorkerProcess, WorkerProgram
+from lockstep.engines.process import WorkerProgram
 from lockstep.engines.vllm.older_form import older_form
 from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS
+from lockstep.engines.worker_engine import WorkerEngine
 from lockstep.errors import UsageError
-from lockstep.records.messages import Abort, Aborted, Count, Counted, Draw, Drawn, Load, Loaded, Score, Scored
-from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
-from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
-START_TIMEOUT_S = 600.0
 CPU_BATCHED_TOKENS = 2048
 
 RL_DEFAULTS = {
@@ -64,8 +57,8 @@ def facts_of(defaults: dict[str, Any], fixes: dict[str, str], factors: tuple[Pat
     return EngineFacts(FIXES | fixes, RL_DEFAULTS | defaults, factors, **keys)
 
 
-class VllmEngine(Engine):
-    """The trainer's end of a vLLM worker. A generation says which worker it is and what it needs by default."""
+class VllmEngine(WorkerEngine):
+    """What a vLLM worker is started with. A generation says which worker it is and what it needs by default."""
 
     worker: ClassVar[str]
     cpu_defaults: ClassVar[dict[str, Any]]
@@ -73,7 +66,6 @@ class VllmEngine(Engine):
 
     def __init__(self, spec: EngineSpec, environment: Environment) -> None:
         refuse_options(spec.options)
-        self.vocabulary = vocabulary_of(spec.model_path)
         self._scratch: Path | None = None
         model_path = spec.model_path
         if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
@@ -87,42 +79,16 @@ class VllmEngine(Engine):
         args = {name: value for name, value in args.items() if value is not None}  # None: vLLM's own default
         self.asked = args | {"head_dtype": spec.head_dtype}
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
-        env = environment.launch_env() | LOCAL
+        program = WorkerProgram(self.worker, spec.launcher, ENTRY_POINTS, ("VLLM_RPC_BASE_PATH",), CORE_ERROR)
         try:
-            program = WorkerProgram(self.worker, spec.launcher, ENTRY_POINTS, ("VLLM_RPC_BASE_PATH",), CORE_ERROR)
-            self._process = WorkerProcess(environment.python, program, msgspec.json.encode(config), env, spec.log_path)
+            super().__init__(spec, environment, program, config, LOCAL)
         except BaseException:
             self._forget_scratch()
             raise
 
-    def wait_ready(self) -> None:
-        """See :meth:`Engine.wait_ready`."""
-        self.ready = self._process.wait_ready(START_TIMEOUT_S)
-
-    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        return self._process.request(Drawn, Draw, [_packed(prompt) for prompt in prompts], list(params)).completions
-
-    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        reply = self._process.request(Scored, Score, [_packed(sequence) for sequence in sequences], temperature)
-        return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
-
-    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
-        """See :meth:`Engine.load`."""
-        if mode != "wait":
-            self.need("pause_keep")
-        return self._process.request(Loaded, Load, update, mode).receipt
-
-    def abort(self) -> int:
-        """See :meth:`Engine.abort`."""
-        return self._process.request(Aborted, Abort).n_requests
-
-    def counters(self) -> dict[str, float]:
-        """See :meth:`Engine.counters`."""
-        return self._process.request(Counted, Count).counters
-
     def close(self) -> None:
         """See :meth:`Engine.close`."""
-        self._process.close()
+        super().close()
         self._forget_scratch()
 
     def _forget_scratch(self) -> None:
@@ -141,7 +107,3 @@ def refuse_options(options: dict[str, Any]) -> None:
             got = "true" if options[name] is True else f"a {type(options[name]).__name__}"
             hint = f"take engine.options.{name} out of the recipe"
             raise UsageError(f"engine.options.{name}", got=got, expected=expected, hint=hint)
-
-
-def _packed(ids: np.ndarray) -> bytes:
-    return np.ascontiguousarray(ids, dtype="<i4").tobytes()

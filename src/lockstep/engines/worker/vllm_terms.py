@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from lockstep.engines.worker.server import BadRequestError, run
+from lockstep.engines.worker.vllm_environment import WRITTEN
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
 from lockstep.records.environment import resolved_env
@@ -202,7 +203,7 @@ def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     resolved = resolved_plain(flatten(config)) | resolved_settings(config.model_config.hf_text_config.to_dict())
-    resolved |= {f"worker.{key}": value for key, value in inside.items()} | resolved_env(os.environ)
+    resolved |= {f"worker.{key}": value for key, value in inside.items()} | resolved_env(os.environ, WRITTEN)
     return resolved | {"versions.torch": str(torch.__version__), "versions.transformers": transformers.__version__}
 
 

@@ -1,0 +1,79 @@
+"""An engine in a process and an environment of its own: each verb is one request to its worker, and knows no engine by name.
+
+An adapter is a subclass, which says what the worker runs and with what configuration, and a module of ``engines/worker/`` that
+answers the requests (``records/messages.py``) inside the engine's environment.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from lockstep.engines.base import Engine, EngineSpec, vocabulary_of
+from lockstep.engines.environments.locate import Environment
+from lockstep.engines.process import WorkerProcess, WorkerProgram
+from lockstep.records.messages import Abort, Aborted, Count, Counted, Draw, Drawn, Load, Loaded, Score, Scored
+from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
+from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
+
+
+class WorkerEngine(Engine):
+    """The trainer's end of a worker. It is made while the worker starts; an adapter's constructor sets ``asked`` as well.
+
+    Args:
+        program: what the worker runs.
+        config: the worker's configuration; it gets it as JSON.
+        variables: set in the worker's environment, over those that the environment is launched with.
+
+    Raises:
+        EngineError: when the process cannot be started at all.
+    """
+
+    start_timeout_s: ClassVar[float] = 600.0
+    """How long it may take until it can sample."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        environment: Environment,
+        program: WorkerProgram,
+        config: Mapping[str, Any],
+        variables: dict[str, str],
+    ) -> None:
+        self.vocabulary = vocabulary_of(spec.model_path)
+        env = environment.launch_env() | variables
+        self._process = WorkerProcess(environment.python, program, msgspec.json.encode(config), env, spec.log_path)
+
+    def wait_ready(self) -> None:
+        """See :meth:`Engine.wait_ready`."""
+        self.ready = self._process.wait_ready(self.start_timeout_s)
+
+    def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        return self._process.request(Drawn, Draw, [_packed(prompt) for prompt in prompts], list(params)).completions
+
+    def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        reply = self._process.request(Scored, Score, [_packed(sequence) for sequence in sequences], temperature)
+        return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
+
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
+        """See :meth:`Engine.load`."""
+        if mode != "wait":
+            self.need("pause_keep")
+        return self._process.request(Loaded, Load, update, mode).receipt
+
+    def abort(self) -> int:
+        """See :meth:`Engine.abort`."""
+        return self._process.request(Aborted, Abort).n_requests
+
+    def counters(self) -> dict[str, float]:
+        """See :meth:`Engine.counters`."""
+        return self._process.request(Counted, Count).counters
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`."""
+        self._process.close()
+
+
+def _packed(ids: np.ndarray) -> bytes:
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()
