@@ -156,6 +156,26 @@ def test_slopes_are_the_derivative_along_the_direction(trainer):
                 assert slope.moves[at] == pytest.approx(numeric[slope.token], rel=0.05, abs=2e-4)
 
 
+def test_slopes_of_frozen_parameters_are_those_of_trained_ones_and_they_stay_frozen(trainer, policy):
+    """As the base of a low-rank adapter is: an engine may hold it wrong all the same."""
+    tokens, names = np.array([12, 2, 15]), [FIRST, "model.norm.weight"]
+    group = [Group(g.prompt, [c]) for g in GROUPS for c in g.completions]
+    trained = trainer.slopes(group, tokens, 0.7, names)
+    parameters = dict(policy.model.named_parameters())
+    for frozen in ([FIRST], list(parameters)):
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+        try:
+            slopes = trainer.slopes(group, tokens, 0.7, names)
+            assert [name for name, p in parameters.items() if not p.requires_grad] == frozen
+        finally:
+            for name in frozen:
+                parameters[name].requires_grad_(True)
+        for slope, expected in zip(slopes, trained, strict=True):
+            assert slope.token == expected.token
+            np.testing.assert_array_equal(slope.moves, expected.moves)
+
+
 def test_recomputed_layers_give_the_same_gradients_and_keep_less(tiny_model_dir):
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2

@@ -218,7 +218,7 @@ class Trainer:
         starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
         owners = np.searchsorted(starts, tokens, side="right") - 1
         found = []
-        with torch.enable_grad():
+        with torch.enable_grad(), _requiring_grad(chosen):
             for number in sorted(set(owners.tolist())):
                 (row,) = self._policy.rows([groups[number]], 1 << 20)
                 logprobs = self._policy.scores(row.to(self.device), temperature).logprobs
@@ -286,3 +286,16 @@ class Trainer:
             RunError: when it is not whole or not this model's; all is then as it was.
         """
         return checkpoint.load_checkpoint(path, self._policy, self._optimizer)
+
+
+@contextmanager
+def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Frozen parameters have gradients too until the context ends: an engine may hold any of them wrong."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
