@@ -23,7 +23,7 @@ from lockstep.records.verdicts import LAYERS
 from tests.faults import conftest
 from tests.faults.conftest import NEUTRAL
 
-one_thread, pair, recipe = conftest.one_thread, conftest.pair, conftest.recipe
+pair, recipe = conftest.pair, conftest.recipe
 session = conftest.session
 
 SLOWEST_S, SLOWEST_CHECK_S = 10.0, 100.0

@@ -34,17 +34,6 @@ def recipe(tiny_checkpoint):
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model is so small that threads wait for each other longer than they compute."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def session(recipe, tmp_path_factory):
     from lockstep.loop.open import open_session

@@ -18,7 +18,7 @@ from lockstep.runs.strict import append
 from tests.faults import conftest
 from tests.golden.surface import golden, write
 
-one_thread, pair, recipe, session, log = (getattr(conftest, name) for name in ("one_thread", "pair", "recipe", "session", "log"))
+pair, recipe, session, log = (getattr(conftest, name) for name in ("pair", "recipe", "session", "log"))
 
 OPEN = {
     *("figures", "matrix", "matrix.*", "mends", "capabilities"),

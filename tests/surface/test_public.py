@@ -10,7 +10,7 @@ import pytest
 import lockstep
 from tests.faults import conftest
 
-one_thread, recipe = conftest.one_thread, conftest.recipe
+recipe = conftest.recipe
 HEAVY = ("torch", "transformers", "typer", "rich", "pyarrow", "httpx2", "numpy", "msgspec", "vllm", "ray")
 """What ``import lockstep`` must not bring."""
 
