@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from lockstep.loop.open import Plants, Session
     from lockstep.parity.ladder import LadderResult
     from lockstep.records.verdicts import Status, Verdict
-    from lockstep.report import RunSummary
     from lockstep.runs.certificate import Certificate
     from lockstep.runs.layout import RunLayout
+    from lockstep.summary import RunSummary
 
 Say = Callable[[str], None]
 Depth = Literal["quick", "standard", "full"]
@@ -142,10 +142,10 @@ def train(
     loaded, layout = _run_of(recipe, out, resume, resume_unfinished=resume_unfinished)
     start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env, tuple(sinks))
     from lockstep.loop.open import preflight
-    from lockstep.report import summarise
     from lockstep.runs.layout import new_run
     from lockstep.runs.manifest import finished
     from lockstep.runs.read import open_run
+    from lockstep.summary import summarise
 
     preflight(loaded, api_key_env)
     resumed = layout is not None

@@ -8,12 +8,12 @@ import pytest
 
 from lockstep.errors import RunError, UsageError
 from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, BeforeStep, Finding, OfCheck, Verdict, when_of
-from lockstep.report import summarise
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.manifest import write_manifest
 from lockstep.runs.read import open_run, read_steps, read_verdicts
 from lockstep.runs.record import Recorder, open_recorder
 from lockstep.runs.strict import drop_partial_line
+from lockstep.summary import summarise
 from tests.unit.test_runs import manifest
 
 PASSED = Verdict(layer="weights", status="PASS", summary="version 1 is served", n_tokens=8)

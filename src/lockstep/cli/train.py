@@ -30,7 +30,7 @@ def train(
         raise UsageError("lockstep train", got=got, expected="--resume RUN alone", hint=hint)
     from lockstep import api
     from lockstep.cli.common import recipe_of
-    from lockstep.report import summary_table
+    from lockstep.summary import summary_table
 
     loaded = recipe_of(recipe, set_, engine) if recipe is not None else None
     with Console() as console:
