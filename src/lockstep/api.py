@@ -119,7 +119,6 @@ def train(
     plant: Sequence[str] = (),
     sign_key: Path | None = None,
     api_key_env: str = "",
-    sinks: Sequence[str] = (),
     say: Say = quiet,
 ) -> "RunSummary":
     """Run the ladder, then online RL; every weight sync is proven.
@@ -132,7 +131,6 @@ def train(
         plant: as :func:`check`.
         sign_key: as :func:`check`.
         api_key_env: as :func:`check`.
-        sinks: where records go beside the run's own files, by name (``runs/record.py``).
 
     Raises:
         UsageError: for what cannot be, and for both of ``recipe`` and ``resume`` or neither.
@@ -140,13 +138,15 @@ def train(
         RewardError, DivergenceError, EngineError: as they say.
     """
     loaded, layout = _run_of(recipe, out, resume, resume_unfinished=resume_unfinished)
-    start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env, tuple(sinks))
+    start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env)
     from lockstep.loop.open import preflight
     from lockstep.runs.layout import new_run
     from lockstep.runs.manifest import finished
     from lockstep.runs.read import open_run
+    from lockstep.runs.record import refuse_unknown_sinks
     from lockstep.summary import summarise
 
+    refuse_unknown_sinks(loaded.recording.sinks)
     preflight(loaded, api_key_env)
     resumed = layout is not None
     layout = layout or new_run(Path(out) if out is not None else None)
@@ -167,7 +167,6 @@ class _Start:
     faults: tuple[str, ...]
     sign_key: bytes
     api_key_env: str
-    sinks: tuple[str, ...]
 
 
 def _run_of(
@@ -207,7 +206,7 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
     from lockstep.runs.manifest import refuse_other_run, write_manifest
     from lockstep.runs.record import open_recorder
 
-    recorder = open_recorder(layout, start.sinks)
+    recorder = open_recorder(layout, recipe.recording.sinks)
     with open_session(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
         from lockstep.loop.stages import Run
         from lockstep.loop.sync import run_steps

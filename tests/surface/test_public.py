@@ -77,14 +77,15 @@ def test_a_recipe_and_a_run_to_resume_exclude_each_other(arguments):
 
 
 def test_an_unknown_depth_fault_or_sink_is_refused_before_anything_starts(recipe, tmp_path):
+    from lockstep.config.recipe import with_sets
     from lockstep.errors import UsageError
 
     for arguments in ({"depth": "deep"}, {"plant": ["stale_heat"]}):
         with pytest.raises(UsageError, match=r"deep|stale_heat"):
             lockstep.check(recipe, **arguments)
-    with pytest.raises(UsageError, match=r"tensorbored.*jsonl"):
-        lockstep.train(recipe, out=tmp_path / "run", sinks=["tensorbored"])
-    assert not (tmp_path / "run" / "engine.log").exists()
+    with pytest.raises(UsageError, match=r"tensorbored.*csv, jsonl"):
+        lockstep.train(with_sets(recipe, ['recording.sinks=["tensorbored"]']), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_type_checkers_are_told_the_same_names():

@@ -1,17 +1,22 @@
 """What the loop records is on disk byte for byte as it always was, and is read back as what was recorded."""
 
+import csv
 import math
 
 import msgspec
 import numpy as np
 import pytest
 
+import lockstep
+from lockstep.config.recipe import parse_recipe
 from lockstep.errors import RunError, UsageError
+from lockstep.metrics.catalog import METRICS
 from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, BeforeStep, Finding, OfCheck, Verdict, when_of
-from lockstep.runs.layout import RunLayout
+from lockstep.runs.layout import RunLayout, new_run
 from lockstep.runs.manifest import write_manifest
 from lockstep.runs.read import open_run, read_steps, read_verdicts
-from lockstep.runs.record import Recorder, open_recorder
+from lockstep.runs.record import Recorder, open_recorder, sink_names
+from lockstep.runs.sinks import csv as csv_sink
 from lockstep.runs.strict import drop_partial_line
 from lockstep.summary import summarise
 from tests.unit.test_runs import manifest
@@ -158,9 +163,69 @@ def test_every_sink_gets_every_record_in_order(layout):
     assert first.seen == second.seen
     assert [type(record).__name__ for record in first.seen] == ["StepRecord", "VerdictRecord"]
     assert first.seen[1].when == BeforeStep(1)
-    with pytest.raises(UsageError, match=r"sink tensorbored.*jsonl"):
-        open_recorder(layout, ["tensorbored"])
     assert len(open_recorder(layout, ["jsonl"]).sinks) == 1, "named twice, written once"
+
+
+def test_a_sink_that_nobody_has_is_refused_with_the_nearest(layout):
+    with pytest.raises(UsageError, match=r"recording\.sinks: got 'cvs', expected sinks out of csv, jsonl") as raised:
+        open_recorder(layout, ["cvs"])
+    assert raised.value.hint == "--set 'recording.sinks=[\"csv\"]'"
+
+
+@pytest.mark.parametrize("name", sink_names())
+def test_a_sink_writes_nothing_before_its_first_record(tmp_path, name):
+    """Otherwise a start that fails before its manifest could not be made again in its place."""
+    layout = new_run(tmp_path / "run")
+    open_recorder(layout, [name])
+    assert list(layout.root.iterdir()) == []
+
+
+def test_a_sink_that_cannot_be_opened_leaves_the_place_to_the_next_try(tiny_checkpoint, tmp_path, monkeypatch):
+    neutral = {"task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+    own = {"model": {"path": str(tiny_checkpoint)}, "engine": {"name": "transformers"}, "recording": {"sinks": ["csv"]}}
+    recipe = parse_recipe(neutral | own, "test")
+
+    def open_sink(layout):
+        raise ModuleNotFoundError("No module named 'tensorboard'")
+
+    monkeypatch.setattr(csv_sink, "open_sink", open_sink)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="'csv', and No module named 'tensorboard', expected a sink whose packages are"):
+            lockstep.train(recipe, out=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    assert new_run(tmp_path / "run").root.is_dir()
+
+
+def table(layout):
+    with (layout.root / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_holds_every_step_and_tells_unmeasured_from_non_finite(layout):
+    recorder = open_recorder(layout, ["csv"])
+    recorder.step(0, 1, {"loss": 0.1 + 0.2, "gap_abs_max_nats": math.nan})
+    recorder.verdict(AfterSync(1), PASSED)
+    recorder.step(1, 2, {"loss": -1e-9, "step_s": math.inf})
+    first, second = table(layout)
+    assert list(first) == ["step", "weight_version", *(metric.name for metric in METRICS)]
+    assert float(first["loss"]) == 0.1 + 0.2
+    assert [(row["step"], row["gap_abs_max_nats"], row["step_s"]) for row in (first, second)] == [
+        ("0", "nan", ""),
+        ("1", "", "inf"),
+    ]
+    assert (layout.root / "metrics.csv").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_table_of_a_run_that_goes_on_has_the_steps_that_a_kill_kept_from_it(layout):
+    recorder = open_recorder(layout, ["csv"])
+    recorder.step(0, 1, {"loss": 0.5})
+    with (layout.root / "metrics.csv").open("ab") as file:
+        file.write(b"1,2,0.")
+    open_recorder(layout).step(1, 2, {"loss": 0.25})
+    again = open_recorder(layout, ["csv"])
+    for step in (2, 3):
+        again.step(step, step + 1, {"loss": float(step)})
+    assert [(row["step"], row["loss"]) for row in table(layout)] == [("0", "0.5"), ("1", "0.25"), ("2", "2.0"), ("3", "3.0")]
 
 
 def test_a_run_is_opened_whole_and_summarised(layout):

@@ -158,6 +158,13 @@ class Parity(_Section, frozen=True):
     """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
 
 
+class Recording(_Section, frozen=True):
+    """Where figures and verdicts go, beside the run's own files."""
+
+    sinks: tuple[str, ...] = ()
+    """Modules of ``runs/sinks/``: ``csv``."""
+
+
 class Recipe(_Section, frozen=True):
     """A whole run. Example: ``recipes/quickstart.toml``."""
 
@@ -169,6 +176,7 @@ class Recipe(_Section, frozen=True):
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     parity: Parity = Parity()
+    recording: Recording = Recording()
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> Recipe:

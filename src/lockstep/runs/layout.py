@@ -4,7 +4,7 @@ runs/<id>/
   manifest.json       what ran: recipe, versions, resolved engine configuration, hardware, the catalog of figures
   certificate.json    which pair passed which layers; written only on PASS
   verdicts.jsonl      every verdict, in order, over all starts of the run
-  metrics.jsonl       one line a training step
+  metrics.jsonl       one line a training step; metrics.csv and the like: where the recipe asks for such sinks
   rollouts/           step-000007.parquet: admitted by the gate, and trained on or about to be; one row a completion
     drawn/            step-000007.parquet: sampled; not yet judged, perhaps not yet scored
     refused/          step-000007.parquet: refused by the gate, never trained on; later refusals of it: step-000007.2.parquet …

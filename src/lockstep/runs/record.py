@@ -1,20 +1,22 @@
 """The recorder: what the loop says of a step or a verdict goes to every sink of the run.
 
 loop ── step, verdict ──► Recorder ──┬──► sinks/jsonl.py   metrics.jsonl, verdicts.jsonl: always, and first
-                                     └──► …                another is a file in sinks/ and a line in SINKS
+                                     └──► …                another is a file in sinks/, and named in the recipe
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
 
-from lockstep.errors import UsageError
+from lockstep.errors import RecipeError
 from lockstep.metrics.catalog import BY_NAME
 from lockstep.records.verdicts import Verdict, When
+from lockstep.runs import sinks
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.sinks.base import Sink, StepRecord, VerdictRecord
-from lockstep.runs.sinks.jsonl import JsonlSink
 
-SINKS: dict[str, Callable[[RunLayout], Sink]] = {"jsonl": JsonlSink}
-"""Name → what opens it on a run's directory. What a sink needs beyond the standard library is imported when it is opened."""
+KEY = "recipe, key recording.sinks"
 
 
 class Recorder:
@@ -47,13 +49,38 @@ class Recorder:
             sink.verdict(VerdictRecord(when=when, verdict=verdict))
 
 
-def open_recorder(layout: RunLayout, also: Sequence[str] = ()) -> Recorder:
-    """A recorder into a run's own files, and into the sinks of these names after them.
+def sink_names() -> list[str]:
+    """Every sink that there is."""
+    return sorted(module.name for module in pkgutil.iter_modules(sinks.__path__) if module.name != "base")
+
+
+def refuse_unknown_sinks(names: Sequence[str]) -> None:
+    """What can be wrong with a recipe's sinks before a run has a directory.
 
     Raises:
-        UsageError: for a name that no sink has.
+        RecipeError: for a name that no sink has.
     """
-    for name in also:
-        if name not in SINKS:
-            raise UsageError(f"sink {name}", got="no such sink", expected=f"one of {', '.join(SINKS)}", hint="leave it out")
-    return Recorder([SINKS[name](layout) for name in dict.fromkeys(["jsonl", *also])])
+    known = sink_names()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or ["csv"]
+            hint = f"--set 'recording.sinks=[\"{near[0]}\"]'"
+            raise RecipeError(KEY, got=repr(name), expected=f"sinks out of {', '.join(known)}", hint=hint)
+
+
+def open_recorder(layout: RunLayout, also: Sequence[str] = ()) -> Recorder:
+    """A recorder into a run's own files, and into the sinks of these names after them. Nothing is written yet.
+
+    Raises:
+        RecipeError: for a name that no sink has, or a sink that needs what is not installed.
+    """
+    refuse_unknown_sinks(also)
+    return Recorder([_opened(name, layout) for name in dict.fromkeys(["jsonl", *also])])
+
+
+def _opened(name: str, layout: RunLayout) -> Sink:
+    try:
+        return importlib.import_module(f"{sinks.__name__}.{name}").open_sink(layout)
+    except ImportError as error:
+        got, hint = f"{name!r}, and {error}", "install what it needs, or take it out of recording.sinks"
+        raise RecipeError(KEY, got=got, expected="a sink whose packages are installed", hint=hint) from error

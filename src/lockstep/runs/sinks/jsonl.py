@@ -30,3 +30,8 @@ class JsonlSink:
             RunError: as :meth:`step`.
         """
         append(self.layout.verdicts, {"schema": SCHEMA_VERDICT, "when": str(record.when), **plain(record.verdict)})
+
+
+def open_sink(layout: RunLayout) -> JsonlSink:
+    """The run's own files."""
+    return JsonlSink(layout)

@@ -1,0 +1,56 @@
+"""``metrics.csv``: a row a step and a column a figure of the catalog, for spreadsheets and pandas. Verdicts are not in it.
+
+An empty cell was not measured; one that came out non-finite says ``nan`` or ``inf``. Numbers are written so that they are read
+back exactly.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+
+from lockstep.metrics.catalog import METRICS
+from lockstep.runs.durable import append_line, write_atomically
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.read import read_steps
+from lockstep.runs.sinks.base import StepRecord, VerdictRecord
+
+COLUMNS = ("step", "weight_version", *(metric.name for metric in METRICS))
+
+
+class CsvSink:
+    """``metrics.jsonl`` as a table."""
+
+    def __init__(self, layout: RunLayout) -> None:
+        self.layout, self.path = layout, layout.root / "metrics.csv"
+        self._begun = False
+
+    def step(self, record: StepRecord) -> None:
+        """Add a row.
+
+        Raises:
+            RunError: when it cannot be written; the file is then as it was.
+        """
+        if self._begun:
+            append_line(self.path, _lines([record]))
+            return
+        # A kill may have come between the run's own file and this one, or within a row: the first record of each start
+        # writes the table anew, from what is recorded.
+        steps = {recorded.step: recorded for recorded in (*read_steps(self.layout.metrics), record)}
+        write_atomically(self.path, (",".join(COLUMNS) + "\n").encode() + _lines(steps.values()))
+        self._begun = True
+
+    def verdict(self, record: VerdictRecord) -> None:
+        """A table of figures has no place for one."""
+
+
+def _lines(records: Iterable[StepRecord]) -> bytes:
+    text = io.StringIO()
+    rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    for record in records:
+        rows.writerow({"step": record.step, "weight_version": record.weight_version} | record.metrics)
+    return text.getvalue().encode()
+
+
+def open_sink(layout: RunLayout) -> CsvSink:
+    """The table of a run."""
+    return CsvSink(layout)
