@@ -1,11 +1,14 @@
 """Run directories: found again when interrupted, held by one process at a time."""
 
+import hashlib
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from lockstep.config.recipe import load_recipe
+from lockstep.config.imported import imported, source_digest
+from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RunError, UsageError
 from lockstep.records.messages import Ready
 from lockstep.runs.layout import existing_run, new_run
@@ -115,6 +118,45 @@ def test_a_run_does_not_go_on_under_another_torch(tmp_path):
     now = manifest()
     with pytest.raises(RunError, match=r"version of torch: .* → 1\.0"):
         refuse_other_run(layout.manifest, msgspec.structs.replace(now, versions=now.versions | {"torch": "1.0"}))
+
+
+SCORE = "def score(completion, item):\n    return 1.0\n"
+
+
+@pytest.mark.parametrize("is_imported", [True, False], ids=["imported here", "computed in processes of its own"])
+def test_a_run_does_not_go_on_with_another_reward_file(tmp_path, monkeypatch, is_imported):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "a_reward_of_mine.py"
+    file.write_text(SCORE)
+    monkeypatch.setitem(sys.modules, "a_reward_of_mine", None)  # put back afterwards, whatever is imported here
+    del sys.modules["a_reward_of_mine"]
+    if is_imported:
+        imported("a_reward_of_mine:score", "task.reward")
+    recipe = with_sets(RECIPE, ["task.reward=a_reward_of_mine:score"])
+    layout = made(tmp_path / "a", recipe)
+    assert read_manifest(layout.manifest).code == {"task.reward": hashlib.sha256(SCORE.encode()).hexdigest()}
+    refuse_other_run(layout.manifest, manifest(recipe))
+    file.write_text(SCORE.replace("1.0", "0.5"))
+    with pytest.raises(RunError, match=r"source file of task\.reward: \w{12} → \w{12}, expected .* and code"):
+        refuse_other_run(layout.manifest, manifest(recipe))
+    assert ("a_reward_of_mine" in sys.modules) is is_imported
+
+
+def test_the_source_of_a_function_is_where_it_is_defined(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "defines_it.py").write_text(SCORE)
+    (tmp_path / "names_it.py").write_text(
+        "import functools, math\nfrom defines_it import score\npartial = functools.partial(score)\nroot = math.sqrt\n"
+        "@functools.wraps(score)\ndef wrapped(*args):\n    return score(*args)\n"
+    )
+    defines, names = (hashlib.sha256((tmp_path / f"{name}.py").read_bytes()).hexdigest() for name in ("defines_it", "names_it"))
+    for module in ("defines_it", "names_it"):
+        monkeypatch.setitem(sys.modules, module, None)
+        del sys.modules[module]
+    imported("names_it:score", "task.reward")
+    found = [source_digest(f"names_it:{name}") for name in ("score", "wrapped", "partial", "root")]
+    assert found == [defines, defines, names, names]
+    assert source_digest("sys:exit") == source_digest("nowhere_at_all:f") == "none"
 
 
 @pytest.mark.parametrize(

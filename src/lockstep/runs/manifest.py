@@ -14,6 +14,7 @@ from msgspec import Struct, ValidationError, convert, json, to_builtins
 from msgspec.structs import replace
 
 import lockstep
+from lockstep.config.imported import source_digest
 from lockstep.config.recipe import Recipe
 from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
@@ -49,6 +50,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
     model_path: str
     model: dict[str, str]
     """SHA-256 of the weights, the model's configuration and the tokenizer that the run started from."""
+    code: dict[str, str] = {}
+    """Key of the recipe → SHA-256 of the source file of the user's function that it names."""
     versions: dict[str, str]
     machine: dict[str, str]
     planted: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ def build_manifest(
         choices=choices,
         model_path=str(model_path),
         model=model,
+        code=_code(recipe),
         planted=planted,
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         machine={
@@ -139,7 +143,7 @@ def refuse_other_run(path: Path, now: Manifest) -> None:
         raise RunError(
             f"resume of {path.parent}",
             got="; ".join(changed[:SHOWN]) + more,
-            expected="the engine, versions and model that the run began with",
+            expected="the engine, versions, model and code that the run began with",
             hint="bring them back, or start a new run: lockstep train RECIPE",
         )
 
@@ -153,8 +157,15 @@ def _parts(manifest: Manifest) -> dict[str, Any]:
         **{f"engine.{key}": value for key, value in steady(engine.resolved).items()},
         **{f"version of {name}": version for name, version in manifest.versions.items()},
         **{f"model.{name}": digest[:12] for name, digest in manifest.model.items()},
+        **{f"source file of {key}": digest[:12] for key, digest in manifest.code.items()},
         "planted faults": ", ".join(manifest.planted) or "none",
     }
+
+
+def _code(recipe: Recipe) -> dict[str, str]:
+    named = {"task.name": recipe.task.name, "task.reward": recipe.task.reward, "objective.name": recipe.objective.name}
+    # A dataset of reasoning-gym's is told by that package's version.
+    return {key: source_digest(n) for key, n in named.items() if ":" in n and not n.startswith("reasoning_gym:")}
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
