@@ -37,10 +37,11 @@ def imported(name: str, key: str) -> Callable[..., Any]:
 
 
 def source_digest(name: str) -> str:
-    """SHA-256 of the file that ``module:function`` comes from, decorators aside; ``none`` where there is no such file.
+    """SHA-256 of the file that ``module:function`` comes from, decorators aside; ``none`` where there is no file.
 
-    A module that this process has not imported is not imported for this: a reward may be computed in processes of its own
-    because it cannot be trusted here. The digest is then of the module's own file, wherever the function is defined.
+    A module that this process has not imported is not imported for this: a reward may be computed in processes
+    of its own because it cannot be trusted here. The digest is then of the module's own file, wherever the
+    function is defined.
     """
     file = _source_of(name)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else "none"
@@ -56,6 +57,7 @@ def _source_of(name: str) -> Path | None:
         return None
     function: Any = getattr(module, attribute, module)
     found = getattr(module, "__file__", None)
-    with contextlib.suppress(TypeError):  # an object that can be called, or a function of C: its module's file stands for it
+    # An object that can be called, or a function of C, has no source file: its module's stands for it.
+    with contextlib.suppress(TypeError):
         found = inspect.getsourcefile(inspect.unwrap(function)) or found
     return Path(found) if found else None

@@ -51,8 +51,8 @@ class Engine(_Section, frozen=True):
     """What samples tokens."""
 
     name: str = "auto"
-    """One of ``engines/registry.py``. ``auto``: the newest installed vLLM, else transformers. ``openai``: the server at
-    ``options.base_url``."""
+    """One of ``engines/registry.py``. ``auto``: the newest installed vLLM, else transformers. ``openai``: the
+    server at ``options.base_url``."""
     version: str = ""
     """Empty: the newest installed."""
     dtype: EngineDtype | None = None

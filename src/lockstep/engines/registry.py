@@ -59,8 +59,8 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
     """
     if config.name not in NAMES:
         near = difflib.get_close_matches(config.name, NAMES, n=1)
-        hint = f"--set engine.name={near[0] if near else 'auto'}"
-        raise RecipeError("recipe, key engine.name", got=repr(config.name), expected=f"one of {', '.join(NAMES)}", hint=hint)
+        expected, hint = f"one of {', '.join(NAMES)}", f"--set engine.name={near[0] if near else 'auto'}"
+        raise RecipeError("recipe, key engine.name", got=repr(config.name), expected=expected, hint=hint)
     if config.name in KEYED:
         _named(KEYED[config.name])(config.options, api_key_env)
     elif api_key_env:

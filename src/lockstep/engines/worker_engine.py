@@ -1,7 +1,10 @@
-"""An engine in a process and an environment of its own: each verb is one request to its worker, and knows no engine by name.
+"""An engine in a process and an environment of its own: each verb is one request to its worker.
 
-An adapter is a subclass, which says what the worker runs and with what configuration, and a module of ``engines/worker/`` that
-answers the requests (``records/messages.py``) inside the engine's environment.
+    trainer process                                   the engine's environment
+      engines/NAME.py       ── records/messages.py ──►  engines/worker/NAME.py
+      a WorkerEngine that says what the worker runs     answers each request by calling the engine
+
+Nothing here knows an engine by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,7 @@ from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
 
 class WorkerEngine(Engine):
-    """The trainer's end of a worker. It is made while the worker starts; an adapter's constructor sets ``asked`` as well.
+    """The trainer's end of a worker, made while that starts. An adapter's constructor sets ``asked`` as well.
 
     Args:
         program: what the worker runs.

@@ -26,16 +26,21 @@ WRITTEN = frozenset(
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     )
 )
-"""Environment variables that can move a log-probability in any engine. Names, never a pattern: a pattern finds keys too. Beside
-those of an engine's own, which its adapter names, no other variable is written down anywhere."""
+"""Environment variables that can move a log-probability in any engine. Names, never a pattern: a pattern finds
+keys too. Beside an engine's own, which its adapter names, no other variable is written down anywhere."""
 
 SECRET = re.compile(r"SECRET|PASSWORD|PASSWD|ACCESS_KEY|(?:KEY|KEYS|TOKEN|CREDENTIALS)$")
 """Names of what an engine's process does without. Here a pattern can only keep too much back, there it would tell too much."""
 
 
 def resolved_env(environ: Mapping[str, str], own: Collection[str] = ()) -> dict[str, str]:
-    """Those of the environment that are written down, as an engine reports them; ``own`` are the names of its own variables."""
-    return {f"env.{name}": value[:1000] for name, value in sorted(environ.items()) if name in WRITTEN or name in own}
+    """Those of the environment that are written down, as an engine reports them.
+
+    Args:
+        own: names of the engine's own variables that are written down too.
+    """
+    written = WRITTEN.union(own)
+    return {f"env.{name}": value[:1000] for name, value in sorted(environ.items()) if name in written}
 
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:

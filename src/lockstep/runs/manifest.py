@@ -163,7 +163,8 @@ def _parts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _code(recipe: Recipe) -> dict[str, str]:
-    named = {"task.name": recipe.task.name, "task.reward": recipe.task.reward, "objective.name": recipe.objective.name}
+    task, objective = recipe.task, recipe.objective
+    named = {"task.name": task.name, "task.reward": task.reward, "objective.name": objective.name}
     # A dataset of reasoning-gym's is told by that package's version.
     return {key: source_digest(n) for key, n in named.items() if ":" in n and not n.startswith("reasoning_gym:")}
 

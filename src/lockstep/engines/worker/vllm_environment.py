@@ -1,4 +1,4 @@
-"""vLLM's own environment variables that are written down with a run, besides those of ``records/environment.py``."""
+"""vLLM's own environment variables that are written down with a run, beside those of records/environment.py."""
 
 WRITTEN = frozenset(
     (
