@@ -27,14 +27,17 @@ endif
 quickstart: prepared
 	$(BIN)/lockstep train recipes/quickstart.toml --continue $(TRAIN_FLAGS)
 
+# Two at a time: an engine's start, most of what a test costs, takes one core. pytest tests/… alone runs in one process.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
+
 test: prepared
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE)
 
 chaos: prepared  # the long form of fuzz and kills
-	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m pytest -m chaos $(SIDE_BY_SIDE)
 
 test-unit: setup
-	$(BIN)/python -m pytest tests/unit -m "not chaos"
+	$(BIN)/python -m pytest tests/unit -m "not chaos" $(SIDE_BY_SIDE)
 
 faults: prepared  # every planted fault in the real engine, and eight clean checks
 	$(BIN)/lockstep faults recipes/quickstart.toml $(TRAIN_FLAGS)

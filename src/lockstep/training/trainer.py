@@ -289,7 +289,7 @@ class Trainer:
 
 
 @contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Frozen parameters have gradients too until the context ends: an engine may hold any of them wrong."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
