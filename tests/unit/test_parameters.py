@@ -3,6 +3,7 @@ state. One process here: what is told is that every way in and out goes through 
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -13,6 +14,7 @@ from lockstep.policy.fingerprint import weights_digest
 from lockstep.policy.model import load_policy
 from lockstep.policy.parameters import Snapshot, assign, checkpoint_weights, named_weights, parameters_of, whole
 from lockstep.policy.variants import Earlier, Perturbed, Scaled
+from lockstep.records.samples import Group
 from lockstep.training.optimizer import MasterAdamW
 
 NORM = "model.norm.weight"
@@ -90,3 +92,23 @@ def test_the_state_goes_back_in(both):
         optimizer.step(1)
     for name, parameter in parameters_of(sharded.model).items():
         assert torch.equal(whole(parameter.detach()), parameters_of(plain.model)[name].detach()), name
+
+
+def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model_dir, spread):
+    plain = load_policy(tiny_model_dir, "float32", "float32")
+    sharded = copy.copy(plain)
+    sharded.model = copy.deepcopy(plain.model)
+    for module in (*sharded.model.base_model.layers, sharded.model.base_model, sharded.model):
+        fully_shard(module, mesh=spread)
+    sharded.head = sharded.model.get_input_embeddings().weight  # tied
+    ids = np.arange(3, 20, dtype=np.int32)
+    groups = [Group(ids[:5], [ids[5:12], ids[7:16]])]
+    for policy in (plain, sharded):
+        (row,) = policy.rows(groups, 4096)
+        policy.scores(row, 1.0).logprobs.sum().backward()
+    scores = zip(plain.score(groups, 1.0), sharded.score(groups, 1.0), strict=True)
+    assert all(np.array_equal(a, b) for a, b in scores)
+    for name, parameter in parameters_of(plain.model).items():
+        gradient = parameters_of(sharded.model)[name].grad
+        assert hasattr(gradient, "full_tensor"), "each process holds its part"
+        assert torch.equal(whole(gradient), parameter.grad), name

@@ -17,6 +17,7 @@ from lockstep.errors import ModelError, UsageError
 from lockstep.policy import attention
 from lockstep.policy.logprobs import TokenScores, token_logprobs
 from lockstep.policy.packing import Packed, pack
+from lockstep.policy.parameters import whole
 from lockstep.records.samples import Group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,7 +77,7 @@ class Policy:
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Whole distributions, fp32, for the few tokens that a hypothesis needs them for; training never does."""
-        z = hidden.to(self.head_dtype) @ self.head.to(self.head_dtype).T
+        z = hidden.to(self.head_dtype) @ whole(self.head).to(self.head_dtype).T
         z = z.float() if self.head_bias is None else z.float() + self.head_bias
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -115,7 +116,7 @@ class Policy:
         """From hidden states that predict ``targets`` to scores."""
         return token_logprobs(
             hidden,
-            self.head,
+            whole(self.head),
             targets,
             temperature=temperature,
             bias=self.head_bias,
