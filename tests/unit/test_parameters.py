@@ -103,11 +103,11 @@ def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model_dir, sprea
     sharded.head = sharded.model.get_input_embeddings().weight  # tied
     ids = np.arange(3, 20, dtype=np.int32)
     groups = [Group(ids[:5], [ids[5:12], ids[7:16]])]
+    scores = zip(plain.score(groups, 1.0), sharded.score(groups, 1.0), strict=True)
+    assert all(np.array_equal(a, b) for a, b in scores)
     for policy in (plain, sharded):
         (row,) = policy.rows(groups, 4096)
         policy.scores(row, 1.0).logprobs.sum().backward()
-    scores = zip(plain.score(groups, 1.0), sharded.score(groups, 1.0), strict=True)
-    assert all(np.array_equal(a, b) for a, b in scores)
     for name, parameter in parameters_of(plain.model).items():
         gradient = parameters_of(sharded.model)[name].grad
         assert hasattr(gradient, "full_tensor"), "each process holds its part"
