@@ -28,7 +28,7 @@ quickstart: prepared
 	$(BIN)/lockstep train recipes/quickstart.toml --continue $(TRAIN_FLAGS)
 
 # Two at a time: an engine's start, most of what a test costs, takes one core. pytest tests/… alone runs in one process.
-SIDE_BY_SIDE := -n 2 --dist loadgroup
+SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: prepared
 	$(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE)

@@ -22,7 +22,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the mark
 def pytest_collection_modifyitems(items):
-    """Tests that share an engine stay on one worker: a module of ``e2e``, an engine of ``contract``."""
+    """Tests that share an engine stay on one worker: a module of ``e2e``, an engine of ``contract``.
+
+    These come first: what is short fills the end.
+    """
+    items.sort(key=lambda item: {"e2e": 0, "contract": 1}.get(item.path.parent.name, 2))
     for item in items:
         folder, params = item.path.parent.name, getattr(item, "callspec", None)
         if folder == "e2e":
