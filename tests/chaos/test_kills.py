@@ -25,7 +25,7 @@ model = { path = "%(model)s" }
 engine = { name = "%(engine)s", max_model_len = 128 }
 sampling = { max_tokens = 4 }
 optimizer = { lr = 1e-3 }
-parity = { probe_prompts = 4, probe_tokens = 4, draw_tokens = 128 }
+parity = { probe_prompts = 4, probe_tokens = 4, draw_tokens = 128, draws_see = 1.0 }
 training = { steps = 5, prompts_per_step = 2, group_size = 2, checkpoint_every = 2, minibatches = 2 }
 
 [task]

@@ -38,6 +38,7 @@ group_size = 2
 probe_prompts = 4
 probe_tokens = 8
 draw_tokens = 128
+draws_see = 1.0
 """
 
 

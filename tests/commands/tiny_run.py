@@ -8,7 +8,7 @@ task.name = "reasoning_gym:basic_arithmetic"
 task.options = {{ min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }}
 sampling = {{ max_tokens = 5 }}
 training = {{ steps = 1, prompts_per_step = 2, group_size = 2 }}
-parity = {{ probe_prompts = 4, probe_tokens = 8, draw_tokens = 128 }}
+parity = {{ probe_prompts = 4, probe_tokens = 8, draw_tokens = 128, draws_see = 1.0 }}
 """
 
 

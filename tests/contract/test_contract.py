@@ -278,7 +278,7 @@ def test_the_ladder_over_http_judges_what_it_can(side):
     """The workers' ladders are climbed end to end in tests/e2e."""
     if side.name != "http:vllm==0.32.0":
         pytest.skip("NOT_RUN: one server will do")
-    small = ["parity.probe_prompts=6", "parity.probe_tokens=12", "parity.draw_tokens=256"]
+    small = ["parity.probe_prompts=6", "parity.probe_tokens=12", "parity.draw_tokens=256", "parity.draws_see=1"]
     sets = [*small, "sampling.temperature=0.7", "engine.max_model_len=512"]
     recipe, model = load_recipe(QUICKSTART, sets), resolve_model(MODEL)
     pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)

@@ -14,6 +14,7 @@ SMALL = [
     "parity.probe_prompts=6",
     "parity.probe_tokens=12",
     "parity.draw_tokens=256",
+    "parity.draws_see=1",
     "training.prompts_per_step=4",
     "training.group_size=4",
 ]

@@ -22,12 +22,13 @@ FEW = [
     "parity.probe_prompts=4",
     "parity.probe_tokens=8",
     "parity.draw_tokens=256",
+    "parity.draws_see=1",
     "training.prompts_per_step=4",
     "training.group_size=4",
 ]
 """What is shown here is the command; what the ladder finds is shown in test_ladder.py."""
 SETS = [flag for override in FEW for flag in ("--set", override)]
-STEPS = 12
+STEPS = 6
 DEATH_LIMIT_S = 10.0
 REWARD = """
 def reward(text, item):

@@ -100,7 +100,7 @@ def test_a_starved_cache_really_preempts_changes_no_number_and_fails_where_it_do
         failed = factors.deepen(pair, path, lambda *args: nullcontext(broken))
     assert (verdict.status, verdict.figures["factors_not_run"]) == ("PASS", [])
     assert verdict.figures["num_preemptions"] > 0
-    assert 0 < verdict.figures["preemption_abs_max_nats"] <= P999_NATS
+    assert verdict.figures["preemption_abs_max_nats"] <= P999_NATS  # 0 where an engine has one core, hence one order of sums
     assert (failed.status, [found.cause for found in failed.findings]) == ("FAIL", ["preemption"])
     assert failed.figures["preemption_abs_max_nats"] == pytest.approx(1.0, abs=P999_NATS)
 

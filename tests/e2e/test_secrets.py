@@ -5,14 +5,16 @@ import subprocess
 import sys
 
 import psutil
+from transformers import LlamaConfig
 
 from tests.canaries import CANARIES, environment, found_in
-from tests.e2e.conftest import QUICKSTART
+from tests.e2e.conftest import QUICKSTART, tiny_checkpoint
 
 FEW = [
     "parity.probe_prompts=4",
     "parity.probe_tokens=8",
     "parity.draw_tokens=128",
+    "parity.draws_see=1",
     "training.prompts_per_step=4",
     "training.group_size=4",
     "training.steps=1",
@@ -20,7 +22,11 @@ FEW = [
 
 
 def test_a_run_on_vllm_holds_no_secret_and_neither_do_its_processes(installed, tmp_path):
-    sets = [flag for override in FEW for flag in ("--set", override)]
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.1
+    )
+    model = tiny_checkpoint(config, installed[1], tmp_path / "model")
+    sets = [flag for override in (*FEW, f"model.path={model}") for flag in ("--set", override)]
     command = [sys.executable, "-m", "lockstep.cli.main", "train", QUICKSTART, *sets, "--out", tmp_path / "run"]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()

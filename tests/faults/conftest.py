@@ -28,7 +28,7 @@ def recipe(tiny_checkpoint):
             },
             "sampling": {"max_tokens": 5},
             "training": {"steps": 1},
-            "parity": {"probe_prompts": 8, "probe_tokens": 16, "draw_tokens": 512},
+            "parity": {"probe_prompts": 8, "probe_tokens": 16, "draw_tokens": 512, "draws_see": 1.0},
         },
         "tests/faults",
     )

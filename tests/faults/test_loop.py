@@ -29,6 +29,7 @@ SETS = [
     "parity.probe_prompts=4",
     "parity.probe_tokens=4",
     "parity.draw_tokens=128",
+    "parity.draws_see=1",
     "optimizer.lr=1e-3",
 ]
 

@@ -113,7 +113,9 @@ def test_more_is_drawn_until_the_draws_show_what_they_are_to(pair, recipe):
 
 @pytest.mark.parametrize("proxy", [BetterOfTwo, drawn_at(0.9)])
 def test_draws_that_are_a_little_off_are_seen(pair, recipe, proxy, monkeypatch):
-    pair.recipe = with_sets(recipe, ["sampling.temperature=0.25", "parity.draw_tokens=4096"])  # its logits are nearly flat
+    pair.recipe = with_sets(
+        recipe, ["sampling.temperature=0.25", "parity.draw_tokens=4096", "parity.draws_see=1"]
+    )  # its logits are nearly flat
     monkeypatch.setattr(pair, "engine", proxy(pair))
     verdict = layer1_semantics.judge(pair, gather(pair))
     assert verdict.status == "FAIL", verdict.figures

@@ -34,6 +34,7 @@ task.options = {{ min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }
 sampling.max_tokens = 5
 training.steps = 1
 parity.draw_tokens = 128
+parity.draws_see = 1.0
 """
 
 
