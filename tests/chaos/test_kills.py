@@ -7,12 +7,15 @@ a few points × those steps × engine, trainer, both                            
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lockstep.config.recipe import load_recipe
 from lockstep.runs.layout import RunLayout
@@ -179,7 +182,12 @@ def served(zygote, tiny_checkpoint):
 
     need(find, "vllm", "0.32.0")
     recipe = zygote.root / "served.toml"
-    recipe.write_text(RECIPE % {"model": tiny_checkpoint, "engine": "vllm"})
+    model = zygote.root / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    heads_of_32 = LlamaConfig.from_pretrained(model, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    torch.manual_seed(0)
+    LlamaForCausalLM(heads_of_32).save_pretrained(model)  # vLLM's attention on a CPU knows no heads of 8
+    recipe.write_text(RECIPE % {"model": model, "engine": "vllm"})
     return undisturbed(zygote, recipe)
 
 
