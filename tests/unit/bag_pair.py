@@ -170,16 +170,26 @@ class BagEngine(Engine):
         pass
 
 
-class Renderer:
+class Tokenizer:
     """One token for each character."""
 
-    tokenizer = SimpleNamespace(
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        encode=lambda text, add_special_tokens=False: [3 + ord(c) % 40 for c in text],
-        decode=lambda ids: "".join(chr(48 + int(i)) for i in ids),
-    )
-    stop_token_ids = (EOS,)
+    bos_token_id, eos_token_id, all_special_ids = BOS, EOS, [0, BOS, EOS]
+
+    def __len__(self):
+        return VOCABULARY
+
+    def encode(self, text, add_special_tokens=False):
+        return [3 + ord(c) % 40 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(48 + int(i)) for i in ids)
+
+    def batch_decode(self, rows):
+        return [self.decode(ids) for ids in rows]
+
+
+class Renderer:
+    tokenizer, stop_token_ids = Tokenizer(), (EOS,)
 
     def prompt(self, messages):
         return np.array([BOS, *self.tokenizer.encode(messages[-1]["content"])], np.int32)

@@ -128,7 +128,11 @@ def sides(ours, theirs, **options):
     return SimpleNamespace(trainer=SimpleNamespace(config=ours), engine=engine, recipe=recipe)
 
 
-OURS = {"rms_norm_eps": 1e-5, "vocab_size": 97, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+OURS = {
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 97,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}
 
 
 def test_settings_that_are_alike_are_no_departure_wherever_they_stand():

@@ -55,7 +55,11 @@ def test_what_is_as_predicted_passes_with_its_bound(monkeypatch):
     [
         (rehearsal(log_ratio=(7, 1e-6)), "policy_ratio_at_lag_0", 1e-6 / T),
         (rehearsal(log_ratio=(7, np.nan)), "policy_ratio_at_lag_0", np.nan),
-        (rehearsal(log_ratio=1e-3, gap=0.5, moved=1.0), "policy_ratio_at_lag_0", 1e-3),  # what the others follow from
+        (
+            rehearsal(log_ratio=1e-3, gap=0.5, moved=1.0),
+            "policy_ratio_at_lag_0",
+            1e-3,
+        ),  # what the others follow from
         (rehearsal(gap=0.5), "task_tokens_differ", 0.5),
         (rehearsal(gap=(150, np.nan)), "task_tokens_differ", np.nan),
         (rehearsal(gap=0.5, moved=9.0), "task_tokens_differ", 0.5),

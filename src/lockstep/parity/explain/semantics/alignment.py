@@ -108,7 +108,8 @@ def _logits(pair: Pair, evidence: Evidence) -> np.ndarray:
 def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:
     """Numbers that are right, and stand beside a token before or after their own."""
     for by in range(1, FARTHEST_SHIFT + 1):
-        for place, one, other in (("after", theirs, ours), ("before", ours, theirs)):
+        # A number that stands beside the token after its own fits the token before the one it stands beside.
+        for place, one, other in (("before", theirs, ours), ("after", ours, theirs)):
             gap = np.abs(np.concatenate([a[:-by] - b[by:] for a, b in zip(one, other, strict=True)]))
             if gap.size and np.median(gap) <= limit:
                 text = f"each number fits the token {by} {place} it to {np.median(gap):.1e} nats (median)"
