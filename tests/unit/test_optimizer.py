@@ -1,0 +1,136 @@
+"""AdamW over fp32 masters: what a bf16 model gains by them, and that nothing of the state is lost on the way to disk."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lockstep.config.recipe import Optimizer
+from lockstep.errors import DivergenceError
+from lockstep.training.optimizer import MasterAdamW
+
+CONFIG = msgspec.convert({"lr": 1e-4, "max_grad_norm": 1.0, "weight_decay": 0.01}, Optimizer)
+
+
+class Model(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(8, 8, generator=generator).bfloat16().to(dtype))
+        self.b = nn.Parameter(torch.randn(8, generator=generator).bfloat16().to(dtype))
+        self.frozen = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+
+
+def gradients(step, scale=1e-2):
+    """Of a step: the same for every dtype, for bf16 holds them exactly."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return [(torch.randn(shape, generator=generator) * scale).bfloat16() for shape in ((8, 8), (8,))]
+
+
+def stepped(model, optimizer, steps):
+    norms = []
+    for step in steps:
+        for parameter, gradient in zip((model.a, model.b), gradients(step), strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        norms.append(optimizer.step(step))
+    return norms
+
+
+def test_a_bf16_models_masters_go_the_fp32_models_way_bit_for_bit():
+    single, half = Model(torch.float32), Model(torch.bfloat16)
+    of_single, of_half = MasterAdamW(single, CONFIG), MasterAdamW(half, CONFIG)
+    assert stepped(single, of_single, range(20)) == stepped(half, of_half, range(20))
+    for mine, master, parameter in zip(of_single.masters, of_half.masters, of_half.parameters, strict=True):
+        assert torch.equal(mine, master)
+        assert torch.equal(parameter, master.bfloat16()), "the model holds its masters, rounded once"
+
+
+def test_updates_too_small_for_bf16_add_up():
+    """One update is below half a unit in the last place of a weight near 1; twenty are above it."""
+    config = msgspec.structs.replace(CONFIG, weight_decay=0.0)
+    model = Model(torch.bfloat16)
+    with torch.no_grad():
+        model.b.fill_(1.0)
+    optimizer, before = MasterAdamW(model, config), model.b.detach().clone()
+    for step in range(40):
+        model.b.grad = torch.full_like(model.b, 0.1)
+        optimizer.step(step)
+        if step == 0:
+            assert torch.equal(model.b, before)
+    assert (model.b < before).all()
+
+
+def test_parameters_keep_their_place_in_memory_and_a_frozen_one_its_value():
+    model = Model(torch.bfloat16)
+    places = [p.data_ptr() for p in model.parameters()]
+    stepped(model, MasterAdamW(model, CONFIG), range(3))
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert torch.equal(model.frozen, torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_the_norm_is_of_before_clipping_and_the_update_of_after_it():
+    model = Model(torch.float32)
+    config = msgspec.structs.replace(CONFIG, max_grad_norm=0.5, beta1=0.0, beta2=0.999)
+    optimizer = MasterAdamW(model, config)
+    given = gradients(0, scale=3.0)
+    for parameter, gradient in zip((model.a, model.b), given, strict=True):
+        parameter.grad = gradient.float()
+    norm = float(torch.cat([g.float().reshape(-1) for g in given]).norm())
+    assert optimizer.step(0) == pytest.approx(norm, rel=1e-6)
+    clipped = optimizer.state()["exp_avg.a"]
+    torch.testing.assert_close(clipped, given[0].float() * 0.5 / norm, rtol=1e-4, atol=0.0)
+    assert model.a.grad is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_none_moves_nothing(bad):
+    model = Model(torch.bfloat16)
+    optimizer = MasterAdamW(model, CONFIG)
+    stepped(model, optimizer, range(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    model.a.grad = torch.full_like(model.a, bad)
+    with pytest.raises(DivergenceError, match="gradient norm"):
+        optimizer.step(2)
+    assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+
+
+def test_warm_up_rises_evenly_to_the_rate_and_stays():
+    config = msgspec.structs.replace(CONFIG, lr=1.0, warmup_steps=4)
+    optimizer = MasterAdamW(Model(torch.float32), config)
+    np.testing.assert_allclose([optimizer.lr_at(n) for n in range(7)], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0])
+    assert MasterAdamW(Model(torch.float32), CONFIG).lr_at(0) == CONFIG.lr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_went_to_disk_and_back_goes_on_bit_for_bit(dtype, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = Model(dtype)
+    optimizer = MasterAdamW(model, CONFIG)
+    stepped(model, optimizer, range(5))
+    state = optimizer.state()
+    assert {name.partition(".")[0] for name in state} == {"step", "exp_avg", "exp_avg_sq"} | (
+        {"master"} if dtype == torch.bfloat16 else set()
+    )
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "state.safetensors")
+    other = Model(dtype)
+    with torch.no_grad():
+        for mine, its in zip(other.parameters(), model.parameters(), strict=True):
+            mine.copy_(its)
+    resumed = MasterAdamW(other, CONFIG)
+    resumed.restore(load_file(tmp_path / "state.safetensors"))
+    assert stepped(model, optimizer, range(5, 12)) == stepped(other, resumed, range(5, 12))
+    for mine, its in zip(resumed.state().items(), optimizer.state().items(), strict=True):
+        assert mine[0] == its[0]
+        assert torch.equal(mine[1], its[1])
+
+
+def test_a_state_of_before_the_first_step_is_put_back_too():
+    model = Model(torch.bfloat16)
+    optimizer = MasterAdamW(model, CONFIG)
+    fresh = Model(torch.bfloat16)
+    resumed = MasterAdamW(fresh, CONFIG)
+    resumed.restore(optimizer.state())
+    assert stepped(model, optimizer, range(3)) == stepped(fresh, resumed, range(3))
+    assert torch.equal(model.a, fresh.a)
