@@ -79,11 +79,11 @@ def _recorded_gate(run: Run) -> Gate:
 def _refuse_other_figures(run: Run, step: int, figures: dict[str, float], recorded: dict[str, float]) -> None:
     rtol = replay_rtol(run.pair.trainer.dtype)
     for name in REPLAYED:
-        then = recorded[name]
+        then = recorded.get(name, float("nan"))
         if not np.isclose(figures[name], then, rtol=rtol, atol=REPLAY_ATOL):
             raise RunError(
                 f"resume, step {step + 1} replayed from its rollouts",
                 got=f"{name} {figures[name]:.6g}",
-                expected=f"{then:.6g}, as recorded",
+                expected=f"{then:.6g}, as recorded" if name in recorded else "one in metrics.jsonl to hold it against",
                 hint="the weights, the rollouts or the code are others than the run's; start a new run",
             )
