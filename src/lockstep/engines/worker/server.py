@@ -218,9 +218,9 @@ class _Server:
     async def _reply(self, request: Request) -> Reply:
         match request:
             case Draw():
-                return Drawn(request.id, await self._tracked(self.engine.sample(request)))
+                return Drawn(request.id, await self._tracked(lambda: self.engine.sample(request)))
             case Score():
-                return Scored(request.id, await self._tracked(self.engine.score(request)))
+                return Scored(request.id, await self._tracked(lambda: self.engine.score(request)))
             case Load():
                 async with self._loading:
                     if self._sampling and request.mode == "wait":
@@ -231,9 +231,9 @@ class _Server:
             case Count():
                 return Counted(request.id, self.engine.counters())
 
-    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _tracked(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async with self._loading:
-            task = asyncio.create_task(work)
+            task = asyncio.create_task(work())  # made only now: the peer may be gone before the load is over
             self._sampling.add(task)
             task.add_done_callback(self._sampling.discard)
         return await task
