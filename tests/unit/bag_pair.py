@@ -65,16 +65,18 @@ class Decoding:
     """One sequence token by token, over running sums in the place of a cache."""
 
     def __init__(self, model):
-        self.model, self.n, self.sums = model, 0, np.zeros((len(model.layers), WIDTH))
+        self.embed, self.head = (tensor.detach().numpy() for tensor in (model.embed, model.head))
+        self.mixes = [layer.mix.weight.detach().numpy() for layer in model.layers]
+        self.n, self.sums = 0, np.zeros((len(self.mixes), WIDTH))
 
     def logits_after(self, token):
         """float64 [V]."""
         self.n += 1
-        h = self.model.embed.detach().numpy()[token]
-        for layer, total in zip(self.model.layers, self.sums, strict=True):
+        h = self.embed[token]
+        for mix, total in zip(self.mixes, self.sums, strict=True):
             total += h
-            h = np.tanh(h + layer.mix.weight.detach().numpy() @ (total / self.n))
-        return self.model.head.detach().numpy() @ h
+            h = np.tanh(h + mix @ (total / self.n))
+        return self.head @ h
 
 
 @dataclass(eq=False)

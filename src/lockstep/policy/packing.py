@@ -185,11 +185,12 @@ def _lay_out(trees: list[_Tree]) -> Packed:
                 row.add_completion(number, ids, last, len(branch.prompt))
         blocks.append(Block(start, row.length, _mask(tree)))
 
-    def flat(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-    tensors = flat(row.ids), flat(row.positions), tuple(blocks), flat(row.predictors), flat(row.targets)
+    tensors = _flat(row.ids), _flat(row.positions), tuple(blocks), _flat(row.predictors), _flat(row.targets)
     return Packed(*tensors, tuple(row.numbers), tuple(row.spans))
+
+
+def _flat(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _mask(tree: _Tree) -> Bool[Tensor, "L L"] | None:
