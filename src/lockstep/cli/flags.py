@@ -10,7 +10,7 @@ EXIT_CODES = {"PASS": 0, "FAIL": 1, "NOT_RUN": 3}
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")]
-Engine = Annotated[str | None, typer.Option(help="vllm, transformers or auto, in place of the recipe's.")]
+Engine = Annotated[str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")]
 EngineUrl = Annotated[str | None, typer.Option(help="A running OpenAI-compatible server in place of an engine.")]
 TrainerModel = Annotated[str | None, typer.Option(help="The trainer's model, in place of a recipe or of the recipe's.")]
 SearchS = Annotated[float | None, typer.Option(help="Seconds to look for a cause; the recipe's parity.search_s.")]

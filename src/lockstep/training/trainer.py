@@ -68,7 +68,7 @@ class Trainer:
 
         Raises:
             UsageError: for a device that this machine does not have.
-        ModelError: when it is no causal language model that Lockstep can score.
+            ModelError: when it is no causal language model that Lockstep can score.
         """
         model = recipe.model
         policy = load_policy(path, model.dtype, model.head_dtype, model.device)
