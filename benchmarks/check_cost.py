@@ -1,8 +1,11 @@
-"""What the proof costs, on the quick start's recipe: seconds of each depth on a running engine, and the canary's share of a step.
+"""What the proof costs, on the quick start's recipe.
 
-Quick and standard climb on one engine, warmed up by one climb, ``--repeats`` times each in turn; full is one climb with the
-engine starts that its factors need. The canary costs what a sync with it takes longer than one without, in pairs on the same
-engine, over the median of real training steps: the trainer scores while the engine loads, so neither clock alone would tell.
+Seconds of each depth on a running engine, and the canary's share of a step.
+
+Quick and standard climb on one engine, warmed up by one climb, ``--repeats`` times each in turn; full is one
+climb with the engine starts that its factors need. The canary costs what a sync with it takes longer than one
+without, in pairs on the same engine, over the median of real training steps: the trainer scores while the
+engine loads, so neither clock alone would tell.
 
     python benchmarks/check_cost.py [--repeats 3] [--steps 8] [--no-full] [--json]
 """
@@ -34,7 +37,9 @@ TARGETS = {"quick_s": 20.0, "standard_s": 60.0, "full_s": 300.0, "canary_share_o
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--no-full", action="store_true")
@@ -88,7 +93,10 @@ def _timed(session: Session, deeper: dict) -> float:
 
 
 def shares(session: Session, root: Path) -> list[float]:
-    """What the canary adds to a sync, over the median step of a short run whose first step warms up; one share for each pair."""
+    """What the canary adds to a sync, over the median step of a short run; one share for each pair.
+
+    The run's first step warms up.
+    """
     layout, pair = new_run(root), session.pair
     write_manifest(layout.manifest, session.manifest)
     run = Run(session, layout, say, open_recorder(layout))

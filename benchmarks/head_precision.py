@@ -1,10 +1,11 @@
-"""What an fp32 head on the engine's side is worth: mean |trainer − engine| with it off and on, under a bf16 body.
+"""What an fp32 head on the engine's side is worth: mean |trainer − engine|, on and off, under a bf16 body.
 
     python benchmarks/head_precision.py [--tokens 2048] [--json]
 
-The trainer has a bf16 body and an fp32 head throughout. Every vLLM that is installed is started twice, with its own bf16 head and
-with an fp32 one (from 0.28 vLLM's ``head_dtype``, before that Lockstep's plugin), and draws from the same prompts with the same
-seeds. The interval is a bootstrap over sequences. TARGET: the mean falls on each V1 version.
+The trainer has a bf16 body and an fp32 head throughout. Every vLLM that is installed is started twice, with
+its own bf16 head and with an fp32 one (from 0.28 vLLM's ``head_dtype``, before that Lockstep's plugin), and
+draws from the same prompts with the same seeds. The interval is a bootstrap over sequences. TARGET: the mean
+falls on each V1 version.
 """
 
 import argparse
@@ -54,7 +55,9 @@ def measure(environment, head_dtype, policy, n):
         found = engine.sample(prompts, params)
         engine.close()
     groups = [Group(p, [np.frombuffer(c.token_ids, INT32)]) for p, c in zip(prompts, found, strict=True)]
-    gap = np.concatenate(policy.score(groups, 1.0)) - np.frombuffer(b"".join(c.logprobs for c in found), FLOAT32)
+    gap = np.concatenate(policy.score(groups, 1.0)) - np.frombuffer(
+        b"".join(c.logprobs for c in found), FLOAT32
+    )
     ratio = np.exp(gap)
     low, high = bootstrap_mean_ci95(np.abs(gap), np.repeat(np.arange(n), LENGTH))
     return {
@@ -78,20 +81,28 @@ def main():
         print(f"{machine}; {MODEL}, bf16 body, trainer's head fp32, {args.tokens} tokens at T = 1")
     results = {}
     for environment in versions:
-        off, on = (measure(environment, head, policy, args.tokens // LENGTH) for head in ("bfloat16", "float32"))
+        off, on = (
+            measure(environment, head, policy, args.tokens // LENGTH) for head in ("bfloat16", "float32")
+        )
         results[environment.version] = {"generation": environment.generation, "off": off, "on": on}
         if not args.json:
             for name, side in (("off", off), ("on", on)):
                 low, high = side["ci95"]
                 print(
-                    f"vllm {environment.version:<12} fp32 head {name:<4} mean |gap| {side['gap_abs_mean_nats']:.4f} "
-                    f"(95 % {low:.4f} to {high:.4f})  outside [0.9, 1.1] {side['outside_fraction']:.1%}"
+                    f"vllm {environment.version:<12} fp32 head {name:<4} "
+                    f"mean |gap| {side['gap_abs_mean_nats']:.4f} (95 % {low:.4f} to {high:.4f})  "
+                    f"outside [0.9, 1.1] {side['outside_fraction']:.1%}"
                 )
             change = on["gap_abs_mean_nats"] / off["gap_abs_mean_nats"]
             target = ", target < 1" if environment.generation == "V1" else ""
             print(f"{'':<17} on / off  {change:.3f}{target}")
     if args.json:
-        print(json.dumps({"schema": "lockstep.benchmark.head_precision/1", "machine": machine, "versions": results}, indent=1))
+        print(
+            json.dumps(
+                {"schema": "lockstep.benchmark.head_precision/1", "machine": machine, "versions": results},
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

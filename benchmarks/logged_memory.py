@@ -1,9 +1,12 @@
-"""Memory and time of judging a log of 10 million tokens: ``python benchmarks/logged_memory.py [--rows N] [--format F]``.
+"""Memory and time of judging a log of 10 million tokens.
 
-Writes a log in the tiny vocabulary as JSONL and as Parquet, and reads and judges each in a process of its own with a model of 97
-tokens. Its numbers are the model's own at T = 1, so that the check takes the way of a clean log: hypotheses on the first rows,
-then every row scored. 512 rows differ and the others repeat them; a row's scores are computed once and then looked up, for the
-check's memory is measured here and not the model's speed. Peak memory is that of the process, torch and transformers included.
+Run as ``python benchmarks/logged_memory.py [--rows N] [--format F]``.
+
+Writes a log in the tiny vocabulary as JSONL and as Parquet, and reads and judges each in a process of its own
+with a model of 97 tokens. Its numbers are the model's own at T = 1, so that the check takes the way of a
+clean log: hypotheses on the first rows, then every row scored. 512 rows differ and the others repeat them; a
+row's scores are computed once and then looked up, for the check's memory is measured here and not the model's
+speed. Peak memory is that of the process, torch and transformers included.
 """
 
 import argparse
@@ -39,7 +42,9 @@ def checkpoint(path: Path) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    config = LlamaConfig(vocab_size=97, tie_word_embeddings=True, initializer_range=0.3, max_position_embeddings=512, **shape)
+    config = LlamaConfig(
+        vocab_size=97, tie_word_embeddings=True, initializer_range=0.3, max_position_embeddings=512, **shape
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     words = {word: n for n, word in enumerate(["<s>", "</s>", "<unk>", *(f"w{n}" for n in range(94))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -57,7 +62,14 @@ def drawn(model: Path) -> list[dict]:
     torch.manual_seed(1)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = torch.randint(3, 97, (DIFFERENT, PROMPT_TOKENS))
-    asked = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": 1}
+    asked = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_token_id": None,
+        "pad_token_id": 1,
+    }
     with torch.no_grad():
         ids = policy.generate(prompts, min_new_tokens=ROW_TOKENS, max_new_tokens=ROW_TOKENS, **asked)
         logprobs = policy(ids).logits[:, PROMPT_TOKENS - 1 : -1].log_softmax(-1)
@@ -96,7 +108,10 @@ def scored_once(policy: "Policy") -> None:
     compute = policy.score
 
     def score(groups: list, temperature: float, max_tokens: int = 4096) -> list[np.ndarray]:
-        keys = [b"|".join([group.prompt.tobytes(), *(ids.tobytes() for ids in group.completions)]) for group in groups]
+        keys = [
+            b"|".join([group.prompt.tobytes(), *(ids.tobytes() for ids in group.completions)])
+            for group in groups
+        ]
         new = {key: group for key, group in zip(keys, groups, strict=True) if key not in known}
         if new:
             known.update(zip(new, compute(list(new.values()), temperature, max_tokens), strict=True))
@@ -113,7 +128,12 @@ def measure(path: Path, model: Path, most_rows: int | None, results: "multiproce
     from lockstep.policy.model import load_policy
     from lockstep.rendering import Renderer
 
-    neutral = {"model": {"path": ""}, "task": {"name": "logged"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+    neutral = {
+        "model": {"path": ""},
+        "task": {"name": "logged"},
+        "sampling": {"max_tokens": 1},
+        "training": {"steps": 1},
+    }
     recipe = parse_overrides(neutral, [f"model.path={model}"], "benchmark")
     policy, renderer = load_policy(model, "float32", "float32"), Renderer(model)
     scored_once(policy)
@@ -123,7 +143,13 @@ def measure(path: Path, model: Path, most_rows: int | None, results: "multiproce
     read, read_s, began = peak_gib(), time.perf_counter() - began, time.perf_counter()
     verdicts = judge(logged, policy, renderer, recipe, lambda text: None, most_rows)
     judged_s = time.perf_counter() - began
-    figures = {"before_gib": before, "read_gib": read, "read_s": read_s, "judged_gib": peak_gib(), "judged_s": judged_s}
+    figures = {
+        "before_gib": before,
+        "read_gib": read,
+        "read_s": read_s,
+        "judged_gib": peak_gib(),
+        "judged_s": judged_s,
+    }
     bytes_a_token = held / len(logged.token_ids)
     summaries = [f"{v.layer} {v.status}: {v.summary}" for v in verdicts if v.status != "NOT_RUN"]
     results.put((figures, bytes_a_token, len(logged.token_ids), summaries))
@@ -148,7 +174,10 @@ def main() -> int:
             figures, bytes_a_token, n, summaries = results.get()
             process.join()
             told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-            print(f"{form}: {n:,} tokens, file of {path.stat().st_size / 2**20:.0f} MiB, {bytes_a_token:.0f} bytes a token")
+            print(
+                f"{form}: {n:,} tokens, file of {path.stat().st_size / 2**20:.0f} MiB, "
+                f"{bytes_a_token:.0f} bytes a token"
+            )
             print("\n".join([f"  {told}", *(f"  {summary}" for summary in summaries)]))
             worst = max(worst, figures["judged_gib"])
             path.unlink()

@@ -1,10 +1,13 @@
-"""The token log-probability function against the naive full-logits one: forward and backward, fp32 head, T = 4096.
+"""The token log-probability function against the naive full-logits one.
+
+Forward and backward, fp32 head, T = 4096.
 
     python benchmarks/logprobs.py [--json] [--repeats 3]
 
-Time: both in one process, in turn, after a warm-up of each; the ratio is taken pair by pair. Memory: each in a process of its
-own; the kernel's high-water mark of resident memory is reset once weights and inputs are in place and touched, and what the
-mark rises above that is the figure. It includes the gradients, which both must hold.
+Time: both in one process, in turn, after a warm-up of each; the ratio is taken pair by pair. Memory: each in
+a process of its own; the kernel's high-water mark of resident memory is reset once weights and inputs are in
+place and touched, and what the mark rises above that is the figure. It includes the gradients, which both
+must hold.
 """
 
 import argparse
@@ -99,7 +102,9 @@ def measure(vocabulary, width, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
@@ -108,21 +113,31 @@ def main():
         measure_peak(args.peak[0], int(args.peak[1]), int(args.peak[2]))
         return
     cores = len(os.sched_getaffinity(0))
-    machine = f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    machine = (
+        f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     results = [measure(*size, args.repeats) for size in SIZES]
     if args.json:
-        print(json.dumps({"schema": "lockstep.benchmark.logprobs/1", "machine": machine, "results": results}, indent=1))
+        print(
+            json.dumps(
+                {"schema": "lockstep.benchmark.logprobs/1", "machine": machine, "results": results}, indent=1
+            )
+        )
         return
     print(machine)
     for r in results:
         print(
-            f"T={r['T']} V={r['V']} D={r['D']}: peak above weights and inputs {r['ours_peak_bytes'] / 1e6:.0f} MB",
+            f"T={r['T']} V={r['V']} D={r['D']}: "
+            f"peak above weights and inputs {r['ours_peak_bytes'] / 1e6:.0f} MB",
             end="",
         )
         if "naive" in r:
             print(f"; naive {r['naive']}")
             continue
-        print(f" against {r['naive_peak_bytes'] / 1e6:.0f} MB, ratio {r['memory_ratio']:.3f} (target ≤ {TARGET_MEMORY:.3f})")
+        print(
+            f" against {r['naive_peak_bytes'] / 1e6:.0f} MB, "
+            f"ratio {r['memory_ratio']:.3f} (target ≤ {TARGET_MEMORY:.3f})"
+        )
         low, high = r["time_ratio_range"]
         print(
             f"  {r['ours_s']:.2f} s against {r['naive_s']:.2f} s, ratio {r['time_ratio']:.2f} "

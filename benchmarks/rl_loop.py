@@ -1,12 +1,15 @@
-"""This loop beside TRL's ``GRPOTrainer``: same model, task, prompts a step, group size, completion length, dtype, machine, run.
+"""This loop beside TRL's ``GRPOTrainer``.
+
+Same model, task, prompts a step, group size, completion length, dtype, machine, run.
 
     pip install -r requirements-bench.lock      # TRL, in the trainer's environment
     python benchmarks/rl_loop.py [--steps 3] [--rounds 2] [--prompts 8] [--json]
 
-Each side runs in a process of its own, in turn (ours, TRL, ours, TRL …), so that neither keeps memory or threads while the
-other is timed. Counted are the steps after the first two of each process; a step is sampling, rewards, training, and for us
-publishing, loading and proving the weights. TRL generates with its own transformers path, in the trainer's process. Both
-update the weights once a step, at the same learning rate, with the same reward, on the same prompts.
+Each side runs in a process of its own, in turn (ours, TRL, ours, TRL …), so that neither keeps memory or
+threads while the other is timed. Counted are the steps after the first two of each process; a step is
+sampling, rewards, training, and for us publishing, loading and proving the weights. TRL generates with its
+own transformers path, in the trainer's process. Both update the weights once a step, at the same learning
+rate, with the same reward, on the same prompts.
 """
 
 import argparse
@@ -119,7 +122,9 @@ def run_trl(steps, prompts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--prompts", type=int, default=8, help="prompts a step, of 8 samples each")
@@ -156,12 +161,18 @@ def main():
     if args.json:
         print(json.dumps(report, indent=1))
         return
-    print(f"{report['machine']}; {samples:.0f} samples a step, fp32, SmolLM2-135M; each side {args.rounds} × {args.steps} steps")
+    print(
+        f"{report['machine']}; {samples:.0f} samples a step, fp32, SmolLM2-135M; "
+        f"each side {args.rounds} × {args.steps} steps"
+    )
     print(
         f"lockstep  {report['ours_samples_per_s']:6.2f} samples/s   vLLM 0.32.0 in its own process, "
         "weights proven after every step"
     )
-    print(f"TRL       {report['trl_samples_per_s']:6.2f} samples/s   transformers generate in the trainer's process")
+    print(
+        f"TRL       {report['trl_samples_per_s']:6.2f} samples/s   "
+        "transformers generate in the trainer's process"
+    )
     low, high = report["ratio_range"]
     print(f"ratio     {report['ratio']:6.2f}             (rounds {low:.2f}–{high:.2f}; target ≥ {TARGET:g})")
 

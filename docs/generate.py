@@ -1,4 +1,4 @@
-"""Write docs/reference/ from the code: ``python docs/generate.py`` (``--check``: only say whether it is up to date)."""
+"""Write docs/reference/ from the code: ``python docs/generate.py``; ``--check``: say whether it is fresh."""
 
 import inspect
 import sys
@@ -19,8 +19,9 @@ def causes() -> str:
     """Every cause that the ladder can name."""
     parts = [
         "# Causes",
-        "Every cause that `lockstep check` can name, in the order of the layers. A fix that an engine's adapter knows for its "
-        "own version is shown by the check itself. Made by `docs/generate.py`.",
+        "Every cause that `lockstep check` can name, in the order of the layers. "
+        "A fix that an engine's adapter knows for its own version is shown by the check itself. "
+        "Made by `docs/generate.py`.",
     ]
     for layer in LAYERS:
         parts.append(f"## {layer}")
@@ -45,7 +46,10 @@ def faults() -> str:
         "| fault | layer | cause | how | engine generations |",
         "|---|---|---|---|---|",
     ]
-    lines += [f"| {f.name} | {f.layer} | {f.cause} | {f.how} | {', '.join(f.generations)} |" for f in FAULTS.values()]
+    lines += [
+        f"| {f.name} | {f.layer} | {f.cause} | {f.how} | {', '.join(f.generations)} |"
+        for f in FAULTS.values()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -53,8 +57,9 @@ def commands() -> str:
     """Every command with its arguments and options, as ``--help`` has them; hidden flags are left out."""
     parts = [
         "# Commands",
-        "Exit codes: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run or NOT_RUN. With `--json` one document is on "
-        'stdout, `"schema": "lockstep.<verb>/1"`; what goes on is told on stderr. Made by `docs/generate.py`.',
+        "Exit codes: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run or NOT_RUN. "
+        'With `--json` one document is on stdout, `"schema": "lockstep.<verb>/1"`; '
+        "what goes on is told on stderr. Made by `docs/generate.py`.",
     ]
     parts += [part for verb in _verbs(typer.main.get_command(app), "lockstep") for part in verb]
     return "\n\n".join(parts) + "\n"
@@ -73,7 +78,9 @@ def _row(parameter) -> str:
     name = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
     takes = f" {parameter.metavar}" if parameter.metavar else ""
     other = "".join(f", `{flag}`" for flag in parameter.secondary_opts)
-    default = parameter.default if isinstance(parameter.default, str | Path) and parameter.default != "" else None
+    default = (
+        parameter.default if isinstance(parameter.default, str | Path) and parameter.default != "" else None
+    )
     said = parameter.help + (f" Default: `{default}`." if default is not None else "")
     return f"| `{name}{takes}`{other} | {said.replace('|', chr(92) + '|')} |"
 
@@ -85,7 +92,11 @@ def main() -> int:
     """Write, or compare."""
     stale = [name for name, page in PAGES.items() if not _same(REFERENCE / name, page())]
     if "--check" in sys.argv:
-        print(f"out of date: {', '.join(stale)}; run python docs/generate.py" if stale else "docs/reference is up to date")
+        print(
+            f"out of date: {', '.join(stale)}; run python docs/generate.py"
+            if stale
+            else "docs/reference is up to date"
+        )
         return 1 if stale else 0
     REFERENCE.mkdir(exist_ok=True)
     for name, page in PAGES.items():

@@ -1,12 +1,13 @@
-"""Online RL on one page, with Lockstep's verbs: prove the pair, then sample, reward, gate, train, sync, and prove again.
+"""Online RL on one page, by Lockstep's verbs: prove the pair, sample, reward, gate, train, sync, prove.
 
     python examples/rl_loop.py recipes/quickstart.toml training.steps=3
 
-    engine   ──sample──►                               ──load──► score the canary
-    trainer              reward ─► gate ─► step ─► publish       score the canary ─► the same numbers? next step
+    engine   ─sample─►                               ─load─► score the canary
+    trainer            reward ─► gate ─► step ─► publish     score the canary ─► the same numbers? next step
 
-`lockstep train` is this loop with files: samples are stored before they are scored, every verdict and figure is written down, and
-a killed run goes on where it was (src/lockstep/loop/stages.py). To write a loop of your own, start here.
+`lockstep train` is this loop with files: samples are stored before they are scored, every verdict and figure
+is written down, and a killed run goes on where it was (src/lockstep/loop/stages.py). To write a loop of your
+own, start here.
 """
 
 import sys
@@ -27,8 +28,9 @@ def run(recipe: Recipe, engine_log: Path) -> list[dict[str, float]]:
     """Every step's figures, by the names of ``metrics/catalog.py``."""
     with open_session(recipe, engine_log, print) as session:
         pair, figures = session.pair, []
-        # Five layers, from "which distribution are these numbers of?" to "is the objective what that predicts?". Training on a
-        # pair that fails one is training on another policy's samples, whatever the loss corrects for.
+        # Five layers, from "which distribution are these numbers of?" to "is the objective what that
+        # predicts?". Training on a pair that fails one is training on another policy's samples, whatever the
+        # loss corrects for.
         ladder = climb(pair)
         if not ladder.passed:
             raise SystemExit("\n".join(f"{v.layer}: {v.status}  {v.summary}" for v in ladder.verdicts))
@@ -36,7 +38,10 @@ def run(recipe: Recipe, engine_log: Path) -> list[dict[str, float]]:
         for step in range(recipe.training.steps):
             figures.append(train_one(pair, gate, step))
             prove_sync(pair, ladder.canary, step + 1)
-            print(f"step {step + 1}  reward {figures[-1]['reward_mean']:.3f}  |gap| max {figures[-1]['gap_abs_max_nats']:.0e}")
+            print(
+                f"step {step + 1}  reward {figures[-1]['reward_mean']:.3f}  "
+                f"|gap| max {figures[-1]['gap_abs_max_nats']:.0e}"
+            )
         return figures
 
 
@@ -48,19 +53,29 @@ def train_one(pair: Pair, gate: Gate, step: int) -> dict[str, float]:
     def admit(tokens: AtSampling) -> None:
         # Called once, before the first optimizer update of the step, with every token as both sides score it.
         if reasons := gate.refusals(tokens):
-            raise ParityError(f"step {step}", got="; ".join(reasons), expected="one policy on both sides", hint="lockstep check")
+            raise ParityError(
+                f"step {step}",
+                got="; ".join(reasons),
+                expected="one policy on both sides",
+                hint="lockstep check",
+            )
 
     return {"reward_mean": float(samples.rewards.mean())} | pair.trainer.step(samples, step, admit)
 
 
 def prove_sync(pair: Pair, canary, version: int) -> None:
-    """Send the weights, and hold the engine to them by scoring known tokens: a checksum would not see a stale packed head."""
+    """Send the weights, and hold the engine to them by scoring known tokens.
+
+    A checksum would not see a stale packed head.
+    """
     pair.sync(version)
     pair.version = version
     served = canary.measure(pair)
     if served.refuted:
         gap, limit = served.gap_abs_mean_nats, served.limit_nats
-        raise WeightSyncError(f"sync {version}", got=f"{gap:.1e} nats", expected=f"at most {limit:.1e}", hint="lockstep check")
+        raise WeightSyncError(
+            f"sync {version}", got=f"{gap:.1e} nats", expected=f"at most {limit:.1e}", hint="lockstep check"
+        )
 
 
 if __name__ == "__main__":

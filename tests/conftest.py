@@ -13,8 +13,11 @@ REAL_MODELS = {"contract", "e2e"}
 
 
 def pytest_configure(config):
-    """Each of pytest-xdist's workers is a machine of its own: its share of the cores is all that its engines see."""
-    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    """Each of pytest-xdist's workers is a machine of its own: its engines see its share of the cores."""
+    worker, workers = (
+        os.environ.get("PYTEST_XDIST_WORKER"),
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)),
+    )
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
@@ -32,13 +35,18 @@ def pytest_collection_modifyitems(items):
         if folder == "e2e":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         elif folder == "contract":
-            engines = [str(value) for value in params.params.values() if "vllm" in str(value)] if params else []
+            engines = (
+                [str(value) for value in params.params.values() if "vllm" in str(value)] if params else []
+            )
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {''.join(engines[:1])}"))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def threads_that_pay(request, monkeypatch_module):
-    """One thread for tiny models, here and in the processes that a test starts: more of them wait for one another by spinning."""
+    """One thread for tiny models, here and in the processes that a test starts.
+
+    More of them wait for one another by spinning.
+    """
     n = len(os.sched_getaffinity(0)) if request.path.parent.name in REAL_MODELS else 1
     if n == 1:
         monkeypatch_module.setenv("OMP_NUM_THREADS", "1")
@@ -90,7 +98,9 @@ def tiny_checkpoint(tiny_model_dir, tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     path = tmp_path_factory.mktemp("models") / "tiny"
     shutil.copytree(tiny_model_dir, path)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(path)
     return path

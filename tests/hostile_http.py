@@ -97,7 +97,10 @@ def completions(**changes) -> dict:
         "text": "a b c",
         "finish_reason": "length",
         "token_ids": [7, 8, 9],
-        "logprobs": {"tokens": ["token_id:7", "token_id:8", "token_id:9"], "token_logprobs": [-0.5, -1.5, -2.5]},
+        "logprobs": {
+            "tokens": ["token_id:7", "token_id:8", "token_id:9"],
+            "token_logprobs": [-0.5, -1.5, -2.5],
+        },
     }
     return {"id": "x", "choices": [honest | changes, honest | {"index": 1}], "usage": {"prompt_tokens": 2}}
 
@@ -119,21 +122,25 @@ def held(found) -> None:
 
 
 SCALARS = [
-    None, True, False, 0, -1, 1, 2, 3, 96, 97, 99, 2**31 - 1, 2**31, 2**40, 2**64, -(2**63), 10**30, 0.5, -1e300, 1e300, 1e-320,
-    -9999.0, "", "5", "token_id:5", "token_id:²", "token_id:" + "9" * 500, "\x1b]0;x\x07", "\x9b2J\u202e", "x" * 600,
+    None, True, False, 0, -1, 1, 2, 3, 96, 97, 99, 2**31 - 1, 2**31, 2**40, 2**64, -(2**63), 10**30,
+    0.5, -1e300, 1e300, 1e-320, -9999.0,
+    "", "5", "token_id:5", "token_id:²", "token_id:" + "9" * 500, "\x1b]0;x\x07", "\x9b2J\u202e", "x" * 600,
     float("nan"), float("inf"), float("-inf"),
 ]  # fmt: skip
 WHOLE = [
-    b"", b"null", b"[]", b"{}", b"0", b'""', b"<!DOCTYPE html><html><body>\x1b[2J502 Bad Gateway</body></html>", b"\xff\xfe\x00",
-    b"\xef\xbb\xbf{}", b'{"choices": []}', b'{"choices": null}', b'{"choices": {}}', b'{"choices": [null, null]}',
+    b"", b"null", b"[]", b"{}", b"0", b'""',
+    b"<!DOCTYPE html><html><body>\x1b[2J502 Bad Gateway</body></html>",
+    b"\xff\xfe\x00", b"\xef\xbb\xbf{}", b'{"choices": []}', b'{"choices": null}', b'{"choices": {}}',
+    b'{"choices": [null, null]}',
     b"[" * 200_000, b'{"choices":' * 50_000, b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b', "choices": []}',
-    b'{"choices": [' + b'{"index": 0},' * 20_000 + b"{}]}", b'{"choices": "' + b"\\" * 99_999, b'"' + b'\\"' * 100_000,
-    b'{"choices": [{"index": 1e0}, {"index": 1}]}', b'{"choices": [{"index": 00}]}', b"data: {}\n\ndata: [DONE]\n\n",
+    b'{"choices": [' + b'{"index": 0},' * 20_000 + b"{}]}", b'{"choices": "' + b"\\" * 99_999,
+    b'"' + b'\\"' * 100_000, b'{"choices": [{"index": 1e0}, {"index": 1}]}', b'{"choices": [{"index": 00}]}',
+    b"data: {}\n\ndata: [DONE]\n\n",
 ]  # fmt: skip
 
 
 def hostile_bodies(n: int, seed: int) -> Iterator[bytes]:
-    """The whole replies above, then honest ones of which something was replaced, taken out, repeated, nested or damaged."""
+    """The whole replies above, then honest ones with something replaced, taken out, repeated or damaged."""
     rng = random.Random(seed)
     yield from WHOLE[:n]
     for _ in range(n - len(WHOLE)):
@@ -155,11 +162,17 @@ def _mutate(document: dict, rng: random.Random) -> None:
     elif kind < 0.75:
         holder[key] = [holder[key]] * rng.choice((0, 1, 2, 40))
     elif kind < 0.85:
-        holder[key] = {"a": holder[key]} if rng.random() < 0.5 else [rng.choice(SCALARS) for _ in range(rng.randrange(6))]
+        holder[key] = (
+            {"a": holder[key]}
+            if rng.random() < 0.5
+            else [rng.choice(SCALARS) for _ in range(rng.randrange(6))]
+        )
     elif isinstance(holder, list):
         holder.extend([rng.choice(SCALARS)] * rng.choice((1, 3, 100)))
     else:
-        holder[rng.choice(("token_ids", "index", "choices", "logprobs", "prompt_logprobs", "usage"))] = rng.choice(SCALARS)
+        holder[rng.choice(("token_ids", "index", "choices", "logprobs", "prompt_logprobs", "usage"))] = (
+            rng.choice(SCALARS)
+        )
 
 
 def _places(node) -> Iterator[tuple]:
@@ -175,7 +188,9 @@ def _damage(body: bytes, rng: random.Random) -> bytes:
         (
             body[:at],
             body[:at] + bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9))) + body[at + 1 :],
-            body[:at] + rng.choice((b"NaN", b"-Infinity", b"\x00", b"\x1b[2J", b"}" * 9, b"," * 9)) + body[at:],
+            body[:at]
+            + rng.choice((b"NaN", b"-Infinity", b"\x00", b"\x1b[2J", b"}" * 9, b"," * 9))
+            + body[at:],
             body[:at] + b"[" * rng.choice((10, 5000)) + body[at:],
             body + body,
         )

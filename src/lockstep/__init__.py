@@ -1,4 +1,4 @@
-"""Lockstep: online RL for language models in which every rollout log-probability is proven before it is trained on.
+"""Lockstep: online RL for language models; every rollout log-probability is proven before it is trained on.
 
     import lockstep
     lockstep.check("recipe.toml").status                 # "PASS", "FAIL" or "NOT_RUN"
@@ -20,7 +20,7 @@ PUBLIC = {
     "check": "lockstep.api",
     "train": "lockstep.api",
 }
-"""The public surface: name → module. Types are in ``__init__.pyi``; ``tests/golden/public_names.txt`` freezes it."""
+"""The public surface: name → module. Types: ``__init__.pyi``. Frozen by ``tests/golden/public_names.txt``."""
 
 __all__ = ["Engine", "Sample", "Trainer", "Verdict", "__version__", "check", "train"]
 

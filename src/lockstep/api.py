@@ -52,9 +52,10 @@ def check(
 
     Args:
         recipe: a recipe, or the file of one.
-        out: where the verdicts are appended and, when all five layers pass, a certificate is issued; a result that
-            is no PASS voids the certificate that is there.
-        depth: ``quick`` takes fewer probes; ``full`` also updates in flight, and engines started for one factor each.
+        out: where the verdicts are appended and, when all five layers pass, a certificate is issued; a result
+            that is no PASS voids the certificate that is there.
+        depth: ``quick`` takes fewer probes; ``full`` also updates in flight, and engines started for one
+            factor each.
         plant: faults to break the backend with, by name; what comes of it certifies nothing.
         sign_key: a key file that the certificate is signed with.
         api_key_env: the variable that is confirmed as holding a server's key.
@@ -64,7 +65,9 @@ def check(
         EngineError: when the engine does not start or answers with an error.
     """
     if depth not in DEPTHS:
-        raise UsageError("flag --depth", got=repr(depth), expected=f"one of {', '.join(DEPTHS)}", hint="--depth quick")
+        raise UsageError(
+            "flag --depth", got=repr(depth), expected=f"one of {', '.join(DEPTHS)}", hint="--depth quick"
+        )
     faults, key, loaded = _planted(plant), _key(sign_key, "--sign-key"), _loaded(recipe)
     if depth == "quick":
         loaded = with_sets(loaded, QUICK)
@@ -89,7 +92,9 @@ def _climb(session: "Session", directory: Path, depth: str, key: bytes, say: Say
 
     layout = RunLayout(directory)
     recorder = open_recorder(layout)
-    result = climb(session.pair, lambda layer: say(f"ladder: {layer}"), _deeper(session) if depth == "full" else {})
+    result = climb(
+        session.pair, lambda layer: say(f"ladder: {layer}"), _deeper(session) if depth == "full" else {}
+    )
     for verdict in result.verdicts:
         recorder.verdict(OfCheck(), verdict)
     if result.passed:
@@ -170,7 +175,11 @@ class _Start:
 
 
 def _run_of(
-    recipe: Recipe | Path | str | None, out: Path | str | None, resume: Path | str | None, *, resume_unfinished: bool
+    recipe: Recipe | Path | str | None,
+    out: Path | str | None,
+    resume: Path | str | None,
+    *,
+    resume_unfinished: bool,
 ) -> "tuple[Recipe, RunLayout | None]":
     """The recipe, and the run that goes on with it, if one does."""
     from lockstep.runs.layout import existing_run
@@ -218,12 +227,14 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
         try:
             run_steps(Run(session, layout, say, recorder, sign_key=start.sign_key), resumed=resumed)
         except LockstepError as error:
-            error.add_note(f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}")
+            error.add_note(
+                f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}"
+            )
             raise
 
 
 def check_log(file: Path, recipe: Recipe, *, rows: int | None = None, say: Say = quiet) -> "list[Verdict]":
-    """Judge the two layers that need no engine on rollouts that any framework logged; the other three are NOT_RUN.
+    """Judge the two layers that need no engine on rollouts that any framework logged; the others are NOT_RUN.
 
     Args:
         file: Parquet or JSONL, one completion a row.
@@ -255,7 +266,7 @@ class Verification:
     signature: Literal["verified", "not verified", "none"]
     """``not verified``: it has one, and no key was given."""
     changes: tuple[str, ...] | None
-    """What of the pair is no longer as it was certified, ``name: then → now``; None where no pair was given to compare."""
+    """What of the pair is no longer as certified, ``name: then → now``; None where none was given."""
 
     @property
     def status(self) -> "Status":
@@ -264,9 +275,16 @@ class Verification:
 
 
 def verify(
-    file: Path, recipe: Recipe | None = None, *, verify_key: Path | None = None, api_key_env: str = "", say: Say = quiet
+    file: Path,
+    recipe: Recipe | None = None,
+    *,
+    verify_key: Path | None = None,
+    api_key_env: str = "",
+    say: Say = quiet,
 ) -> Verification:
-    """Read a certificate and, with a recipe, compare it with that pair as it is now; without one no engine is started.
+    """Read a certificate and, with a recipe, compare it with that pair as it is now.
+
+    Without a recipe no engine is started.
 
     Args:
         verify_key: a key file; the certificate must be signed with that key.
@@ -311,7 +329,7 @@ class Audit:
 
 
 def audit(recipe: Recipe, before: str, *, api_key_env: str = "", say: Say = quiet) -> Audit:
-    """Start the recipe's engine, or ask its server, and hold each resolved setting against what online RL needs.
+    """Start the recipe's engine, or ask its server, and hold each resolved setting against what RL needs.
 
     Args:
         before: the vLLM version that the user comes from (``0.8.5``).
@@ -326,13 +344,17 @@ def audit(recipe: Recipe, before: str, *, api_key_env: str = "", say: Say = quie
 
     before = next((version for version in VERSIONS if before in (version, f"{version}.post2")), before)
     if before not in VERSIONS:
-        raise UsageError("flag --from", got=before, expected=f"one of {', '.join(VERSIONS)}", hint="--from 0.8.5")
+        raise UsageError(
+            "flag --from", got=before, expected=f"one of {', '.join(VERSIONS)}", hint="--from 0.8.5"
+        )
     with (
         tempfile.TemporaryDirectory(prefix="lockstep-audit-") as scratch,
         open_engine(recipe, Path(scratch) / "engine.log", say, api_key_env) as running,
     ):
         ready = running.ready
-        return Audit(f"{ready.engine} {ready.version} ({ready.generation})", before, rows_of(running, recipe, before))
+        return Audit(
+            f"{ready.engine} {ready.version} ({ready.generation})", before, rows_of(running, recipe, before)
+        )
 
 
 def _loaded(recipe: Recipe | Path | str) -> Recipe:

@@ -114,5 +114,5 @@ class DivergenceError(LockstepError):
 class Stopped(SystemExit):
     """The process was asked to end, by Ctrl-C or by a signal: what is open is closed on the way out.
 
-    No error, and of a type of its own, so that it is told from a ``SystemExit`` that somebody's reward raises.
+    No error; a type of its own, so that it is told from a ``SystemExit`` that somebody's reward raises.
     """

@@ -26,7 +26,7 @@ class Renderer:
             eos = GenerationConfig.from_pretrained(path).eos_token_id
             stops |= set(eos) if isinstance(eos, list) else {eos}
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(stop for stop in stops if stop is not None))
-        """What ends an answer: the tokenizer's end of sequence and those of the checkpoint's generation config."""
+        """What ends an answer: the tokenizer's end of sequence and the checkpoint's generation config's."""
         if not self.stop_token_ids:
             raise ModelError(
                 f"tokenizer {path}",
@@ -48,7 +48,9 @@ class Renderer:
                 expected="chat_template.jinja beside the tokenizer",
                 hint="use an instruction-tuned checkpoint, or add its template",
             )
-        encoded: Any = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded: Any = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )
         return np.asarray(encoded["input_ids"], dtype=np.int32)
 
     def text(self, token_ids: np.ndarray) -> str:

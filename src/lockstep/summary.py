@@ -109,7 +109,11 @@ def summary_table(summary: RunSummary) -> str:
         ("speed", _speed(s)),
         ("training time", f"{s.training_s:.0f} s for {s.steps_timed} of {s.steps} steps"),
         ("weight syncs proven", f"{s.syncs_proven} of {s.syncs}{_too_small(s.syncs_too_small_to_prove)}"),
-        *([("planted on purpose", f"{', '.join(s.planted)}: this run certifies nothing")] if s.planted else []),
+        *(
+            [("planted on purpose", f"{', '.join(s.planted)}: this run certifies nothing")]
+            if s.planted
+            else []
+        ),
         ("files", s.run),
     ]
     return "\n".join(f"{name:<30} {value}" for name, value in rows)
@@ -118,8 +122,14 @@ def summary_table(summary: RunSummary) -> str:
 def _speed(s: RunSummary) -> str:
     if not s.steps_timed:
         return "not measured: every step was replayed"
-    return f"{s.tokens_per_s:.0f} tokens/s, {s.samples_per_s:.1f} samples/s, {s.seconds_per_step:.1f} s a step"
+    return (
+        f"{s.tokens_per_s:.0f} tokens/s, {s.samples_per_s:.1f} samples/s, {s.seconds_per_step:.1f} s a step"
+    )
 
 
 def _too_small(n: int) -> str:
-    return f"; {n} moved the canary less than the noise, and the way was proven by a perturbation instead" if n else ""
+    return (
+        f"; {n} moved the canary less than the noise, and the way was proven by a perturbation instead"
+        if n
+        else ""
+    )

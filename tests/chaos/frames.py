@@ -23,7 +23,11 @@ from tests.unit.worker_that_lies import READY, completion
 
 PROMPT = pack_ids([1, 2, 3])
 REQUESTS = [
-    Draw(3, [PROMPT, PROMPT], [SamplingParams(max_tokens=4, n=2, stop_token_ids=(2,)), SamplingParams(max_tokens=4, seed=5)]),
+    Draw(
+        3,
+        [PROMPT, PROMPT],
+        [SamplingParams(max_tokens=4, n=2, stop_token_ids=(2,)), SamplingParams(max_tokens=4, seed=5)],
+    ),
     Score(3, [PROMPT, pack_ids(range(40))], 0.7),
     Load(3, WeightUpdate(2, "/dev/shm/lockstep-x/weights.safetensors"), "keep"),
     Load(3, WeightUpdate(2, nccl=NcclBroadcast(b"x" * 128, 2, ("a.b",), ("float32",), ((3, 4),)))),
@@ -33,7 +37,14 @@ REQUESTS = [
 SPANS = (VersionSpan(0, 2, 1), VersionSpan(2, 3, 2))
 REPLIES = [
     READY,
-    Drawn(3, [completion(0, 0, [5, 6, 7], version_spans=SPANS), completion(0, 1, [5]), completion(1, 0, [9, 9, 9, 9])]),
+    Drawn(
+        3,
+        [
+            completion(0, 0, [5, 6, 7], version_spans=SPANS),
+            completion(0, 1, [5]),
+            completion(1, 0, [9, 9, 9, 9]),
+        ],
+    ),
     Scored(3, [Scores(pack_logprobs([-1.0, None]), 1), Scores(pack_logprobs([-2.0] * 39))]),
     Loaded(3, LoadReceipt(2, 30, 0.5, ("lm_head",), cache_cleared=True)),
     Aborted(3, 4),
@@ -49,8 +60,8 @@ HUGE = [
 ]
 """Headers of an array, a map, bytes, a text and an extension of 4 G entries each."""
 NASTY = [
-    None, True, -1, 0, 2**31, -(2**63), 2**64 - 1, float("nan"), float("inf"), -1e308, "", "\x1b[2J", "x" * 5000, b"",
-    b"\xff" * 7,
+    None, True, -1, 0, 2**31, -(2**63), 2**64 - 1, float("nan"), float("inf"), -1e308,
+    "", "\x1b[2J", "x" * 5000, b"", b"\xff" * 7,
     pack_ids([-1]), pack_logprobs([float("inf")]), [], [[]] * 50, {}, {"id": 3}, {1: 2}, {"type": "Drawn"},
 ]  # fmt: skip
 

@@ -1,11 +1,12 @@
 """What a power cut leaves: only what was flushed, file by file and name by name.
 
-    recorded(root) ── each fsync: the content of the file, or the names of the directory, is on the disk from here on
-                   └─ before and after each operation: a cut point, with the tree as a power cut there would leave it
+    recorded(root) ── each fsync: the file's content, or the directory's names, is on the disk from here on
+                   └─ before and after each operation: a cut point, with the tree as a power cut leaves it
 
-Two disks are played. ``strict`` keeps nothing that was not flushed: names of a directory are those of its last fsync, a file's
-content that of its last. ``eager`` has written every name at once, renames and removals too, and of contents only what was
-flushed: what ext4 and XFS do with a file that is renamed before it is flushed.
+Two disks are played. ``strict`` keeps nothing that was not flushed: names of a directory are those of its
+last fsync, a file's content that of its last. ``eager`` has written every name at once, renames and removals
+too, and of contents only what was flushed: what ext4 and XFS do with a file that is renamed before it is
+flushed.
 """
 
 import contextlib
@@ -74,7 +75,9 @@ class Recorder:
             if not cuts or (cuts[-1].directories, cuts[-1].files) != (tree.directories, tree.files):
                 cuts.append(tree)
 
-    def _walk(self, disk: Disk, inode: int, path: Path, prefix: str, directories: list[str], files: dict[str, bytes]) -> None:
+    def _walk(
+        self, disk: Disk, inode: int, path: Path, prefix: str, directories: list[str], files: dict[str, bytes]
+    ) -> None:
         names = _names(path) if disk == "eager" else self.names.get(inode, {})
         for name, (child, is_directory) in names.items():
             if is_directory:

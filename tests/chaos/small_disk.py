@@ -41,7 +41,9 @@ def mounted(where: Path, size_kb: int) -> Iterator[SmallDisk]:
     if shutil.which("mount") is None:
         pytest.skip("NOT_RUN: there is no mount(8)")
     where.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", where], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", where], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"NOT_RUN: a tmpfs cannot be mounted here: {done.stderr.strip()}")
     try:

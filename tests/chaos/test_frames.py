@@ -1,4 +1,7 @@
-"""Malformed frames, in both directions: each is refused by a named error, at once, in bounded memory; nobody is left waiting."""
+"""Malformed frames, in both directions.
+
+Each is refused by a named error, at once, in bounded memory; nobody is left waiting.
+"""
 
 import asyncio
 import contextlib
@@ -15,7 +18,17 @@ from lockstep.engines.channel import Channel
 from lockstep.engines.replies import PLAIN_BYTES, check_reply
 from lockstep.engines.worker.server import _Server
 from lockstep.errors import EngineDied, LockstepError, ProtocolError
-from lockstep.records.messages import Draw, Drawn, Failure, Score, Scored, decode_reply, decode_request, encode, number_of
+from lockstep.records.messages import (
+    Draw,
+    Drawn,
+    Failure,
+    Score,
+    Scored,
+    decode_reply,
+    decode_request,
+    encode,
+    number_of,
+)
 from lockstep.records.tokens import FLOAT32, INT32, Scores, pack_logprobs
 from lockstep.records.versions import LoadReceipt
 from tests.chaos.frames import REPLIES, REPLY_FRAMES, REQUEST_FRAMES, REQUESTS, mutant
@@ -100,9 +113,21 @@ def test_every_malformed_request_is_a_protocol_error_whose_sender_can_be_told(n)
         (SAMPLE, REPLIES[2], "Scored, expected Drawn"),
         (SAMPLE, Drawn(3, []), "0 completions, expected 3"),
         (SCORE, Scored(3, [Scores(pack_logprobs([-1.0] * 2)), Scores(b"123")]), "bytes"),
-        (SCORE, Scored(3, [Scores(pack_logprobs([-1.0, None])), Scores(pack_logprobs([-2.0] * 39))]), "row 0: 0 missing"),
-        (SCORE, Scored(3, [Scores(pack_logprobs([-1.0, np.inf])), Scores(pack_logprobs([-2.0] * 39))]), "infinite"),
-        (REQUESTS[2], type(REPLIES[3])(3, LoadReceipt(1, 30, 0.5, (), cache_cleared=True)), "version 1, expected version 2"),
+        (
+            SCORE,
+            Scored(3, [Scores(pack_logprobs([-1.0, None])), Scores(pack_logprobs([-2.0] * 39))]),
+            "row 0: 0 missing",
+        ),
+        (
+            SCORE,
+            Scored(3, [Scores(pack_logprobs([-1.0, np.inf])), Scores(pack_logprobs([-2.0] * 39))]),
+            "infinite",
+        ),
+        (
+            REQUESTS[2],
+            type(REPLIES[3])(3, LoadReceipt(1, 30, 0.5, (), cache_cleared=True)),
+            "version 1, expected version 2",
+        ),
         (None, type(READY)("e", "0", "V1", "sampler", {}, {}, 0.0), "no word on"),
     ],
 )
@@ -132,7 +157,10 @@ def test_a_completion_that_cannot_be_is_named(ids, change, needle):
 
 
 def asked_of(answer: bytes):
-    """What the trainer gets that asks a worker which answers with these bytes and goes. Nothing may be left waiting."""
+    """What the trainer gets that asks a worker which answers with these bytes and goes.
+
+    Nothing may be left waiting.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     death = EngineDied("engine", got="its end", expected="a running engine", hint="none")
     ended = []
@@ -174,9 +202,12 @@ def test_a_live_trainer_is_told_whatever_its_worker_says():
 
 
 def test_what_reaches_nobody_reaches_everybody():
-    """A failure of no request, an answer to one never made, a second start, a frame beyond what can be honest."""
+    """A failure of no request, an answer to one never made, a second start, a frame beyond what is honest."""
     for answer, needle in (
-        (framed(Failure(0, "malformed frame")), "Failure to request 0, which nobody waits for: malformed frame"),
+        (
+            framed(Failure(0, "malformed frame")),
+            "Failure to request 0, which nobody waits for: malformed frame",
+        ),
         (framed(Scored(99, [])), "Scored to request 99, which nobody waits for"),
         (framed(READY), "Ready to request 0, which nobody waits for"),
         (struct.pack("<I", 2 * PLAIN_BYTES), f"a frame of {2 * PLAIN_BYTES} bytes"),
@@ -240,7 +271,9 @@ def test_a_live_worker_answers_every_malformed_frame_and_goes_on(capsys):
         replies = asyncio.run(asyncio.wait_for(talk(), 60))
     assert problems == []
     assert isinstance(replies[-1], Scored)
-    assert (type(replies[-2]), replies[-2].id) == (Failure, 77), "its sender is told, by the id that could be read"
+    assert (type(replies[-2]), replies[-2].id) == (Failure, 77), (
+        "its sender is told, by the id that could be read"
+    )
     refused = [reply for reply in replies if isinstance(reply, Failure)]
     assert len(refused) > 200
     assert sum(reply.id == 3 for reply in refused) > 40

@@ -1,4 +1,7 @@
-"""A full disk at each write of a run: an error that names the file, nothing half-written, and the run goes on with room again."""
+"""A full disk at each write of a run.
+
+An error that names the file, nothing half-written, and the run goes on with room again.
+"""
 
 import errno
 import os
@@ -19,7 +22,15 @@ from lockstep.runs.strict import read_lines
 from lockstep.training import checkpoint
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.chaos.small_disk import PAGE, mounted
-from tests.chaos.tiny_run import HOLDS, SAMPLING, Trainer, assert_finished, assert_nothing_half_written, score, start
+from tests.chaos.tiny_run import (
+    HOLDS,
+    SAMPLING,
+    Trainer,
+    assert_finished,
+    assert_nothing_half_written,
+    score,
+    start,
+)
 
 DISK_KB = 1536
 
@@ -41,7 +52,9 @@ def undisturbed(trainer, tmp_path_factory):
 @pytest.fixture
 def in_memory(tmp_path):
     """Where a flush costs nothing: thousands are made here."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as directory:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    ) as directory:
         yield Path(directory)
 
 
@@ -90,9 +103,13 @@ class Disk:
 
 
 @pytest.mark.parametrize(
-    ("code", "once"), [(errno.ENOSPC, False), pytest.param(errno.EIO, True, marks=pytest.mark.chaos)], ids=["full", "broken-once"]
+    ("code", "once"),
+    [(errno.ENOSPC, False), pytest.param(errno.EIO, True, marks=pytest.mark.chaos)],
+    ids=["full", "broken-once"],
 )
-def test_at_each_operation_the_run_says_so_and_goes_on_afterwards(in_memory, monkeypatch, trainer, undisturbed, code, once):
+def test_at_each_operation_the_run_says_so_and_goes_on_afterwards(
+    in_memory, monkeypatch, trainer, undisturbed, code, once
+):
     refused = set()
     for n in count():
         root = in_memory / f"run-{n}"

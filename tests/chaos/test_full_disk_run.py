@@ -1,4 +1,7 @@
-"""``lockstep train`` on a disk that fills up: exit code 3, a sentence that names the file, and the same end with room again."""
+"""``lockstep train`` on a disk that fills up.
+
+Exit code 3, a sentence that names the file, and the same end with room again.
+"""
 
 import re
 import shutil
@@ -75,4 +78,8 @@ def test_at_every_amount_of_room_up_to_enough(zygote, run_of, tmp_path):
                 break
             print(f"{left // KB} KB: {name}")
             hit.add(re.sub(r"\d+", "N", name))
-    assert {"manifest.json", "checkpoints/step-N/model.safetensors", "checkpoints/step-N/trainer/optimizer.safetensors"} <= hit
+    assert {
+        "manifest.json",
+        "checkpoints/step-N/model.safetensors",
+        "checkpoints/step-N/trainer/optimizer.safetensors",
+    } <= hit

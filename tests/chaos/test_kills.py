@@ -1,7 +1,7 @@
-"""A run that is killed anywhere and resumed is the undisturbed run: the same weights and optimizer, every step once.
+"""A run that is killed anywhere and resumed is the undisturbed run: same weights and state, each step once.
 
-every point of a step × first, middle (with a checkpoint) and last step × trainer        here, on the transformers engine
-a few points × those steps × engine, trainer, both                                      with a real vLLM, under ``make chaos``
+every point of a step × first, middle (with a checkpoint), last step × trainer    here, on transformers
+a few points × those steps × engine, trainer, both                                with vLLM: ``make chaos``
 """
 
 import hashlib
@@ -87,7 +87,9 @@ class Zygote:
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
         self.root = root
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=root)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=root
+        )
 
     def __call__(self, *args, kill=None):
         """Exit status and output of ``lockstep args``."""
@@ -110,11 +112,13 @@ def zygote(tmp_path_factory):
 
 
 def state_of(layout):
-    """What must not depend on a kill: digests of the last checkpoint's tensors, and the figures of every step."""
+    """What must not depend on a kill: digests of the last checkpoint's tensors, figures of every step."""
     (saved,) = layout.checkpoints.iterdir()
     files = ("model.safetensors", "trainer/optimizer.safetensors")
     digests = [hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in files]
-    figures = [(record.step, *(record.metrics[name] for name in REPLAYED)) for record in read_steps(layout.metrics)]
+    figures = [
+        (record.step, *(record.metrics[name] for name in REPLAYED)) for record in read_steps(layout.metrics)
+    ]
     return saved.name, digests, figures
 
 
@@ -125,7 +129,9 @@ def undisturbed(zygote, recipe):
     expected = state_of(layout)
     assert expected[0] == f"step-{STEPS:06d}"
     assert [row[0] for row in expected[2]] == list(range(STEPS))
-    assert all(row[2] > 0 for row in expected[2]), "every step must move the weights, or a lost one would not show"
+    assert all(row[2] > 0 for row in expected[2]), (
+        "every step must move the weights, or a lost one would not show"
+    )
     return recipe, expected
 
 
@@ -184,7 +190,9 @@ def served(zygote, tiny_checkpoint):
     recipe = zygote.root / "served.toml"
     model = zygote.root / "model"
     shutil.copytree(tiny_checkpoint, model)
-    heads_of_32 = LlamaConfig.from_pretrained(model, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    heads_of_32 = LlamaConfig.from_pretrained(
+        model, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(heads_of_32).save_pretrained(model)  # vLLM's attention on a CPU knows no heads of 8
     recipe.write_text(RECIPE % {"model": model, "engine": "vllm"})
@@ -195,7 +203,9 @@ def served(zygote, tiny_checkpoint):
 @pytest.mark.engine
 @pytest.mark.parametrize("step", [FIRST, MIDDLE, LAST])
 @pytest.mark.parametrize("name", ENGINE_POINTS)
-@pytest.mark.parametrize(("whom", "killed"), [("engine", 3), ("trainer", -signal.SIGKILL), ("both", -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("whom", "killed"), [("engine", 3), ("trainer", -signal.SIGKILL), ("both", -signal.SIGKILL)]
+)
 def test_an_engine_killed_anywhere_leaves_a_run_that_goes_on(zygote, served, name, step, whom, killed):
     target, when, call = ENGINE_POINTS[name]
     kill = {"target": target, "when": when, "call": call, "step": step, "whom": whom}

@@ -1,7 +1,10 @@
-"""Log files out of a broken disk, a bug or a hostile hand: each is read or refused by name, quickly and in little memory.
+"""Log files out of a broken disk, a bug or a hostile hand.
 
-Half are bytes of good files changed at random, half are rows and tables with values that no row should hold. What is read is
-also taken through masks and pads and scored, as the check does before it tries any hypothesis.
+Each is read or refused by name, quickly and in little memory.
+
+Half are bytes of good files changed at random, half are rows and tables with values that no row should hold.
+What is read is also taken through masks and pads and scored, as the check does before it tries any
+hypothesis.
 """
 
 import json
@@ -15,7 +18,8 @@ from pyarrow import parquet
 
 from lockstep.config.recipe import parse_overrides
 from lockstep.errors import UsageError
-from lockstep.parity.logged.file import MASKS, SETTINGS, read_logged
+from lockstep.parity.logged.columns import MASKS, SETTINGS
+from lockstep.parity.logged.file import read_logged
 from lockstep.parity.logged.judge import judge
 from lockstep.parity.logged.masks import settle
 from lockstep.records.tokens import SamplingParams
@@ -53,10 +57,37 @@ HOSTILE = (
         [[]],
         [None],
     ),
-    *([1, 2, "x"], [1] * 1000, [-5], [2**31], [0.0], [True, False], ["\x00"], [{}], {"a": 1}, [[1], [2]], [96] * 600, [None] * 3),
+    *(
+        [1, 2, "x"],
+        [1] * 1000,
+        [-5],
+        [2**31],
+        [0.0],
+        [True, False],
+        ["\x00"],
+        [{}],
+        {"a": 1},
+        [[1], [2]],
+        [96] * 600,
+        [None] * 3,
+    ),
 )
-TYPES = (pa.list_(pa.int64()), pa.list_(pa.float64()), pa.large_list(pa.int32()), pa.list_(pa.bool_()), pa.list_(pa.string()))
-OTHER_TYPES = (pa.list_(pa.list_(pa.int64())), pa.int64(), pa.float64(), pa.string(), pa.binary(), pa.bool_(), pa.null())
+TYPES = (
+    pa.list_(pa.int64()),
+    pa.list_(pa.float64()),
+    pa.large_list(pa.int32()),
+    pa.list_(pa.bool_()),
+    pa.list_(pa.string()),
+)
+OTHER_TYPES = (
+    pa.list_(pa.list_(pa.int64())),
+    pa.int64(),
+    pa.float64(),
+    pa.string(),
+    pa.binary(),
+    pa.bool_(),
+    pa.null(),
+)
 
 
 def good_rows(random, n=6):
@@ -138,7 +169,10 @@ def table_changed(rows, random, path):
     name = [*columns, *MASKS, *SETTINGS][int(random.integers(0, len(columns) + len(MASKS) + len(SETTINGS)))]
     kinds = (*TYPES, *OTHER_TYPES)
     kind = kinds[int(random.integers(0, len(kinds)))]
-    values = [hostile(random) if random.random() < 0.3 else columns.get(name, [[1]] * len(rows))[at] for at in range(len(rows))]
+    values = [
+        hostile(random) if random.random() < 0.3 else columns.get(name, [[1]] * len(rows))[at]
+        for at in range(len(rows))
+    ]
     try:
         columns[name] = pa.array(values, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):

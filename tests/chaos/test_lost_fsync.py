@@ -1,4 +1,7 @@
-"""What was not flushed is lost, at every point of a run: what is left is whole, in order, and goes on to the same end."""
+"""What was not flushed is lost, at every point of a run.
+
+What is left is whole, in order, and goes on to the same end.
+"""
 
 import errno
 import os
@@ -15,7 +18,16 @@ from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_rollouts, read_steps
 from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.chaos.lost_flush import recorded
-from tests.chaos.tiny_run import CHECKPOINT_EVERY, GROUP_SIZE, SAMPLING, STEPS, Trainer, assert_finished, score, start
+from tests.chaos.tiny_run import (
+    CHECKPOINT_EVERY,
+    GROUP_SIZE,
+    SAMPLING,
+    STEPS,
+    Trainer,
+    assert_finished,
+    score,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +59,23 @@ def assert_in_order(layout: RunLayout, trainer: Trainer) -> None:
     assert admitted == list(range(len(admitted))), "steps are admitted one after the other"
     assert len(lines) <= len(admitted), "a line is written when its rollouts are there"
     assert kept <= len(lines), "a checkpoint is written when its step's line is"
-    assert kept >= len(lines) // CHECKPOINT_EVERY * CHECKPOINT_EVERY - CHECKPOINT_EVERY, "an older one went before its time"
+    assert kept >= len(lines) // CHECKPOINT_EVERY * CHECKPOINT_EVERY - CHECKPOINT_EVERY, (
+        "an older one went before its time"
+    )
 
 
 @pytest.mark.parametrize("disk", ["strict", "eager"])
-def test_at_every_cut_what_is_left_is_whole_and_the_run_ends_as_if_undisturbed(recording, trainer, tmp_path, disk):
+def test_at_every_cut_what_is_left_is_whole_and_the_run_ends_as_if_undisturbed(
+    recording, trainer, tmp_path, disk
+):
     recorder, undisturbed = recording
     cuts = recorder.cuts[disk]
     assert len(cuts) >= 20
     print(f"{disk}: {len(cuts)} cuts")
     wanted = {"checkpoint": 0, "line": 0, "rollouts": 0}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as directory:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    ) as directory:
         for number, cut in enumerate(cuts):
             root = cut.build(Path(directory) / f"{number}") / "run"
             layout = RunLayout(root)
@@ -71,7 +89,7 @@ def test_at_every_cut_what_is_left_is_whole_and_the_run_ends_as_if_undisturbed(r
 
 
 def test_the_recorder_sees_what_a_missing_flush_loses(tmp_path, monkeypatch):
-    """The check can fail: a rename before the flush leaves an empty file, a name that was not flushed is lost."""
+    """The check can fail: a rename before the flush leaves an empty file, an unflushed name is lost."""
     path = tmp_path / "a" / "file"
     with pytest.MonkeyPatch.context() as patch, recorded(tmp_path, patch.setattr) as recorder:
         durable.make_directory(path.parent)

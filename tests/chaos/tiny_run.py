@@ -1,4 +1,4 @@
-"""The files of a run, written by the functions that write them and in the loop's order, around a tiny torch model."""
+"""The files of a run, by the functions that write them and in the loop's order, around a tiny torch model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,9 @@ class Trainer:
     def of(cls, model_path: Path) -> "Trainer":
         """Loaded once; :meth:`restart` is cheap."""
         policy = load_policy(model_path, "float32", "float32")
-        return cls(model_path, policy, {name: t.detach().clone() for name, t in policy.model.state_dict().items()})
+        return cls(
+            model_path, policy, {name: t.detach().clone() for name, t in policy.model.state_dict().items()}
+        )
 
     def restart(self) -> None:
         """As a new process finds it."""
@@ -76,14 +78,18 @@ class Trainer:
         assert rollouts.step is not None
         value = float(rollouts.engine_logprobs[0]) + float(rollouts.advantages.sum())
         for parameter in self.optimizer.parameters:
-            parameter.grad = torch.full_like(parameter, float(np.sin(value))) + parameter.detach().sign() * 0.1
+            parameter.grad = (
+                torch.full_like(parameter, float(np.sin(value))) + parameter.detach().sign() * 0.1
+            )
         self.optimizer.step(rollouts.step)
 
 
 def score(rollouts: Samples) -> Samples:
     """Rewards and advantages that say which step they are of."""
     rewards = np.arange(GROUP_SIZE) + (rollouts.step or 0) * 1.0
-    rollouts.samples = [replace(sample, reward=reward) for sample, reward in zip(rollouts, rewards.tolist(), strict=True)]
+    rollouts.samples = [
+        replace(sample, reward=reward) for sample, reward in zip(rollouts, rewards.tolist(), strict=True)
+    ]
     rollouts.fill(advantages=np.repeat(rewards.astype(np.float32), rollouts.lengths))
     return rollouts
 
@@ -109,7 +115,10 @@ def start(root: Path, trainer: Trainer) -> RunLayout:
 
 
 def one_step(layout: RunLayout, trainer: Trainer, step: int) -> None:
-    """Drawn ─► scored ─► admitted ─► trained ─► synced ─► metrics ─► checkpoint; what is there already is not made again."""
+    """Drawn ─► scored ─► admitted ─► trained ─► synced ─► metrics ─► checkpoint.
+
+    What is there already is not made again.
+    """
     if layout.rollouts(step).is_file():
         rollouts = store.load(layout.rollouts(step), GROUP_SIZE, SAMPLING)
     else:
@@ -131,7 +140,10 @@ def one_step(layout: RunLayout, trainer: Trainer, step: int) -> None:
 
 
 def assert_finished(layout: RunLayout, trainer: Trainer, undisturbed: dict[str, bytes]) -> None:
-    """As the run that nothing happened to: same weights, every step once, the last checkpoint there and nothing half-written."""
+    """As the run that nothing happened to.
+
+    Same weights, every step once, the last checkpoint there and nothing half-written.
+    """
     assert trainer.weights() == undisturbed
     assert [record.step for record in read_steps(layout.metrics)] == list(range(STEPS))
     last = newest_checkpoint(layout.checkpoints)

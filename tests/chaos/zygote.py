@@ -1,7 +1,8 @@
 """Runs ``lockstep`` commands one after another, each in a forked child that kills itself where it is told to.
 
-torch is imported once, and no operation of it runs before a fork. Reads one JSON order a line: ``args``; ``kill`` (see
-:class:`Kill`) or null; ``log``, a file for the command's output. Answers each with the exit status, negative for a signal.
+torch is imported once, and no operation of it runs before a fork. Reads one JSON order a line: ``args``;
+``kill`` (see :class:`Kill`) or null; ``log``, a file for the command's output. Answers each with the exit
+status, negative for a signal.
 """
 
 import importlib
@@ -84,7 +85,15 @@ def serve() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
-    for name in ("cli.main", "loop.sync", "loop.open", "engines.transformers", "parity.pair", "policy.model", "rendering"):
+    for name in (
+        "cli.main",
+        "loop.sync",
+        "loop.open",
+        "engines.transformers",
+        "parity.pair",
+        "policy.model",
+        "rendering",
+    ):
         importlib.import_module(f"lockstep.{name}")
     for line in sys.stdin:
         pid = os.fork()

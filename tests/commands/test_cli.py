@@ -1,6 +1,5 @@
 """The command line as a program: exit codes, which stream says what, and how quickly it answers."""
 
-import ast
 import io
 import json
 import os
@@ -8,22 +7,18 @@ import resource
 import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
-import lockstep as lockstep_rl
 from lockstep.cli.console import Console
 from lockstep.cli.faults import faults
-from lockstep.cli.main import EXTRA
 from lockstep.config.cache import cache_root, locked
 from lockstep.errors import UsageError
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
-HEAVY = ("torch", "transformers", "pyarrow", "rich", "pandas", "vllm")
 HELP_LIMIT_S = 0.5
 
 
@@ -34,124 +29,6 @@ def empty_cache(tmp_path, monkeypatch):
 
 def lockstep(*args):
     return subprocess.run([*LOCKSTEP, *map(str, args)], capture_output=True, text=True, timeout=60)
-
-
-VERBS = [
-    [],
-    ["init"],
-    ["train"],
-    ["check"],
-    ["check-log"],
-    ["certificate"],
-    ["certificate", "verify"],
-    ["diagnose"],
-    ["faults"],
-    ["engines"],
-    ["models"],
-    ["engines", "install"],
-    ["engines", "audit"],
-]
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_imports_nothing_heavy(verb):
-    code = (
-        f"import sys; sys.argv = ['lockstep', *{verb!r}, '--help']\n"
-        "from lockstep.cli.main import main\n"
-        "try: main()\n"
-        f"finally: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "Usage" in done.stdout
-    assert done.stderr.strip() == "[]"
-
-
-def run_without(modules, *args):
-    """The command where importing one of ``modules`` fails as it does where it is not installed."""
-    code = (
-        f"import sys; sys.argv = ['lockstep', *{[str(arg) for arg in args]!r}]\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {tuple(modules)!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        "from lockstep.cli.main import main\n"
-        "main()"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("args", [["--version"], ["faults", "--list", "--json"]])
-def test_versions_and_faults_are_told_without_torch(args):
-    done = run_without([*HEAVY, "safetensors"], *args)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "stale_head" in done.stdout or done.stdout == f"lockstep {lockstep_rl.__version__}\n"
-
-
-@pytest.mark.parametrize("verb", [["check", QUICKSTART], ["train", QUICKSTART]])
-def test_a_fault_that_is_not_known_is_refused_without_torch(verb):
-    done = run_without(HEAVY, *verb, "--plant", "stale_heat")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: flag --plant: got 'stale_heat', expected one of ")
-    assert "stale_head" in done.stderr
-
-
-def test_the_catalogue_names_only_ways_to_break_the_trainer_that_there_are():
-    from lockstep.faults.catalogue import FAULTS
-
-    code = ast.parse((ROOT / "src" / "lockstep" / "faults" / "trainer.py").read_text())  # to import it takes torch
-    written = {node.name for node in code.body if isinstance(node, ast.FunctionDef)}
-    named = {fault.trainer.__closure__[0].cell_contents for fault in FAULTS.values() if fault.trainer}
-    assert len(named) >= 9
-    assert named <= written
-
-
-@pytest.mark.parametrize(
-    ("missing", "args"),
-    [
-        ("torch", ["check", QUICKSTART, "--engine", "transformers", "--set", "model.path=MODEL"]),
-        ("torch", ["check-log", "ROLLOUTS", "--model", "MODEL"]),
-        ("gguf", ["models", "install", "smollm2-135m-instruct"]),
-        ("reasoning_gym", ["train", QUICKSTART, "--engine", "transformers", "--set", "model.path=MODEL"]),
-        ("huggingface_hub", ["check", QUICKSTART, "--engine", "transformers", "--set", "model.path=org/name"]),
-    ],
-)
-def test_without_the_extra_one_sentence_has_the_line_that_installs_it(missing, args, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "rollouts.jsonl").write_text('{"prompt_token_ids": [1], "token_ids": [2], "logprobs": [-0.5]}\n')
-    args = [str(arg).replace("MODEL", str(tmp_path)).replace("ROLLOUTS", str(tmp_path / "rollouts.jsonl")) for arg in args]
-    done = run_without([missing], *args)
-    assert done.returncode == 2, done.stderr
-    error = done.stderr[done.stderr.index("error: ") :]
-    assert error == (
-        f"error: this Python: got no {missing}, expected the trainer's packages beside it\n\n"
-        'hint: pip install "lockstep-rl[trainer]"\n'
-    )
-
-
-def test_without_the_extra_programs_are_told_so_too(tmp_path):
-    done = run_without(["torch"], "models", "install", "smollm2-135m-instruct", "--json")
-    error = json.loads(done.stdout)["error"]
-    assert (error["type"], error["exit_code"], error["got"]) == ("NotInstalledError", 2, "no torch")
-
-
-def test_what_the_users_own_reward_lacks_is_the_users(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "mine.py").write_text("import torch_geometric_of_mine\n")
-    sets = ["--set", f"model.path={tmp_path}", "--set", "task.reward=mine:reward"]
-    done = lockstep("train", QUICKSTART, "--engine", "transformers", *sets, "--out", tmp_path / "run")
-    assert done.returncode == 2
-    assert "recipe, key task.reward: got 'mine:reward' (ModuleNotFoundError: No module named 'torch_geometric" in done.stderr
-    assert "trainer]" not in done.stderr
-
-
-def test_the_extras_packages_are_those_that_the_command_knows():
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    declared = {line.partition(">")[0].replace("-", "_") for line in table["project"]["optional-dependencies"]["trainer"]}
-    assert declared | {"huggingface_hub"} == set(EXTRA)
 
 
 def test_the_command_alone_says_what_to_do_first():
@@ -190,7 +67,13 @@ def test_the_clones_recipe_is_the_packages():
 def test_describe_tells_the_facts_of_an_engine_that_is_not_installed():
     done = lockstep("engines", "describe", "vllm==0.18.1")
     assert done.returncode == 0
-    for needle in ("V1 engine", "not installed", "lockstep engines install vllm==0.18.1", "stale_head", "g++"):
+    for needle in (
+        "V1 engine",
+        "not installed",
+        "lockstep engines install vllm==0.18.1",
+        "stale_head",
+        "g++",
+    ):
         assert needle in done.stdout
     report = json.loads(lockstep("engines", "describe", "vllm==0.8.5", "--json").stdout)
     assert report["schema"] == "lockstep.engines.describe/1"
@@ -210,7 +93,9 @@ def test_help_answers_at_once():
     assert min(spent) < HELP_LIMIT_S
 
 
-@pytest.mark.parametrize("args", [["nonsense"], ["engines", "install"], ["train", "--nonsense"], ["models", "list", "x"]])
+@pytest.mark.parametrize(
+    "args", [["nonsense"], ["engines", "install"], ["train", "--nonsense"], ["models", "list", "x"]]
+)
 def test_wrong_usage_is_exit_code_2(args):
     done = lockstep(*args)
     assert (done.returncode, done.stdout) == (2, "")
@@ -223,19 +108,39 @@ def test_wrong_usage_is_exit_code_2(args):
 @pytest.mark.parametrize(
     ("args", "boundary", "hint"),
     [
-        (["models", "install", "smolm-135m"], "model smolm-135m", "lockstep models install smollm2-135m-instruct"),
+        (
+            ["models", "install", "smolm-135m"],
+            "model smolm-135m",
+            "lockstep models install smollm2-135m-instruct",
+        ),
         (["engines", "install", "vlm"], "engine vlm", "lockstep engines install vllm==0.32.0"),
-        (["engines", "install", "vllm==0.0.1"], "engine vllm==0.0.1", "lockstep engines install vllm==0.32.0"),
+        (
+            ["engines", "install", "vllm==0.0.1"],
+            "engine vllm==0.0.1",
+            "lockstep engines install vllm==0.32.0",
+        ),
         (["train", "absent.toml"], "recipe absent.toml", "recipes/"),
         (["engines", "describe", "vllm==0.9"], "engine vllm==0.9", "lockstep engines install vllm==0.32.0"),
         (["engines", "audit"], "engines audit", "lockstep engines audit recipes/quickstart.toml"),
         (["engines", "audit", "--url", "http://127.0.0.1:9", "--from", "0.7"], "flag --from", "--from 0.8.5"),
         (["check"], "check", "lockstep check --help"),
         (["check", QUICKSTART, "--engine", "vlm"], "flag --engine", "--engine transformers"),
-        (["check", QUICKSTART, "--set", "engine.name=vlm"], "recipe, key engine.name", "--set engine.name=vllm"),
-        (["train", QUICKSTART, "--set", "engine.name=zzz"], "recipe, key engine.name", "--set engine.name=auto"),
+        (
+            ["check", QUICKSTART, "--set", "engine.name=vlm"],
+            "recipe, key engine.name",
+            "--set engine.name=vllm",
+        ),
+        (
+            ["train", QUICKSTART, "--set", "engine.name=zzz"],
+            "recipe, key engine.name",
+            "--set engine.name=auto",
+        ),
         (["check-log", "absent.parquet"], "check-log", "--model PATH"),
-        (["certificate", "verify", "c.json", "--model", "m"], "certificate verify", "lockstep certificate verify --help"),
+        (
+            ["certificate", "verify", "c.json", "--model", "m"],
+            "certificate verify",
+            "lockstep certificate verify --help",
+        ),
     ],
 )
 def test_an_error_names_the_boundary_and_the_next_command_for_people_and_for_programs(args, boundary, hint):
@@ -275,7 +180,9 @@ def test_control_c_is_exit_code_130():
         command = [*LOCKSTEP, "models", "install", "smollm2-135m-instruct"]
         pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # Where the tests run in the background of a shell, the interrupt is ignored from the start.
-        process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
+        process = subprocess.Popen(
+            command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes
+        )
         assert process.stderr is not None
         assert "another process is building smollm2-135m-instruct" in process.stderr.readline()
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and mistakes end a command within seconds, whatever it was doing, and nothing is left behind."""
+"""Ctrl-C, SIGTERM and mistakes end a command within seconds, whatever it does, and leave nothing behind."""
 
 import contextlib
 import os
@@ -32,7 +32,9 @@ def slow_engine(tmp_path, monkeypatch):
     recipe = recipe_for("vllm==0.32.0")
     path = tmp_path / "cache" / "engines" / f"{recipe.name}-{recipe.version}-{recipe.flavour}"
     (path / "bin").mkdir(parents=True)
-    (path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{worker_that_lies.__file__}" "$@"\n')
+    (path / "bin" / "python").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" "{worker_that_lies.__file__}" "$@"\n'
+    )
     (path / "bin" / "python").chmod(0o700)
     environment = Environment(
         name="vllm",
@@ -79,7 +81,11 @@ def shared_of(pid):
 
 
 def engines_of(process):
-    return [child for child in psutil.Process(process.pid).children() if worker_that_lies.__file__ in child.cmdline()]
+    return [
+        child
+        for child in psutil.Process(process.pid).children()
+        if worker_that_lies.__file__ in child.cmdline()
+    ]
 
 
 def awaited(found, process):

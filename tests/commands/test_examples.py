@@ -32,13 +32,16 @@ def test_cispo_keeps_every_token_and_caps_its_weight(examples):
     outputs = cispo(inputs_of(now, old, advantages), high=0.2)
     outputs.loss.backward()
     weight = np.minimum(np.exp(log_ratio.numpy()), 1.2)
-    assert float(outputs.loss.detach()) == pytest.approx(-(weight * (advantages * now.detach()).numpy()).mean(), rel=1e-6)
+    assert float(outputs.loss.detach()) == pytest.approx(
+        -(weight * (advantages * now.detach()).numpy()).mean(), rel=1e-6
+    )
     np.testing.assert_allclose(now.grad.numpy(), -weight * advantages.numpy() / 4, rtol=1e-6)
     assert not outputs.clipped.any()
 
 
 @pytest.mark.parametrize(
-    ("text", "reward"), [("12", 1.0), ("it is 12.", 1.0), ("10", 1 / 3), ("-12", 1 / 25), ("no idea", 0.0), ("", 0.0)]
+    ("text", "reward"),
+    [("12", 1.0), ("it is 12.", 1.0), ("10", 1 / 3), ("-12", 1 / 25), ("no idea", 0.0), ("", 0.0)],
 )
 def test_near_answers_are_worth_a_part(examples, text, reward):
     from my_reward import near
@@ -67,7 +70,9 @@ def trained(tmp_path, name, *sets, steps=1):
 def test_a_run_trains_with_both(tmp_path):
     write_recipe(tmp_path, 64)
     reward = "task.reward=my_reward:near"
-    own, weights, judged = trained(tmp_path, "own", reward, "objective.name=my_objective:cispo", "objective.options.high=0.01")
+    own, weights, judged = trained(
+        tmp_path, "own", reward, "objective.name=my_objective:cispo", "objective.options.high=0.01"
+    )
     known, others, _ = trained(tmp_path, "known", reward)
     assert own["reward_mean"] == known["reward_mean"] > 0.0
     assert own["clip_fraction"] == 0.0
@@ -90,7 +95,9 @@ def test_the_loop_on_one_page_gives_the_figures_of_lockstep_train(tmp_path, exam
 
 
 @pytest.mark.parametrize(("sets", "code"), [((), 0), (("sampling.repetition_penalty=1.5",), 1)])
-def test_a_script_is_told_what_an_engine_is_and_how_to_mend_it(tmp_path, examples, monkeypatch, capsys, sets, code):
+def test_a_script_is_told_what_an_engine_is_and_how_to_mend_it(
+    tmp_path, examples, monkeypatch, capsys, sets, code
+):
     from check_my_engine import main
 
     recipe = write_recipe(tmp_path, 64)

@@ -1,4 +1,7 @@
-"""What were flags of ``check``: they do as they did, and say what to type. Other flags that contradict each other are refused."""
+"""What were flags of ``check``: they do as they did, and say what to type.
+
+Other flags that contradict each other are refused.
+"""
 
 import json
 import subprocess
@@ -27,7 +30,9 @@ def test_a_flag_that_became_a_command_says_on_stderr_what_to_type(old, typed, tm
     assert done.returncode == 2
     assert done.stderr.splitlines()[0].endswith(f"type: {typed} …")
     assert json.loads(done.stdout)["schema"] == "lockstep.error/1", "stdout is data only"
-    assert not any(flag in lockstep("check", "--help").stdout for flag in ("--rollouts", "--certificate", "--audit"))
+    assert not any(
+        flag in lockstep("check", "--help").stdout for flag in ("--rollouts", "--certificate", "--audit")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""A secret goes to the server that it is for, and nowhere else: no file, no message, no process that does not need it."""
+"""A secret goes to the server that it is for, and nowhere else.
+
+No file, no message, no process that does not need it.
+"""
 
 import json
 import subprocess
@@ -44,7 +47,9 @@ draws_see = 1.0
 
 def lockstep(*args, **more):
     command = [*LOCKSTEP, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(OMP_NUM_THREADS="1", **more))
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment(OMP_NUM_THREADS="1", **more)
+    )
 
 
 @pytest.fixture
@@ -58,7 +63,12 @@ def recipe_file(tmp_path, tiny_checkpoint):
 
 
 def test_only_names_that_are_listed_are_written_down():
-    environ = CANARIES | {"VLLM_USE_V1": "1", "OMP_NUM_THREADS": "2", "LOCKSTEP_HEAD_DTYPE": "float32", "VLLM_HOME_OF_MINE": "x"}
+    environ = CANARIES | {
+        "VLLM_USE_V1": "1",
+        "OMP_NUM_THREADS": "2",
+        "LOCKSTEP_HEAD_DTYPE": "float32",
+        "VLLM_HOME_OF_MINE": "x",
+    }
     written = {"env.VLLM_USE_V1": "1", "env.OMP_NUM_THREADS": "2", "env.LOCKSTEP_HEAD_DTYPE": "float32"}
     assert resolved_env(environ, vllm_environment.WRITTEN) == written
     assert resolved_env(environ).keys() == written.keys() - {"env.VLLM_USE_V1"}
@@ -66,11 +76,24 @@ def test_only_names_that_are_listed_are_written_down():
 
 
 def test_an_engines_process_is_given_no_secret(monkeypatch):
-    kept = {"PATH": "/bin", "TOKENIZERS_PARALLELISM": "0", "VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE": "9", "VLLM_PLUGINS": ""}
+    kept = {
+        "PATH": "/bin",
+        "TOKENIZERS_PARALLELISM": "0",
+        "VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE": "9",
+        "VLLM_PLUGINS": "",
+    }
     assert without_secrets(CANARIES | kept) == kept
     for name, secret in CANARIES.items():
         monkeypatch.setenv(name, secret)
-    plain = {"name": "vllm", "version": "0.32.0", "generation": "V1", "flavour": "cpu", "digest": "", "smoke": "", "built": ""}
+    plain = {
+        "name": "vllm",
+        "version": "0.32.0",
+        "generation": "V1",
+        "flavour": "cpu",
+        "digest": "",
+        "smoke": "",
+        "built": "",
+    }
     env = Environment(**plain, size_bytes=0, path="/nowhere").launch_env()
     assert not set(env) & set(NAMES)
     assert "PATH" in env
@@ -144,7 +167,8 @@ def test_a_key_that_no_header_carries_is_refused_and_not_shown(key, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("trust_remote_code", True), ("trust_remote_code", "yes"), ("hf_token", "hf_secret")]
+    ("option", "value"),
+    [("trust_remote_code", True), ("trust_remote_code", "yes"), ("hf_token", "hf_secret")],
 )
 def test_no_recipe_runs_a_checkpoints_code_or_holds_a_token(option, value):
     for name in ("vllm", "auto"):
@@ -167,8 +191,16 @@ def test_a_check_of_a_server_holds_no_secret(recipe_file, tmp_path):
         n = asked["max_tokens"]
         numbers = {"tokens": ["token_id:7"] * n, "token_logprobs": [-1.5] * n}
         entries = [None, *({str(token): {"logprob": -1.5}} for token in asked["prompt"][1:])]
-        choice = {"index": 0, "token_ids": [7] * n, "logprobs": numbers, "finish_reason": "length", "prompt_logprobs": entries}
-        handler.answer(json.dumps({"choices": [choice], "usage": {"prompt_tokens": len(asked["prompt"])}}).encode())
+        choice = {
+            "index": 0,
+            "token_ids": [7] * n,
+            "logprobs": numbers,
+            "finish_reason": "length",
+            "prompt_logprobs": entries,
+        }
+        handler.answer(
+            json.dumps({"choices": [choice], "usage": {"prompt_tokens": len(asked["prompt"])}}).encode()
+        )
 
     with raw_server() as server:
         server.bodies["/v1/models"] = b'{"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 128}]}'
@@ -185,7 +217,9 @@ def test_a_check_of_a_server_holds_no_secret(recipe_file, tmp_path):
 def test_a_key_that_the_server_says_back_is_not_shown(monkeypatch):
     monkeypatch.setenv("LOCKSTEP_API_KEY", CANARIES["LOCKSTEP_API_KEY"])
     with raw_server() as server:
-        said = lambda handler: handler.answer(f"invalid: {handler.headers['Authorization']}".encode(), 401)  # noqa: E731
+        said = lambda handler: handler.answer(  # noqa: E731
+            f"invalid: {handler.headers['Authorization']}".encode(), 401
+        )
         server.handlers["/v1/models"] = said
         with pytest.raises(UsageError, match=r"401: invalid: Bearer \(the key\)(?s:.*)api_key_env") as caught:
             engine_on(server.url)

@@ -1,4 +1,7 @@
-"""Shared memory that is small or not there: the weights lie on a disk, which is said, or there is a named error; no SIGBUS."""
+"""Shared memory that is small or not there.
+
+The weights lie on a disk, which is said, or there is a named error; no SIGBUS.
+"""
 
 import contextlib
 import os
@@ -38,17 +41,24 @@ for size, recipe, out in zip(*[iter(sys.argv[1:])] * 3):
 
 def may_mount():
     """True where a mount namespace of our own can be had."""
-    return shutil.which("unshare") and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    return (
+        shutil.which("unshare")
+        and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    )
 
 
-needs_mounts = pytest.mark.skipif(not may_mount(), reason="NOT_RUN: no mount namespace for this user; run as root")
+needs_mounts = pytest.mark.skipif(
+    not may_mount(), reason="NOT_RUN: no mount namespace for this user; run as root"
+)
 
 
 @contextlib.contextmanager
 def tmpfs(path, size):
     """A tmpfs of that size, while it lasts."""
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"NOT_RUN: {done.stderr.strip()}")
     try:
@@ -85,13 +95,20 @@ def test_what_does_not_fit_lies_in_the_cache_works_the_same_and_is_told(small, t
     before = model.weight.detach().clone()
     publisher = WeightPublisher(model, weights_directory(), said.append)
     (sentence,) = said
-    for part in (f"{small} has 4 MB free of 4", "6 MB are needed", str(tmp_path / "cache" / "weights"), "--shm-size=1g"):
+    for part in (
+        f"{small} has 4 MB free of 4",
+        "6 MB are needed",
+        str(tmp_path / "cache" / "weights"),
+        "--shm-size=1g",
+    ):
         assert part in sentence
     assert torch.equal(model.weight, before)
     with torch.no_grad():
         model.weight.add_(1.0)
     update = publisher.publish(3)
-    assert Path(update.path).parent == publisher.directory, "the engine is still told of the directory that it knows"
+    assert Path(update.path).parent == publisher.directory, (
+        "the engine is still told of the directory that it knows"
+    )
     assert torch.equal(load_file(update.path)["weight"], before + 1.0)
     (beside,) = (tmp_path / "cache" / "weights").iterdir()
     assert beside.stat().st_mode & 0o777 == 0o700
@@ -146,7 +163,11 @@ def test_what_a_killed_trainer_left_in_the_cache_is_given_back(small, tmp_path):
 def test_training_under_a_dev_shm_of_4_and_of_64_mb(tmp_path):
     """64 MB are what Docker gives. The models are larger, and their trainers were ended by SIGBUS."""
     runs = {"4m": 2_000, "64m": 30_000}
-    args = [arg for size, width in runs.items() for arg in (size, write_recipe(tmp_path / size, width), tmp_path / size / "run")]
+    args = [
+        arg
+        for size, width in runs.items()
+        for arg in (size, write_recipe(tmp_path / size, width), tmp_path / size / "run")
+    ]
     done = subprocess.run(
         ["unshare", "-m", sys.executable, "-c", TRAIN_UNDER_SMALL_SHM, *args],
         capture_output=True,

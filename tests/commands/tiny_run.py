@@ -1,4 +1,7 @@
-"""A recipe that trains a random model of a chosen size for one step on the transformers engine: a run without a download."""
+"""A run without a download: a recipe that trains a random model for one step on the transformers engine.
+
+The model's size can be chosen.
+"""
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
 RECIPE = """\
@@ -34,7 +37,9 @@ def write_recipe(path, width):
     words = ["<s>", "</s>", "<unk>", *"0123456789+-=?.", *(f"w{n}" for n in range(79))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(path / "model")
     recipe = path / "recipe.toml"

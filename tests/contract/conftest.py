@@ -1,4 +1,4 @@
-"""One suite, every engine. Each is started once, and the trainer that they are compared with is loaded once."""
+"""One suite, every engine. Each is started once, and the trainer that they are compared with loaded once."""
 
 import contextlib
 import os
@@ -25,7 +25,14 @@ from lockstep.training.trainer import Trainer
 from lockstep.weights.directory import weights_directory
 from lockstep.weights.publish import WeightPublisher
 
-ENGINES = ["vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0", "transformers", "http:vllm==0.18.1", "http:vllm==0.32.0"]
+ENGINES = [
+    "vllm==0.8.5",
+    "vllm==0.18.1",
+    "vllm==0.32.0",
+    "transformers",
+    "http:vllm==0.18.1",
+    "http:vllm==0.32.0",
+]
 MODEL = "smollm2-135m-instruct"
 MAX_MODEL_LEN = 512
 API_KEY = "a-key-of-the-contract-suite"
@@ -78,13 +85,17 @@ def spec_of(weights_dir, log, **changes) -> EngineSpec:
         "options": {},
         "weights_dir": weights_dir,
         "log_path": log,
-        "launcher": LAUNCHER,  # for the one load that is to leave the head stale; every other is the worker's own
+        # For the one load that is to leave the head stale; every other is the worker's own.
+        "launcher": LAUNCHER,
     }
     return EngineSpec(**(settings | changes))
 
 
 def choice_of(name: str) -> Choice:
-    """The engine of that name. What is not installed is NOT_RUN, with its reason; what is installed must run."""
+    """The engine of that name.
+
+    What is not installed is NOT_RUN, with its reason; what is installed must run.
+    """
     from lockstep.engines.environments.locate import find
 
     if name == "transformers":
@@ -122,8 +133,18 @@ def served(environment, log) -> Iterator[Server]:
         port = probe.getsockname()[1]
     model = older_form(resolve_model(MODEL), log.parent)
     flags = "--host 127.0.0.1 --dtype float32 --generation-config vllm --enforce-eager --block-size 32"
-    flags += f" --no-enable-chunked-prefill --max-num-batched-tokens 2048 --max-model-len {MAX_MODEL_LEN} --port {port}"
-    command = [environment.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags.split()]
+    flags += (
+        " --no-enable-chunked-prefill --max-num-batched-tokens 2048"
+        f" --max-model-len {MAX_MODEL_LEN} --port {port}"
+    )
+    command = [
+        environment.python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        *flags.split(),
+    ]
     with log.open("ab") as out:
         process = subprocess.Popen(
             [*command, *SERVER_FLAGS[environment.version]],
@@ -176,7 +197,9 @@ def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(choice.environment, log)) if name.startswith("http:") else None
         asked = {"options": {"base_url": server.url}} if server else {}
-        engine = start(Choice("openai", None, "over HTTP") if server else choice, spec_of(trainer[1], log, **asked))
+        engine = start(
+            Choice("openai", None, "over HTTP") if server else choice, spec_of(trainer[1], log, **asked)
+        )
         stack.callback(engine.close)
         pids = [server.process.pid] if server else list(engine.ready.pids[:1])
         yield Side(name, engine, *trainer, pids)
@@ -184,7 +207,10 @@ def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Says beside the outcome which check of which engine it is of: a report crosses from pytest-xdist's workers."""
+    """Says beside the outcome which check of which engine it is of.
+
+    A report crosses from pytest-xdist's workers.
+    """
     report = (yield).get_result()
     callspec = getattr(item, "callspec", None)
     if callspec is None or "side" not in callspec.params:

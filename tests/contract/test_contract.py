@@ -1,4 +1,4 @@
-"""What every engine owes the trainer, proven on the real engine: its numbers against the trainer's own for the same ids."""
+"""What every engine owes the trainer, on the real engine: its numbers for the same ids are the trainer's."""
 
 import socket
 import struct
@@ -60,7 +60,9 @@ def prompts_of(n, seed=0, low=3, high=24):
     """Rows that differ from token 0 on."""
     rng = np.random.default_rng(seed)
     firsts = rng.choice(40_000, n, replace=False)
-    return [np.r_[first, rng.integers(300, 40_000, rng.integers(low, high))].astype(np.int32) for first in firsts]
+    return [
+        np.r_[first, rng.integers(300, 40_000, rng.integers(low, high))].astype(np.int32) for first in firsts
+    ]
 
 
 def draw(side, prompts, **sampling):
@@ -135,7 +137,8 @@ def test_semantics(side, setting):
         with pytest.raises(EngineError):
             draw(side, prompts_of(1), **asked)
         pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['penalties'].how}")
-    rows, tokens = (3, 8) if side.name == "transformers" else (5, 10)  # there each prompt is a pass of its own
+    # There each prompt is a pass of its own.
+    rows, tokens = (3, 8) if side.name == "transformers" else (5, 10)
     prompts, sampling = prompts_of(8, seed=2)[:rows], SamplingParams(max_tokens=tokens, **asked)
     found = draw(side, prompts, max_tokens=tokens, **asked)
     ranked = fits(side.trainer, groups_of(prompts, found), logprobs_of(found), sampling)
@@ -160,7 +163,9 @@ def test_prompt_logprobs_are_what_they_are_declared_to_be(side):
         with pytest.raises(CapabilityError):
             side.engine.score(sequences, temperature=0.5)
         return
-    gap = np.concatenate(side.engine.score(sequences, temperature=0.5)) - np.concatenate(side.scored(groups, 0.5))
+    gap = np.concatenate(side.engine.score(sequences, temperature=0.5)) - np.concatenate(
+        side.scored(groups, 0.5)
+    )
     assert np.abs(gap).max() <= 2 * GIVEN_NATS
 
 
@@ -191,7 +196,10 @@ def test_one_token_completions(side):
     prompts = prompts_of(20, seed=6)
     found = draw(side, prompts, max_tokens=1)
     assert [len(ids_of(c)) for c in found] == [1] * 20
-    assert np.abs(np.concatenate(side.scored(groups_of(prompts, found))) - logprobs_of(found)).max() <= EXACT_NATS
+    assert (
+        np.abs(np.concatenate(side.scored(groups_of(prompts, found))) - logprobs_of(found)).max()
+        <= EXACT_NATS
+    )
 
 
 def test_200_concurrent_requests_come_back_to_their_callers(side):
@@ -203,13 +211,18 @@ def test_200_concurrent_requests_come_back_to_their_callers(side):
     found = [completion for answer in answers for completion in answer]
     own = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts, found, strict=True)]
     gap = np.abs(np.concatenate(side.scored(own)) - logprobs_of(found))
-    # After a few random ids one token of 400 may be so ill-conditioned that the trainer alone and in a batch differ by 7e-4.
+    # After a few random ids one token of 400 may be so ill-conditioned that the trainer alone and in a batch
+    # differ by 7e-4.
     assert np.quantile(gap, 0.99) <= EXACT_NATS
     assert gap.max() <= GIVEN_NATS
-    swapped = [Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts[10:] + prompts[:10], found, strict=True)]
+    swapped = [
+        Group(prompt, [ids_of(c)]) for prompt, c in zip(prompts[10:] + prompts[:10], found, strict=True)
+    ]
     gaps = np.abs(np.concatenate(side.scored(swapped)) - logprobs_of(found)).reshape(200, -1).mean(1)
     assert gaps.min() > GIVEN_NATS, "content tells every row apart"
-    assert (gaps > APART_NATS).mean() > 0.95, "content tells the rows apart; here and there another row's token is as likely"
+    assert (gaps > APART_NATS).mean() > 0.95, (
+        "content tells the rows apart; here and there another row's token is as likely"
+    )
 
 
 def test_abort_gives_back_what_there_is(side):
@@ -225,7 +238,10 @@ def test_abort_gives_back_what_there_is(side):
     kept = [c for c in found if c.token_ids]
     assert kept or not side.engine.ready.capabilities["pause_abort"].supported
     if kept:
-        assert np.abs(np.concatenate(side.scored(groups_of(prompts, kept))) - logprobs_of(kept)).max() <= EXACT_NATS
+        assert (
+            np.abs(np.concatenate(side.scored(groups_of(prompts, kept))) - logprobs_of(kept)).max()
+            <= EXACT_NATS
+        )
     assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
 
 
@@ -265,7 +281,10 @@ def test_a_weight_update_is_proven_by_scoring(side):
         assert np.abs(np.concatenate(side.engine.score(sequences)) - new).max() <= GIVEN_NATS
         found = draw(side, sequences, max_tokens=4)
         assert {c.version_spans[0].version for c in found} == {7}
-        assert np.abs(np.concatenate(side.scored(groups_of(sequences, found))) - logprobs_of(found)).max() <= EXACT_NATS
+        assert (
+            np.abs(np.concatenate(side.scored(groups_of(sequences, found))) - logprobs_of(found)).max()
+            <= EXACT_NATS
+        )
     finally:
         with torch.no_grad():
             for p, value in zip(parameters, saved, strict=True):
@@ -278,7 +297,12 @@ def test_the_ladder_over_http_judges_what_it_can(side):
     """The workers' ladders are climbed end to end in tests/e2e."""
     if side.name != "http:vllm==0.32.0":
         pytest.skip("NOT_RUN: one server will do")
-    small = ["parity.probe_prompts=6", "parity.probe_tokens=12", "parity.draw_tokens=256", "parity.draws_see=1"]
+    small = [
+        "parity.probe_prompts=6",
+        "parity.probe_tokens=12",
+        "parity.draw_tokens=256",
+        "parity.draws_see=1",
+    ]
     sets = [*small, "sampling.temperature=0.7", "engine.max_model_len=512"]
     recipe, model = load_recipe(QUICKSTART, sets), resolve_model(MODEL)
     pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
@@ -296,7 +320,8 @@ def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
     for mode in ("keep", "recompute"):
         found = replay(pair, mode)
         assert found.n_spanning >= 3
-        assert max(found.before.max(), found.right.max()) <= EXACT_NATS  # 1.1e-4 on a CPU without AVX-512, 1/100 of the wrong one
+        # 1.1e-4 on a CPU without AVX-512, 1/100 of the wrong one.
+        assert max(found.before.max(), found.right.max()) <= EXACT_NATS
         assert found.wrong.max() > 1e-2
 
 
@@ -332,7 +357,7 @@ def test_the_worker_outlives_10000_malformed_frames(side):
 
 
 def test_no_port_is_open_to_others(side):
-    """The worker opens none; torch.distributed inside vLLM listens on the loopback, of which the adapter sees to it."""
+    """The worker opens none; torch.distributed inside vLLM is made to listen on the loopback alone."""
     if side.name.startswith("http:"):
         pytest.skip("NOT_RUN: what a server listens on is its owner's affair")
     family = side.family()
@@ -341,7 +366,10 @@ def test_no_port_is_open_to_others(side):
 
 
 def test_the_death_of_the_engine_is_told_at_once(side):
-    """Last: the engine is gone after it. A load is under way, where there is one: vLLM leaves it waiting for a dead core."""
+    """Last: the engine is gone after it.
+
+    A load is under way, where there is one: vLLM leaves it waiting for a dead core.
+    """
     family = side.family()
     loads, raised = side.engine.ready.capabilities["load"].supported, []
 

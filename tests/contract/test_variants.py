@@ -1,4 +1,7 @@
-"""The same engines otherwise: vLLM's default mode, a bf16 body under an fp32 head, tied and untied, the plugin shut off."""
+"""The same engines otherwise.
+
+vLLM's default mode, a bf16 body under an fp32 head, tied and untied, the plugin shut off.
+"""
 
 import json
 import subprocess
@@ -46,13 +49,20 @@ def test_the_default_mode_is_identified(mixed):
 def test_the_head_computes_in_fp32_under_a_bf16_body(mixed):
     engine, _ = mixed
     resolved = engine.ready.resolved
-    assert (resolved["worker.parameter_dtype"], resolved["worker.head_dtype"]) == ("torch.bfloat16", "torch.float32")
+    assert (resolved["worker.parameter_dtype"], resolved["worker.head_dtype"]) == (
+        "torch.bfloat16",
+        "torch.float32",
+    )
     assert resolved["worker.plugin_active"] is True
     assert resolved["worker.head_tied"] is True
 
 
 def tiny(choice, tmp_path, *flags):
-    subprocess.run([choice.environment.python, tiny_model.__file__, tmp_path / "tiny", *flags], check=True, capture_output=True)
+    subprocess.run(
+        [choice.environment.python, tiny_model.__file__, tmp_path / "tiny", *flags],
+        check=True,
+        capture_output=True,
+    )
     return {"model_path": tmp_path / "tiny", "max_model_len": 64, "dtype": "bfloat16"}
 
 
@@ -74,8 +84,10 @@ def test_an_untied_head_in_fp32_is_the_trainers(name, trainer, tmp_path):
         policy = load_policy(changes["model_path"], "bfloat16", head)
         own = np.concatenate(policy.score(groups_of_sequences(sequences), 1.0))
         means[head] = float(np.abs(own - scored).mean())
-    # V0's own norm rounds a bf16 hidden state by three times what the head does; what is left of the head still shows.
-    assert means["float32"] < (1.0 if choice.environment.generation == "V0" else 0.1) * means["bfloat16"], means
+    # V0's norm rounds a bf16 hidden state by three times what the head does; what is left of it still shows.
+    assert means["float32"] < (1.0 if choice.environment.generation == "V0" else 0.1) * means["bfloat16"], (
+        means
+    )
 
 
 def groups_of_sequences(sequences):
@@ -106,19 +118,29 @@ update = Receiver.update_info_cls(**vllm_nccl.update_info(offer))
 if getattr(info, "nccl_unique_id_b64", None):
     got = base64.b64decode(info.nccl_unique_id_b64)
 else:
-    group = StatelessProcessGroup.create(host=info.master_address, port=info.master_port, rank=info.rank_offset, world_size=2)
+    group = StatelessProcessGroup.create(
+        host=info.master_address, port=info.master_port, rank=info.rank_offset, world_size=2
+    )
     got = bytes(group.broadcast_obj(ncclUniqueId(), src=0))
-print(json.dumps([got == offer.unique_id, info.rank_offset, info.world_size, update.names, update.shapes]), flush=True)
+print(
+    json.dumps([got == offer.unique_id, info.rank_offset, info.world_size, update.names, update.shapes]),
+    flush=True,
+)
 os._exit(0)  # a store whose socket is closed before it, as at an interpreter's end, aborts
 """
 
 
 @pytest.mark.parametrize("name", VLLMS[1:])
 def test_the_nccl_route_fits_the_versions_own_signatures(name, tmp_path):
-    """Without a GPU: vLLM's own classes take what is sent, and its own rendezvous gives a worker the trainer's unique id."""
+    """Without a GPU: vLLM's own classes take what is sent.
+
+    Its own rendezvous gives a worker the trainer's unique id.
+    """
     environment = choice_of(name).environment
     (tmp_path / "lockstep").symlink_to(Path(lockstep.__file__).parent)
     env = environment.launch_env() | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([environment.python, "-c", RENDEZVOUS], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [environment.python, "-c", RENDEZVOUS], env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [True, 1, 2, ["w"], [[3, 4]]]

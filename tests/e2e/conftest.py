@@ -22,7 +22,7 @@ SMALL = [
 
 
 def tiny_checkpoint(config, tokenizer, path):
-    """Random weights for a small ``config``, with the tokenizer and the chat template of a real checkpoint."""
+    """Random weights for a small ``config``, with the tokenizer and chat template of a real checkpoint."""
     import torch
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 

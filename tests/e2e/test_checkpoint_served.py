@@ -1,4 +1,7 @@
-"""The last checkpoint of a run, served by the real vLLM as any model is: its own loader, no adapter of ours between."""
+"""The last checkpoint of a run, served by the real vLLM as any model is.
+
+Its own loader, no adapter of ours between.
+"""
 
 import json
 import subprocess
@@ -23,7 +26,10 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     model, ids = sys.argv[1], json.loads(sys.argv[2])
-    llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=256)
+    llm = LLM(
+        model=model, dtype="float32", enforce_eager=True,
+        max_model_len=128, max_num_seqs=2, max_num_batched_tokens=256,
+    )
     (found,) = llm.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=0))
     scored = [entry[token].logprob for token, entry in zip(ids[1:], found.prompt_logprobs[1:])]
     said = llm.get_tokenizer().decode(ids)
@@ -57,9 +63,18 @@ def test_vllm_serves_the_last_checkpoint(installed, tmp_path):
     assert np.abs(expected - untrained).max() > 100 * ATOL_NATS, "another checkpoint would show"
 
     (tmp_path / "serve.py").write_text(SERVE)
-    command = [environment.python, tmp_path / "serve.py", newest_checkpoint(tmp_path / "checkpoints"), json.dumps(ids.tolist())]
-    done = subprocess.run(command, env=environment.launch_env(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command = [
+        environment.python,
+        tmp_path / "serve.py",
+        newest_checkpoint(tmp_path / "checkpoints"),
+        json.dumps(ids.tolist()),
+    ]
+    done = subprocess.run(
+        command, env=environment.launch_env(), capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SCORED "))[len("SCORED ") :])
+    found = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("SCORED "))[len("SCORED ") :]
+    )
     np.testing.assert_allclose(found["logprobs"], expected, rtol=0, atol=ATOL_NATS)
     assert found["text"].strip(), "its tokenizer came along"

@@ -39,7 +39,9 @@ def reward(text, item):
 
 
 def lockstep(*args, timeout=420, **kwargs):
-    return subprocess.run([*LOCKSTEP, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run(
+        [*LOCKSTEP, *map(str, args)], capture_output=True, text=True, timeout=timeout, **kwargs
+    )
 
 
 def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
@@ -67,9 +69,14 @@ def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
 
 @pytest.fixture(scope="module")
 def small_run(installed, tmp_path_factory):
-    """Flags of a training run whose every step moves the weights, and the environment that finds its reward."""
+    """Flags of a training run whose every step moves the weights, and the environment with its reward."""
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.1
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
     )
     root = tmp_path_factory.mktemp("small")
     (root / "varied.py").write_text(REWARD)
@@ -80,7 +87,9 @@ def small_run(installed, tmp_path_factory):
         f"training.steps={STEPS}",
         "training.checkpoint_every=2",
     ]
-    return [flag for override in overrides for flag in ("--set", override)], os.environ | {"PYTHONPATH": str(root)}
+    return [flag for override in overrides for flag in ("--set", override)], os.environ | {
+        "PYTHONPATH": str(root)
+    }
 
 
 def start_training(run, small_run):
@@ -146,7 +155,9 @@ def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
     assert when.count(BeforeStep(0)) == 5
     assert any(isinstance(w, BeforeStep) and w.step > 0 for w in when), "parity is proven again on resume"
     assert "replayed" in resumed.stderr
-    assert (run.steps.column("grad_norm") > 0.0).all(), "each step moved the weights: a replayed loss can differ"
+    assert (run.steps.column("grad_norm") > 0.0).all(), (
+        "each step moved the weights: a replayed loss can differ"
+    )
 
 
 def shared_memory_of(processes) -> set[Path]:

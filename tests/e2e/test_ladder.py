@@ -1,4 +1,4 @@
-"""The ladder on a real engine: silent when clean, and each planted fault found in its own layer with its own cause."""
+"""The ladder on a real engine: silent when clean; each planted fault is found in its layer, by its cause."""
 
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -62,8 +62,8 @@ REAL = (
     "corrupted_completions",
     "stale_head",
 )
-"""What a tiny model in this process cannot show (``tests/faults`` plants the rest); ``make faults`` plants all, here too. That a
-tensor is named on the real engine is shown on a hybrid model below."""
+"""What a tiny model in this process cannot show (``tests/faults`` plants the rest); ``make faults`` plants
+all, here too. That a tensor is named on the real engine is shown on a hybrid model below."""
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -100,7 +100,8 @@ def test_a_starved_cache_really_preempts_changes_no_number_and_fails_where_it_do
         failed = factors.deepen(pair, path, lambda *args: nullcontext(broken))
     assert (verdict.status, verdict.figures["factors_not_run"]) == ("PASS", [])
     assert verdict.figures["num_preemptions"] > 0
-    assert verdict.figures["preemption_abs_max_nats"] <= P999_NATS  # 0 where an engine has one core, hence one order of sums
+    # 0 where an engine has one core, hence one order of sums.
+    assert verdict.figures["preemption_abs_max_nats"] <= P999_NATS
     assert (failed.status, [found.cause for found in failed.findings]) == ("FAIL", ["preemption"])
     assert failed.figures["preemption_abs_max_nats"] == pytest.approx(1.0, abs=P999_NATS)
 
@@ -116,7 +117,10 @@ def test_a_hybrid_models_recurrent_part_is_judged_too(installed, tmp_path):
     path = tiny_hybrid(installed[1], tmp_path / "hybrid")
     recipe = load_recipe(QUICKSTART, [*SMALL, f"model.path={path}"])
     lost = Fault(
-        "recurrent", "stale_tensors", "", proxy=lambda pair: Withheld(pair, lambda name: "layers.1.mamba.in_proj" in name)
+        "recurrent",
+        "stale_tensors",
+        "",
+        proxy=lambda pair: Withheld(pair, lambda name: "layers.1.mamba.in_proj" in name),
     )
     with open_session(recipe, tmp_path / "engine.log", print) as session:
         clean = climb(session.pair)
@@ -129,7 +133,10 @@ def test_a_hybrid_models_recurrent_part_is_judged_too(installed, tmp_path):
 
 
 def tiny_hybrid(tokenizer, path):
-    """Attention and Mamba2 side by side, with random weights. In fp32; vLLM 0.32.0 runs few such models on a CPU."""
+    """Attention and Mamba2 side by side, with random weights.
+
+    In fp32; vLLM 0.32.0 runs few such models on a CPU.
+    """
     config = FalconH1Config(
         vocab_size=49152,
         hidden_size=128,
@@ -205,7 +212,10 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
     layout = new_run(tmp_path / "run")
     run = Run(Session(pair, None, Path()), layout, print, open_recorder(layout))
     original, drawn = pair.task._reward, None
-    for broken, needle in ((lambda text, item: 1 / 0, "ZeroDivisionError"), (lambda text, item: float("nan"), "nan")):
+    for broken, needle in (
+        (lambda text, item: 1 / 0, "ZeroDivisionError"),
+        (lambda text, item: float("nan"), "nan"),
+    ):
         pair.task._reward = broken
         try:
             with pytest.raises(RewardError, match=needle) as raised:
@@ -216,7 +226,8 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
         assert raised.value.exit_code == 2
         rows = read_rollouts(layout.drawn(0))
         assert len(rows) == 16
-        assert drawn in (None, [row["token_ids"] for row in rows])  # the second start takes what the first drew
+        # The second start takes what the first drew.
+        assert drawn in (None, [row["token_ids"] for row in rows])
         drawn = [row["token_ids"] for row in rows]
         assert not layout.rollouts(0).exists()
 

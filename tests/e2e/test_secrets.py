@@ -23,11 +23,25 @@ FEW = [
 
 def test_a_run_on_vllm_holds_no_secret_and_neither_do_its_processes(installed, tmp_path):
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.1
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
     )
     model = tiny_checkpoint(config, installed[1], tmp_path / "model")
     sets = [flag for override in (*FEW, f"model.path={model}") for flag in ("--set", override)]
-    command = [sys.executable, "-m", "lockstep.cli.main", "train", QUICKSTART, *sets, "--out", tmp_path / "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "lockstep.cli.main",
+        "train",
+        QUICKSTART,
+        *sets,
+        "--out",
+        tmp_path / "run",
+    ]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )

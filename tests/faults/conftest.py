@@ -1,4 +1,4 @@
-"""A whole pair without a download: the tiny model behind the transformers engine, with a tokenizer of 97 words."""
+"""A whole pair without a download: the tiny model behind the transformers engine; a tokenizer of 97 words."""
 
 import json
 
@@ -8,7 +8,12 @@ from msgspec.structs import replace
 
 from lockstep.records.tokens import SamplingParams
 
-NEUTRAL = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+NEUTRAL = {
+    "model": {"path": "m"},
+    "task": {"name": "t"},
+    "sampling": {"max_tokens": 1},
+    "training": {"steps": 1},
+}
 SHARP = SamplingParams(max_tokens=16, temperature=0.25)
 """The tiny model's logits are nearly flat."""
 T = "sampling.temperature=0.25"

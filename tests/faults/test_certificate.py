@@ -42,7 +42,10 @@ def test_each_change_alone_voids_it(pair, issued, monkeypatch):
     for changed, needle in (
         (replace(ready, version="0.0.1"), "engine:"),
         (replace(ready, resolved=ready.resolved | {"attn_implementation": "eager2"}), "attn_implementation"),
-        (replace(ready, resolved=ready.resolved | {"worker.parameter_dtype": "torch.bfloat16"}), "parameter_dtype"),
+        (
+            replace(ready, resolved=ready.resolved | {"worker.parameter_dtype": "torch.bfloat16"}),
+            "parameter_dtype",
+        ),
         (replace(ready, resolved=ready.resolved | {"a_new_default": True}), "a_new_default: nothing → True"),
     ):
         monkeypatch.setattr(pair.engine, "ready", changed)
@@ -65,7 +68,10 @@ def test_each_change_alone_voids_it(pair, issued, monkeypatch):
     monkeypatch.undo()
 
     recipe = pair.recipe
-    for override, needle in (("sampling.temperature=0.9", "sampling.temperature"), ("objective.clip_low=0.1", "clip_low")):
+    for override, needle in (
+        ("sampling.temperature=0.9", "sampling.temperature"),
+        ("objective.clip_low=0.1", "clip_low"),
+    ):
         pair.recipe = with_sets(recipe, [override])
         voided(needle)
     pair.recipe = recipe

@@ -1,4 +1,7 @@
-"""A certificate that proves less than a passing check is refused, whatever its digest says; a signature says who wrote it."""
+"""A certificate that proves less than a passing check is refused, whatever its digest says.
+
+A signature says who wrote it.
+"""
 
 import os
 
@@ -66,7 +69,11 @@ FORGERIES = {
     "a PASS over nothing": lambda c: {"layers": layer(c, 1, n_tokens=0)},
     "a PASS with a finding": lambda c: {
         "layers": layer(
-            c, 0, findings=[{"cause": "x", "effect_nats": 1.0, "ci95": [0, 1], "n_tokens": 9, "fix": "y", "evidence": "z"}]
+            c,
+            0,
+            findings=[
+                {"cause": "x", "effect_nats": 1.0, "ci95": [0, 1], "n_tokens": 9, "fix": "y", "evidence": "z"}
+            ],
         )
     },
     "no figures": lambda c: {"layers": layer(c, 3, figures={})},
@@ -89,7 +96,9 @@ def test_a_forged_one_is_refused_although_its_digest_is_right(name, issued, path
         read_certificate(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{}", b"\xff", b"[" * 100_000, b'{"schema": "lockstep.certificate/2"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"{}", b"\xff", b"[" * 100_000, b'{"schema": "lockstep.certificate/2"}']
+)
 def test_what_is_no_certificate_is_refused_by_name(content, path):
     path.write_bytes(content)
     with pytest.raises(RunError, match="certificate"):
@@ -114,7 +123,9 @@ def test_a_void_one_says_why_to_every_reader(issued, path):
     assert not path.with_name("none.json").exists()
 
 
-def test_a_planted_fault_that_nothing_caught_leaves_no_certificate_that_holds(pair, verdicts, path, monkeypatch):
+def test_a_planted_fault_that_nothing_caught_leaves_no_certificate_that_holds(
+    pair, verdicts, path, monkeypatch
+):
     monkeypatch.setattr(pair, "engine", AtLoad(pair.engine, ("stale_head",)))
     assert issue(pair, verdicts, path).planted == ("stale_head",)
     with pytest.raises(ParityError, match="stale_head"):
@@ -135,7 +146,8 @@ def test_a_signature_is_of_one_key_and_one_content(pair, verdicts, path, issued)
     assert read_certificate(path, KEY) == signed == read_certificate(path)
     with pytest.raises(RunError, match="another key"):
         read_certificate(path, OTHER)
-    other = write_certificate(path, replace(signed, depth="full"), b"")  # digested again, the old signature put back
+    # Digested again, the old signature put back.
+    other = write_certificate(path, replace(signed, depth="full"), b"")
     path.write_bytes(msgspec.json.encode(replace(other, signature=signed.signature)))
     assert read_certificate(path).depth == "full"
     with pytest.raises(RunError, match="another key"):
@@ -173,7 +185,8 @@ def flags(recipe, tmp_path):
     file.write_text(
         f'[model]\npath = "{recipe.model.path}"\n[engine]\nname = "transformers"\nmax_model_len = 128\n'
         '[task]\nname = "reasoning_gym:basic_arithmetic"\n[task.options]\nmin_terms = 2\nmax_terms = 2\n'
-        "min_digits = 1\nmax_digits = 1\n[sampling]\nmax_tokens = 5\n[training]\nsteps = 1\n[parity]\nprobe_prompts = 8\n"
+        "min_digits = 1\nmax_digits = 1\n[sampling]\nmax_tokens = 5\n[training]\nsteps = 1\n"
+        "[parity]\nprobe_prompts = 8\n"
     )
     return [file]
 

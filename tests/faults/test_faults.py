@@ -1,4 +1,7 @@
-"""Every fault that needs no engine flag, on a tiny model: named in its own layer with its own cause; and silence without one."""
+"""Every fault that needs no engine flag, on a tiny model.
+
+Named in its own layer with its own cause; and silence without one.
+"""
 
 import dataclasses
 import math
@@ -21,7 +24,11 @@ from lockstep.parity.ladder import climb
 from lockstep.parity.layers import weights as layer3_weights
 from lockstep.policy.variant_settings import AttentionScaled, CacheKept, NormEpsilon, SlidingWindow
 
-HERE = [f for f in FAULTS.values() if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)]
+HERE = [
+    f
+    for f in FAULTS.values()
+    if "generate" in f.generations and not any(s.startswith("engine.") for s in f.sets)
+]
 REAL_ONLY = {
     "corrupted_completions",
     "one_norm_not_delivered",
@@ -33,8 +40,9 @@ REAL_ONLY = {
     "better_of_two",
     "temperature_behind_the_numbers",
 }
-"""Their tensors are named by SmolLM2's layers; to the tiny model, whose logits are nearly flat, no token is absurd; and its
-tokenizer makes five ids of one, which come to more than it has positions. test_partial_faults.py has the last three sharper."""
+"""Their tensors are named by SmolLM2's layers; to the tiny model, whose logits are nearly flat, no token is
+absurd; and its tokenizer makes five ids of one, which come to more than it has positions.
+test_partial_faults.py has the last three sharper."""
 
 
 @pytest.mark.parametrize("fault", [f for f in HERE if f.name not in REAL_ONLY], ids=lambda f: f.name)
@@ -57,7 +65,9 @@ def test_a_planted_fault_is_named(pair, recipe, fault):
 def test_a_clean_pair_passes(pair, recipe, temperature, seed):
     pair.recipe = with_sets(recipe, [f"sampling.temperature={temperature}", f"parity.seed={seed}"])
     result = climb(pair)
-    assert [v.status for v in result.verdicts] == ["PASS"] * 5, [(v.summary, v.reason) for v in result.verdicts]
+    assert [v.status for v in result.verdicts] == ["PASS"] * 5, [
+        (v.summary, v.reason) for v in result.verdicts
+    ]
     assert all(v.figures["minimal_detectable_effect_nats"] >= 0.0 for v in result.verdicts)
 
 
@@ -90,14 +100,25 @@ def test_every_cause_has_a_planted_fault_or_says_nothing_is_known():
     planted_causes = {fault.cause for fault in FAULTS.values()}
     unnamed = {cause for cause in CAUSES if cause.startswith("unexplained")}
     full_depth = {"chunked_prefill", "async_scheduling", "preemption", "in_flight_update"}
-    of_logs = {"tokens_not_sampled", "mask_contradicted", "placeholder_numbers", "foreign_logprobs", "vocabulary_shifted"}
-    assert set(CAUSES) - planted_causes == unnamed | full_depth | of_logs  # those of logs: test_logged_tokens.py
+    of_logs = {
+        "tokens_not_sampled",
+        "mask_contradicted",
+        "placeholder_numbers",
+        "foreign_logprobs",
+        "vocabulary_shifted",
+    }
+    # Those of logs: test_logged_tokens.py.
+    assert set(CAUSES) - planted_causes == unnamed | full_depth | of_logs
     assert len(FAULTS) >= 24
 
 
 def test_a_setting_that_the_engine_resolved_otherwise_is_named(pair, session, monkeypatch):
     settings = {"hf_config.rms_norm_eps": 0.1}
-    monkeypatch.setattr(session.pair.engine, "ready", replace(pair.engine.ready, resolved=pair.engine.ready.resolved | settings))
+    monkeypatch.setattr(
+        session.pair.engine,
+        "ready",
+        replace(pair.engine.ready, resolved=pair.engine.ready.resolved | settings),
+    )
     with in_engine(session, NormEpsilon(0.1)):
         verdicts = climb(pair).verdicts
     assert [v.status for v in verdicts[:4]] == ["PASS", "PASS", "PASS", "FAIL"], [v.summary for v in verdicts]
@@ -156,7 +177,9 @@ def test_another_attention_is_named(pair, variant, cause, told):
     assert told in found.evidence
 
 
-@pytest.mark.parametrize("told", ["a rotary base of 5e+04 ", "positions divided by 4 ", "logits capped at 6 "])
+@pytest.mark.parametrize(
+    "told", ["a rotary base of 5e+04 ", "positions divided by 4 ", "logits capped at 6 "]
+)
 def test_another_setting_is_fitted(pair, told):
     with torch.no_grad():
         pair.trainer._policy.head.mul_(40.0)  # or the tiny model's logits are too small for any cap

@@ -1,4 +1,7 @@
-"""A campaign that was killed goes on where it was, and takes nothing over that another recipe or other code came to."""
+"""A campaign that was killed goes on where it was.
+
+It takes nothing over that another recipe or other code came to.
+"""
 
 import math
 
@@ -43,7 +46,9 @@ def test_what_a_killed_campaign_found_is_not_measured_again(recipe, tmp_path, jo
     assert math.isnan(kept[0].effect_nats), "a figure that is not finite comes back as it was"
     second, new = climbed(recipe, tmp_path, journal)
     assert new == ["rows_swapped"]
-    assert [replace(o, seconds=0.0, effect_nats=0.0) for o in second] == [replace(o, seconds=0.0, effect_nats=0.0) for o in first]
+    assert [replace(o, seconds=0.0, effect_nats=0.0) for o in second] == [
+        replace(o, seconds=0.0, effect_nats=0.0) for o in first
+    ]
     assert climbed(recipe, tmp_path, journal)[1] == []
 
 

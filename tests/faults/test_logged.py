@@ -1,4 +1,7 @@
-"""Rollouts of other frameworks: what they were logged with wrong is named. Drawn by the transformers engine from a tiny model."""
+"""Rollouts of other frameworks: what they were logged with wrong is named.
+
+Drawn by the transformers engine from a tiny model.
+"""
 
 from contextlib import ExitStack
 
@@ -56,7 +59,10 @@ def edited(rows, at):
         ("prompt_edited", lambda rows: prompts(rows, lambda ids: [5, 6, *ids])),
         ("unexplained_semantics", lambda rows: prompts(rows, lambda ids: ids[2:])),
         ("bos_doubled", lambda rows: prompts(rows, lambda ids: [0, 0, *ids[1:]])),
-        ("unexplained_semantics", lambda rows: numbers(rows, lambda x: -3 * np.random.default_rng(len(x)).random(len(x)))),
+        (
+            "unexplained_semantics",
+            lambda rows: numbers(rows, lambda x: -3 * np.random.default_rng(len(x)).random(len(x))),
+        ),
     ],
 )
 def test_what_was_logged_wrong_is_named(tmp_path, pair, log, cause, edit):
@@ -107,12 +113,16 @@ def test_another_checkpoint_is_numerics_where_one_scale_explains_it(tmp_path, pa
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_nobody_said_an_engine_computes_in_is_unknown_and_a_narrower_body_is_named(tmp_path, pair, log, dtype):
+def test_what_nobody_said_an_engine_computes_in_is_unknown_and_a_narrower_body_is_named(
+    tmp_path, pair, log, dtype
+):
     rows = log()
     with pair.trainer.holding(InDtype(dtype, "float32")):
         for row in rows:
             group = [np.asarray(row["completion_ids"], np.int32)]
-            (scores,) = pair.trainer.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], SHARP.temperature)
+            (scores,) = pair.trainer.score(
+                [Group(np.asarray(row["prompt_ids"], np.int32), group)], SHARP.temperature
+            )
             row["logprobs"] = scores.tolist()
     verdicts = verdicts_of(tmp_path, pair, rows, T)
     assert named(verdicts) == ("numerics", "body_precision")

@@ -1,4 +1,4 @@
-"""Logs in which not every token was sampled, and those whose numbers are right for some tokens only: told, named, or left out."""
+"""Logs with tokens that were not sampled, or right numbers for some alone: told, named, or left out."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,10 @@ PASSED = ["PASS", "NOT_RUN", "NOT_RUN", "PASS", "NOT_RUN"]
 
 @pytest.fixture(scope="module")
 def turns(session, recipe, log):
-    """Rows of two turns and a tool's output between them, which the second was drawn after; 0.0 beside the tool's tokens."""
+    """Rows of two turns, and between them a tool's output that the second was drawn after.
+
+    0.0 beside the tool's tokens.
+    """
     session.pair.recipe = replace(recipe)
     rows, random = [row for row in log() if len(row["prompt_ids"]) < 64], np.random.default_rng(1)
     assert len(rows) == ROWS
@@ -33,7 +36,10 @@ def turns(session, recipe, log):
 
 
 def with_mask(rows, name, kind, inside, prompt=None):
-    """1 for what was sampled, or (``inside``) for what was not; over prompt and completion where ``prompt`` is its value."""
+    """1 for what was sampled, or (``inside``) for what was not.
+
+    Over prompt and completion where ``prompt`` is its value.
+    """
     found = []
     for row in rows:
         n = len(row["completion_ids"])
@@ -52,7 +58,12 @@ def test_a_tools_output_without_a_mask_is_named(tmp_path, pair, turns):
 
 @pytest.mark.parametrize(
     ("name", "kind", "prompt"),
-    [("response_mask", int, None), ("completion_mask", bool, None), ("loss_mask", float, 0), ("action_mask", int, None)],
+    [
+        ("response_mask", int, None),
+        ("completion_mask", bool, None),
+        ("loss_mask", float, 0),
+        ("action_mask", int, None),
+    ],
 )
 def test_a_mask_leaves_a_tools_output_out_and_in_the_context(tmp_path, pair, turns, name, kind, prompt):
     verdicts = verdicts_of(tmp_path, pair, with_mask(turns, name, kind, 0, prompt), T)
@@ -93,15 +104,23 @@ def padded(rows, number, left=112, right=24):
     for row in rows:
         ids, n = row["completion_ids"], len(row["completion_ids"])
         prompt = [EOS] * (left - len(row["prompt_ids"])) + row["prompt_ids"]
-        pads = {"responses": ids + [EOS] * (right - n), "rollout_log_probs": row["logprobs"] + [number] * (right - n)}
+        pads = {
+            "responses": ids + [EOS] * (right - n),
+            "rollout_log_probs": row["logprobs"] + [number] * (right - n),
+        }
         real = [0] * (left - len(row["prompt_ids"])) + [1] * (len(row["prompt_ids"]) + n) + [0] * (right - n)
-        found.append({"prompts": prompt, **pads, "input_ids": prompt + pads["responses"], "attention_mask": real})
+        found.append(
+            {"prompts": prompt, **pads, "input_ids": prompt + pads["responses"], "attention_mask": real}
+        )
     return found
 
 
 def lengths_differ(rows):
     return [
-        {"prompt_ids": row["prompt_ids"], **{name: row[name][: 16 - at] for name in ("completion_ids", "logprobs")}}
+        {
+            "prompt_ids": row["prompt_ids"],
+            **{name: row[name][: 16 - at] for name in ("completion_ids", "logprobs")},
+        }
         for at, row in enumerate(row for row in rows if row["prompt_ids"][0] != EOS)
     ]
 
@@ -109,13 +128,18 @@ def lengths_differ(rows):
 @pytest.mark.parametrize("number", [0.0, -1.0, None])
 def test_pads_without_a_mask_are_taken_away(tmp_path, pair, log, number):
     rows = padded(lengths_differ(log()), number)
-    verdicts = verdicts_of(tmp_path, pair, [{k: v for k, v in row.items() if k != "attention_mask"} for row in rows], T)
+    verdicts = verdicts_of(
+        tmp_path, pair, [{k: v for k, v in row.items() if k != "attention_mask"} for row in rows], T
+    )
     assert [v.status for v in verdicts] == PASSED
     n = sum(16 - at for at in range(ROWS))
     assert verdicts[3].n_tokens == n
     assert f"{ROWS * 24 - n:,} pads (id 1, " in verdicts[0].summary
     n_prompts = sum(len(row["prompt_ids"]) for row in lengths_differ(log()))
-    assert f"{ROWS * 112 - n_prompts:,} pads (id 1) taken from the beginnings of 11 prompts" in verdicts[0].summary
+    assert (
+        f"{ROWS * 112 - n_prompts:,} pads (id 1) taken from the beginnings of 11 prompts"
+        in verdicts[0].summary
+    )
 
 
 @pytest.mark.parametrize("column", ["prompts", "input_ids"])
@@ -128,7 +152,9 @@ def test_pads_with_an_attention_mask_are_taken_away(tmp_path, pair, log, column)
 
 
 def test_an_id_that_pads_and_was_seen_is_part_of_the_prompt(tmp_path, session, recipe, pair):
-    prompts = [np.r_[[EOS] * (64 - len(p)), p].astype(np.int32) for p in probe_prompts(pair, 12, 0) if len(p) < 64]
+    prompts = [
+        np.r_[[EOS] * (64 - len(p)), p].astype(np.int32) for p in probe_prompts(pair, 12, 0) if len(p) < 64
+    ]
     rows = [
         {
             "prompt_ids": drawn.prompt_ids.tolist(),
@@ -142,7 +168,9 @@ def test_an_id_that_pads_and_was_seen_is_part_of_the_prompt(tmp_path, session, r
     assert "pads" not in verdicts[0].summary
 
 
-@pytest.mark.parametrize(("at", "says"), [(-1, "the last number of 12 of 12"), (0, "the first number of 12 of 12")])
+@pytest.mark.parametrize(
+    ("at", "says"), [(-1, "the last number of 12 of 12"), (0, "the first number of 12 of 12")]
+)
 @pytest.mark.parametrize("number", [0.0, -100.0])
 def test_a_placeholder_is_named_with_its_place(tmp_path, pair, log, at, says, number):
     rows = log()
@@ -192,7 +220,11 @@ def test_greedy_rows_pass(tmp_path, pair, log):
 def test_ids_of_another_vocabulary_are_moved_back(tmp_path, pair, log, move, first):
     """A token left out (or added) in the middle: ids above it are one less (or more) than the model's."""
     taken = range(97 - move, 97) if move > 0 else range(first + move, first)
-    rows = [row for row in log(replace(SHARP, temperature=1.0)) if not {*row["prompt_ids"], *row["completion_ids"]} & {*taken}]
+    rows = [
+        row
+        for row in log(replace(SHARP, temperature=1.0))
+        if not {*row["prompt_ids"], *row["completion_ids"]} & {*taken}
+    ]
     assert len(rows) > 4
     for row in rows:
         for column in ("prompt_ids", "completion_ids"):
@@ -213,12 +245,17 @@ def test_of_a_long_file_so_many_rows_are_measured_and_said(tmp_path, pair, log):
 def test_more_tokens_than_the_model_has_positions_are_usage(tmp_path, pair, log):
     rows = log()
     rows[5]["prompt_ids"] *= 200
-    with pytest.raises(UsageError, match=r"row 6: got [\d,]+ tokens of prompt and completion, expected at most the model's 512"):
+    with pytest.raises(
+        UsageError,
+        match=r"row 6: got [\d,]+ tokens of prompt and completion, expected at most the model's 512",
+    ):
         verdicts_of(tmp_path, pair, rows, T)
 
 
 def test_an_id_of_a_prompt_that_the_model_does_not_have_is_told_as_one(tmp_path, pair, log):
     rows = log()
     rows[5]["prompt_ids"][1] = 500
-    with pytest.raises(UsageError, match="row 6, prompt: got id 500 at place 1, expected ids below the model's 97"):
+    with pytest.raises(
+        UsageError, match="row 6, prompt: got id 500 at place 1, expected ids below the model's 97"
+    ):
         verdicts_of(tmp_path, pair, rows, T)

@@ -1,4 +1,7 @@
-"""The loop on a tiny pair: what is refused is never trained on, what is trained is never lost, a step says what is proven."""
+"""The loop on a tiny pair.
+
+What is refused is never trained on, what is trained is never lost, a step says what is proven.
+"""
 
 import hashlib
 
@@ -48,7 +51,9 @@ class Loop:
                 write_manifest(self.layout.manifest, session.manifest)
             before(session.pair)
             try:
-                run_steps(Run(session, self.layout, self.said.append, open_recorder(self.layout)), resumed=resumed)
+                run_steps(
+                    Run(session, self.layout, self.said.append, open_recorder(self.layout)), resumed=resumed
+                )
             finally:
                 self.weights = torch.cat(
                     [p.detach().reshape(-1).clone() for p in session.pair.trainer._policy.model.parameters()]
@@ -81,12 +86,16 @@ def off_by(nats):
     def edit(completion):
         if completion.prompt_index == 0:
             return completion
-        return replace(completion, logprobs=(np.frombuffer(completion.logprobs, FLOAT32) - np.float32(nats)).tobytes())
+        return replace(
+            completion, logprobs=(np.frombuffer(completion.logprobs, FLOAT32) - np.float32(nats)).tobytes()
+        )
 
     return edit
 
 
-@pytest.mark.parametrize("sets", [[], ["training.minibatches=2"], ["training.minibatches=2", "objective.old_logprobs=engine"]])
+@pytest.mark.parametrize(
+    "sets", [[], ["training.minibatches=2"], ["training.minibatches=2", "objective.old_logprobs=engine"]]
+)
 def test_refused_rollouts_are_never_trained_on_and_resume_draws_that_step_again(recipe, tmp_path, sets):
     clean = Loop(with_sets(recipe, SETS + sets), tmp_path / "clean")
     expected = clean.start()
@@ -122,7 +131,10 @@ def test_a_number_that_is_missing_is_refused_before_it_is_scored(loop):
 def test_rollouts_of_other_weights_are_not_replayed(loop):
     loop.start()
     loop.layout.checkpoints.rename(loop.layout.root / "away")
-    before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in loop.layout.root.glob("rollouts/*.parquet")}
+    before = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in loop.layout.root.glob("rollouts/*.parquet")
+    }
 
     def others(pair):
         with torch.no_grad():
@@ -130,7 +142,10 @@ def test_rollouts_of_other_weights_are_not_replayed(loop):
 
     with pytest.raises(ParityError, match="rollouts of step 0, before they are trained on"):
         loop.start(resumed=True, before=others)
-    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in loop.layout.root.glob("rollouts/*.parquet")} == before
+    assert {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in loop.layout.root.glob("rollouts/*.parquet")
+    } == before
 
 
 def test_a_replay_that_gives_other_figures_is_refused(loop):
@@ -139,7 +154,9 @@ def test_a_replay_that_gives_other_figures_is_refused(loop):
     loop.layout.checkpoints.rename(loop.layout.root / "away")
     text = loop.layout.metrics.read_text()
     row = read_steps(loop.layout.metrics).records[0].metrics
-    loop.layout.metrics.write_text(text.replace(f'"grad_norm":{row["grad_norm"]}', f'"grad_norm":{row["grad_norm"] * 1.1}'))
+    loop.layout.metrics.write_text(
+        text.replace(f'"grad_norm":{row["grad_norm"]}', f'"grad_norm":{row["grad_norm"] * 1.1}')
+    )
     with pytest.raises(RunError, match="grad_norm"):
         loop.start(resumed=True)
 
@@ -161,10 +178,19 @@ def test_samples_whose_reward_failed_are_kept_and_scored_by_resume(recipe, tmp_p
 
 
 @pytest.mark.parametrize("seed", [0, 2])
-def test_a_bf16_run_whose_ladder_measured_next_to_nothing_is_not_refused_for_its_rounding(recipe, tmp_path, seed):
-    """Both sides run the same kernels here, so that their medians agree to 0 until training has moved the logits."""
-    sets = ["model.dtype=bfloat16", "training.steps=6", "training.group_size=4", "training.prompts_per_step=4"]
-    loop = Loop(with_sets(recipe, [*SETS, *sets, f"training.seed={seed}", "sampling.temperature=0.7"]), tmp_path)
+def test_a_bf16_run_whose_ladder_measured_next_to_nothing_is_not_refused_for_its_rounding(
+    recipe, tmp_path, seed
+):
+    """Both sides run the same kernels here: their medians agree to 0 until training has moved the logits."""
+    sets = [
+        "model.dtype=bfloat16",
+        "training.steps=6",
+        "training.group_size=4",
+        "training.prompts_per_step=4",
+    ]
+    loop = Loop(
+        with_sets(recipe, [*SETS, *sets, f"training.seed={seed}", "sampling.temperature=0.7"]), tmp_path
+    )
     loop.start()
     medians = read_steps(loop.layout.metrics).column("gap_abs_p50_nats").tolist()
     assert len(medians) == 6

@@ -1,4 +1,4 @@
-"""Faults of some rows, of some values, or of requests for several samples: the part is explained, and said which it is."""
+"""Faults of some rows, some values, or requests for several samples: the part is explained, and named."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,10 @@ def test_prompts_through_text_are_told(pair):
 
 def test_a_fault_that_nothing_explains_ends_with_what_was_not_tried(pair, recipe, monkeypatch):
     def noise(self, completions):
-        return [with_numbers(c, -3 * np.random.default_rng(at).random(len(numbers_of(c)))) for at, c in enumerate(completions)]
+        return [
+            with_numbers(c, -3 * np.random.default_rng(at).random(len(numbers_of(c))))
+            for at, c in enumerate(completions)
+        ]
 
     pair.recipe = with_sets(recipe, ["parity.search_s=0.05"])
     monkeypatch.setattr(pair, "engine", edits(edit_completions=noise)(pair))
@@ -86,14 +89,18 @@ def test_the_search_is_bounded_and_says_what_it_tries(monkeypatch):
     assert search.first([("a", lambda: None), ("b", endless), ("c", lambda: "never")]) is None
     assert (search.tried, search.not_tried) == (["a"], ["b", "c"])
     assert said
-    assert set(said) == {"looking for the cause, 0 of at most 0.02 s: b"}, "what is answered at once is not told"
+    assert set(said) == {"looking for the cause, 0 of at most 0.02 s: b"}, (
+        "what is answered at once is not told"
+    )
     assert search.told() == "; not tried within 0.02 s (--search-s): b, c"
     assert Search(10.0).first([("a", lambda: None), ("b", lambda: 1), ("c", endless)]) == 1
 
 
 def test_the_power_of_the_draws_is_told_beside_the_verdict(pair):
     first, path, *_ = climb(pair).verdicts
-    assert "a larger one may show more" in path.summary, "so few tokens, as at depth quick, understate the engine's floor"
+    assert "a larger one may show more" in path.summary, (
+        "so few tokens, as at depth quick, understate the engine's floor"
+    )
     assert first.status == "PASS"
     assert "would have been seen" in first.summary
     assert 0.0 < first.figures["draws_smallest_temperature"] < 1.0
@@ -108,14 +115,17 @@ def test_more_is_drawn_until_the_draws_show_what_they_are_to(pair, recipe):
         figures = layer1_semantics.judge(pair, gather(pair)).figures
         sees[asked] = figures["draws_smallest_temperature"], figures["draws_n_tokens"]
     assert sees[1.0][0] > 0.25 >= sees[0.25][0], sees
-    assert sees[1.0][1] < sees[0.25][1] <= sees[0.01][1] < 4 * sees[1.0][1], "and never more than four times as many"
+    assert sees[1.0][1] < sees[0.25][1] <= sees[0.01][1] < 4 * sees[1.0][1], (
+        "and never more than four times as many"
+    )
 
 
 @pytest.mark.parametrize("proxy", [BetterOfTwo, drawn_at(0.9)])
 def test_draws_that_are_a_little_off_are_seen(pair, recipe, proxy, monkeypatch):
+    # Its logits are nearly flat.
     pair.recipe = with_sets(
         recipe, ["sampling.temperature=0.25", "parity.draw_tokens=4096", "parity.draws_see=1"]
-    )  # its logits are nearly flat
+    )
     monkeypatch.setattr(pair, "engine", proxy(pair))
     verdict = layer1_semantics.judge(pair, gather(pair))
     assert verdict.status == "FAIL", verdict.figures
@@ -127,8 +137,15 @@ def coarse(recipe, tmp_path_factory):
     """An engine in bf16 in front of a trainer in fp32, with a clip range that cannot bear it."""
     from lockstep.loop.open import open_session
 
-    sets = ["engine.dtype=bfloat16", "objective.clip_low=0.002", "objective.clip_high=0.002", "parity.draw_tokens=0"]
-    with open_session(with_sets(recipe, sets), tmp_path_factory.mktemp("run") / "engine.log", print) as opened:
+    sets = [
+        "engine.dtype=bfloat16",
+        "objective.clip_low=0.002",
+        "objective.clip_high=0.002",
+        "parity.draw_tokens=0",
+    ]
+    with open_session(
+        with_sets(recipe, sets), tmp_path_factory.mktemp("run") / "engine.log", print
+    ) as opened:
         yield opened.pair
 
 

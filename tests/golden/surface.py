@@ -1,7 +1,10 @@
-"""What others build on, as sorted lines: ``python -m tests.golden.surface`` writes them to the files beside this one.
+"""What others build on, as sorted lines.
 
-Each file is a promise. A line that goes, or that changes, breaks somebody's recipe, script or reader; a line that comes is a new
-promise. ``test_golden.py`` compares; to change a promise, run the command and have the difference reviewed.
+``python -m tests.golden.surface`` writes them to the files beside this one.
+
+Each file is a promise. A line that goes, or that changes, breaks somebody's recipe, script or reader; a line
+that comes is a new promise. ``test_golden.py`` compares; to change a promise, run the command and have the
+difference reviewed.
 """
 
 import inspect
@@ -17,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def recipe_keys() -> list[str]:
-    """``section.key: type = default``: a recipe says all of a run, so that a changed default is another run."""
+    """``section.key: type = default``: a recipe says all of a run, so a changed default is another run."""
     from lockstep.config.recipe import Recipe
 
     return sorted(_keys(Recipe))
@@ -40,11 +43,14 @@ def metric_names() -> list[str]:
     """``name [unit]  aliases``."""
     from lockstep.metrics.catalog import METRICS
 
-    return sorted(f"{m.name} [{m.unit}]" + (f"  also {', '.join(sorted(m.aliases))}" if m.aliases else "") for m in METRICS)
+    return sorted(
+        f"{m.name} [{m.unit}]" + (f"  also {', '.join(sorted(m.aliases))}" if m.aliases else "")
+        for m in METRICS
+    )
 
 
 def cli() -> list[str]:
-    """``verb --option``; what takes no value, may be given several times, must be given or is hidden says so."""
+    """``verb --option``; what takes no value, may come several times, must be given or is hidden says so."""
     import typer
 
     from lockstep.cli.main import app
@@ -58,7 +64,9 @@ def _options(command: Any, name: str) -> Iterator[str]:
     yield name
     for parameter in command.params:
         argument = type(parameter).__name__ == "TyperArgument"
-        said = parameter.opts[0].upper() if argument else "/".join([*parameter.opts, *parameter.secondary_opts])
+        said = (
+            parameter.opts[0].upper() if argument else "/".join([*parameter.opts, *parameter.secondary_opts])
+        )
         notes = {
             "flag": getattr(parameter, "is_flag", False),
             "several": parameter.multiple,
@@ -69,7 +77,10 @@ def _options(command: Any, name: str) -> Iterator[str]:
 
 
 def record_schemas() -> list[str]:
-    """``schema  path: type`` of every file of a run that is read back: manifest, certificate, metrics, verdicts, rollouts."""
+    """``schema  path: type`` of every file of a run that is read back.
+
+    Manifest, certificate, metrics, verdicts, rollouts.
+    """
     from lockstep.records.verdicts import Verdict
     from lockstep.runs import certificate, manifest, rollouts
     from lockstep.runs.sinks import base, jsonl
@@ -84,7 +95,9 @@ def record_schemas() -> list[str]:
     lines = [f"{schema}  {line}" for schema, struct in files.items() for line in _fields(struct)]
     lines += [f"{schema}  schema: str" for schema in (jsonl.SCHEMA_METRICS, jsonl.SCHEMA_VERDICT)]
     lines.append(f"{jsonl.SCHEMA_VERDICT}  when: str")
-    lines += [f"{rollouts.SCHEMA_ROLLOUTS}  column {field.name}: {field.type}" for field in rollouts.columns()]
+    lines += [
+        f"{rollouts.SCHEMA_ROLLOUTS}  column {field.name}: {field.type}" for field in rollouts.columns()
+    ]
     return sorted(lines)
 
 
@@ -105,7 +118,11 @@ def _parts(kind: Any) -> Iterator[Any]:
 
 
 def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, msgspec.Struct)
+    return (
+        isinstance(kind, type)
+        and not isinstance(kind, types.GenericAlias)
+        and issubclass(kind, msgspec.Struct)
+    )
 
 
 def _named(kind: Any) -> str:
@@ -126,7 +143,9 @@ def exit_codes() -> list[str]:
     from lockstep import errors
     from lockstep.cli.flags import EXIT_CODES
 
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.LockstepError)]
+    classes = [
+        c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.LockstepError)
+    ]
     lines = [f"{c.exit_code}  {c.__name__}" for c in classes]
     return sorted([*lines, *(f"{code}  verdict {status}" for status, code in EXIT_CODES.items())])
 
@@ -147,7 +166,9 @@ def _public(name: str, of: Any) -> Iterator[str]:
         return
     yield name
     members = [member for member in dir(of) if not member.startswith("_")]
-    yield from (f"{name}.{member}" for member in {*members, *typing.get_type_hints(of)} if not member.startswith("_"))
+    yield from (
+        f"{name}.{member}" for member in {*members, *typing.get_type_hints(of)} if not member.startswith("_")
+    )
 
 
 FILES: dict[str, Callable[[], list[str]]] = {

@@ -1,7 +1,8 @@
 """The keys of every document that a verb prints with ``--json``, from the verbs themselves on the tiny model.
 
-Where keys are names of the thing's own (figures, an engine's facts), ``*`` stands for them. What a rare document alone has, an
-error's or a failing layer's, is brought about on purpose. ``LOCKSTEP_GOLDEN=write`` writes the file anew.
+Where keys are names of the thing's own (figures, an engine's facts), ``*`` stands for them. What a rare
+document alone has, an error's or a failing layer's, is brought about on purpose. ``LOCKSTEP_GOLDEN=write``
+writes the file anew.
 """
 
 import json
@@ -25,7 +26,12 @@ OPEN = {
     *("env", "facts", "left_out", "system_needs", "installed"),
 }
 """Tables whose keys are not ours to promise."""
-SMALL = ["training.prompts_per_step=2", "training.group_size=2", "parity.probe_prompts=4", "parity.probe_tokens=4"]
+SMALL = [
+    "training.prompts_per_step=2",
+    "training.group_size=2",
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=4",
+]
 TOML = """\
 model.path = "{model}"
 engine = {{ name = "transformers", max_model_len = 128 }}
@@ -60,7 +66,7 @@ def file(recipe, tmp_path):
 
 
 def keys(value: Any, path: str = "") -> Iterator[str]:
-    """Every path in a document; ``[]`` stands for the items of a list, ``*`` for the keys of an open table."""
+    """Every path in a document; ``[]`` stands for a list's items, ``*`` for the keys of an open table."""
     if isinstance(value, list):
         yield f"{path}[]"
         yield from (line for item in value for line in keys(item, f"{path}[]"))
@@ -89,7 +95,15 @@ def hold(documents: list[dict[str, Any]]) -> None:
 def test_of_the_verbs_that_only_look(verb, tmp_path, monkeypatch, recipe):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
     environment = locate.Environment(
-        name="vllm", version="0.32.0", generation="V1", flavour="cpu", digest="", smoke="", built="", size_bytes=0, path="/x"
+        name="vllm",
+        version="0.32.0",
+        generation="V1",
+        flavour="cpu",
+        digest="",
+        smoke="",
+        built="",
+        size_bytes=0,
+        path="/x",
     )
     monkeypatch.setattr(recipes, "refuse_machine", lambda recipe: None)
     monkeypatch.setattr(install, "install", lambda spec, say: environment)
@@ -118,7 +132,9 @@ def test_of_a_check_and_its_certificate(verb, file, tmp_path):
     sets = ["--set", "parity.probe_prompts=8"]
     passed = verb("check", file, *sets, "--out", tmp_path / "out")
     verified = verb("certificate", "verify", tmp_path / "out" / "certificate.json", file, *sets)
-    changed = verb("certificate", "verify", tmp_path / "out" / "certificate.json", file, "--set", "sampling.top_k=3")
+    changed = verb(
+        "certificate", "verify", tmp_path / "out" / "certificate.json", file, "--set", "sampling.top_k=3"
+    )
     alone = verb("certificate", "verify", tmp_path / "out" / "certificate.json")
     failed = verb("check", file, *sets, "--set", "sampling.top_k=3")
     assert [code for code, _ in (passed, verified, changed, alone, failed)] == [0, 0, 1, 3, 1]

@@ -1,4 +1,7 @@
-"""The promises of ``surface.py``, held: recipe keys, metric names, verbs and options, files, exit codes, public names."""
+"""The promises of ``surface.py``, held.
+
+Recipe keys, metric names, verbs and options, files, exit codes, public names.
+"""
 
 import pytest
 
@@ -9,7 +12,9 @@ from tests.golden.surface import FILES, HERE, golden
 def test_what_others_build_on_is_as_it_was_promised(name):
     promised, now = golden(name), FILES[name]()
     gone, new = sorted(set(promised) - set(now)), sorted(set(now) - set(promised))
-    assert (gone, new) == ([], []), f"if it is meant: python -m tests.golden.surface, and have {name}.txt reviewed"
+    assert (gone, new) == ([], []), (
+        f"if it is meant: python -m tests.golden.surface, and have {name}.txt reviewed"
+    )
     assert promised == now == sorted(set(now)), "sorted, each line once"
     assert len(now) > 10
 

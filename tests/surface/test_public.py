@@ -57,7 +57,9 @@ def test_check_and_train_do_what_the_commands_do(recipe, tmp_path, monkeypatch):
     assert result.status == "PASS"
     assert "ladder: semantics" in said
     assert list(tmp_path.iterdir()) == [], "nothing is kept without out"
-    small = with_sets(recipe, ["training.prompts_per_step=2", "training.group_size=2", "parity.probe_prompts=4"])
+    small = with_sets(
+        recipe, ["training.prompts_per_step=2", "training.group_size=2", "parity.probe_prompts=4"]
+    )
     summary = lockstep.train(small, out="run")
     run = open_run(tmp_path / "run")
     assert (summary.steps, len(run.steps), summary.run) == (1, 1, "run")

@@ -1,7 +1,9 @@
-"""A pair without a model: what comes next depends on the last token and on the mean of all before it, by a few small tables.
+"""A pair without a model, by a few small tables.
 
-Both sides hold the tables themselves, so that the ladder's own code runs on it in milliseconds, and a test says what is
-wrong on the engine's side by changing one of :class:`BagEngine`'s hooks.
+What comes next depends on the last token and on the mean of all before it.
+
+Both sides hold the tables themselves, so that the ladder's own code runs on it in milliseconds, and a test
+says what is wrong on the engine's side by changing one of :class:`BagEngine`'s hooks.
 """
 
 import copy
@@ -118,7 +120,9 @@ class BagEngine(Engine):
     def __init__(self, model, shelf, distribution="sampler", without=()):
         self.model, self.shelf, self.version = copy.deepcopy(model), shelf, 0
         known = {name: Capability(name not in without, "as the test says") for name in CAPABILITIES}
-        self.ready = Ready("bag", "1", "v1", distribution, {"worker.parameter_dtype": "torch.float32"}, known, 0.0)
+        self.ready = Ready(
+            "bag", "1", "v1", distribution, {"worker.parameter_dtype": "torch.float32"}, known, 0.0
+        )
         self.asked, self.vocabulary = {}, VOCABULARY
         self.params = as_it_is
         self.prompt = as_it_is
@@ -149,7 +153,9 @@ class BagEngine(Engine):
             z = decoding.logits_after(ids[-1])
         said = self.numbers(np.array(numbers, np.float32), prompt, np.array(ids))
         spans = (VersionSpan(0, len(ids), self.version),)
-        return Completion(row, sample, pack_ids(ids), pack_logprobs(said.tolist()), reason, spans, prompt_tokens=len(given))
+        return Completion(
+            row, sample, pack_ids(ids), pack_logprobs(said.tolist()), reason, spans, prompt_tokens=len(given)
+        )
 
     def _score(self, sequences, temperature):
         return [self.scores(self._of(ids, temperature), len(sequences)) for ids in sequences]
@@ -215,7 +221,9 @@ def recipe_of(**sections):
         "training": {"steps": 1},
         "parity": {"probe_prompts": 8, "probe_tokens": 12, "draw_tokens": 0},
     }
-    return parse_recipe({name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}, "tests")
+    return parse_recipe(
+        {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}, "tests"
+    )
 
 
 def bag_pair(without=(), distribution="sampler", **sections):

@@ -1,9 +1,12 @@
-"""A second device without the hardware: tensors that were sent to ``cuda`` are computed on the CPU, and may not meet others.
+"""A second device without the hardware.
 
-A build of torch without CUDA cannot hold fake CUDA tensors through a backward pass (its autograd asks the missing backend for a
-stream), so ``FakeTensorMode`` ends at the loss. Here values are real, and the whole step runs: what asks for ``cuda`` gets a CPU
-tensor with a mark; what is computed from marked tensors is marked; an operator that is given both kinds raises as CUDA would.
-Zero-dimensional CPU tensors and CPU indices are welcome anywhere, as they are on a GPU.
+Tensors that were sent to ``cuda`` are computed on the CPU, and may not meet others.
+
+A build of torch without CUDA cannot hold fake CUDA tensors through a backward pass (its autograd asks the
+missing backend for a stream), so ``FakeTensorMode`` ends at the loss. Here values are real, and the whole
+step runs: what asks for ``cuda`` gets a CPU tensor with a mark; what is computed from marked tensors is
+marked; an operator that is given both kinds raises as CUDA would. Zero-dimensional CPU tensors and CPU
+indices are welcome anywhere, as they are on a GPU.
 """
 
 from typing import Any
@@ -41,7 +44,11 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [x for x in tree_flatten((args[:1] if func in INDEXED else args, kwargs))[0] if isinstance(x, Tensor)]
+        tensors = [
+            x
+            for x in tree_flatten((args[:1] if func in INDEXED else args, kwargs))[0]
+            if isinstance(x, Tensor)
+        ]
         there = [x for x in tensors if x in self._marks]
         here = [x for x in tensors if x not in self._marks and x.dim() > 0]
         if there and here and func not in CROSSING:
@@ -92,7 +99,9 @@ class PretendCuda(TorchFunctionMode):
             return torch.from_numpy(args[0].numpy(force=True).copy())
         if kind != "cuda":
             return func(*args, **kwargs)
-        out = func(args[0], CPU, *args[2:], **kwargs) if positional else func(*args, **kwargs | {"device": CPU})
+        out = (
+            func(args[0], CPU, *args[2:], **kwargs) if positional else func(*args, **kwargs | {"device": CPU})
+        )
         if out not in self._marks and func in (Tensor.to, torch.as_tensor):
             out = out.clone()
         self._marks.add(out)

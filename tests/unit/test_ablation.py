@@ -1,11 +1,16 @@
-"""Ablation on a gap that is known: effects and rest sum to the total, and factors that act together are seen to."""
+"""Ablation on a known gap: effects and rest sum to the total; factors that act together are seen to."""
 
 import pytest
 
 from lockstep.config.recipe import parse_recipe, with_sets
 from lockstep.diagnose.ablation import ablate
 
-TABLE = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+TABLE = {
+    "model": {"path": "m"},
+    "task": {"name": "t"},
+    "sampling": {"max_tokens": 1},
+    "training": {"steps": 1},
+}
 
 
 def measure(recipe):
@@ -20,18 +25,27 @@ def test_effects_and_rest_sum_to_the_total():
     recipe, said = with_sets(parse_recipe(TABLE, "test"), sets), []
     found = ablate(recipe, None, said.append, measure)
     assert found.total_nats == pytest.approx(0.64001)
-    assert sum(f.effect_nats for f in found.factors) + found.unexplained_nats == pytest.approx(found.total_nats)
+    assert sum(f.effect_nats for f in found.factors) + found.unexplained_nats == pytest.approx(
+        found.total_nats
+    )
     assert found.unexplained_nats == pytest.approx(1e-5)
     effects = {f.name.partition("=")[0]: (f.effect_nats, f.alone_nats) for f in found.factors}
     assert effects["sampling.top_p"] == pytest.approx((0.3, 0.3))
-    assert effects["engine.options.logprobs_mode"] == pytest.approx((0.3, 0.4)), "alone it takes the interaction with it"
+    assert effects["engine.options.logprobs_mode"] == pytest.approx((0.3, 0.4)), (
+        "alone it takes the interaction with it"
+    )
     assert effects["engine.dtype"] == pytest.approx((0.04, 0.04))
     assert len(said) == len(set(said)), "nothing is measured twice"
 
 
 def test_an_engine_version_is_the_last_factor():
     recipe = with_sets(parse_recipe(TABLE, "test"), ["engine.version=0.18.1"])
-    found = ablate(recipe, "0.8.5", lambda text: None, lambda r: (0.5 if r.engine.version == "0.18.1" else 0.0, (0.0, 0.0)))
+    found = ablate(
+        recipe,
+        "0.8.5",
+        lambda text: None,
+        lambda r: (0.5 if r.engine.version == "0.18.1" else 0.0, (0.0, 0.0)),
+    )
     assert [(f.name, f.effect_nats) for f in found.factors] == [("engine.version=0.18.1", 0.5)]
     assert found.factors[0].flag == "--set engine.version=0.8.5"
 

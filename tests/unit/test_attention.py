@@ -1,4 +1,4 @@
-"""Packed attention against the plain definition, block by block, and against eager attention in a whole model."""
+"""Packed attention against the plain definition, block by block, and against eager attention in a model."""
 
 import math
 
@@ -63,7 +63,9 @@ def test_each_block_attends_as_if_it_were_alone(lengths, window, trees, seed):
             seen = seen & (place[:, None] - place < window)
         rows = slice(start, start + n)
         expected.append(plain(query[:, :, rows], key[:, :, rows], value[:, :, rows], seen, 0.3))
-    found, none = packed_attention(MODULE, query, key, value, None, 0.3, blocks=tuple(blocks), sliding_window=window)
+    found, none = packed_attention(
+        MODULE, query, key, value, None, 0.3, blocks=tuple(blocks), sliding_window=window
+    )
     assert none is None
     torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
 
@@ -146,7 +148,9 @@ def test_another_sides_attention_is_held_and_put_back(policy, rng):
     groups = [Group(ids(rng, 30), [ids(rng, 4)])]
     (before,) = policy.score(groups, 1.0)
     with altered(window=64):
-        np.testing.assert_array_equal(policy.score(groups, 1.0)[0], before, "a window that is longer than the row")
+        np.testing.assert_array_equal(
+            policy.score(groups, 1.0)[0], before, "a window that is longer than the row"
+        )
     for change in ({"window": 4}, {"scale": 1.5}, {"kept": lambda t: t.to(torch.float8_e5m2).to(t.dtype)}):
         with altered(**change):
             assert np.abs(policy.score(groups, 1.0)[0] - before).max() > 1e-4
@@ -155,11 +159,11 @@ def test_another_sides_attention_is_held_and_put_back(policy, rng):
     np.testing.assert_array_equal(policy.score(groups, 1.0)[0], before)
 
 
-# ── replay over an earlier cache ──────────────────────────────────────────────────────────────────────────────────
+# ── replay over an earlier cache ────────────────────────────────────────────────────────────────────────────
 
 
 def by_hand(policy, prompt, tokens, n, old):
-    """Token by token as an engine decodes: the weights change after token ``n``, and the cache stays as it is."""
+    """Token by token as an engine decodes: the weights change after token ``n``, the cache stays as it is."""
     from transformers import DynamicCache
 
     cache, found = DynamicCache(), []
@@ -168,9 +172,13 @@ def by_hand(policy, prompt, tokens, n, old):
         with torch.no_grad():
             with Earlier(old).held(policy):
                 for token in (*prompt, *tokens[: n - 1]):
-                    policy.model(input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True)
+                    policy.model(
+                        input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True
+                    )
             for token, drawn in zip(tokens[n - 1 :], tokens[n:], strict=False):
-                out = policy.model(input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True)
+                out = policy.model(
+                    input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True
+                )
                 found.append(float((out.logits[0, -1] / 0.8).log_softmax(-1)[int(drawn)]))
     finally:
         policy.model.set_attn_implementation(NAME)

@@ -1,4 +1,7 @@
-"""Which tensors explain a gap: named by gradients, proven by a re-score; and which settings the two sides have otherwise."""
+"""Which tensors explain a gap: named by gradients, proven by a re-score.
+
+And which settings the two sides have otherwise.
+"""
 
 from types import SimpleNamespace
 
@@ -57,7 +60,9 @@ def test_nothing_is_named_that_a_re_score_does_not_prove(pair, canary):
     """Scores that no mixture of old and new gives."""
     noise = perturbed(pair)
     with pair.trainer.holding(noise):
-        random = canary.trainer_scores(pair) + np.random.default_rng(0).normal(0, 0.1, canary.owners.size).astype(np.float32)
+        random = canary.trainer_scores(pair) + np.random.default_rng(0).normal(
+            0, 0.1, canary.owners.size
+        ).astype(np.float32)
         assert stale(pair, canary, noise.before, random, LIMIT) is None
         assert scaled(pair, canary, random, LIMIT) is None
         assert rounded(pair, canary, random, LIMIT) is None
@@ -95,7 +100,9 @@ def test_of_sets_that_explain_alike_the_smallest_is_named_and_its_equals_beside_
 def test_to_first_order_the_set_that_made_the_gap_is_ranked_first(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     names = [
-        f"model.layers.{n}.{kind}.weight" for n in range(3) for kind in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+        f"model.layers.{n}.{kind}.weight"
+        for n in range(3)
+        for kind in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
     ]
     moves = rng.normal(size=(24, len(names)))
     chosen = data.draw(st.sampled_from([(4,), (0, 1), (2, 5, 8), (6, 7, 8)]))
@@ -148,7 +155,9 @@ def test_a_setting_is_matched_by_its_last_name_and_told_in_the_trainers_place():
     ]
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "torch_dtype", "head_dtype", "architectures", "eos_token_id", "use_cache"])
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "torch_dtype", "head_dtype", "architectures", "eos_token_id", "use_cache"]
+)
 def test_what_changes_no_log_probability_is_no_departure(name):
     assert departures(sides(OURS | {name: 1}, {name: 2})) == []
 

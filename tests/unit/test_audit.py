@@ -28,7 +28,10 @@ GOOD = {
 
 def rows_of(resolved, *, tells=True, **sampling):
     recipe = Recipe(
-        model=Model(path="m"), task=Task(name="t"), training=Training(steps=1), sampling=SamplingParams(max_tokens=4, **sampling)
+        model=Model(path="m"),
+        task=Task(name="t"),
+        training=Training(steps=1),
+        sampling=SamplingParams(max_tokens=4, **sampling),
     )
     can = {"resolved_config": Capability(tells, "because")}
     engine = SimpleNamespace(ready=SimpleNamespace(resolved=resolved, capabilities=can), asked={"seed": 0})

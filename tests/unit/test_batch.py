@@ -1,4 +1,4 @@
-"""Rollouts as minibatches of packed rows: every token once, in order, with its own values and its share of the loss."""
+"""Rollouts as minibatches of packed rows: every token once, in order, with its values and its loss share."""
 
 from dataclasses import replace
 
@@ -27,9 +27,11 @@ POLICY = policy_of()
 
 
 def rollouts_of(lengths, group_size, seed=0, masked=0.0):
-    """Samples of these many tokens; engine log-probabilities and advantages tell every token from every other."""
+    """Samples of these many tokens; engine log-probabilities and advantages tell all tokens apart."""
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(3, VOCABULARY, 2 + int(n)).astype(np.int32) for n in rng.integers(1, 30, len(lengths))]
+    prompts = [
+        rng.integers(3, VOCABULARY, 2 + int(n)).astype(np.int32) for n in rng.integers(1, 30, len(lengths))
+    ]
     samples = []
     for row, n in enumerate(lengths):
         mask = rng.random(n) >= masked
@@ -53,7 +55,9 @@ def rollouts_of(lengths, group_size, seed=0, masked=0.0):
 
 def recipe(groups, group_size, minibatches=1, microbatch=4096, **objective):
     training = {"prompts_per_step": groups, "group_size": group_size, "minibatches": minibatches}
-    return recipe_of(training={"steps": 1, "tokens_per_microbatch": microbatch} | training, objective=objective)
+    return recipe_of(
+        training={"steps": 1, "tokens_per_microbatch": microbatch} | training, objective=objective
+    )
 
 
 def joined(parts, name):
@@ -85,15 +89,21 @@ def test_every_token_is_in_one_row_with_its_own_values_and_weights_sum_to_1(shap
     np.testing.assert_array_equal(targets, rollouts.token_ids)
     np.testing.assert_array_equal(joined(parts, "engine_logprobs"), rollouts.engine_logprobs)
     np.testing.assert_array_equal(joined(parts, "loss_mask"), rollouts.loss_mask)
-    np.testing.assert_array_equal(joined(parts, "advantages"), np.where(rollouts.loss_mask, rollouts.advantages, 0.0))
+    np.testing.assert_array_equal(
+        joined(parts, "advantages"), np.where(rollouts.loss_mask, rollouts.advantages, 0.0)
+    )
     assert (joined(parts, "token_weights")[~rollouts.loss_mask] == 0.0).all()
     for number, part in enumerate(parts):
-        assert sum(float(micro.token_weights.double().sum()) for micro in part) == pytest.approx(1.0, abs=1e-5)
+        assert sum(float(micro.token_weights.double().sum()) for micro in part) == pytest.approx(
+            1.0, abs=1e-5
+        )
         owners = np.concatenate([micro.sequence_ids.numpy() for micro in part])
         per = groups * size // n_parts
         np.testing.assert_array_equal(owners, rollouts[number * per : number * per + per].owners)
         for micro in part:
-            assert micro.row.token_ids.numel() <= microbatch or len(micro.row.blocks) == 1, "one block, if any, is longer"
+            assert micro.row.token_ids.numel() <= microbatch or len(micro.row.blocks) == 1, (
+                "one block, if any, is longer"
+            )
 
 
 def test_by_token_each_counts_alike_and_by_sequence_each_sample_does():
@@ -109,7 +119,9 @@ def test_a_nan_where_the_model_did_not_sample_reaches_no_advantage():
     rollouts = rollouts_of([4, 4], 2)
     first = rollouts[0]
     mask = np.array([True, False, True, True])
-    rollouts.samples[0] = replace(first, loss_mask=mask, advantages=np.where(mask, 1.0, np.nan).astype(np.float32))
+    rollouts.samples[0] = replace(
+        first, loss_mask=mask, advantages=np.where(mask, 1.0, np.nan).astype(np.float32)
+    )
     assert joined(minibatches(rollouts, POLICY, recipe(1, 2)), "advantages")[1] == 0.0
 
 
@@ -144,7 +156,7 @@ def test_the_old_logprob_pass_and_the_forward_pass_of_training_give_the_same_num
         assert not np.concatenate(tokens.log_ratio).any()
 
 
-# ── rehearsal ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rehearsal ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_rehearsal_is_the_loss_that_train_would_begin_with_and_leaves_nothing_behind():

@@ -12,10 +12,20 @@ from lockstep.engines import registry
 
 SOURCE = Path(lockstep.__file__).parent
 NAMED = {
-    "parity/causes.py",  # the general mends, for an engine that nobody knows: a flag of the best known as the example
+    # The general mends, for an engine that nobody knows: a flag of the best known as the example.
+    "parity/causes.py",
+    "parity/causes_semantics.py",
 }
 """Below, where an engine's name may stand in the code."""
-GENERIC = ("process.py", "worker_engine.py", "channel.py", "base.py", "replies.py", "worker/server.py", "worker/group.py")
+GENERIC = (
+    "process.py",
+    "worker_engine.py",
+    "channel.py",
+    "base.py",
+    "replies.py",
+    "worker/server.py",
+    "worker/group.py",
+)
 
 
 def without_docstrings(path: Path) -> str:
@@ -24,11 +34,15 @@ def without_docstrings(path: Path) -> str:
     said = {
         node.value.lineno
         for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
     }
     tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
     return " ".join(
-        t.string for t in tokens if t.type != tokenize.COMMENT and not (t.type == tokenize.STRING and t.start[0] in said)
+        t.string
+        for t in tokens
+        if t.type != tokenize.COMMENT and not (t.type == tokenize.STRING and t.start[0] in said)
     )
 
 
@@ -54,7 +68,14 @@ def test_an_engines_name_is_seen_in_code_and_not_in_what_is_said_of_it(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "place", ["engines/worker", "engines/transformers.py", "engines/vllm", "engines/process.py", "records/messages.py"]
+    "place",
+    [
+        "engines/worker",
+        "engines/transformers.py",
+        "engines/vllm",
+        "engines/process.py",
+        "records/messages.py",
+    ],
 )
 def test_what_runs_in_production_knows_no_planted_fault(place):
     from lockstep.faults.catalogue import AT_LOAD

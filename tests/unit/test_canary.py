@@ -92,7 +92,9 @@ def test_an_update_that_arrived_is_proven(pair, canary):
     found = updated(pair, canary)
     assert found.proven
     assert not found.not_delivered
-    assert found.limit_nats == CANARY_MULTIPLE * CANARY_FLOOR, "a clean gap below the floor counts as the floor"
+    assert found.limit_nats == CANARY_MULTIPLE * CANARY_FLOOR, (
+        "a clean gap below the floor counts as the floor"
+    )
 
 
 def test_one_that_did_not_is_refuted_and_named(pair, canary):
@@ -104,7 +106,9 @@ def test_one_that_did_not_is_refuted_and_named(pair, canary):
 
 
 def test_half_of_it_is_refuted_and_not_called_lost(pair, canary):
-    found = updated(pair, canary, lambda sent, held: sent | {"layers.1.mix.weight": held["layers.1.mix.weight"]})
+    found = updated(
+        pair, canary, lambda sent, held: sent | {"layers.1.mix.weight": held["layers.1.mix.weight"]}
+    )
     assert found.refuted
     assert not found.not_delivered
 

@@ -21,14 +21,30 @@ CONFIG = Optimizer(lr=1e-2)
 
 @pytest.fixture
 def source(tiny_model_dir, tmp_path):
-    """The tiny model with everything a model's directory may hold beside its weights, and what must not be taken along."""
+    """The tiny model with everything that a model's directory may hold beside its weights.
+
+    Some of it must not be taken along.
+    """
     path = tmp_path / "source"
     shutil.copytree(tiny_model_dir, path)
-    for name in ("tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "LICENSE", "modeling_own.py"):
+    for name in (
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "LICENSE",
+        "modeling_own.py",
+    ):
         (path / name).write_text(name)
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tools.jinja").write_text("tools")
-    for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "model.gguf", "optimizer.pt", ".hidden"):
+    for name in (
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+        "model.gguf",
+        "optimizer.pt",
+        ".hidden",
+    ):
         (path / name).write_text(name)
     (path / "model.safetensors.index.json").write_text("{}")
     return path
@@ -64,8 +80,13 @@ def test_any_tool_can_load_it(source, tmp_path, dtype):
     model = AutoModelForCausalLM.from_pretrained(path)
     assert_equal(dict(model.state_dict()), tensors(policy))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"], "engines load all of the top level"
-    assert sorted(file.name for file in (path / "trainer").iterdir()) == ["optimizer.safetensors", "state.json"]
+    assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"], (
+        "engines load all of the top level"
+    )
+    assert sorted(file.name for file in (path / "trainer").iterdir()) == [
+        "optimizer.safetensors",
+        "state.json",
+    ]
     assert json.loads((path / "config.json").read_text())["dtype"] == dtype
 
 
@@ -99,12 +120,27 @@ def test_a_mixture_of_experts_is_kept_as_other_tools_read_it_and_goes_on_bit_for
 def test_what_belongs_to_the_model_goes_along_and_other_weights_do_not(source, tmp_path):
     path = save_checkpoint(tmp_path / "checkpoints", 1, *trained(source), source)
     names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    own = {"model.safetensors", "config.json", "generation_config.json", "trainer/optimizer.safetensors", "trainer/state.json"}
-    companions = {"tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "LICENSE", "modeling_own.py"}
+    own = {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "trainer/optimizer.safetensors",
+        "trainer/state.json",
+    }
+    companions = {
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "LICENSE",
+        "modeling_own.py",
+    }
     assert names == own | companions | {"additional_chat_templates/tools.jinja"}
     assert (path / "merges.txt").read_text() == "merges.txt"
     again = save_checkpoint(tmp_path / "others", 2, *trained(path), path)
-    assert {str(file.relative_to(again)) for file in again.rglob("*") if file.is_file()} == names, "a checkpoint is a source too"
+    assert {str(file.relative_to(again)) for file in again.rglob("*") if file.is_file()} == names, (
+        "a checkpoint is a source too"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -32,7 +32,9 @@ def test_say_show_fail_and_the_ladder_show_it_escaped(capsys):
     error = EngineError(HOSTILE, got=HOSTILE, expected=HOSTILE, hint=HOSTILE)
     error.add_note(HOSTILE)
     fail(error, as_json=False)
-    found = Finding(cause=HOSTILE, effect_nats=1.0, ci95=(0.5, 1.5), n_tokens=3, evidence=HOSTILE, fix=HOSTILE)
+    found = Finding(
+        cause=HOSTILE, effect_nats=1.0, ci95=(0.5, 1.5), n_tokens=3, evidence=HOSTILE, fix=HOSTILE
+    )
     show_ladder([Verdict(layer="path", status="FAIL", summary=HOSTILE, n_tokens=3, findings=(found,))])
     out, err = capsys.readouterr()
     assert not OBEYED.search(out + err)

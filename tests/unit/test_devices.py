@@ -1,4 +1,7 @@
-"""The trainer on another device than its inputs: the whole step, and what parity asks, without an operator that mixes the two."""
+"""The trainer on another device than its inputs.
+
+The whole step, and what parity asks, without an operator that mixes the two.
+"""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The draws' test: how often it raises a false alarm, and how often it sees what it says that it sees. On simulated draws."""
+"""The draws' test: how often it raises a false alarm, and how often it sees what it claims to.
+
+On simulated draws.
+"""
 
 from dataclasses import replace
 
@@ -15,7 +18,10 @@ SINGLES, PROMPTS = 192, 45
 
 @pytest.fixture(scope="module")
 def contexts():
-    """Zipf-like distributions over few tokens, so that a simulation is quick; var(log p) of 5 nats², as SmolLM2's at T = 0.7."""
+    """Zipf-like distributions over few tokens, so that a simulation is quick.
+
+    var(log p) of 5 nats², as SmolLM2's at T = 0.7.
+    """
     generator = torch.Generator().manual_seed(3)
     ranks = torch.arange(1, 1001).log()
     return (-1.1 * ranks + torch.randn(SINGLES, 1000, generator=generator)).log_softmax(-1)
@@ -24,7 +30,10 @@ def contexts():
 def drawn(logprobs, n, rng, temperature=1.0, best_of=1):
     """``n`` draws of each row: rows and ids, [L · n]."""
     cumulative = (logprobs / temperature).double().softmax(-1).numpy().cumsum(-1)
-    tries = [np.stack([np.searchsorted(c, rng.random(n) * c[-1]) for c in cumulative]) for _ in range(best_of)]  # [L, n] each
+    # [L, n] each
+    tries = [
+        np.stack([np.searchsorted(c, rng.random(n) * c[-1]) for c in cumulative]) for _ in range(best_of)
+    ]
     scores = np.stack([np.take_along_axis(logprobs.numpy(), t, 1) for t in tries])
     ids = np.take_along_axis(np.stack(tries), scores.argmax(0)[None], 0)[0]
     return torch.arange(len(logprobs)).repeat_interleave(n), torch.from_numpy(ids.reshape(-1))
@@ -39,7 +48,9 @@ class Check:
         for name, (logprobs, n) in self.parts.items():
             rows, ids = drawn(logprobs, n, np.random.default_rng(0))
             self.weighed[name] = weigh(logprobs, rows, ids, TILTS[name])
-            self.tables[name] = [t * logprobs - ((1 + t) * logprobs).logsumexp(-1, keepdim=True) for t in TILTS[name]]
+            self.tables[name] = [
+                t * logprobs - ((1 + t) * logprobs).logsumexp(-1, keepdim=True) for t in TILTS[name]
+            ]
             assert self.products(name, rows, ids) == pytest.approx(self.weighed[name].log_products, abs=1e-2)
 
     def products(self, name, rows, ids):
@@ -74,7 +85,9 @@ def test_honest_draws_raise_no_alarm(check):
 
 def test_a_product_has_expectation_one(contexts):
     logprobs, tilts = contexts[:1, :500].log_softmax(-1), (-0.25, 0.25)
-    each = [weigh(logprobs, torch.tensor([0]), torch.tensor([token]), tilts).log_products for token in range(500)]
+    each = [
+        weigh(logprobs, torch.tensor([0]), torch.tensor([token]), tilts).log_products for token in range(500)
+    ]
     expected = (logprobs[0].double().exp()[:, None] * torch.tensor(each, dtype=torch.float64).exp()).sum(0)
     np.testing.assert_allclose(expected.numpy(), 1.0, rtol=1e-5)
 

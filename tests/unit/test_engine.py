@@ -1,4 +1,4 @@
-"""What every adapter passes through: completions that are not what was asked for are refused, whatever engine gave them."""
+"""What every adapter passes through: completions other than those asked for are refused, from any engine."""
 
 import json
 
@@ -56,9 +56,18 @@ def test_what_was_asked_for_is_given_on_as_it_came():
         ([completion(0, 0, [5, 6, 97]), *RIGHT[1:]], "got token id 97, expected ids below 97"),
         ([completion(0, 0, [5, -1]), *RIGHT[1:]], "got token id -1, expected none below 0"),
         ([completion(0, 0, [5, 6, 7, 8]), *RIGHT[1:]], "4 tokens, expected at most 3"),
-        ([replace(RIGHT[0], logprobs=pack_logprobs([-1.0])), *RIGHT[1:]], "12 bytes of ids, 4 of log-probabilities"),
-        ([replace(RIGHT[0], logprobs=pack_logprobs([-1.0, float("-inf"), -1.0])), *RIGHT[1:]], "an infinite log-probability"),
-        ([replace(RIGHT[0], logprobs=pack_logprobs([-1.0, None, -1.0])), *RIGHT[1:]], "row 0: 0 missing numbers, expected 1"),
+        (
+            [replace(RIGHT[0], logprobs=pack_logprobs([-1.0])), *RIGHT[1:]],
+            "12 bytes of ids, 4 of log-probabilities",
+        ),
+        (
+            [replace(RIGHT[0], logprobs=pack_logprobs([-1.0, float("-inf"), -1.0])), *RIGHT[1:]],
+            "an infinite log-probability",
+        ),
+        (
+            [replace(RIGHT[0], logprobs=pack_logprobs([-1.0, None, -1.0])), *RIGHT[1:]],
+            "row 0: 0 missing numbers, expected 1",
+        ),
         ([replace(RIGHT[0], version_spans=(VersionSpan(0, 2, 0),)), *RIGHT[1:]], "versions of 2 tokens"),
         ([replace(RIGHT[0], token_ids=pack_ids([5, 6, 7])[:-1]), *RIGHT[1:]], "11 bytes of ids"),
     ],

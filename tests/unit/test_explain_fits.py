@@ -1,4 +1,7 @@
-"""Fits that name a cause: values of a setting, a truncation behind a penalty, rows by themselves, ids of another vocabulary."""
+"""Fits that name a cause.
+
+Values of a setting, a truncation behind a penalty, rows by themselves, ids of another vocabulary.
+"""
 
 import time
 from dataclasses import replace
@@ -35,7 +38,7 @@ LIMIT = 1e-4
 GRID = np.geomspace(0.05, 4.0, 20).tolist()
 
 
-# ── values ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,7 +114,7 @@ def test_rows_agree_in_the_median_and_a_nan_does_not():
     assert off(right, np.full(5, np.nan), 0.1)
 
 
-# ── tokens that are held ──────────────────────────────────────────────────────────────────────────────────────────
+# ── tokens that are held ────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(n=st.integers(1, 3000), most=st.integers(1, 200))
@@ -125,7 +128,9 @@ def test_places_are_spread_over_all_of_it(n, most):
 
 
 def test_tokens_are_held_with_their_own_distributions():
-    pair = bag_pair(sampling={"max_tokens": 12, "temperature": 0.7}, parity={"probe_prompts": 16, "probe_tokens": 12})
+    pair = bag_pair(
+        sampling={"max_tokens": 12, "temperature": 0.7}, parity={"probe_prompts": 16, "probe_tokens": 12}
+    )
     sample = gather(pair).own
     held = tokens_of_every_part(pair.trainer, sample.groups, sample.engine_logprobs)
     at = every_part(sample.token_ids.size)
@@ -136,7 +141,7 @@ def test_tokens_are_held_with_their_own_distributions():
     assert held.screened().left(held.screened().logits / 0.7) < 1e-5
 
 
-# ── a truncation behind another setting ───────────────────────────────────────────────────────────────────────────
+# ── a truncation behind another setting ─────────────────────────────────────────────────────────────────────
 
 
 def drawn_under(setting, seed=0, n=96, temperature=1.0):
@@ -181,12 +186,16 @@ def test_a_temperature_with_a_truncation_is_fitted_together_and_neither_alone():
     found = hidden_cut(held, seen_of(len(held.ids)), 1.0, LIMIT)
     assert (found.cause, found.name) == ("hidden_truncation", "temperature 0.6 with top-k 20")
     assert found.miss <= LIMIT
-    assert hidden_cut(drawn_under(SamplingParams(max_tokens=1)), seen_of(96), 1.0, LIMIT) is None, "nothing is hidden"
-    noisy = held._replace(engine=held.engine + 0.1 * torch.randn(96, generator=torch.Generator().manual_seed(0)))
+    assert hidden_cut(drawn_under(SamplingParams(max_tokens=1)), seen_of(96), 1.0, LIMIT) is None, (
+        "nothing is hidden"
+    )
+    noisy = held._replace(
+        engine=held.engine + 0.1 * torch.randn(96, generator=torch.Generator().manual_seed(0))
+    )
     assert hidden_cut(noisy, seen_of(96), 1.0, LIMIT) is None
 
 
-# ── rows by themselves ────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows by themselves ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -293,7 +302,7 @@ def test_right_numbers_and_mere_noise_are_not_explained(pair, sample):
     assert unasked(pair, sample, LIMIT) is None
 
 
-# ── another vocabulary ────────────────────────────────────────────────────────────────────────────────────────────
+# ── another vocabulary ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def moved(sample, at, by):
@@ -306,7 +315,9 @@ def moved(sample, at, by):
     return replace(sample, samples=rows)
 
 
-@pytest.mark.parametrize(("at", "by", "told"), [(20, 1, "1 less"), (20, 2, "2 less"), (12, -1, "1 more"), (30, -2, "2 more")])
+@pytest.mark.parametrize(
+    ("at", "by", "told"), [(20, 1, "1 less"), (20, 2, "2 less"), (12, -1, "1 more"), (30, -2, "2 more")]
+)
 def test_ids_of_another_vocabulary_are_read_back(pair, sample, at, by, told):
     inside = [s for s in sample if max(s.prompt_ids.max(), s.token_ids.max()) + by < VOCABULARY]
     assert inside, "rows that the larger vocabulary's ids leave within this one"

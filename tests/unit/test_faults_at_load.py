@@ -1,4 +1,7 @@
-"""Faults of a worker's loads: committed when planted, by that load alone, and never by a worker that was started without them."""
+"""Faults of a worker's loads: committed when planted, and by that load alone.
+
+Never by a worker that was started without them.
+"""
 
 import os
 import sys
@@ -34,7 +37,9 @@ class Served(Engine):
         self.weights.mkdir()
         config = msgspec.json.encode(Config({}, str(self.weights), "float32"))
         log = directory / "engine.log"
-        self.process = WorkerProcess(python, WorkerProgram("worker_with_weights", launcher), config, dict(os.environ), log)
+        self.process = WorkerProcess(
+            python, WorkerProgram("worker_with_weights", launcher), config, dict(os.environ), log
+        )
         self.ready, self.asked = msgspec.structs.replace(READY, pids=(1,)), {}
         self.said = self.process.wait_ready(60)
 

@@ -10,7 +10,10 @@ from lockstep.parity.tolerances import NOISE, largest_gap
 from lockstep.training.step import AtSampling
 
 FP32, BF16 = NOISE["torch.float32"], NOISE["torch.bfloat16"]
-CLEAN = {"fp32": Measured(p50=7e-6, mean=0.0, mean_se=1e-6), "bf16": Measured(p50=0.03, mean=-0.002, mean_se=0.003)}
+CLEAN = {
+    "fp32": Measured(p50=7e-6, mean=0.0, mean_se=1e-6),
+    "bf16": Measured(p50=0.03, mean=-0.002, mean_se=0.003),
+}
 LENGTH = 50
 
 
@@ -20,7 +23,7 @@ def gate(kind, **clip):
 
 
 def tokens(n, kind, seed=0):
-    """A step as a clean backend gives it: errors of the log-odds, so that a certain token has next to none."""
+    """A step as a clean backend gives it: errors of the log-odds, so a certain token has next to none."""
     rng = np.random.default_rng(seed)
     trainer = np.log(rng.beta(0.6, 0.4, n)).clip(-15, -1e-7)
     noise = rng.normal(0.0, {"fp32": 1.2e-5, "bf16": 0.05}[kind], n) * -np.expm1(trainer)
@@ -71,9 +74,12 @@ def test_a_certain_token_may_move_by_less_than_an_unlikely_one():
     limits = largest_gap(np.array([certain, unlikely]), BF16, 1.0)
     assert limits[0] < 2e-4
     assert limits[1] == pytest.approx(3 * BF16.p999, rel=1e-3)
-    at = AtSampling(np.full(200, certain, np.float32), np.full(200, certain, np.float32), np.arange(200) // 10)
+    at = AtSampling(
+        np.full(200, certain, np.float32), np.full(200, certain, np.float32), np.arange(200) // 10
+    )
     assert gate("bf16").refusals(at) == []
-    off = moved(at, 17, -0.01)  # a certain token for one side, a hundredth less for the other: bf16 does not bring that
+    # A certain token for one side, a hundredth less for the other: bf16 does not bring that.
+    off = moved(at, 17, -0.01)
     assert "token 17" in gate("bf16").refusals(off)[0]
 
 

@@ -1,4 +1,4 @@
-"""A mask that nobody asked for is read off what was drawn under it, and only where it explains every number."""
+"""A mask that nobody asked for is read off what was drawn under it, if it alone explains every number."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ PAIR = SimpleNamespace(renderer=SimpleNamespace(tokenizer=Tokenizer()))
 
 
 def drawn(allowed, seed=0, n=400):
-    """Whole distributions, ids drawn where ``allowed(text)``, and numbers of the distribution over those alone."""
+    """Whole distributions, ids drawn where ``allowed(text)``, numbers of the distribution over those."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(n, len(TEXTS), generator=generator)
     mask = torch.tensor([allowed(text) for text in TEXTS])

@@ -1,4 +1,4 @@
-"""The HTTP engine against a server made here that misbehaves on purpose; the contract suite has the real ones."""
+"""The HTTP engine against a server here that misbehaves on purpose; the contract suite has the real ones."""
 
 import contextlib
 import json
@@ -55,7 +55,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        known = {"/v1/models": {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 64}]}, "/version": {"version": "9.9"}}
+        known = {
+            "/v1/models": {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 64}]},
+            "/version": {"version": "9.9"},
+        }
         body = known.get(self.path.partition("?")[0])
         self.reply(body or {}, 200 if body else 404)
 
@@ -84,8 +87,12 @@ class Handler(BaseHTTPRequestHandler):
                         "token_logprobs": [-1.5] * length,
                     },
                 }
-                choices = [server.edit(choice | {"index": index}) for index in reversed(range(body.get("n", 1)))]
-                self.reply({"choices": choices, "usage": {"prompt_tokens": len(body["prompt"]) + server.inserted}})
+                choices = [
+                    server.edit(choice | {"index": index}) for index in reversed(range(body.get("n", 1)))
+                ]
+                self.reply(
+                    {"choices": choices, "usage": {"prompt_tokens": len(body["prompt"]) + server.inserted}}
+                )
         finally:
             with server.lock:
                 server.busy -= 1
@@ -163,7 +170,12 @@ def test_a_retry_repeats_work_and_counts_nothing_twice(engine, server, trouble):
 def test_every_sampling_field_is_sent_so_that_no_generation_config_fills_it(engine, server):
     sample(engine, 1)
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-    neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "return_token_ids": True, "ignore_eos": True}
+    neutral |= {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
     assert neutral.items() <= server.bodies[0].items()
 
 

@@ -1,4 +1,7 @@
-"""What a server may answer: every field within its bounds, every wait and every body with an end, a refusal with its field."""
+"""What a server may answer.
+
+Every field within its bounds, every wait and every body with an end, a refusal with its field.
+"""
 
 import json
 import resource
@@ -56,11 +59,31 @@ REFUSED = [
     (completions(token_ids=[7, 2**40, 9]), r"token_ids\[1\]: got '1099511627776'", "<= 2147483647"),
     (completions(token_ids=[7, 8, 97]), "got token id 97", "below 97"),
     (completions(token_ids=[7] * 1000), "1000 tokens in choice 0", "at most 3"),
-    (completions(token_ids=None, logprobs=LOGPROBS | {"tokens": ["token_id:²"] * 3}), "without token ids", "return_token_ids"),
-    (completions(token_ids=None, logprobs=LOGPROBS | {"tokens": [f"token_id:{2**31}"] * 3}), "without token ids", "return"),
-    (completions(logprobs=LOGPROBS | {"token_logprobs": [-1, "-1", -1]}), r"token_logprobs\[1\]: got '\"-1\"'", "`float"),
-    (completions(logprobs=LOGPROBS | {"token_logprobs": [-1, -1]}), "2 log-probabilities", "one for each of 3"),
-    (completions() | {"usage": {"prompt_tokens": "many"}}, r"field usage.prompt_tokens: got '\"many\"'", "`int"),
+    (
+        completions(token_ids=None, logprobs=LOGPROBS | {"tokens": ["token_id:²"] * 3}),
+        "without token ids",
+        "return_token_ids",
+    ),
+    (
+        completions(token_ids=None, logprobs=LOGPROBS | {"tokens": [f"token_id:{2**31}"] * 3}),
+        "without token ids",
+        "return",
+    ),
+    (
+        completions(logprobs=LOGPROBS | {"token_logprobs": [-1, "-1", -1]}),
+        r"token_logprobs\[1\]: got '\"-1\"'",
+        "`float",
+    ),
+    (
+        completions(logprobs=LOGPROBS | {"token_logprobs": [-1, -1]}),
+        "2 log-probabilities",
+        "one for each of 3",
+    ),
+    (
+        completions() | {"usage": {"prompt_tokens": "many"}},
+        r"field usage.prompt_tokens: got '\"many\"'",
+        "`int",
+    ),
     (b"[" * 10**6, r"got '\[\[\[", "`object`"),
     (b'{"x":' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested without end", "not nested so deeply"),
 ]
@@ -74,7 +97,8 @@ def test_a_reply_out_of_bounds_is_refused_with_its_field(engine, server, reply, 
     assert expected in caught.value.expected
     assert type(caught.value) is EngineError
     assert len(caught.value.got) < 300
-    assert sum(path == "/v1/completions" for path, _, _ in server.seen) == 1  # asked again, it would answer the same
+    # Asked again, it would answer the same.
+    assert sum(path == "/v1/completions" for path, _, _ in server.seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -94,7 +118,9 @@ def test_what_it_says_of_itself_is_checked_too(server, path, reply, got):
 
 
 def test_literals_that_are_no_json_are_missing_numbers(engine, server):
-    text = json.dumps(completions(text='NaN and \\" Infinity', logprobs=LOGPROBS | {"token_logprobs": [1, 2, 3]}))
+    text = json.dumps(
+        completions(text='NaN and \\" Infinity', logprobs=LOGPROBS | {"token_logprobs": [1, 2, 3]})
+    )
     server.bodies["/v1/completions"] = text.replace("[1, 2, 3]", "[NaN, -Infinity, -0.25]").encode()
     first, second = ask(engine)
     assert (first.missing, second.missing) == (2, 0)
@@ -147,7 +173,9 @@ def test_a_compressed_body_is_refused_before_it_is_large(engine, server):
 
 
 def test_a_redirect_is_not_followed_with_the_key(engine, server):
-    server.handlers["/v1/completions"] = lambda handler: handler.answer(b"", 307, Location="http://127.0.0.1:9/")
+    server.handlers["/v1/completions"] = lambda handler: handler.answer(
+        b"", 307, Location="http://127.0.0.1:9/"
+    )
     with pytest.raises(EngineError, match="status 307"):
         ask(engine)
 
@@ -167,21 +195,34 @@ def test_what_server_info_does_not_say_is_unknown_and_never_the_recipes(server):
         (b'{"vllm_config": {"model_config": {"dtype": "torch.bfloat16"}}}', "torch.bfloat16"),
         (b'{"vllm_config": {"model_config": {"dtype": "torch.owned"}}}', None),
         (b'{"vllm_config": "text"}', None),
-        (b'{"vllm_config": {"model_config": {}, "worker": {"parameter_dtype": "torch.owned"}, "hf_config": {"x": 1}}}', None),
+        (
+            (
+                b'{"vllm_config": {"model_config": {}, '
+                b'"worker": {"parameter_dtype": "torch.owned"}, "hf_config": {"x": 1}}}'
+            ),
+            None,
+        ),
     ]:
         if body is not None:
             server.bodies["/server_info"] = body
         engine = engine_on(server.url)
         assert engine.ready.resolved.get(PARAMETERS) == dtype
-        assert engine.ready.capabilities["resolved_config"].supported == (body is not None and b'"dtype"' in body)
-        assert not [name for name in engine.ready.resolved if name.startswith(("worker.", "hf_")) and name != PARAMETERS]
+        assert engine.ready.capabilities["resolved_config"].supported == (
+            body is not None and b'"dtype"' in body
+        )
+        assert not [
+            name
+            for name in engine.ready.resolved
+            if name.startswith(("worker.", "hf_")) and name != PARAMETERS
+        ]
         engine.close()
 
 
 @pytest.mark.parametrize(
     "url",
-    ["http://127.0.0.1:99999", "http://127.0.0.1:x", "ftp://127.0.0.1", "127.0.0.1:8000", "http://", "http://a b", "http://[::1",
-     "http://x..y", "http://\u0430.example", "", "http://127.0.0.1/?k=v", "http:///v1", "http://u:p@127.0.0.1:1", "http://h\n"],
+    ["http://127.0.0.1:99999", "http://127.0.0.1:x", "ftp://127.0.0.1", "127.0.0.1:8000", "http://",
+     "http://a b", "http://[::1", "http://x..y", "http://\u0430.example", "", "http://127.0.0.1/?k=v",
+     "http:///v1", "http://u:p@127.0.0.1:1", "http://h\n"],
 )  # fmt: skip
 def test_a_malformed_url_is_usage_at_once(url):
     began = time.perf_counter()
@@ -190,7 +231,9 @@ def test_a_malformed_url_is_usage_at_once(url):
     assert time.perf_counter() - began < 0.5
 
 
-@pytest.mark.parametrize("option", [{"timeout_s": -1.0}, {"retries": -1}, {"max_connections": 0}, {"connect_timeout_s": 0.0}])
+@pytest.mark.parametrize(
+    "option", [{"timeout_s": -1.0}, {"retries": -1}, {"max_connections": 0}, {"connect_timeout_s": 0.0}]
+)
 def test_options_have_bounds(option):
     with pytest.raises(UsageError, match=next(iter(option))):
         engine_on("http://127.0.0.1:9", **option)

@@ -30,7 +30,9 @@ SAMPLING = SamplingParams(
 def test_eight_candidates_under_everything_and_one_under_nothing():
     assert len(candidates_of(SAMPLING)) == 8
     assert len(candidates_of(SamplingParams(max_tokens=1))) == 1
-    assert len(candidates_of(SamplingParams(max_tokens=1, temperature=0.0, top_p=0.5))) == 1, "greedy truncates nothing"
+    assert len(candidates_of(SamplingParams(max_tokens=1, temperature=0.0, top_p=0.5))) == 1, (
+        "greedy truncates nothing"
+    )
 
 
 @pytest.mark.parametrize("at", range(8))

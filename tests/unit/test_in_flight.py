@@ -9,7 +9,9 @@ from lockstep.parity.tolerances import REPLAY_WRONG_MULTIPLE
 from lockstep.records.verdicts import Verdict
 from tests.unit.bag_pair import bag_pair
 
-WEIGHTS = Verdict(layer="weights", status="PASS", summary="it arrived", n_tokens=10, figures={"shift_abs_mean_nats": 0.3})
+WEIGHTS = Verdict(
+    layer="weights", status="PASS", summary="it arrived", n_tokens=10, figures={"shift_abs_mean_nats": 0.3}
+)
 RIGHT, WRONG = 1e-5, 0.2
 
 
@@ -29,7 +31,9 @@ def deepened(monkeypatch, without=(), **by_mode):
 def test_both_modes_proven_are_said_beside_what_was_proven_before(monkeypatch):
     verdict = deepened(monkeypatch)
     assert (verdict.status, verdict.n_tokens) == ("PASS", 10 + 2 * 40)
-    assert verdict.summary.startswith("it arrived; in flight, token by token, to 1e-05 (keep) and 1e-05 (recompute)")
+    assert verdict.summary.startswith(
+        "it arrived; in flight, token by token, to 1e-05 (keep) and 1e-05 (recompute)"
+    )
     assert verdict.figures["shift_abs_mean_nats"] == 0.3
     assert verdict.figures["in_flight_keep_told_apart"] is True
     assert verdict.figures["in_flight_recompute_wrong_assumption_abs_max_nats"] == pytest.approx(WRONG)

@@ -1,4 +1,4 @@
-"""Layer 4 on constructed gaps: judged by their tail and by what the objective would clip, and never by a mean."""
+"""Layer 4 on constructed gaps: judged by their tail and by what the objective would clip, never by a mean."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -172,5 +172,7 @@ def test_dtypes_that_differ_are_said_beside_a_pass(pair):
     pair.engine.ready.resolved["worker.parameter_dtype"] = "torch.bfloat16"
     verdict = of_pair(pair, gather(pair))
     assert "engine body torch.bfloat16, trainer torch.float32: the clip range bears it" in verdict.summary
-    pair.engine.ready.resolved.update({"worker.parameter_dtype": "torch.float32", "worker.head_dtype": "torch.bfloat16"})
+    pair.engine.ready.resolved.update(
+        {"worker.parameter_dtype": "torch.float32", "worker.head_dtype": "torch.bfloat16"}
+    )
     assert "engine head torch.bfloat16, trainer torch.float32" in of_pair(pair, gather(pair)).summary

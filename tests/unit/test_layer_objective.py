@@ -1,4 +1,4 @@
-"""Layer 5 on constructed rehearsals: which of them is what the certificate predicts, and what the others are called."""
+"""Layer 5 on constructed rehearsals: which is what the certificate predicts; what the others are called."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,9 @@ def test_what_is_as_predicted_passes_with_its_bound(monkeypatch):
     verdict, _, _ = judged(monkeypatch, rehearsal(gap=1e-4, moved=5e-5))
     assert (verdict.status, verdict.n_tokens) == ("PASS", T)
     assert verdict.figures["loss_bound"] == pytest.approx(LOSS_SLACK * np.expm1(1e-4), rel=1e-6)
-    assert verdict.figures["loss_with_engine_old"] - verdict.figures["loss_with_trainer_old"] == pytest.approx(5e-5)
+    assert verdict.figures["loss_with_engine_old"] - verdict.figures[
+        "loss_with_trainer_old"
+    ] == pytest.approx(5e-5)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +57,8 @@ def test_what_is_as_predicted_passes_with_its_bound(monkeypatch):
     [
         (rehearsal(log_ratio=(7, 1e-6)), "policy_ratio_at_lag_0", 1e-6 / T),
         (rehearsal(log_ratio=(7, np.nan)), "policy_ratio_at_lag_0", np.nan),
-        (
-            rehearsal(log_ratio=1e-3, gap=0.5, moved=1.0),
-            "policy_ratio_at_lag_0",
-            1e-3,
-        ),  # what the others follow from
+        # What the others follow from.
+        (rehearsal(log_ratio=1e-3, gap=0.5, moved=1.0), "policy_ratio_at_lag_0", 1e-3),
         (rehearsal(gap=0.5), "task_tokens_differ", 0.5),
         (rehearsal(gap=(150, np.nan)), "task_tokens_differ", np.nan),
         (rehearsal(gap=0.5, moved=9.0), "task_tokens_differ", 0.5),
@@ -110,7 +109,9 @@ def test_rollouts_are_the_tasks_own_with_advantages_of_both_signs_in_one_minibat
 
 def test_an_objective_of_the_users_is_judged_as_grpo_and_the_verdict_says_so(monkeypatch):
     pair = bag_pair()
-    pair.recipe = replace(pair.recipe, objective=replace(pair.recipe.objective, name="theirs:loss", options={"beta": 1}))
+    pair.recipe = replace(
+        pair.recipe, objective=replace(pair.recipe.objective, name="theirs:loss", options={"beta": 1})
+    )
     seen = []
     monkeypatch.setattr(pair.trainer, "rehearse", lambda rollouts, recipe: seen.append(recipe) or rehearsal())
     verdict = objective.judge(pair, 3)

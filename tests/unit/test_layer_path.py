@@ -1,4 +1,7 @@
-"""Layer 2 on constructed evidence: each way in which an engine may disagree with itself is named, with its size, and no other."""
+"""Layer 2 on constructed evidence.
+
+Each way in which an engine may disagree with itself is named, with its size, and no other.
+"""
 
 from dataclasses import replace
 
@@ -91,7 +94,9 @@ def off_at_its_own(pair):
 def test_the_recipes_own_temperature_is_compared_where_the_engine_can_rescore_at_it():
     verdict = off_at_its_own(bag_pair(sampling={"temperature": 0.7}))
     assert causes(verdict) == ["decode_vs_prefill"]
-    assert verdict.findings[0].effect_nats == pytest.approx(OFF / 2, rel=1e-2), "half of the tokens are those at T = 1"
+    assert verdict.findings[0].effect_nats == pytest.approx(OFF / 2, rel=1e-2), (
+        "half of the tokens are those at T = 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,8 +161,12 @@ def test_corruption_is_of_a_minority_among_rows_that_agree():
     assert few is not None
     assert (few.rows, few.n_rows, few.n_tokens) == ([1, 4, 6, 7], 8, 12)
     assert corrupted(pair, evidence.neutral, absurd(evidence, [0, 1, 4, 6, 7]).rescored) is None, "most rows"
-    assert corrupted(pair, evidence.neutral, absurd(evidence, [6], by=4.9).rescored) is None, "unlikely, and not absurd"
-    assert corrupted(pair, evidence.neutral, absurd(evidence, [6]).rescored + np.float32(OFF)) is None, "the others are off too"
+    assert corrupted(pair, evidence.neutral, absurd(evidence, [6], by=4.9).rescored) is None, (
+        "unlikely, and not absurd"
+    )
+    assert corrupted(pair, evidence.neutral, absurd(evidence, [6]).rescored + np.float32(OFF)) is None, (
+        "the others are off too"
+    )
     likelier = absurd(evidence, [6], by=-9.0).rescored
     assert corrupted(pair, evidence.neutral, likelier) is None, "the engine was not sure of them"
 
@@ -169,7 +178,10 @@ def test_most_rows_absurd_is_a_fault_of_decoding(monkeypatch):
 
 
 def test_what_fails_the_floor_is_no_yardstick_for_decoding():
-    """Scores of one row that are another alone than in the batch: decoding is not blamed for what was compared with them."""
+    """Scores of one row that are another alone than in the batch.
+
+    Decoding is not blamed for what was compared with them.
+    """
     pair = bag_pair()
     assert causes(judged(pair, absurd(gather(pair), range(8)))) == ["batch_composition"]
 

@@ -1,4 +1,4 @@
-"""Layer 1 on a pair without a model: which distribution an engine's numbers are of, and what was done on the way."""
+"""Layer 1 on a pair without a model: which distribution the numbers are of, what was done on the way."""
 
 from dataclasses import replace
 
@@ -106,7 +106,9 @@ def test_what_no_hypothesis_explains_says_so_and_how_far_the_best_is_off():
     found = failed(verdict)
     assert found.cause == "unexplained_semantics"
     assert verdict.figures["identified"] == "unexplained"
-    assert found.effect_nats == pytest.approx(0.3 * np.sqrt(2 / np.pi), rel=0.25), "the mean of |a normal error|"
+    assert found.effect_nats == pytest.approx(0.3 * np.sqrt(2 / np.pi), rel=0.25), (
+        "the mean of |a normal error|"
+    )
     assert "tempered fits to" in found.evidence
 
 
@@ -281,7 +283,9 @@ def test_requests_for_several_samples_are_judged_by_themselves():
         made = drawn(row, sample, prompt, asked)
         if asked.n == 1:
             return made
-        return changed(made, logprobs=(np.frombuffer(made.logprobs, np.float32) / np.float32(np.log(10))).tobytes())
+        return changed(
+            made, logprobs=(np.frombuffer(made.logprobs, np.float32) / np.float32(np.log(10))).tobytes()
+        )
 
     pair.engine._drawn = grouped
     found = failed(judged(pair))
@@ -292,14 +296,16 @@ def test_requests_for_several_samples_are_judged_by_themselves():
 def test_samples_of_one_prompt_that_repeat_each_other_are_no_draws():
     pair = bag_pair(sampling=WARM)
     drawn = pair.engine._drawn
-    pair.engine._drawn = lambda row, sample, prompt, asked: changed(drawn(row, 0, prompt, asked), sample_index=sample)
+    pair.engine._drawn = lambda row, sample, prompt, asked: changed(
+        drawn(row, 0, prompt, asked), sample_index=sample
+    )
     found = failed(judged(pair))
     assert found.cause == "draws_differ"
     assert "samples repeat another of their prompt" in found.evidence
 
 
 def test_a_gap_that_both_sides_have_at_t_1_is_left_to_the_layers_below():
-    """The trainer holds other weights than the engine: no matter of semantics, so layer 1 says the distribution."""
+    """The trainer holds other weights than the engine: not semantics, so layer 1 says the distribution."""
     pair = bag_pair(sampling=WARM)
     head = pair.trainer._policy.head
     with torch.no_grad():
@@ -320,10 +326,15 @@ def test_where_the_trainer_is_too_far_off_the_engines_own_re_score_says_what_its
     assert named(identify(pair, evidence).ranked[0].semantics) == "raw"
     pair.engine.ready.capabilities["rescore"] = Capability(False, "no")
     without = identify(pair, evidence)
-    assert without.ranked == sorted(without.ranked, key=lambda fit: (max(fit.p50, without.limit), fit.miss)), "by fit alone"
+    assert without.ranked == sorted(
+        without.ranked, key=lambda fit: (max(fit.p50, without.limit), fit.miss)
+    ), "by fit alone"
 
 
 def test_names_of_distributions():
     every = LogprobSemantics(distribution="sampler", temperature=0.7, truncated=True, penalised=True)
     assert named(every) == "tempered, truncated, penalised"
-    assert named(LogprobSemantics(distribution="model", temperature=1.0, truncated=False, penalised=False)) == "raw"
+    assert (
+        named(LogprobSemantics(distribution="model", temperature=1.0, truncated=False, penalised=False))
+        == "raw"
+    )

@@ -1,4 +1,4 @@
-"""Layer 3 on a pair without a model: what an engine may do to the weights it is sent, each under its own name."""
+"""Layer 3 on a pair without a model: what an engine may do to the weights it is sent, each by its name."""
 
 from dataclasses import replace
 
@@ -29,7 +29,9 @@ class Sides:
         before = self.pair.trainer.weights()
         verdict = weights.judge(self.pair, self.canary, self.sample)
         after = self.pair.trainer.weights()
-        assert all(torch.equal(before[name], after[name]) for name in before), "whatever is found, the trainer is as it was"
+        assert all(torch.equal(before[name], after[name]) for name in before), (
+            "whatever is found, the trainer is as it was"
+        )
         return verdict
 
 
@@ -59,7 +61,10 @@ def test_weights_that_arrive_and_go_back_pass_with_what_a_lost_update_would_have
     )
     assert "no stale tensor or head, no stale prefix cache" in verdict.summary
     assert sides.pair.engine.version == sides.pair.version
-    assert all(torch.equal(p, sides.pair.trainer.weights()[name]) for name, p in sides.pair.engine.model.named_parameters())
+    assert all(
+        torch.equal(p, sides.pair.trainer.weights()[name])
+        for name, p in sides.pair.engine.model.named_parameters()
+    )
 
 
 def test_an_engine_that_keeps_what_it_has_was_not_reached(sides):
@@ -107,7 +112,9 @@ def test_a_scale_that_is_folded_in_twice_is_fitted(sides):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_way_through_a_coarser_dtype_is_named(sides, dtype):
-    sides.pair.engine.weights = lambda sent, held: {name: v.to(getattr(torch, dtype)).float() for name, v in sent.items()}
+    sides.pair.engine.weights = lambda sent, held: {
+        name: v.to(getattr(torch, dtype)).float() for name, v in sent.items()
+    }
     verdict = sides.judged()
     assert cause(verdict) == "altered_on_load"
     assert f"every tensor is rounded to {dtype}" in verdict.summary
@@ -131,8 +138,11 @@ def test_a_wrong_tag_is_found_where_the_numbers_are_right(sides, tag):
         return changed(drawn(*args), version_spans=spans)
 
     sides.pair.engine._drawn = tagged
-    if tag == weights.PROBE_VERSION:  # right after the update; then the sample before it is the one that is wrong
-        sides.sample.samples = [replace(s, version_spans=(VersionSpan(0, len(s.token_ids), tag),)) for s in sides.sample]
+    # Right after the update; then the sample before it is the one that is wrong.
+    if tag == weights.PROBE_VERSION:
+        sides.sample.samples = [
+            replace(s, version_spans=(VersionSpan(0, len(s.token_ids), tag),)) for s in sides.sample
+        ]
     verdict = sides.judged()
     assert cause(verdict) == "version_tag"
     assert verdict.findings[0].effect_nats == 0.0, "a wrong tag moves no number"
@@ -158,7 +168,10 @@ def test_answers_from_a_cache_of_the_old_weights_are_named_with_the_largest(side
     engine._drawn = cached
     verdict = sides.judged()
     assert cause(verdict) == "stale_prefix_cache"
-    assert verdict.findings[0].n_tokens == 2 * sides.canary.scores.size + weights.CACHE_PROMPTS * weights.CACHE_TOKENS
+    assert (
+        verdict.findings[0].n_tokens
+        == 2 * sides.canary.scores.size + weights.CACHE_PROMPTS * weights.CACHE_TOKENS
+    )
 
 
 def test_what_the_sides_differ_by_over_the_same_prompts_before_the_update_is_no_stale_cache(sides):
@@ -193,7 +206,9 @@ def test_an_engine_started_on_another_checkpoint_is_found_by_the_sync_that_mends
     sides.sample = gather(sides.pair).neutral
     verdict = sides.judged()
     assert cause(verdict) == "checkpoint_differs"
-    assert verdict.findings[0].effect_nats == pytest.approx(verdict.figures["before_sync_abs_mean_nats"], rel=1e-5)
+    assert verdict.findings[0].effect_nats == pytest.approx(
+        verdict.figures["before_sync_abs_mean_nats"], rel=1e-5
+    )
     assert verdict.figures["after_restore_abs_max_nats"] < 1e-5
 
 
@@ -206,7 +221,7 @@ def test_a_perturbation_that_nothing_feels_proves_nothing(sides, monkeypatch):
 
 
 def test_sides_that_differ_anyway_are_judged_by_their_moves(sides):
-    """An engine whose every score is off by more than the perturbation moves: the move alone says what arrived."""
+    """An engine whose every score is off by more than the perturbation moves: the move says what arrived."""
     sides.canary.clean_gap_nats = 0.0
     sides.pair.engine.scores = lambda scores, n: scores - np.float32(0.3)
     verdict = sides.judged()

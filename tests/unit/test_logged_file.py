@@ -1,4 +1,7 @@
-"""Files of logged rollouts: what they hold is read into flat arrays, and what cannot be used is one error that names where."""
+"""Files of logged rollouts: what they hold is read into flat arrays.
+
+What cannot be used is one error that names where.
+"""
 
 import json
 
@@ -8,7 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from lockstep.errors import UsageError
-from lockstep.parity.logged.file import LARGEST_ID, read_logged
+from lockstep.parity.logged.columns import LARGEST_ID
+from lockstep.parity.logged.file import read_logged
 from lockstep.records.tokens import SamplingParams
 
 SHARP = SamplingParams(max_tokens=16, temperature=0.25)
@@ -35,8 +39,14 @@ def read_parquet(tmp_path, **columns):
             '{"prompt_ids": [1], "completion_ids": [1, 2], "logprobs": [-1]}',
             "row 1, column logprobs: got 1 log-probabilities, expected one for each of 2",
         ),
-        ('{"prompt_ids": [], "completion_ids": [1], "logprobs": [-1]}', "row 1, column prompt_ids: got no prompt"),
-        ('{"prompt_ids": "What is 1 + 1?", "completion_ids": [1], "logprobs": [-1]}', "got str 'What is 1 [+] 1[?]'"),
+        (
+            '{"prompt_ids": [], "completion_ids": [1], "logprobs": [-1]}',
+            "row 1, column prompt_ids: got no prompt",
+        ),
+        (
+            '{"prompt_ids": "What is 1 + 1?", "completion_ids": [1], "logprobs": [-1]}',
+            "got str 'What is 1 [+] 1[?]'",
+        ),
         ('{"prompt_ids": [1], "completion_ids": [1], "logprobs": ["-1"]}', "row 1"),
         ('{"prompt_ids": [1], "completion_ids": [1], "logprobs": [-1], "top_p": 1.5}', "<= 1"),
         ('{"prompt_ids": [1], "completion_ids": [], "logprobs": []}', "no token"),
@@ -63,7 +73,9 @@ def test_lockstep_own_parquet_is_read(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
-    table = pa.table({"prompt_token_ids": [[1, 2]], "token_ids": [[3, 4]], "engine_logprobs": [[-1.0, float("nan")]]})
+    table = pa.table(
+        {"prompt_token_ids": [[1, 2]], "token_ids": [[3, 4]], "engine_logprobs": [[-1.0, float("nan")]]}
+    )
     parquet.write_table(table, tmp_path / "r.parquet")
     logged = read_logged(tmp_path / "r.parquet", SHARP)
     assert (logged.prompt(0).tolist(), logged.completion(0).tolist()) == ([1, 2], [3, 4])
@@ -77,8 +89,14 @@ def test_lockstep_own_parquet_is_read(tmp_path):
         ("[1, 2]", "row 2: got an array, expected a JSON object"),
         ("7", "row 2: got int 7, expected a JSON object"),
         ("null", "row 2: got NoneType None, expected a JSON object"),
-        (GOOD | {"prompt_ids": [1, 2**31]}, "row 2, column prompt_ids: got 2147483648 at place 1, expected a list of ids"),
-        (GOOD | {"completion_ids": [3, -5]}, "row 2, column completion_ids: got -5 at place 1, expected a list of ids"),
+        (
+            GOOD | {"prompt_ids": [1, 2**31]},
+            "row 2, column prompt_ids: got 2147483648 at place 1, expected a list of ids",
+        ),
+        (
+            GOOD | {"completion_ids": [3, -5]},
+            "row 2, column completion_ids: got -5 at place 1, expected a list of ids",
+        ),
         (GOOD | {"completion_ids": [3, 2**80]}, "row 2, column completion_ids: got 12089258196146"),
         (GOOD | {"completion_ids": [3, 4.0]}, "row 2, column completion_ids: got 4.0 at place 1"),
         (GOOD | {"completion_ids": [3, None]}, "row 2, column completion_ids: got None at place 1"),
@@ -112,7 +130,9 @@ def test_a_directory_is_called_one(tmp_path):
 
 def test_json_that_is_not_quite_json_is_counted_as_missing(tmp_path):
     logged = read(
-        tmp_path, '{"prompt_ids": [1], "completion_ids": [1, 2, 3, 4], "logprobs": [NaN, -Infinity, Infinity, -0.5]}', GOOD
+        tmp_path,
+        '{"prompt_ids": [1], "completion_ids": [1, 2, 3, 4], "logprobs": [NaN, -Infinity, Infinity, -0.5]}',
+        GOOD,
     )
     assert np.isnan(logged.logprobs).tolist() == [True, True, True, False, False, False]
     assert logged.logprobs[3:].tolist() == [-0.5, -0.5, -1.0]
@@ -120,8 +140,13 @@ def test_json_that_is_not_quite_json_is_counted_as_missing(tmp_path):
 
 
 def test_rows_lie_flat_and_blank_lines_are_counted(tmp_path):
-    logged = read(tmp_path, GOOD, "", GOOD | {"completion_ids": [], "logprobs": []}, GOOD | {"prompt_ids": [LARGEST_ID]})
-    assert (logged.prompt_ids.tolist(), logged.prompt_spans.tolist()) == ([1, 2, LARGEST_ID], [[0, 2], [2, 3]])
+    logged = read(
+        tmp_path, GOOD, "", GOOD | {"completion_ids": [], "logprobs": []}, GOOD | {"prompt_ids": [LARGEST_ID]}
+    )
+    assert (logged.prompt_ids.tolist(), logged.prompt_spans.tolist()) == (
+        [1, 2, LARGEST_ID],
+        [[0, 2], [2, 3]],
+    )
     assert (logged.token_ids.dtype, logged.logprobs.dtype) == (np.int32, np.float32)
     assert logged.numbers.tolist() == [1, 4]
     assert logged.notes == ["1 rows without a completion left out"]
@@ -168,7 +193,8 @@ def test_a_mask_is_read_in_every_form(tmp_path, mask):
 
 
 @pytest.mark.parametrize(
-    ("mask", "says"), [([1], "got 1 values"), ([1, 2], "got 2 at place 1"), ([1, None], "got None at place 1")]
+    ("mask", "says"),
+    [([1], "got 1 values"), ([1, 2], "got 2 at place 1"), ([1, None], "got None at place 1")],
 )
 def test_a_mask_that_cannot_be_used_is_named(tmp_path, mask, says):
     with pytest.raises(UsageError, match=f"row 1, column tool_mask: {says}"):

@@ -1,4 +1,7 @@
-"""Numbers of a log that are none of their tokens, on constructed logs: what each is called, and what is left alone."""
+"""Numbers of a log that are none of their tokens, on constructed logs.
+
+What each is called, and what is left alone.
+"""
 
 from pathlib import Path
 
@@ -45,7 +48,9 @@ def logged_of(rollouts, numbers=None, tokens=None, sampled=None):
     for row, sample in enumerate(rollouts):
         ids = sample.token_ids if tokens is None else tokens[row]
         said = sample.engine_logprobs if numbers is None else numbers[row]
-        collected.add(row + 1, sample.prompt_ids, ids, said.astype(np.float64), {}, 0, (slice(None), slice(None)))
+        collected.add(
+            row + 1, sample.prompt_ids, ids, said.astype(np.float64), {}, 0, (slice(None), slice(None))
+        )
     logged = collected.done(Path("x.jsonl"), [SAMPLING], padded=False)
     if sampled is not None:
         logged.sampled = np.concatenate(sampled)
@@ -61,7 +66,7 @@ def numbers_of(rollouts):
     return [sample.engine_logprobs.copy() for sample in rollouts]
 
 
-# ── the file in memory ────────────────────────────────────────────────────────────────────────────────────────────
+# ── the file in memory ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_log_that_is_right_has_no_gap_and_nothing_is_said_of_it(pair, rollouts):
@@ -127,7 +132,7 @@ def test_pads_move_a_span_and_are_counted(rollouts):
     np.testing.assert_array_equal(logged.masks["mask"], mask["mask"])
 
 
-# ── numbers that are none ─────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers that are none ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -242,7 +247,9 @@ def test_absurd_tokens_are_shown_with_the_text_of_their_rows(pair, rollouts):
     gaps = gaps_of(pair, logged)
     gap = gaps.gap.copy()
     gap[(gaps.owners == 8) & (gaps.places >= 7)] -= 8.0
-    found = corrupted(pair, logged, logged.usable(), Gaps(gaps.engine, gap, gaps.owners, gaps.places, gaps.lengths))
+    found = corrupted(
+        pair, logged, logged.usable(), Gaps(gaps.engine, gap, gaps.owners, gaps.places, gaps.lengths)
+    )
     assert (found.rows, found.n_rows, found.n_tokens) == ([8], ROWS, 3)
     assert found.text == ascii(pair.renderer.text(rollouts[8].token_ids))
 
@@ -252,7 +259,9 @@ def test_draws_at_a_temperature_are_not_what_temperature_0_draws(pair, rollouts)
     for sample in rollouts:
         ids = []
         for _ in range(4):
-            ids.append(int(pair.engine.model.logits(np.r_[sample.prompt_ids, ids].astype(np.int64))[-1].argmax()))
+            ids.append(
+                int(pair.engine.model.logits(np.r_[sample.prompt_ids, ids].astype(np.int64))[-1].argmax())
+            )
         greedy.append(np.array(ids, np.int32))
     likeliest = logged_of(rollouts, [np.zeros(4, np.float32)] * ROWS, tokens=greedy)
     assert not_greedy(pair.trainer, likeliest.turns(np.arange(ROWS), 4), FP32) == ""

@@ -16,7 +16,8 @@ BACKWARD_ATOL = 1e-5  # gradients are of order 1 and sums of at most T = 200 rou
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(logprobs, "BLOCK_BYTES", 4 * 16 * 501)  # 16 rows (more than half the width): sizes below do not divide it
+    # 16 rows (more than half the width): sizes below do not divide it.
+    monkeypatch.setattr(logprobs, "BLOCK_BYTES", 4 * 16 * 501)
 
 
 def data(n=37, vocabulary=501, width=24, dtype=torch.float32):
@@ -58,7 +59,9 @@ def test_entropy_is_exact_for_uniform_logits_and_matches_the_definition():
     torch.testing.assert_close(uniform.entropy, torch.full((37,), math.log(501)), rtol=0, atol=FORWARD_ATOL)
     every = (hidden @ head.T / 0.9).log_softmax(-1)
     found = token_logprobs(hidden, head, targets, temperature=0.9, with_entropy=True)
-    torch.testing.assert_close(found.entropy, -(every.exp() * every).sum(-1).detach(), rtol=0, atol=FORWARD_ATOL)
+    torch.testing.assert_close(
+        found.entropy, -(every.exp() * every).sum(-1).detach(), rtol=0, atol=FORWARD_ATOL
+    )
     assert not found.entropy.requires_grad
     found.logprobs.sum().backward()
 

@@ -1,4 +1,7 @@
-"""Any Hugging Face causal LM: packed where its attention allows it, sequence by sequence where not, and right in both cases."""
+"""Any Hugging Face causal LM.
+
+Packed where its attention allows it, sequence by sequence where not, and right in both cases.
+"""
 
 import numpy as np
 import pytest
@@ -26,9 +29,13 @@ FAMILIES = {
     "llama-untied": (LlamaConfig(**COMMON, tie_word_embeddings=False), True),
     "qwen2": (Qwen2Config(**COMMON, tie_word_embeddings=True), True),
     "qwen3": (Qwen3Config(**COMMON), True),
-    "mistral-window": (MistralConfig(**COMMON, sliding_window=6), True),  # shorter than the blocks that share a prompt
+    # Shorter than the blocks that share a prompt.
+    "mistral-window": (MistralConfig(**COMMON, sliding_window=6), True),
     "gemma2-softcaps": (Gemma2Config(**COMMON, query_pre_attn_scalar=8), False),
-    "gpt2": (GPT2Config(vocab_size=89, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2), True),
+    "gpt2": (
+        GPT2Config(vocab_size=89, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
+        True,
+    ),
 }
 
 
@@ -41,11 +48,16 @@ def test_scores_are_those_of_the_model_itself(family, tmp_path):
     assert policy.share_prompts is packed, policy.reason
     rng = np.random.default_rng(0)
     groups = [
-        Group(rng.integers(0, 89, 7 + g).astype(np.int32), [rng.integers(0, 89, 4 + c).astype(np.int32) for c in range(3)])
+        Group(
+            rng.integers(0, 89, 7 + g).astype(np.int32),
+            [rng.integers(0, 89, 4 + c).astype(np.int32) for c in range(3)],
+        )
         for g in range(2)
     ]
     found = policy.score(groups, 0.9)
-    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    own = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     n = 0
     for group in groups:
         for completion in group.completions:

@@ -67,13 +67,19 @@ def test_advantages_are_relative_to_the_group():
 def test_token_weights_sum_to_one_and_differ_as_they_say():
     lengths, all_of_them = np.array([1, 3]), np.ones(4, bool)
     np.testing.assert_allclose(token_weights(all_of_them, lengths, "token"), [0.25] * 4)
-    np.testing.assert_allclose(token_weights(all_of_them, lengths, "sequence"), [0.5, 1 / 6, 1 / 6, 1 / 6], rtol=1e-6)
+    np.testing.assert_allclose(
+        token_weights(all_of_them, lengths, "sequence"), [0.5, 1 / 6, 1 / 6, 1 / 6], rtol=1e-6
+    )
 
 
 def test_token_weights_are_shared_by_the_tokens_in_the_loss_alone():
     mask, lengths = np.array([True, False, True, True, False, False]), np.array([1, 3, 2])
-    np.testing.assert_allclose(token_weights(mask, lengths, "token"), [1 / 3, 0, 1 / 3, 1 / 3, 0, 0], rtol=1e-6)
-    np.testing.assert_allclose(token_weights(mask, lengths, "sequence"), [1 / 2, 0, 1 / 4, 1 / 4, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        token_weights(mask, lengths, "token"), [1 / 3, 0, 1 / 3, 1 / 3, 0, 0], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        token_weights(mask, lengths, "sequence"), [1 / 2, 0, 1 / 4, 1 / 4, 0, 0], rtol=1e-6
+    )
     with pytest.raises(ValueError, match="no token in the loss"):
         token_weights(~mask & mask, lengths, "token")
 
@@ -82,14 +88,21 @@ def test_the_correction_is_one_on_agreement_truncated_above_and_without_gradient
     engine = torch.tensor([-1.0, -1.0, -3.0, -1.0])
     trainer = torch.tensor([-1.0, -1.5, -1.0, -0.9], requires_grad=True)
     weights = truncated_importance_weights(trainer, engine, cap=2.0)
-    torch.testing.assert_close(weights, torch.tensor([1.0, np.exp(-0.5), 2.0, np.exp(0.1)], dtype=torch.float32))
+    torch.testing.assert_close(
+        weights, torch.tensor([1.0, np.exp(-0.5), 2.0, np.exp(0.1)], dtype=torch.float32)
+    )
     assert not weights.requires_grad
 
 
 def test_a_correction_beside_the_engines_own_old_logprobs_is_refused():
     from lockstep.config.recipe import with_sets
 
-    table = {"model": {"path": "m"}, "task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+    table = {
+        "model": {"path": "m"},
+        "task": {"name": "t"},
+        "sampling": {"max_tokens": 1},
+        "training": {"steps": 1},
+    }
     recipe = parse_recipe(table, "test")
     assert with_sets(recipe, ["objective.correction=tis"]).objective.correction == "tis"
     with pytest.raises(RecipeError, match=r"objective\.correction"):
@@ -175,7 +188,8 @@ def test_an_objective_of_the_users_gets_its_options(theirs, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "needle"), [("per_token", "a loss of shape"), ("number", "float"), ("raises", "ZeroDivisionError")]
+    ("name", "needle"),
+    [("per_token", "a loss of shape"), ("number", "float"), ("raises", "ZeroDivisionError")],
 )
 def test_what_is_no_loss_is_refused_by_the_objectives_name(theirs, name, needle):
     now = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -192,7 +206,10 @@ def test_the_registrys_objective_is_the_function_with_the_recipes_keys():
 
 
 def test_a_correction_is_a_factor_of_its_own():
-    """Token weights go on summing to 1; the gradient is the uncorrected one, token by token times the correction."""
+    """Token weights go on summing to 1.
+
+    The gradient is the uncorrected one, token by token times the correction.
+    """
     old, advantages, factor = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, -1.0]), torch.tensor([0.5, 2.0])
     grads = []
     for corrections in (torch.ones(2), factor):
@@ -206,7 +223,8 @@ def test_a_correction_is_a_factor_of_its_own():
 
 def test_refusing_an_objective_of_our_own_imports_no_torch():
     code = (
-        "import sys; from lockstep.config.recipe import Objective; from lockstep.objectives.registry import refuse_objective\n"
+        "import sys; from lockstep.config.recipe import Objective; "
+        "from lockstep.objectives.registry import refuse_objective\n"
         "refuse_objective(Objective()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

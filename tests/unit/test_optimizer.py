@@ -1,4 +1,4 @@
-"""AdamW over fp32 masters: what a bf16 model gains by them, and that nothing of the state is lost on the way to disk."""
+"""AdamW over fp32 masters: what a bf16 model gains, and that none of the state is lost on the way to disk."""
 
 import msgspec
 import numpy as np

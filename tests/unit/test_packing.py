@@ -72,8 +72,14 @@ def test_changing_one_sequence_changes_no_other(policy):
     trunk = rng.integers(0, VOCAB, MIN_TRUNK_TOKENS + 4)
 
     def groups(changed):
-        prompts = [np.r_[trunk, rng2.integers(0, VOCAB, 3)].astype(np.int32) for rng2 in map(np.random.default_rng, (1, 2))]
-        completions = [[np.random.default_rng([g, c]).integers(0, VOCAB, 5).astype(np.int32) for c in range(3)] for g in range(2)]
+        prompts = [
+            np.r_[trunk, rng2.integers(0, VOCAB, 3)].astype(np.int32)
+            for rng2 in map(np.random.default_rng, (1, 2))
+        ]
+        completions = [
+            [np.random.default_rng([g, c]).integers(0, VOCAB, 5).astype(np.int32) for c in range(3)]
+            for g in range(2)
+        ]
         if changed:
             completions[0][1] = (completions[0][1] + 1) % VOCAB
         return [Group(p, c) for p, c in zip(prompts, completions, strict=True)]

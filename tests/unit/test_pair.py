@@ -33,7 +33,9 @@ def test_a_cache_that_it_tells_widens_what_it_may_differ_from_itself_by():
     assert (kept.engine_noise, kept.noise) == (NOISE["fp8"], NOISE["torch.float32"])
 
 
-@pytest.mark.parametrize(("told", "shared"), [({}, True), ({"its__device": "cpu"}, True), ({"its__device": "cuda"}, False)])
+@pytest.mark.parametrize(
+    ("told", "shared"), [({}, True), ({"its__device": "cpu"}, True), ({"its__device": "cuda"}, False)]
+)
 def test_cores_are_shared_unless_it_says_otherwise(told, shared):
     assert pair_of(torch.float32, **told).shares_cores is shared
 

@@ -1,5 +1,8 @@
-"""A model spread over processes (FSDP2) is read and written as the whole one is: digests, snapshots, variants, the optimizer's
-state. One process here: what is told is that every way in and out goes through ``parameters.py``."""
+"""A model spread over processes (FSDP2) is read and written as the whole one is.
+
+Digests, snapshots, variants, the optimizer's state. One process here: what is told is that every way in and
+out goes through ``parameters.py``.
+"""
 
 import copy
 
@@ -12,7 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from lockstep.config.recipe import Optimizer
 from lockstep.policy.fingerprint import weights_digest
 from lockstep.policy.model import load_policy
-from lockstep.policy.parameters import Snapshot, assign, checkpoint_weights, named_weights, parameters_of, whole
+from lockstep.policy.parameters import (
+    Snapshot,
+    assign,
+    checkpoint_weights,
+    named_weights,
+    parameters_of,
+    whole,
+)
 from lockstep.policy.variants import Earlier, Perturbed, Scaled
 from lockstep.records.samples import Group
 from lockstep.training.optimizer import MasterAdamW
@@ -43,7 +53,9 @@ def test_digest_and_checkpoint_are_those_of_the_whole_model(both):
     plain, sharded = both
     assert weights_digest(sharded.model) == weights_digest(plain.model)
     stored = checkpoint_weights(sharded.model)
-    assert {name: t.shape for name, t in stored.items()} == {n: t.shape for n, t in checkpoint_weights(plain.model).items()}
+    assert {name: t.shape for name, t in stored.items()} == {
+        n: t.shape for n, t in checkpoint_weights(plain.model).items()
+    }
     assert all(not hasattr(tensor, "full_tensor") for tensor in stored.values())
     assign(named_weights(sharded.model), {NORM: torch.full_like(stored[NORM], 2.0)})
     assert weights_digest(sharded.model) != weights_digest(plain.model)

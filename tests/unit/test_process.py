@@ -1,4 +1,4 @@
-"""A worker that dies, is silent, lies or is not wanted any more ends within seconds, and everyone who waits is told why."""
+"""A worker that dies, is silent, lies or is unwanted ends within seconds, and all who wait are told why."""
 
 import json
 import os
@@ -14,7 +14,13 @@ import pytest
 
 from lockstep.engines.base import EngineSpec
 from lockstep.engines.environments.locate import Environment
-from lockstep.engines.process import SHORT_PATH, WorkerProcess, WorkerProgram, private_directory, scarce_memory
+from lockstep.engines.process import (
+    SHORT_PATH,
+    WorkerProcess,
+    WorkerProgram,
+    private_directory,
+    scarce_memory,
+)
 from lockstep.engines.vllm.served import CORE_ERROR
 from lockstep.engines.worker_engine import WorkerEngine
 from lockstep.errors import EngineDied, EngineError, ProtocolError
@@ -26,7 +32,8 @@ LOG = """\
 (EngineCore pid=31) ERROR 11-22 01:18:52 [core.py:1512] EngineCore encountered a fatal error.
 (EngineCore pid=31) ERROR 11-22 01:18:52 [core.py:1512]   File "gdn_attn.py", line 81, in forward
 (EngineCore pid=31) ERROR 11-22 01:18:52 [core.py:1512] AssertionError: CPU GDN attention requires BF16.
-(MainProcess pid=30) ERROR 11-22 01:18:52 [async_llm.py:906] EngineDeadError: EngineCore encountered an issue. See above.
+(MainProcess pid=30) ERROR 11-22 01:18:52 [async_llm.py:906] EngineDeadError: \
+EngineCore encountered an issue. See above.
 """
 AT_ONCE_S = 5.0
 PROGRAM = WorkerProgram("-", temporary=("ITS_OWN_BASE",))
@@ -46,7 +53,9 @@ def start(tmp_path):
     started = []
 
     def worker(program=PROGRAM, **config):
-        process = WorkerProcess(python, program, json.dumps(config).encode(), dict(os.environ), tmp_path / "engine.log")
+        process = WorkerProcess(
+            python, program, json.dumps(config).encode(), dict(os.environ), tmp_path / "engine.log"
+        )
         started.append(process)
         return process
 
@@ -65,14 +74,24 @@ def test_an_honest_worker_is_believed(start):
     assert process.wait_ready(30).engine == "fake"
     reply = process.request(Drawn, Draw, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=30)
     assert [np.frombuffer(c.token_ids, np.int32).tolist() for c in reply.completions] == [[5, 6, 7]] * 2
-    assert process.request(Scored, Score, IDS, timeout_s=30).scores[0].logprobs == np.float32([-1, -1]).tobytes()
+    assert (
+        process.request(Scored, Score, IDS, timeout_s=30).scores[0].logprobs == np.float32([-1, -1]).tobytes()
+    )
 
 
 def test_an_adapter_is_what_its_worker_is_started_with(start, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text((tmp_path / "python").read_text())
     (tmp_path / "bin" / "python").chmod(0o700)
-    known = {"name": "vllm", "version": "0.32.0", "generation": "V1", "flavour": "cpu", "digest": "", "smoke": "", "built": ""}
+    known = {
+        "name": "vllm",
+        "version": "0.32.0",
+        "generation": "V1",
+        "flavour": "cpu",
+        "digest": "",
+        "smoke": "",
+        "built": "",
+    }
     environment = Environment(**known, size_bytes=0, path=str(tmp_path))
     (tmp_path / "config.json").write_text('{"vocab_size": 8}')
     spec = EngineSpec(
@@ -132,13 +151,18 @@ def test_everyone_who_waits_is_told_at_once(start, answer, kind, needle):
 def test_a_time_out_says_what_was_waited_for(start):
     process = start(answer="silence")
     process.wait_ready(30)
-    with pytest.raises(EngineError, match=r"sample \(1 prompts, 2 completions of at most 3 tokens\): got no answer in 0.3 s"):
+    with pytest.raises(
+        EngineError, match=r"sample \(1 prompts, 2 completions of at most 3 tokens\): got no answer in 0.3 s"
+    ):
         process.request(Drawn, Draw, IDS, [SamplingParams(max_tokens=3, n=2)], timeout_s=0.3)
     assert gone(process)
 
 
 def test_a_worker_that_does_not_read_holds_nobody_up(start):
-    """40 MB to a worker that reads nothing: the sender's deadline holds, and so does that of who waits to send behind it."""
+    """40 MB to a worker that reads nothing: the sender's deadline holds.
+
+    So does that of who waits to send behind it.
+    """
     process, told = start(deaf=True), []
     process.wait_ready(30)
 
@@ -191,7 +215,7 @@ def test_an_interpreter_that_is_not_there_is_named_and_leaves_nothing(tmp_path):
 
 
 def test_a_long_tmpdir_is_no_obstacle(start, tmp_path, monkeypatch):
-    """A Unix socket's path has at most 107 bytes, and an engine's own have 37 after its temporary directory."""
+    """A Unix socket's path has at most 107 bytes, and an engine's own 37 after its temporary directory."""
     long = tmp_path / ("x" * 130)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))

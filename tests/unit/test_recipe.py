@@ -23,7 +23,9 @@ def test_a_misspelt_key_is_refused_in_every_section(section):
     assert raised.value.exit_code == 2
 
 
-@pytest.mark.parametrize(("key", "homes"), [("lr", "'optimizer.lr' perhaps"), ("seed", "'training.seed' or 'parity.seed'")])
+@pytest.mark.parametrize(
+    ("key", "homes"), [("lr", "'optimizer.lr' perhaps"), ("seed", "'training.seed' or 'parity.seed'")]
+)
 def test_a_key_without_its_section_is_found_in_every_section_that_has_it(key, homes):
     with pytest.raises(RecipeError, match=homes):
         load_recipe(QUICKSTART, [f"{key}=1"])
@@ -66,7 +68,8 @@ def test_bad_values_are_refused_with_one_sentence(override, needle):
 
 def test_overrides_are_toml_and_fall_back_to_text():
     recipe = load_recipe(
-        QUICKSTART, ["engine.options.logprobs_mode=raw_logprobs", "optimizer.lr=3e-6", "engine.options.block_size=64"]
+        QUICKSTART,
+        ["engine.options.logprobs_mode=raw_logprobs", "optimizer.lr=3e-6", "engine.options.block_size=64"],
     )
     assert recipe.engine.options == {"logprobs_mode": "raw_logprobs", "block_size": 64}
     assert recipe.optimizer.lr == 3e-6
@@ -86,7 +89,10 @@ def test_a_missing_file_and_a_broken_one(tmp_path):
 
 
 def test_a_logit_bias_is_set_by_token_ids_which_toml_writes_as_text(tmp_path):
-    assert load_recipe(QUICKSTART, ['sampling.logit_bias={"17"=-1.0, "3"=2}']).sampling.logit_bias == {17: -1.0, 3: 2.0}
+    assert load_recipe(QUICKSTART, ['sampling.logit_bias={"17"=-1.0, "3"=2}']).sampling.logit_bias == {
+        17: -1.0,
+        3: 2.0,
+    }
     assert load_recipe(QUICKSTART, ["sampling.logit_bias.17=-1.0"]).sampling.logit_bias == {17: -1.0}
     file = tmp_path / "recipe.toml"
     file.write_text(QUICKSTART.read_text() + "\n[sampling.logit_bias]\n17 = -1.0\n")
@@ -95,7 +101,9 @@ def test_a_logit_bias_is_set_by_token_ids_which_toml_writes_as_text(tmp_path):
     assert with_sets(recipe, ["sampling.logit_bias.3=2.0"]).sampling.logit_bias == {17: -1.0, 3: 2.0}
 
 
-@pytest.mark.parametrize("key", ["objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm"])
+@pytest.mark.parametrize(
+    "key", ["objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm"]
+)
 def test_no_bound_is_inf_and_is_resumed_as_inf(key, tmp_path):
     from lockstep.runs.manifest import read_recipe, write_manifest
 
@@ -111,7 +119,15 @@ def manifest_of(recipe):
     from lockstep.records.messages import Ready
     from lockstep.runs.manifest import build_manifest
 
-    ready = Ready(engine="e", version="1", generation="V1", start_s=0.0, resolved={}, capabilities={}, distribution="sampler")
+    ready = Ready(
+        engine="e",
+        version="1",
+        generation="V1",
+        start_s=0.0,
+        resolved={},
+        capabilities={},
+        distribution="sampler",
+    )
     return build_manifest(recipe, ready, {}, Path("m"), resolved=("vllm", "0.32.0"), model={})
 
 

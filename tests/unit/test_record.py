@@ -11,7 +11,15 @@ import lockstep
 from lockstep.config.recipe import parse_recipe
 from lockstep.errors import RunError, UsageError
 from lockstep.metrics.catalog import METRICS
-from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, BeforeStep, Finding, OfCheck, Verdict, when_of
+from lockstep.records.verdicts import (
+    AfterSync,
+    BeforeCheckpoint,
+    BeforeStep,
+    Finding,
+    OfCheck,
+    Verdict,
+    when_of,
+)
 from lockstep.runs.layout import RunLayout, new_run
 from lockstep.runs.manifest import write_manifest
 from lockstep.runs.read import open_run, read_steps, read_verdicts
@@ -27,16 +35,19 @@ FAILED = Verdict(
     status="FAIL",
     summary="decode and prefill differ",
     n_tokens=4,
-    findings=(Finding(cause="x", effect_nats=math.nan, ci95=(-math.inf, 0.5), n_tokens=4, fix="f", evidence="e"),),
+    findings=(
+        Finding(cause="x", effect_nats=math.nan, ci95=(-math.inf, 0.5), n_tokens=4, fix="f", evidence="e"),
+    ),
     figures={"gap_abs_max_nats": math.inf, "by_row": [1.0, math.nan]},
 )
 LINES = (
-    b'{"schema":"lockstep.metrics/1","step":0,"weight_version":1,"metrics":{"loss":0.5,"gap_abs_max_nats":{"nonfinite":"nan"}}}\n'
+    b'{"schema":"lockstep.metrics/1","step":0,"weight_version":1,'
+    b'"metrics":{"loss":0.5,"gap_abs_max_nats":{"nonfinite":"nan"}}}\n'
     b'{"schema":"lockstep.metrics/1","step":1,"weight_version":2,"metrics":{"loss":-1e-9,"step_s":2.0}}\n'
 )
 VERDICT = (
-    b'{"schema":"lockstep.verdict/1","when":"after sync 1","layer":"weights","status":"PASS","summary":"version 1 is served",'
-    b'"reason":"","n_tokens":8,"findings":[],"figures":{}}\n'
+    b'{"schema":"lockstep.verdict/1","when":"after sync 1","layer":"weights","status":"PASS",'
+    b'"summary":"version 1 is served","reason":"","n_tokens":8,"findings":[],"figures":{}}\n'
 )
 
 
@@ -64,7 +75,11 @@ def test_columns_hold_what_was_recorded_and_tell_what_was_not_measured(layout):
     steps = read_steps(layout.metrics)
     assert [(record.step, record.weight_version) for record in steps] == [(0, 1), (1, 2)]
     np.testing.assert_array_equal(steps.column("loss"), [0.5, -1e-9])
-    for name, measured in (("gap_abs_max_nats", [True, False]), ("step_s", [False, True]), ("lr", [False, False])):
+    for name, measured in (
+        ("gap_abs_max_nats", [True, False]),
+        ("step_s", [False, True]),
+        ("lr", [False, False]),
+    ):
         assert steps.measured(name).tolist() == measured
     np.testing.assert_array_equal(steps.column("gap_abs_max_nats"), [math.nan, math.nan])
     np.testing.assert_array_equal(steps.column("step_s"), [math.nan, 2.0])
@@ -73,17 +88,22 @@ def test_columns_hold_what_was_recorded_and_tell_what_was_not_measured(layout):
         steps.column("los_s")
 
 
-@pytest.mark.parametrize("when", [BeforeStep(0), BeforeStep(12), AfterSync(7), BeforeCheckpoint(24), OfCheck()])
+@pytest.mark.parametrize(
+    "when", [BeforeStep(0), BeforeStep(12), AfterSync(7), BeforeCheckpoint(24), OfCheck()]
+)
 @pytest.mark.parametrize("verdict", [PASSED, FAILED])
 def test_a_verdict_and_its_moment_come_back_as_they_were(layout, when, verdict):
     open_recorder(layout).verdict(when, verdict)
     (record,) = read_verdicts(layout.verdicts)
     assert record.when == when
-    assert repr(record.verdict) == repr(msgspec.structs.replace(verdict, figures=dict(verdict.figures))), "NaN included"
+    assert repr(record.verdict) == repr(msgspec.structs.replace(verdict, figures=dict(verdict.figures))), (
+        "NaN included"
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["", "after sync", "after sync ", "after sync x", "after sync -1", "after sync ²", "before  3", "checks"]
+    "text",
+    ["", "after sync", "after sync ", "after sync x", "after sync -1", "after sync ²", "before  3", "checks"],
 )
 def test_a_moment_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="is none of 'before step N'"):
@@ -167,7 +187,9 @@ def test_every_sink_gets_every_record_in_order(layout):
 
 
 def test_a_sink_that_nobody_has_is_refused_with_the_nearest(layout):
-    with pytest.raises(UsageError, match=r"recording\.sinks: got 'cvs', expected sinks out of csv, jsonl") as raised:
+    with pytest.raises(
+        UsageError, match=r"recording\.sinks: got 'cvs', expected sinks out of csv, jsonl"
+    ) as raised:
         open_recorder(layout, ["cvs"])
     assert raised.value.hint == "--set 'recording.sinks=[\"csv\"]'"
 
@@ -180,9 +202,15 @@ def test_a_sink_writes_nothing_before_its_first_record(tmp_path, name):
     assert list(layout.root.iterdir()) == []
 
 
-def test_a_sink_that_cannot_be_opened_leaves_the_place_to_the_next_try(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_sink_that_cannot_be_opened_leaves_the_place_to_the_next_try(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
     neutral = {"task": {"name": "t"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
-    own = {"model": {"path": str(tiny_checkpoint)}, "engine": {"name": "transformers"}, "recording": {"sinks": ["csv"]}}
+    own = {
+        "model": {"path": str(tiny_checkpoint)},
+        "engine": {"name": "transformers"},
+        "recording": {"sinks": ["csv"]},
+    }
     recipe = parse_recipe(neutral | own, "test")
 
     def open_sink(layout):
@@ -190,7 +218,9 @@ def test_a_sink_that_cannot_be_opened_leaves_the_place_to_the_next_try(tiny_chec
 
     monkeypatch.setattr(csv_sink, "open_sink", open_sink)
     for _ in range(2):
-        with pytest.raises(UsageError, match="'csv', and No module named 'tensorboard', expected a sink whose packages are"):
+        with pytest.raises(
+            UsageError, match="'csv', and No module named 'tensorboard', expected a sink whose packages are"
+        ):
             lockstep.train(recipe, out=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
     assert new_run(tmp_path / "run").root.is_dir()
@@ -225,7 +255,12 @@ def test_the_table_of_a_run_that_goes_on_has_the_steps_that_a_kill_kept_from_it(
     again = open_recorder(layout, ["csv"])
     for step in (2, 3):
         again.step(step, step + 1, {"loss": float(step)})
-    assert [(row["step"], row["loss"]) for row in table(layout)] == [("0", "0.5"), ("1", "0.25"), ("2", "2.0"), ("3", "3.0")]
+    assert [(row["step"], row["loss"]) for row in table(layout)] == [
+        ("0", "0.5"),
+        ("1", "0.25"),
+        ("2", "2.0"),
+        ("3", "3.0"),
+    ]
 
 
 def test_a_run_is_opened_whole_and_summarised(layout):
@@ -241,6 +276,15 @@ def test_a_run_is_opened_whole_and_summarised(layout):
     recorder.verdict(OfCheck(), PASSED)
     summary = summarise(open_run(layout.root))
     assert (summary.reward_first_quarter, summary.reward_last_quarter, summary.reward_gain) == (0.0, 1.0, 1.0)
-    assert (summary.gap_abs_max_nats, summary.entropy_first_nats, summary.entropy_last_nats) == (1e-5 * 3, 2.0, -1.0)
-    assert (summary.steps, summary.steps_timed, summary.training_s, summary.seconds_per_step) == (4, 3, 9.0, 3.0)
+    assert (summary.gap_abs_max_nats, summary.entropy_first_nats, summary.entropy_last_nats) == (
+        1e-5 * 3,
+        2.0,
+        -1.0,
+    )
+    assert (summary.steps, summary.steps_timed, summary.training_s, summary.seconds_per_step) == (
+        4,
+        3,
+        9.0,
+        3.0,
+    )
     assert (summary.syncs, summary.syncs_proven, summary.syncs_too_small_to_prove) == (4, 4, 0)

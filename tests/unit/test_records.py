@@ -40,7 +40,10 @@ def test_malformed_frames_raise_and_nothing_else(frame):
 
 def test_a_request_with_an_unknown_field_or_a_bad_temperature_is_refused():
     good = msgspec.msgpack.decode(encode(Draw(1, [b""], [SamplingParams(max_tokens=1)])))
-    for change, told in (({"hook": "x"}, "hook"), ({"params": [{"max_tokens": 1, "temperature": -1.0}]}, "params")):
+    for change, told in (
+        ({"hook": "x"}, "hook"),
+        ({"params": [{"max_tokens": 1, "temperature": -1.0}]}, "params"),
+    ):
         frame = msgspec.msgpack.encode(good | change)
         with pytest.raises(errors.ProtocolError, match=told):
             decode_request(frame)
@@ -65,7 +68,11 @@ def test_a_pass_over_nothing_a_fail_without_cause_and_a_truth_value_are_refused(
 
 
 def test_every_error_names_boundary_got_expected_and_the_next_step():
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LockstepError)]
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.LockstepError)
+    ]
     assert len(kinds) > 10
     for kind in kinds:
         text = str(kind("the place", got="this", expected="that", hint="do so"))

@@ -1,4 +1,4 @@
-"""A killed run's trainer is brought to where it was, or refuses to go on, from constructed run directories."""
+"""A killed run's trainer is brought to where it was, or refuses to go on, from constructed directories."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,9 @@ TRAINING = {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "minibatches
 def start(directory, model_path=None):
     """A process: the weights as they are at the start of every run, and the directory as it lies."""
     pair = bag_pair(training=TRAINING, optimizer={"lr": 1e-2}, sampling={"max_tokens": 6, "temperature": 0.8})
-    pair.task = SimpleNamespace(**vars(TASK), rewards=lambda texts, items: (float(len(set(text)) % 3) for text in texts))
+    pair.task = SimpleNamespace(
+        **vars(TASK), rewards=lambda texts, items: (float(len(set(text)) % 3) for text in texts)
+    )
     directory.mkdir(exist_ok=True)
     layout, said = RunLayout(directory), []
     run = Run(SimpleNamespace(pair=pair, model_path=model_path), layout, said.append, open_recorder(layout))
@@ -181,7 +183,9 @@ FOUND = Finding(cause="c", effect_nats=0.0, ci95=(0.0, 0.0), n_tokens=1, fix="",
 REFUSED = Verdict(layer="numerics", status="FAIL", summary="", findings=(FOUND,), figures=FIGURES)
 
 
-@pytest.mark.parametrize("verdicts", [(OTHER,), (WITHOUT,), (REFUSED,)], ids=["of another layer", "no figures", "a failure"])
+@pytest.mark.parametrize(
+    "verdicts", [(OTHER,), (WITHOUT,), (REFUSED,)], ids=["of another layer", "no figures", "a failure"]
+)
 def test_without_a_ladder_that_passed_nothing_is_replayed(killed, verdicts):
     before = again(killed)
     resumed = recorded(killed, *verdicts)
@@ -191,7 +195,9 @@ def test_without_a_ladder_that_passed_nothing_is_replayed(killed, verdicts):
 
 
 def test_the_gate_is_that_of_the_last_ladder_that_passed(killed):
-    later = Verdict(layer="numerics", status="PASS", summary="", n_tokens=8, figures=FIGURES | {"gap_abs_p50_nats": 2e-6})
+    later = Verdict(
+        layer="numerics", status="PASS", summary="", n_tokens=8, figures=FIGURES | {"gap_abs_p50_nats": 2e-6}
+    )
     gate = _recorded_gate(recorded(killed, NUMERICS, later, REFUSED, OTHER))
     assert gate.measured == Measured(2e-6, 0.0, 1e-7)
     assert (gate.temperature, gate.noise) == (0.8, killed.pair.noise)

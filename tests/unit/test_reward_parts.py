@@ -1,4 +1,4 @@
-"""The parts under a reward: its deadline, the frames to its worker, what may be sent, the user's own function."""
+"""The parts under a reward: its deadline, its worker's frames, what may be sent, the user's own function."""
 
 import signal
 import socket
@@ -30,7 +30,7 @@ def spin(seconds):
         pass
 
 
-# ── deadline ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── deadline ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_body_that_takes_too_long_is_interrupted_and_the_signals_are_as_before():
@@ -103,7 +103,7 @@ def test_an_inner_deadline_gives_way_to_the_outer_one():
         both()
 
 
-# ── frames ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -175,8 +175,15 @@ def test_an_answer_says_a_value_or_an_error():
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(0, 9), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(0, 9), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -206,7 +213,7 @@ def test_a_mapping_of_any_kind_may_be_sent():
     assert unsendable(OrderedDict(a=1)) == ""
 
 
-# ── rewards ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rewards ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -229,7 +236,9 @@ def test_the_datasets_own_scorer_gets_the_answer_and_its_question():
     items = SimpleNamespace(score_answer=lambda answer, entry: asked.append((answer, entry)) or 0.25)
     assert reward_named("dataset", items)(" so ", {"question": "?"}) == 0.25
     assert asked == [("so", {"question": "?"})]
-    with pytest.raises(RecipeError, match=r"task\.reward: got 'dataset', expected a dataset with score_answer"):
+    with pytest.raises(
+        RecipeError, match=r"task\.reward: got 'dataset', expected a dataset with score_answer"
+    ):
         reward_named("dataset", [])
 
 
@@ -249,7 +258,7 @@ def test_a_refused_reward_shows_the_end_of_the_question_and_the_beginning_of_the
     assert "\x1b" not in refused("m:f", "nan", "\x1b[2J", {}).hint
 
 
-# ── a function of the user's ──────────────────────────────────────────────────────────────────────────────────────
+# ── a function of the user's ────────────────────────────────────────────────────────────────────────────────
 
 THEIRS = {
     "good": "def f(): return 7\nvalue = 3\nclass C:\n    def __call__(self): return 8\nc = C()\n",

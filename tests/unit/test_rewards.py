@@ -1,4 +1,7 @@
-"""Whatever a reward does, it ends in a number or in an error that shows the completion: no hang, no success untrained."""
+"""Whatever a reward does, it ends in a number or in an error that shows the completion.
+
+No hang, no success untrained.
+"""
 
 import os
 import subprocess
@@ -19,7 +22,10 @@ from lockstep.rollout.tasks import Task
 THEIRS = """\
 import ctypes, os, signal, sys, time
 
-ITEMS = [{"question": "1+1", "answer": "2", "metadata": {"terms": (1, 1)}}, {"question": "2+2", "answer": "4"}]
+ITEMS = [
+    {"question": "1+1", "answer": "2", "metadata": {"terms": (1, 1)}},
+    {"question": "2+2", "answer": "4"},
+]
 
 
 def items(seed=0, **_):
@@ -139,7 +145,9 @@ def workers_of_mine():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rewards_come_in_order(task, workers):
     texts = ["a" * n for n in range(9)]
-    assert rewards(task("theirs:length", reward_workers=workers), *texts) == [n + (0.5 if n % 2 else 0.0) for n in range(9)]
+    assert rewards(task("theirs:length", reward_workers=workers), *texts) == [
+        n + (0.5 if n % 2 else 0.0) for n in range(9)
+    ]
     assert rewards(task("exact_match", reward_workers=workers), "2", "5") == [1.0, 0.0]
 
 
@@ -211,9 +219,12 @@ def test_workers_are_processes_of_their_own_and_what_they_print_is_no_answer(tas
 def test_a_worker_ends_with_its_trainer_in_the_middle_of_a_reward(tmp_path):
     (tmp_path / "theirs.py").write_text(THEIRS)
     code = (
-        "from lockstep.config.recipe import Task as Config; from lockstep.rollout.tasks import Task; import os, threading\n"
-        "task = Task(Config(name='theirs:items', reward='theirs:hangs', reward_workers=1, reward_timeout_s=0), 0)\n"
-        "threading.Timer(0.5, lambda: (print(*[w.process.pid for w in task._workers._live], flush=True), os._exit(9))).start()\n"
+        "from lockstep.config.recipe import Task as Config; "
+        "from lockstep.rollout.tasks import Task; import os, threading\n"
+        "task = Task(Config("
+        "name='theirs:items', reward='theirs:hangs', reward_workers=1, reward_timeout_s=0), 0)\n"
+        "threading.Timer(0.5, lambda: ("
+        "print(*[w.process.pid for w in task._workers._live], flush=True), os._exit(9))).start()\n"
         "list(task.rewards(['bad'], [task.item(0)]))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
@@ -230,7 +241,10 @@ def test_the_rewards_before_a_failing_one_stay_filled_in(task, workers):
     judged = task("theirs:exits", reward_workers=workers)
     texts = ["a", "b", "bad", "c"]
     none = np.empty(0, np.int32)
-    made = [Sample.of(Completion(at // 2, at % 2, b"", b"", "stop", ()), none, at // 2, text) for at, text in enumerate(texts)]
+    made = [
+        Sample.of(Completion(at // 2, at % 2, b"", b"", "stop", ()), none, at // 2, text)
+        for at, text in enumerate(texts)
+    ]
     rollouts = Samples(made, SamplingParams(max_tokens=1))
     with pytest.raises(RewardError):
         score(rollouts, judged, None)
@@ -238,7 +252,9 @@ def test_the_rewards_before_a_failing_one_stay_filled_in(task, workers):
     assert np.isnan(rollouts.rewards[2:]).all()
 
 
-@pytest.mark.parametrize(("reward", "needle"), [("theirs:no_such", "theirs:no_such"), ("dataset", "a dataset with score_answer")])
+@pytest.mark.parametrize(
+    ("reward", "needle"), [("theirs:no_such", "theirs:no_such"), ("dataset", "a dataset with score_answer")]
+)
 def test_a_reward_that_no_worker_can_have_is_said_before_anything_is_drawn(task, reward, needle):
     with pytest.raises(RecipeError, match=needle):
         task(reward, reward_workers=1)

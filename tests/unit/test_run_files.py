@@ -47,7 +47,9 @@ def test_what_we_make_is_private_whatever_the_umask(tmp_path, umask):
     with layout.held():
         write_atomically(layout.manifest, b"{}")
         open_recorder(layout).step(0, 1, {"loss": 0.0})
-        open_recorder(layout).verdict(OfCheck(), Verdict(layer="weights", status="PASS", summary="", n_tokens=1))
+        open_recorder(layout).verdict(
+            OfCheck(), Verdict(layer="weights", status="PASS", summary="", n_tokens=1)
+        )
         store.save(layout.drawn(0), rollouts(0))
         store.admit(layout, 0)
         store.save(layout.drawn(1), rollouts(1))
@@ -117,7 +119,9 @@ def test_a_short_write_of_a_file_goes_on_where_it_stopped(tmp_path, monkeypatch)
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": "lockstep.mani', b"[1]", b"null", b"\xff\xfe", bytes(20), b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"schema": "lockstep.mani', b"[1]", b"null", b"\xff\xfe", bytes(20), b"{}"]
+)
 def test_a_damaged_manifest_or_certificate_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "manifest.json"
     path.write_bytes(content)

@@ -12,7 +12,14 @@ from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RunError, UsageError
 from lockstep.records.messages import Ready
 from lockstep.runs.layout import existing_run, new_run
-from lockstep.runs.manifest import build_manifest, read_manifest, read_recipe, refuse_other_run, unfinished_run, write_manifest
+from lockstep.runs.manifest import (
+    build_manifest,
+    read_manifest,
+    read_recipe,
+    refuse_other_run,
+    unfinished_run,
+    write_manifest,
+)
 from lockstep.runs.record import open_recorder
 from lockstep.runs.strict import read_lines
 
@@ -32,7 +39,9 @@ MODEL = {"weights_sha256": "a" * 64}
 
 
 def manifest(recipe=RECIPE, ready=READY, model=MODEL, planted=()):
-    return build_manifest(recipe, ready, {}, Path("model"), resolved=("vllm", "0.32.0"), model=model, planted=planted)
+    return build_manifest(
+        recipe, ready, {}, Path("model"), resolved=("vllm", "0.32.0"), model=model, planted=planted
+    )
 
 
 def made(root, recipe=RECIPE, steps=0):
@@ -99,15 +108,24 @@ def test_auto_is_resolved_once_and_an_edited_recipe_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("now", "needle"),
     [
-        ({"ready": msgspec.structs.replace(READY, version="0.18.1")}, "engine: vllm 0.32.0 (V1) → vllm 0.18.1 (V1)"),
-        ({"ready": msgspec.structs.replace(READY, resolved={"model_config.seed": 1})}, "engine.model_config.seed: 0 → 1"),
+        (
+            {"ready": msgspec.structs.replace(READY, version="0.18.1")},
+            "engine: vllm 0.32.0 (V1) → vllm 0.18.1 (V1)",
+        ),
+        (
+            {"ready": msgspec.structs.replace(READY, resolved={"model_config.seed": 1})},
+            "engine.model_config.seed: 0 → 1",
+        ),
         ({"model": {"weights_sha256": "b" * 64}}, "model.weights_sha256: aaaaaaaaaaaa → bbbbbbbbbbbb"),
         ({"planted": ("stale_head",)}, "planted faults: none → stale_head"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_parts(tmp_path, now, needle):
     layout = made(tmp_path / "a")
-    refuse_other_run(layout.manifest, manifest(ready=msgspec.structs.replace(READY, resolved=READY.resolved | {"worker.pid": 9})))
+    refuse_other_run(
+        layout.manifest,
+        manifest(ready=msgspec.structs.replace(READY, resolved=READY.resolved | {"worker.pid": 9})),
+    )
     with pytest.raises(RunError) as raised:
         refuse_other_run(layout.manifest, manifest(**now))
     assert needle in str(raised.value)
@@ -117,18 +135,23 @@ def test_a_run_does_not_go_on_under_another_torch(tmp_path):
     layout = made(tmp_path / "a")
     now = manifest()
     with pytest.raises(RunError, match=r"version of torch: .* → 1\.0"):
-        refuse_other_run(layout.manifest, msgspec.structs.replace(now, versions=now.versions | {"torch": "1.0"}))
+        refuse_other_run(
+            layout.manifest, msgspec.structs.replace(now, versions=now.versions | {"torch": "1.0"})
+        )
 
 
 SCORE = "def score(completion, item):\n    return 1.0\n"
 
 
-@pytest.mark.parametrize("is_imported", [True, False], ids=["imported here", "computed in processes of its own"])
+@pytest.mark.parametrize(
+    "is_imported", [True, False], ids=["imported here", "computed in processes of its own"]
+)
 def test_a_run_does_not_go_on_with_another_reward_file(tmp_path, monkeypatch, is_imported):
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "a_reward_of_mine.py"
     file.write_text(SCORE)
-    monkeypatch.setitem(sys.modules, "a_reward_of_mine", None)  # put back afterwards, whatever is imported here
+    # Put back afterwards, whatever is imported here.
+    monkeypatch.setitem(sys.modules, "a_reward_of_mine", None)
     del sys.modules["a_reward_of_mine"]
     if is_imported:
         imported("a_reward_of_mine:score", "task.reward")
@@ -146,10 +169,14 @@ def test_the_source_of_a_function_is_where_it_is_defined(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "defines_it.py").write_text(SCORE)
     (tmp_path / "names_it.py").write_text(
-        "import functools, math\nfrom defines_it import score\npartial = functools.partial(score)\nroot = math.sqrt\n"
+        "import functools, math\nfrom defines_it import score\n"
+        "partial = functools.partial(score)\nroot = math.sqrt\n"
         "@functools.wraps(score)\ndef wrapped(*args):\n    return score(*args)\n"
     )
-    defines, names = (hashlib.sha256((tmp_path / f"{name}.py").read_bytes()).hexdigest() for name in ("defines_it", "names_it"))
+    defines, names = (
+        hashlib.sha256((tmp_path / f"{name}.py").read_bytes()).hexdigest()
+        for name in ("defines_it", "names_it")
+    )
     for module in ("defines_it", "names_it"):
         monkeypatch.setitem(sys.modules, module, None)
         del sys.modules[module]

@@ -1,4 +1,7 @@
-"""Settings that a sampler used without being asked are fitted from its numbers, and draws that betray one are noticed."""
+"""Settings that a sampler used without being asked are fitted from its numbers.
+
+Draws that betray one are noticed.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,12 @@ from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.hypotheses import candidate_logprobs, candidates_of
 from lockstep.parity.explain.semantics.logit_bias import BiasFit
 from lockstep.parity.explain.semantics.penalties import PenaltyFit, seen_before
-from lockstep.parity.explain.semantics.sampler import examine_draws, fitted_temperature, hidden_temperature, setting_hypotheses
+from lockstep.parity.explain.semantics.sampler import (
+    examine_draws,
+    fitted_temperature,
+    hidden_temperature,
+    setting_hypotheses,
+)
 from lockstep.parity.explain.semantics.truncation import fitted_truncation
 from lockstep.policy.model import load_policy
 from lockstep.policy.truncation import kept
@@ -114,7 +122,10 @@ def drawn(trainer, sampling, n=40, seed=0):
     rng = np.random.default_rng(seed)
     prompts, tokens = [rng.integers(0, 97, 5).astype(np.int32) for _ in range(n)], np.empty((n, 0), np.int32)
     for _ in range(8):
-        groups = [Group(np.r_[p, t].astype(np.int32), [np.zeros(1, np.int32)]) for p, t in zip(prompts, tokens, strict=True)]
+        groups = [
+            Group(np.r_[p, t].astype(np.int32), [np.zeros(1, np.int32)])
+            for p, t in zip(prompts, tokens, strict=True)
+        ]
         with torch.no_grad():
             z = trainer.logits(torch.cat(trainer.hidden(groups))) * SHARP / sampling.temperature
         if sampling.truncates:
@@ -137,10 +148,15 @@ def test_draws_from_another_distribution_are_odd(trainer, hidden):
     assert examine_draws(trainer, groups, replace(PLAIN, temperature=1 / SHARP)).oddity()
 
 
-@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.4}, {"frequency_penalty": 0.3}])
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.4}, {"frequency_penalty": 0.3}]
+)
 def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(trainer, penalty):
     sampling, rng = replace(PLAIN, temperature=0.5), np.random.default_rng(3)
-    groups = [Group(rng.integers(0, 20, n).astype(np.int32), [rng.integers(0, 20, 9).astype(np.int32)]) for n in (2, 9, 5)]
+    groups = [
+        Group(rng.integers(0, 20, n).astype(np.int32), [rng.integers(0, 20, 9).astype(np.int32)])
+        for n in (2, 9, 5)
+    ]
     asked = replace(sampling, **penalty)
     (penalised,) = [c for c in candidates_of(asked) if c.penalised and c.temperature == 0.5]
     expected = [candidate_logprobs(trainer, group, asked, [penalised])[0] for group in groups]
@@ -151,7 +167,8 @@ def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(trainer, penal
     sample = Samples.of([group.prompt for group in groups], completions, sampling)
     logits, ids, numbers = tokens_of_every_part(trainer, groups, sample.engine_logprobs)
     fit = PenaltyFit(logits, ids, *seen_before(sample), sampling.temperature)
-    # float32 numbers near 16 have a spacing of 1e-6, logits at T = 0.5 twice that; two orders of summing differ by a few.
+    # float32 numbers near 16 have a spacing of 1e-6, logits at T = 0.5 twice that; two orders of summing
+    # differ by a few.
     np.testing.assert_allclose(fit.scores(**penalty).numpy(), numbers.numpy(), rtol=0.0, atol=1e-5)
     assert np.abs(fit.scores().numpy() - numbers.numpy()).max() > 1e-2
 

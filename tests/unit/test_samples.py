@@ -31,7 +31,13 @@ def samples():
 
 def test_an_engines_answer_keeps_its_names_and_every_token_of_it_was_sampled(samples):
     first = samples[0]
-    assert (first.group, first.sample, first.item, first.finish_reason, first.prompt_tokens) == (0, 0, 0, "stop", 2)
+    assert (first.group, first.sample, first.item, first.finish_reason, first.prompt_tokens) == (
+        0,
+        0,
+        0,
+        "stop",
+        2,
+    )
     assert first.version_spans == (VersionSpan(0, 3, 4),)
     assert first.loss_mask.all()
     assert first.advantages is first.sampling_logprobs is None
@@ -43,7 +49,9 @@ def test_views_lie_one_sample_after_the_other(samples):
     assert samples.owners.tolist() == [0, 0, 0, 1, 2, 2, 3]
     assert samples.positions.tolist() == [0, 1, 2, 0, 0, 1, 0]
     assert samples.lengths.tolist() == [3, 1, 2, 1]
-    np.testing.assert_array_equal(samples.engine_logprobs, np.float32([-0.5, -1, np.nan, -9999, -0.25, -2, -4]))
+    np.testing.assert_array_equal(
+        samples.engine_logprobs, np.float32([-0.5, -1, np.nan, -9999, -0.25, -2, -4])
+    )
     assert [sequence.tolist() for sequence in samples.sequences][2] == [7, 3, 4]
     assert samples.temperature == 1.0, "greedy tokens are scored at 1"
     empty = samples[:0]
@@ -93,7 +101,9 @@ def test_scores_are_asked_for_by_group_and_by_sequence(samples):
 
 
 def test_samples_import_no_torch():
-    code = "import sys, lockstep.records.samples; assert not {'torch', 'lockstep.policy'} & sys.modules.keys()"
+    code = (
+        "import sys, lockstep.records.samples; assert not {'torch', 'lockstep.policy'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -1,4 +1,4 @@
-"""The last step of an installation: an engine whose sampling and scoring are of one mind, or an error with its log."""
+"""The last step of an installation: an engine whose sampling and scoring agree, or an error with its log."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,10 @@ ENVIRONMENT = SimpleNamespace(name="vllm", version="0.32.0", generation="V1", py
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Started in the place of the environment's own; what it was started with, and whether it was ended, is kept."""
+    """Started in the place of the environment's own.
+
+    What it was started with, and whether it was ended, is kept.
+    """
     bag = BagEngine(Bag(), {})
     bag.ended = 0
 
@@ -25,7 +28,9 @@ def engine(monkeypatch):
 
     bag.close = close
     monkeypatch.setattr(smoke.subprocess, "run", lambda command, **_: bag.__dict__.update(made=command))
-    monkeypatch.setattr(registry, "start", lambda choice, spec: bag.__dict__.update(choice=choice, spec=spec) or bag)
+    monkeypatch.setattr(
+        registry, "start", lambda choice, spec: bag.__dict__.update(choice=choice, spec=spec) or bag
+    )
     return bag
 
 
@@ -47,7 +52,9 @@ def test_an_engine_that_scores_what_it_samples_is_good(engine):
 @pytest.mark.parametrize("by", [0.01, -0.01, np.nan])
 def test_numbers_that_differ_or_are_missing_are_an_error_that_names_the_log(engine, by):
     engine.scores = lambda scores, n: scores + np.float32(by)
-    with pytest.raises(InstallError, match=r"smoke test of vllm 0\.32\.0: got sampling and scoring differ") as error:
+    with pytest.raises(
+        InstallError, match=r"smoke test of vllm 0\.32\.0: got sampling and scoring differ"
+    ) as error:
         smoke.smoke_test(ENVIRONMENT, Path("its.log"))
     assert error.value.hint == "the log is its.log"
     assert engine.ended == 1

@@ -1,4 +1,4 @@
-"""Rollouts on disk: read back exactly, whole or refused, and under the name that says what may be done with them."""
+"""Rollouts on disk: read back exactly, whole or refused, and under the name that says what they are for."""
 
 from dataclasses import fields, replace
 
@@ -20,7 +20,7 @@ SAMPLING = SamplingParams(max_tokens=3)
 
 
 def rollouts(step=7, n_prompts=2, group_size=2, reward=0.5):
-    """Two spans a sample, a tool's token, a NaN among the numbers, tokens the engine counted otherwise than we do."""
+    """Two spans a sample, a tool's token, a NaN among the numbers, tokens the engine counted otherwise."""
     samples = [
         Sample(
             group=p,
@@ -50,9 +50,15 @@ def assert_same(found, expected):
         for field in fields(Sample):
             value, other = getattr(got, field.name), getattr(wanted, field.name)
             if isinstance(other, np.ndarray):  # bytes for bytes: a NaN's bits are its own
-                assert (field.name, value.dtype, value.tobytes()) == (field.name, other.dtype, other.tobytes())
+                assert (field.name, value.dtype, value.tobytes()) == (
+                    field.name,
+                    other.dtype,
+                    other.tobytes(),
+                )
             else:
-                assert value == other or (field.name == "reward" and np.isnan([value, other]).all()), field.name
+                assert value == other or (field.name == "reward" and np.isnan([value, other]).all()), (
+                    field.name
+                )
 
 
 def load(path, group_size=2):
@@ -111,7 +117,9 @@ def any_rollouts(draw):
     group_size, n_groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     samples = [draw(any_sample(group, sample)) for group in range(n_groups) for sample in range(group_size)]
     seconds = st.floats(0, 1e6)
-    return Samples(samples, SAMPLING, draw(st.integers(0, 10**9)), sample_s=draw(seconds), reward_s=draw(seconds))
+    return Samples(
+        samples, SAMPLING, draw(st.integers(0, 10**9)), sample_s=draw(seconds), reward_s=draw(seconds)
+    )
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -168,7 +176,9 @@ def of_schema_1(path, rewarded):
         "advantage": (pa.float32(), [1.0, -1.0, 0.25, -0.25] if rewarded else [nan] * 4),
     }
     about = b'{"schema":"lockstep.rollouts/1","step":7,"group_size":2,"sample_s":1.5,"reward_s":0.25}'
-    schema = pa.schema([required(name, of) for name, (of, _) in columns.items()]).with_metadata({b"lockstep": about})
+    schema = pa.schema([required(name, of) for name, (of, _) in columns.items()]).with_metadata(
+        {b"lockstep": about}
+    )
     table = pa.table({name: pa.array(values, of) for name, (of, values) in columns.items()}, schema=schema)
     parquet.write_table(table, path, write_page_checksum=True)
 
@@ -178,11 +188,18 @@ def test_a_file_from_before_there_were_masks_is_read_as_what_it_says(tmp_path, r
     of_schema_1(tmp_path / "a.parquet", rewarded)
     found = load(tmp_path / "a.parquet")
     assert found.rewarded is rewarded
-    assert [(sample.group, sample.sample, sample.item) for sample in found] == [(0, 0, 14), (0, 1, 14), (1, 0, 15), (1, 1, 15)]
+    assert [(sample.group, sample.sample, sample.item) for sample in found] == [
+        (0, 0, 14),
+        (0, 1, 14),
+        (1, 0, 15),
+        (1, 1, 15),
+    ]
     assert found.loss_mask.all()
     assert found.lengths.tolist() == [2, 1, 3, 1]
     assert [prompt.tolist() for prompt in found.prompts] == [[3, 4], [3, 4], [5], [5]]
-    np.testing.assert_array_equal(found.engine_logprobs, np.array([-0.5, np.nan, -0.25, -1, -2, -3, -0.125], np.float32))
+    np.testing.assert_array_equal(
+        found.engine_logprobs, np.array([-0.5, np.nan, -0.25, -1, -2, -3, -0.125], np.float32)
+    )
     advantages = [1, 1, -1, 0.25, 0.25, 0.25, -0.25] if rewarded else [np.nan] * 7
     np.testing.assert_array_equal(found.advantages, np.array(advantages, np.float32))
     store.save(tmp_path / "b.parquet", found)
@@ -196,7 +213,11 @@ def test_what_is_refused_is_kept_under_a_name_of_its_own_each_time(tmp_path):
         store.save(layout.drawn(7), rollouts(reward=reward))
         kept.append(store.refuse(layout, 7))
         assert not layout.drawn(7).exists()
-    assert [path.name for path in kept] == ["step-000007.parquet", "step-000007.2.parquet", "step-000007.3.parquet"]
+    assert [path.name for path in kept] == [
+        "step-000007.parquet",
+        "step-000007.2.parquet",
+        "step-000007.3.parquet",
+    ]
     assert kept == layout.refusals(7)
     assert kept[0] == layout.refused(7)
     assert [load(path).rewards[0] for path in kept] == [1.0, 2.0, 3.0]

@@ -1,4 +1,7 @@
-"""The owner of the parameters: what it holds for a hypothesis it puts back exactly, and what it is asked to save it saves."""
+"""The owner of the parameters.
+
+What it holds for a hypothesis it puts back exactly, and what it is asked to save it saves.
+"""
 
 import numpy as np
 import pytest
@@ -34,7 +37,12 @@ from lockstep.policy.variants import (
 from lockstep.records.samples import Group
 from lockstep.training.trainer import Trainer
 
-GROUPS = [Group(np.arange(3, 20, dtype=np.int32), [np.arange(30, 41, dtype=np.int32), np.arange(7, 12, dtype=np.int32)])]
+GROUPS = [
+    Group(
+        np.arange(3, 20, dtype=np.int32),
+        [np.arange(30, 41, dtype=np.int32), np.arange(7, 12, dtype=np.int32)],
+    )
+]
 FIRST = "model.layers.0.mlp.down_proj.weight"
 VARIANTS = [
     Scaled((FIRST,), 1.5),
@@ -133,11 +141,13 @@ def test_settings_with_which_the_weights_make_no_model_are_refused(trainer):
 
 
 def test_slopes_are_the_derivative_along_the_direction(trainer):
-    """Against central differences of the scores themselves, for a scale and for a way back to earlier weights."""
+    """Against central differences of the scores, for a scale and for a way back to earlier weights."""
     tokens, names, step = np.array([12, 2, 15]), [FIRST, "model.norm.weight"], 1e-3
     group = [Group(g.prompt, [c]) for g in GROUPS for c in g.completions]
     base = trainer.snapshot().values
-    waves = {name: 0.01 * torch.sin(torch.arange(base[name].numel())).view(base[name].shape) for name in names}
+    waves = {
+        name: 0.01 * torch.sin(torch.arange(base[name].numel())).view(base[name].shape) for name in names
+    }
     earlier = Snapshot({name: base[name] + waves[name] for name in names})
 
     def along(direction, size):
@@ -145,7 +155,10 @@ def test_slopes_are_the_derivative_along_the_direction(trainer):
         with trainer.holding(Earlier(moved)):
             return np.concatenate(trainer.score(group, 0.7))
 
-    for towards, directions in ((None, base), (earlier, {name: earlier.values[name] - base[name] for name in names})):
+    for towards, directions in (
+        (None, base),
+        (earlier, {name: earlier.values[name] - base[name] for name in names}),
+    ):
         slopes = trainer.slopes(group, tokens, 0.7, names, towards)
         assert sorted(slope.token for slope in slopes) == sorted(tokens.tolist())
         for at, name in enumerate(names):
@@ -178,7 +191,12 @@ def test_slopes_of_frozen_parameters_are_those_of_trained_ones_and_they_stay_fro
 
 def test_recomputed_layers_give_the_same_gradients_and_keep_less(tiny_model_dir):
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tiny_model_dir.parent / "four_layers")

@@ -58,7 +58,12 @@ def drawn(policy):
     scores = policy.score(groups, 1.0)
     completions = [
         Completion(
-            i // SIZE, i % SIZE, pack_ids(ids[i].tolist()), pack_logprobs(scores[i]), "length", (VersionSpan(0, len(ids[i]), 0),)
+            i // SIZE,
+            i % SIZE,
+            pack_ids(ids[i].tolist()),
+            pack_logprobs(scores[i]),
+            "length",
+            (VersionSpan(0, len(ids[i]), 0),),
         )
         for i in range(len(ids))
     ]
@@ -92,7 +97,9 @@ def parameters(model):
 @pytest.mark.parametrize("old", ["trainer", "engine"])
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 @pytest.mark.parametrize("sample", range(0, PROMPTS * SIZE, SIZE))
-def test_a_bad_completion_in_any_minibatch_is_refused_before_the_first_update(policy, old, minibatches, sample):
+def test_a_bad_completion_in_any_minibatch_is_refused_before_the_first_update(
+    policy, old, minibatches, sample
+):
     rollouts, before, seen = with_numbers(drawn(policy), sample, -20.0), parameters(policy.model), []
     optimizer = MasterAdamW(policy.model, recipe().optimizer)
     with pytest.raises(ParityError, match="tokens"):
@@ -126,14 +133,26 @@ def test_a_loss_that_is_no_number_stops_the_run_when_the_gate_is_content(policy)
 def test_figures_of_the_mismatch_are_over_all_tokens(policy, old, minibatches):
     rollouts = with_numbers(drawn(policy), 7, -5e-4)  # of the last minibatch
     seen = []
-    figures = train(rollouts, policy, MasterAdamW(policy.model, recipe().optimizer), recipe(minibatches, old), 0, gate_of(seen))
+    figures = train(
+        rollouts,
+        policy,
+        MasterAdamW(policy.model, recipe().optimizer),
+        recipe(minibatches, old),
+        0,
+        gate_of(seen),
+    )
     assert figures["gap_abs_max_nats"] == pytest.approx(5e-4, rel=0.01)
     assert figures["gap_abs_mean_nats"] == pytest.approx(5e-4 * LENGTHS[7] / sum(LENGTHS), rel=0.05)
 
 
 def reference(path, rollouts, minibatches, lr=1e-2, clip=0.2):
-    """GRPO written out: transformers' own model, one sequence at a time, full log-softmax, torch's AdamW. Returns the model."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    """GRPO written out: transformers' own model, one sequence at a time, full log-softmax, torch's AdamW.
+
+    Returns the model.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
     def logprobs(i):
@@ -150,10 +169,13 @@ def reference(path, rollouts, minibatches, lr=1e-2, clip=0.2):
         n = sum(rollouts[i].loss_mask.sum() for i in part)
         loss = 0.0
         for i in part:
-            chosen = np.flatnonzero(rollouts[i].loss_mask)  # what is not in the loss is read by the model, and by nothing else
+            # What is not in the loss is read by the model, and by nothing else.
+            chosen = np.flatnonzero(rollouts[i].loss_mask)
             ratio = torch.exp(logprobs(i)[chosen] - old[i][chosen])
             advantage = torch.from_numpy(rollouts[i].advantages[chosen])
-            loss = loss - torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum() / n
+            loss = (
+                loss - torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum() / n
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -162,7 +184,10 @@ def reference(path, rollouts, minibatches, lr=1e-2, clip=0.2):
 
 
 def with_tools(rollouts, engine_says=np.nan):
-    """Tokens in the middle of some samples, and one at an end, that a tool put there: the engine's numbers there are nobody's."""
+    """Tokens in the middle of some samples, and at one's end, that a tool put there.
+
+    The engine's numbers there are nobody's.
+    """
     for sample, masked in {0: [1], 1: [1, 2, 3], 5: [0], 6: [2]}.items():
         before = rollouts[sample]
         mask, numbers = before.loss_mask.copy(), before.engine_logprobs.copy()
@@ -176,7 +201,9 @@ N_TOOLS = 6
 
 @pytest.mark.parametrize("tools", [False, True])
 @pytest.mark.parametrize(("minibatches", "microbatch"), [(1, 4096), (2, 12), (4, 8)])
-def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, tiny_model_dir, minibatches, microbatch, tools):
+def test_minibatches_and_microbatches_train_as_the_plain_reference_does(
+    policy, tiny_model_dir, minibatches, microbatch, tools
+):
     rollouts = with_tools(drawn(policy)) if tools else drawn(policy)
     start = parameters(policy.model)
     train(
@@ -190,7 +217,8 @@ def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, 
     other = reference(tiny_model_dir, rollouts, minibatches)
     moved = (parameters(policy.model) - start).abs().max()
     assert moved > 5e-3
-    # Adam's first updates are sign-like: an element whose gradient is rounding noise may go either way, so all but a few agree.
+    # Adam's first updates are sign-like: an element whose gradient is rounding noise may go either way, so
+    # all but a few agree.
     apart = (parameters(policy.model) - parameters(other)).abs()
     assert apart.quantile(0.999) < 1e-4 * moved
     assert apart.mean() < 1e-4 * moved
@@ -206,8 +234,13 @@ def test_minibatches_and_microbatches_train_as_the_plain_reference_does(policy, 
         ({"loss_scale": "sequence"}, np.nan),
     ],
 )
-def test_what_stands_where_the_model_did_not_sample_changes_nothing(policy, tiny_model_dir, objective, engine_says):
-    """Neither the engine's number nor the advantage there: not the loss, not a gradient, not a figure, not the gate."""
+def test_what_stands_where_the_model_did_not_sample_changes_nothing(
+    policy, tiny_model_dir, objective, engine_says
+):
+    """Neither the engine's number nor the advantage there.
+
+    Not the loss, not a gradient, not a figure, not the gate.
+    """
     outcomes = []
     for says, advantage in ((-0.5, 0.0), (engine_says, np.nan)):
         trained, seen = load_policy(tiny_model_dir, "float32", "float32"), []
@@ -238,7 +271,10 @@ def test_a_wrong_number_of_a_sampled_token_is_refused_beside_tokens_that_nobody_
 
 @pytest.mark.parametrize("sets", [{}, {"correction": "tis"}])
 def test_grpo_through_the_registry_is_the_formula_bit_for_bit(tiny_model_dir, sets, monkeypatch):
-    """As the step computed it before it knew of any other objective: corrected weights times the lesser of both, summed."""
+    """As the step computed it before there were other objectives.
+
+    Corrected weights times the lesser of both, summed.
+    """
 
     def written_out(inputs):
         ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)

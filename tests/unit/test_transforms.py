@@ -1,4 +1,7 @@
-"""Numbers that are a function of the right ones are recognised; numbers that are right, or merely noisy, are left alone."""
+"""Numbers that are a function of the right ones are recognised.
+
+Numbers that are right, or merely noisy, are left alone.
+"""
 
 import numpy as np
 import pytest

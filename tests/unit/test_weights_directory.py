@@ -1,4 +1,7 @@
-"""Published weights are the checkpoint's, and no second copy; what a killed trainer left is given back, what is held stays."""
+"""Published weights are the checkpoint's, and no second copy.
+
+What a killed trainer left is given back, what is held stays.
+"""
 
 import os
 
@@ -22,7 +25,10 @@ SIZES = {
 
 
 def published_after_a_step(config, tmp_path):
-    """What an engine reads after the trainer changed its weights in place, and what a checkpoint of that trainer holds."""
+    """What an engine reads after the trainer changed its weights in place.
+
+    And what a checkpoint of that trainer holds.
+    """
     model = AutoModelForCausalLM.from_config(config)
     (tmp_path / "published").mkdir()
     publisher = WeightPublisher(model, tmp_path / "published")
@@ -31,7 +37,12 @@ def published_after_a_step(config, tmp_path):
             parameter.add_(torch.randn_like(parameter))
     publisher.publish(1)
     model.save_pretrained(tmp_path / "checkpoint")
-    return model, publisher, load_file(publisher.path), load_file(tmp_path / "checkpoint" / "model.safetensors")
+    return (
+        model,
+        publisher,
+        load_file(publisher.path),
+        load_file(tmp_path / "checkpoint" / "model.safetensors"),
+    )
 
 
 def test_a_dense_models_parameters_are_the_published_file(tmp_path):
@@ -68,8 +79,12 @@ def test_of_two_buffers_one_keeps_the_version_that_is_read_while_the_trainer_ste
             published = load_file(path)
             assert all(torch.equal(published[name], wanted[name]) for name in wanted)
             assert published.keys() == wanted.keys()
-    assert {path for _, path in held.values()} == {str(path) for path in tmp_path.glob("*weights.safetensors")}
-    assert own == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, "its memory stays its own"
+    assert {path for _, path in held.values()} == {
+        str(path) for path in tmp_path.glob("*weights.safetensors")
+    }
+    assert own == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, (
+        "its memory stays its own"
+    )
 
 
 def test_what_killed_trainers_left_is_removed_and_what_is_held_stays():

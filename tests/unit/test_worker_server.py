@@ -1,4 +1,4 @@
-"""What a worker does with requests that meet: a load and the samples under way, an abort, a peer that goes."""
+"""What a worker does with requests that meet: a load and samples under way, an abort, a peer that goes."""
 
 import asyncio
 import contextlib
@@ -92,7 +92,9 @@ class Peer:
 @contextlib.asynccontextmanager
 async def serving(engine):
     ours, theirs = socket.socketpair()
-    served = asyncio.create_task(_Server(engine, encode(READY)).serve_peer(*await asyncio.open_unix_connection(sock=theirs)))
+    served = asyncio.create_task(
+        _Server(engine, encode(READY)).serve_peer(*await asyncio.open_unix_connection(sock=theirs))
+    )
     peer = Peer(*await asyncio.open_unix_connection(sock=ours))
     assert await peer.reply() == READY
     try:
@@ -137,7 +139,9 @@ def test_a_load_waits_for_what_is_under_way_and_holds_up_what_comes_after_it():
         await settled()
         peer.ask(load(3), draw(4))
         await settled()
-        assert engine.log == ["sample 1 begins", "score 2 begins"], "neither the load nor the later sample has begun"
+        assert engine.log == ["sample 1 begins", "score 2 begins"], (
+            "neither the load nor the later sample has begun"
+        )
         engine.may_end[1].set()
         await settled()
         assert isinstance(await peer.reply(), Drawn)

@@ -1,4 +1,4 @@
-"""A worker of the protocol that does as its configuration says: late, silent, dying, or saying what no worker may say."""
+"""A worker of the protocol that does as its configuration says: late, silent, dying, or lying outright."""
 
 import os
 import signal

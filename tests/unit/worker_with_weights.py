@@ -1,7 +1,7 @@
-"""A worker that answers loads as vLLM's does, with a small module in the place of vLLM: a body, and a head that is packed.
+"""A worker that answers loads as vLLM's does, with a small module in vLLM's place: a body, and a packed head.
 
-Beside the model runs what vLLM would mix into its own worker, and before it an engine's front of ``vllm_terms``. Its counters
-say what became of the weights.
+Beside the model runs what vLLM would mix into its own worker, and before it an engine's front of
+``vllm_terms``. Its counters say what became of the weights.
 """
 
 import importlib
@@ -26,7 +26,9 @@ class OwnWorker:
 
     def __init__(self) -> None:
         self.body, self.weight, self.packed = 0.0, 0.0, 0.0
-        head = SimpleNamespace(cpu_linear=True, quant_method=SimpleNamespace(process_weights_after_loading=self._pack))
+        head = SimpleNamespace(
+            cpu_linear=True, quant_method=SimpleNamespace(process_weights_after_loading=self._pack)
+        )
         self.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(lm_head=head))
 
     def _pack(self, head: Any) -> None:
@@ -73,7 +75,12 @@ class Engine(terms.VllmEngine):
 
     def counters(self) -> dict[str, float]:
         worker = self.worker
-        return {"body": worker.body, "weight": worker.weight, "packed": worker.packed, "cleared": self.llm.cleared}
+        return {
+            "body": worker.body,
+            "weight": worker.weight,
+            "packed": worker.packed,
+            "cleared": self.llm.cleared,
+        }
 
     def params(self, params: Any, **extra: Any) -> Any:
         raise NotImplementedError

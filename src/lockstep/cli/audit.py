@@ -30,7 +30,10 @@ def run_audit(
     with Console() as console:
         found = api.audit(recipe, before, api_key_env=api_key_env, say=console.say)
     if as_json:
-        emit("engines.audit", {"engine": found.engine, "from": found.before, "verdict": found.status, "rows": found.rows})
+        emit(
+            "engines.audit",
+            {"engine": found.engine, "from": found.before, "verdict": found.status, "rows": found.rows},
+        )
     else:
         _show(found)
     return EXIT_CODES[found.status]
@@ -43,7 +46,10 @@ def _show(found: api.Audit) -> None:
         print(f"{row.knob:<22} {row.asked:<20} {row.resolved:<34} {row.before:<28} {row.verdict}")
         if row.verdict != "ok":
             print(f"{'':<22} {row.why}\n{'':<22} pin: {row.flag}")
-    counts = {verdict: sum(row.verdict == verdict for row in found.rows) for verdict in ("change", "watch", "unknown", "ok")}
+    counts = {
+        verdict: sum(row.verdict == verdict for row in found.rows)
+        for verdict in ("change", "watch", "unknown", "ok")
+    }
     print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n))
 
 

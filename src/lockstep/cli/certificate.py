@@ -31,16 +31,20 @@ def verify(
     model: TrainerModel = None,
     as_json: Json = False,
 ) -> None:
-    """Read a certificate, and compare it with the recipe's pair as it is now. Without a recipe no engine is started.
+    """Read a certificate, and compare it with the recipe's pair as it is now.
 
-    Exit code: 0 it holds, 1 it is void or something changed, 2 usage or configuration, 3 it is no whole certificate, or
-    it is one and there was no pair to compare it with.
+    Without a recipe no engine is started.
+
+    Exit code: 0 it holds, 1 it is void or something changed, 2 usage or configuration, 3 it is no whole
+    certificate, or it is one and there was no pair to compare it with.
     """
     from lockstep import api
     from lockstep.cli.sides import recipe_of_sides
 
     alone = recipe is None and engine_url is None and model is None
-    loaded = None if alone else recipe_of_sides(recipe, model, engine_url, set_, engine, verb="certificate verify")
+    loaded = (
+        None if alone else recipe_of_sides(recipe, model, engine_url, set_, engine, verb="certificate verify")
+    )
     with Console() as console:
         found = api.verify(file, loaded, verify_key=verify_key, api_key_env=api_key_env, say=console.say)
     if as_json:
@@ -57,11 +61,16 @@ def shown(found: "Verification") -> list[str]:
     by = ", by the key of --verify-key" if found.signature == "verified" else ""
     if found.changes is None:
         return [f"whole and not void, as issued {found.certificate.issued}{by}", _reason(found)]
-    return [f"void: {change}" for change in found.changes] or [f"holds, as issued {found.certificate.issued}{by}"]
+    return [f"void: {change}" for change in found.changes] or [
+        f"holds, as issued {found.certificate.issued}{by}"
+    ]
 
 
 def _reason(found: "Verification") -> str:
     """Why it is NOT_RUN; empty otherwise."""
     if found.changes is not None:
         return ""
-    return "not compared with any pair: that takes its RECIPE, or --engine-url URL --model PATH; hence exit code 3"
+    return (
+        "not compared with any pair: that takes its RECIPE, or --engine-url URL --model PATH; "
+        "hence exit code 3"
+    )

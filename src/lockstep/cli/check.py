@@ -7,7 +7,18 @@ import typer
 
 from lockstep.cli import moved
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import EXIT_CODES, Engine, EngineUrl, Json, KeyEnv, Plant, SearchS, Sets, SignKey, TrainerModel
+from lockstep.cli.flags import (
+    EXIT_CODES,
+    Engine,
+    EngineUrl,
+    Json,
+    KeyEnv,
+    Plant,
+    SearchS,
+    Sets,
+    SignKey,
+    TrainerModel,
+)
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +30,10 @@ def check(
     set_: Sets = None,
     engine: Engine = None,
     depth: Annotated[
-        str, typer.Option(help="quick: fewer probes. full: also updates in flight, and engines started for one factor each.")
+        str,
+        typer.Option(
+            help="quick: fewer probes. full: also updates in flight, and engines started for one factor each."
+        ),
     ] = "standard",
     plant: Plant = None,
     engine_url: EngineUrl = None,
@@ -41,7 +55,9 @@ def check(
     """
     if rollouts or certificate or audit_only or verify_key or rows:
         old = moved.OldFlags(rollouts, rows, certificate, verify_key, audit_only=audit_only)
-        pair = moved.PairFlags(recipe, model, engine_url, set_, engine, api_key_env, search_s, plant, sign_key, out)
+        pair = moved.PairFlags(
+            recipe, model, engine_url, set_, engine, api_key_env, search_s, plant, sign_key, out
+        )
         raise typer.Exit(moved.run(old, pair, as_json=as_json))
     if sign_key is not None and out is None:
         expected, hint = "--sign-key with --out DIR", "leave --sign-key out"
@@ -65,13 +81,24 @@ def check(
     raise typer.Exit(EXIT_CODES[result.status])
 
 
-def show_result(result: "LadderResult", depth: str, faults: tuple[str, ...], out: Path | None, *, as_json: bool) -> None:
+def show_result(
+    result: "LadderResult", depth: str, faults: tuple[str, ...], out: Path | None, *, as_json: bool
+) -> None:
     """The verdicts, and what is to be said of them as a whole."""
     from lockstep.cli.common import layers_document, show_ladder
 
     if as_json:
         layers = layers_document(result.verdicts)
-        emit("check", {"verdict": result.status, "depth": depth, "planted": faults, "note": _note(result), "layers": layers})
+        emit(
+            "check",
+            {
+                "verdict": result.status,
+                "depth": depth,
+                "planted": faults,
+                "note": _note(result),
+                "layers": layers,
+            },
+        )
         return
     show_ladder(result.verdicts)
     if note := _note(result):
@@ -83,9 +110,15 @@ def show_result(result: "LadderResult", depth: str, faults: tuple[str, ...], out
 
 
 def _note(result: "LadderResult") -> str:
-    """Said where all that could be judged passed, and something could not be; the last layer runs in no other case."""
+    """Said where all that could be judged passed, and something could not be.
+
+    The last layer runs in no other case.
+    """
     if result.status != "NOT_RUN" or result.verdicts[-1].status != "PASS":
         return ""
     left = [verdict.layer for verdict in result.verdicts if verdict.status == "NOT_RUN"]
-    what = f"{' and '.join(left)} need{'s' if len(left) == 1 else ''} an engine that Lockstep starts (--engine vllm)"
+    what = (
+        f"{' and '.join(left)} need{'s' if len(left) == 1 else ''} "
+        "an engine that Lockstep starts (--engine vllm)"
+    )
     return f"nothing failed; {what}, hence exit code 3 and no certificate"

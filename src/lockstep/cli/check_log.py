@@ -12,15 +12,24 @@ from lockstep.errors import UsageError
 if TYPE_CHECKING:
     from lockstep.config.recipe import Recipe
 
-NEUTRAL = {"model": {"path": ""}, "task": {"name": "logged"}, "sampling": {"max_tokens": 1}, "training": {"steps": 1}}
+NEUTRAL = {
+    "model": {"path": ""},
+    "task": {"name": "logged"},
+    "sampling": {"max_tokens": 1},
+    "training": {"steps": 1},
+}
 
 
 def check_log(
     file: Annotated[Path, typer.Argument(help="Logged rollouts of any framework: .parquet or .jsonl.")],
-    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe that names the model and the sampling.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML recipe that names the model and the sampling.")
+    ] = None,
     model: TrainerModel = None,
     set_: Sets = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Measure the gap on so many completions, spread over the file.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Measure the gap on so many completions, spread over the file.")
+    ] = None,
     search_s: SearchS = None,
     as_json: Json = False,
 ) -> None:
@@ -61,11 +70,15 @@ def judge_log(
     return EXIT_CODES[status]
 
 
-def _recipe(recipe: Path | None, model: str | None, overrides: list[str] | None, search_s: float | None) -> "Recipe":
+def _recipe(
+    recipe: Path | None, model: str | None, overrides: list[str] | None, search_s: float | None
+) -> "Recipe":
     from lockstep.cli.common import recipe_of, with_search_s
     from lockstep.config.recipe import parse_overrides
 
-    sets = with_search_s([*([f"model.path={model}"] if model is not None else []), *(overrides or [])], search_s)
+    sets = with_search_s(
+        [*([f"model.path={model}"] if model is not None else []), *(overrides or [])], search_s
+    )
     if recipe is not None:
         return recipe_of(recipe, sets, None)
     if model is None:

@@ -26,7 +26,7 @@ def with_search_s(sets: list[str], seconds: float | None) -> list[str]:
 
 
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """The layers as ``--json`` gives them: ``layer``, ``verdict``, ``findings`` and what else a verdict holds."""
+    """The layers as ``--json`` gives them: ``layer``, ``verdict``, ``findings``, and what else one holds."""
     from lockstep.runs.strict import plain
 
     return [plain(v) | {"verdict": v.status} for v in verdicts]
@@ -35,7 +35,10 @@ def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 def show_ladder(verdicts: Sequence[Verdict]) -> None:
     """Five rows on stdout, and the failing one explained."""
     for verdict in verdicts:
-        show(f"{verdict.layer:<10} {verdict.status:<8} {verdict.summary if verdict.status != 'NOT_RUN' else verdict.reason}")
+        show(
+            f"{verdict.layer:<10} {verdict.status:<8} "
+            f"{verdict.summary if verdict.status != 'NOT_RUN' else verdict.reason}"
+        )
         for found in verdict.findings:
             low, high = found.ci95
             show(f"           cause     {found.cause.replace('_', ' ')}")

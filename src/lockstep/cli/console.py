@@ -1,8 +1,9 @@
 """Talk goes to stderr: one plain line a step, on a terminal with a running clock. Data goes to stdout.
 
-Much of what is shown was written by others: a server's error, a file's column names, a completion, a user's own reward. What a
-terminal would obey is shown as its escape: whatever is printed while a verb runs passes :func:`guarded`, so that no message, no
-traceback and no code of the user's can leave it out. Only this module draws.
+Much of what is shown was written by others: a server's error, a file's column names, a completion, a user's
+own reward. What a terminal would obey is shown as its escape: whatever is printed while a verb runs passes
+:func:`guarded`, so that no message, no traceback and no code of the user's can leave it out. Only this module
+draws.
 """
 
 import contextlib
@@ -20,8 +21,10 @@ import msgspec
 from lockstep.errors import LockstepError
 
 TICK_S = 0.2
-OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
-"""C0 but tab and newline, DEL, C1, what turns the direction of writing, other line ends, and halves of a pair."""
+OBEYED = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+"""C0 but tab and newline, DEL, C1, what turns the writing's direction, other line ends, halves of a pair."""
 
 
 def printable(text: str) -> str:
@@ -66,8 +69,8 @@ def guarded() -> Iterator[None]:
 class Console:
     """What long work says while it runs.
 
-    Used as a context (``with Console() as console``) on a terminal, the last line's clock runs, and a text that begins
-    with the last step's text and ``": "`` replaces it in place. Otherwise each text is a line.
+    Used as a context (``with Console() as console``) on a terminal, the last line's clock runs, and a text
+    that begins with the last step's text and ``": "`` replaces it in place. Otherwise each text is a line.
     """
 
     def __init__(self) -> None:

@@ -14,13 +14,19 @@ def diagnose(
     set_: Sets = None,
     engine: Engine = None,
     against: Annotated[
-        str | None, typer.Option(metavar="vllm==VERSION", help="An engine version that is known to be good; the last factor.")
+        str | None,
+        typer.Option(
+            metavar="vllm==VERSION", help="An engine version that is known to be good; the last factor."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Mend one setting at a time, measure again each time, and show what each is worth. Effects and rest sum to the total.
+    """Mend one setting at a time, measure again each time, and show what each is worth.
 
-    Exit code: 0 when the settings explain the gap down to what arithmetic brings, 1 when something is left unexplained.
+    Effects and rest sum to the total.
+
+    Exit code: 0 when the settings explain the gap down to what arithmetic brings, 1 when something is left
+    unexplained.
     """
     from lockstep.cli.common import recipe_of
 
@@ -32,13 +38,16 @@ def diagnose(
         found = ablate(loaded, against.rpartition("==")[2] if against else None, console.say)
     good = mended(loaded, None)
     explained = (
-        found.unexplained_nats <= noise_of(f"torch.{good.engine.dtype or good.model.dtype}", f"torch.{good.model.dtype}").p50
+        found.unexplained_nats
+        <= noise_of(f"torch.{good.engine.dtype or good.model.dtype}", f"torch.{good.model.dtype}").p50
     )
     if as_json:
         emit("diagnose", {"explained": explained, "ablation": found})
     else:
         low, high = found.ci95
-        print(f"mean |trainer − engine| {found.total_nats:.5f} nats per token (95 % {low:.5f} to {high:.5f})\n")
+        print(
+            f"mean |trainer − engine| {found.total_nats:.5f} nats per token (95 % {low:.5f} to {high:.5f})\n"
+        )
         print(f"{'factor':<52} {'effect':>9} {'alone':>9}  mend")
         for factor in found.factors:
             print(f"{factor.name:<52} {factor.effect_nats:>9.5f} {factor.alone_nats:>9.5f}  {factor.flag}")

@@ -8,20 +8,24 @@ import typer
 from lockstep.cli.console import Console, emit
 from lockstep.cli.flags import Json, KeyEnv, Sets
 
-app = typer.Typer(help="Engine environments: each engine version in a Python environment of its own.", no_args_is_help=True)
+app = typer.Typer(
+    help="Engine environments: each engine version in a Python environment of its own.", no_args_is_help=True
+)
 Spec = Annotated[str, typer.Argument(help="vllm==0.32.0, or vllm for the newest.")]
 
 
 @app.command("install")
 def install(
     spec: Spec,
-    check: Annotated[bool, typer.Option("--check", help="Build nothing; only say whether this machine can run it.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Build nothing; only say whether this machine can run it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build an engine's environment, or go on building it.
 
-    Exit code: 0 when it is built; 2 usage; 3 when it could not be built. With --check: 0 when there is a build for this machine,
-    3 when there is none.
+    Exit code: 0 when it is built; 2 usage; 3 when it could not be built. With --check: 0 when there is a
+    build for this machine, 3 when there is none.
     """
     if check:
         from lockstep.engines.environments.recipes import recipe_for, refuse_machine
@@ -61,10 +65,16 @@ def describe(spec: Spec, as_json: Json = False) -> None:
         emit("engines.describe", {"recipe": recipe, "state": state(recipe), "environment": environment})
         return
     python = " to ".join(".".join(map(str, version)) for version in (recipe.python_min, recipe.python_max))
-    print(f"{recipe.spec}  {recipe.generation} engine, {recipe.flavour}, Python {python}, {' or '.join(recipe.machines)}")
+    print(
+        f"{recipe.spec}  {recipe.generation} engine, {recipe.flavour}, Python {python}, "
+        f"{' or '.join(recipe.machines)}"
+    )
     print(f"state     {state(recipe)}, {path_of(recipe)}")
     if environment is not None:
-        print(f"size      {environment.size_bytes / 1e9:.1f} GB, built {environment.built}\nsmoke     {environment.smoke}")
+        print(
+            f"size      {environment.size_bytes / 1e9:.1f} GB, built {environment.built}\n"
+            f"smoke     {environment.smoke}"
+        )
         _section("mends", environment.mends)
         _section("can", {name: c.how for name, c in environment.capabilities.items() if c.supported})
         _section("cannot", {name: c.how for name, c in environment.capabilities.items() if not c.supported})
@@ -89,7 +99,9 @@ def audit(
     url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server instead.")] = None,
     before: Annotated[str, typer.Option("--from", help="The vLLM version you come from.")] = "0.8.5",
     set_: Sets = None,
-    engine: Annotated[str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")
+    ] = None,
     api_key_env: KeyEnv = "",
     as_json: Json = False,
 ) -> None:
@@ -99,7 +111,9 @@ def audit(
     """
     from lockstep.cli.audit import run_audit
 
-    raise typer.Exit(run_audit(recipe, url, before.removeprefix("vllm=="), set_, engine, api_key_env, as_json=as_json))
+    raise typer.Exit(
+        run_audit(recipe, url, before.removeprefix("vllm=="), set_, engine, api_key_env, as_json=as_json)
+    )
 
 
 @app.command("list")
@@ -111,7 +125,10 @@ def list_(as_json: Json = False) -> None:
     found = {f"{e.name}=={e.version}": e for e in installed()}
     recipes = all_recipes()
     if as_json:
-        available = [{"spec": r.spec, "generation": r.generation, "flavour": r.flavour, "state": state(r)} for r in recipes]
+        available = [
+            {"spec": r.spec, "generation": r.generation, "flavour": r.flavour, "state": state(r)}
+            for r in recipes
+        ]
         emit("engines.list", {"installed": list(found.values()), "available": available})
         return
     for recipe in recipes:
@@ -120,5 +137,8 @@ def list_(as_json: Json = False) -> None:
         if environment is None:
             print(f"{what} lockstep engines install {recipe.spec}")
         else:
-            print(f"{what} {environment.size_bytes / 1e9:.1f} GB, smoke test: {environment.smoke}, {environment.path}")
+            print(
+                f"{what} {environment.size_bytes / 1e9:.1f} GB, smoke test: "
+                f"{environment.smoke}, {environment.path}"
+            )
     print(f"{'transformers':<16} beside the trainer, always there")

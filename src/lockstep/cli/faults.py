@@ -20,19 +20,23 @@ DEFAULT = Path("recipes/quickstart.toml")
 
 
 def faults(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe whose model and engine they are planted in.")] = DEFAULT,
+    recipe: Annotated[
+        Path, typer.Argument(help="A TOML recipe whose model and engine they are planted in.")
+    ] = DEFAULT,
     set_: Sets = None,
     engine: Engine = None,
     only: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Just these.")] = None,
     clean: Annotated[bool, typer.Option(help="Climb eight clean configurations too: none may fail.")] = True,
     list_: Annotated[bool, typer.Option("--list", help="Only say what there is to plant.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where outcomes are kept; started again, it goes on there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where outcomes are kept; started again, it goes on there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Plant each fault, climb the ladder, and print the confusion matrix.
 
-    Exit code: 0 when every fault was named and no clean check failed, 1 otherwise, 2 usage or configuration, 3 when none could
-    be planted.
+    Exit code: 0 when every fault was named and no clean check failed, 1 otherwise, 2 usage or configuration,
+    3 when none could be planted.
     """
     from lockstep.cli.common import recipe_of
     from lockstep.faults.catalogue import FAULTS
@@ -40,7 +44,12 @@ def faults(
     chosen = [FAULTS[name] for name in only or FAULTS if name in FAULTS]
     if len(chosen) != len(only or FAULTS):
         unknown = next(name for name in only or () if name not in FAULTS)
-        raise UsageError("flag --only", got=repr(unknown), expected=f"one of {', '.join(FAULTS)}", hint="lockstep faults --list")
+        raise UsageError(
+            "flag --only",
+            got=repr(unknown),
+            expected=f"one of {', '.join(FAULTS)}",
+            hint="lockstep faults --list",
+        )
     if list_:
         _list(chosen, as_json=as_json)
         return
@@ -50,7 +59,13 @@ def faults(
     matrix = confusion(outcomes)
     if as_json:
         emit(
-            "faults", {"hits": sum(o.hit for o in outcomes), "missed": len(missed), "outcomes": _rows(outcomes), "matrix": matrix}
+            "faults",
+            {
+                "hits": sum(o.hit for o in outcomes),
+                "missed": len(missed),
+                "outcomes": _rows(outcomes),
+                "matrix": matrix,
+            },
         )
     else:
         print(show_matrix(matrix))
@@ -68,7 +83,9 @@ def _list(chosen: "Sequence[Fault]", *, as_json: bool) -> None:
         print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
 
 
-def _campaign(recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, clean: bool) -> "list[Outcome]":
+def _campaign(
+    recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, clean: bool
+) -> "list[Outcome]":
     """The outcomes, told as they come; those that ``out`` holds are not measured again."""
     import itertools
     import tempfile
@@ -98,7 +115,7 @@ def _campaign(recipe: "Recipe", chosen: "Sequence[Fault]", out: Path | None, *, 
 
 
 def confusion(outcomes: "list[Outcome]") -> dict[str, dict[str, int]]:
-    """Planted layer → found layer → how many; a right layer with a wrong cause counts under ``other cause``."""
+    """Planted layer → found layer → how many; a right layer with a wrong cause counts as ``other cause``."""
     found: dict[str, dict[str, int]] = {}
     for o in outcomes:
         if o.not_run:
@@ -119,7 +136,9 @@ def show_matrix(matrix: dict[str, dict[str, int]]) -> str:
     columns = [*LAYERS, "none", "other cause", "not judged", "not run"]
     lines = ["planted \\ named".ljust(16) + "".join(name.rjust(13) for name in columns)]
     planted = [name for name in [*LAYERS, "none"] if name in matrix]
-    rows = [name.ljust(16) + "".join(str(matrix[name].get(c, "·")).rjust(13) for c in columns) for name in planted]
+    rows = [
+        name.ljust(16) + "".join(str(matrix[name].get(c, "·")).rjust(13) for c in columns) for name in planted
+    ]
     return "\n".join([*lines, *rows])
 
 
@@ -132,5 +151,11 @@ def _rows(outcomes: "list[Outcome]") -> list[dict[str, Any]]:
 def _line(outcome: "Outcome") -> str:
     if outcome.not_run:
         return f"{outcome.name}: NOT_RUN, {outcome.not_run}"
-    named = f"{outcome.found_layer}, {outcome.found_cause.replace('_', ' ')}" if outcome.found_layer else "nothing"
-    return f"{outcome.name}: named {named} ({'as planted' if outcome.hit else 'MISS'}, {outcome.seconds:.0f} s)"
+    named = (
+        f"{outcome.found_layer}, {outcome.found_cause.replace('_', ' ')}"
+        if outcome.found_layer
+        else "nothing"
+    )
+    return (
+        f"{outcome.name}: named {named} ({'as planted' if outcome.hit else 'MISS'}, {outcome.seconds:.0f} s)"
+    )

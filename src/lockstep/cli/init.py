@@ -28,9 +28,13 @@ def init(
         with path.open("xb") as file:
             file.write(content)
     except FileExistsError as error:
-        raise UsageError(where, got="a file that is there", expected="none: nothing is overwritten", hint=hint) from error
+        raise UsageError(
+            where, got="a file that is there", expected="none: nothing is overwritten", hint=hint
+        ) from error
     except OSError as error:
-        raise UsageError(where, got=error.strerror or str(error), expected="a directory to write in", hint=hint) from error
+        raise UsageError(
+            where, got=error.strerror or str(error), expected="a directory to write in", hint=hint
+        ) from error
     next_commands = _next_commands(path)
     if as_json:
         emit("init", {"path": str(path), "next": next_commands})
@@ -45,6 +49,13 @@ def _next_commands(path: Path) -> list[str]:
     from lockstep.engines.environments.locate import installed
 
     recipe = load_recipe(path)
-    there = any((found.name, found.version) == (recipe.engine.name, recipe.engine.version) for found in installed())
+    there = any(
+        (found.name, found.version) == (recipe.engine.name, recipe.engine.version) for found in installed()
+    )
     install = [] if there else [f"lockstep engines install {recipe.engine.name}=={recipe.engine.version}"]
-    return [*install, f"lockstep models install {recipe.model.path}", f"lockstep check {path}", f"lockstep train {path}"]
+    return [
+        *install,
+        f"lockstep models install {recipe.model.path}",
+        f"lockstep check {path}",
+        f"lockstep train {path}",
+    ]

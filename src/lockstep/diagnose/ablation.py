@@ -1,10 +1,10 @@
-"""Controlled ablation: one factor at a time from a failing configuration to a good one, each step measured on real engines.
+"""Controlled ablation: from a failing configuration to a good one, one factor at a time, on real engines.
 
     failing ──mend factor 1──► ──mend factor 2──► … ──► good
        gap₀           gap₁              gap₂             gapₙ = what is left unexplained
 
-The effect of a factor is what its step takes off the mean |gap|, so the effects and the rest sum to the total. How much each
-would take off *alone* is measured too: where the two differ, factors act together.
+The effect of a factor is what its step takes off the mean |gap|, so the effects and the rest sum to the
+total. How much each would take off *alone* is measured too: where the two differ, factors act together.
 """
 
 import tempfile
@@ -75,14 +75,20 @@ def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callab
         if value != neutral:
             flag = f"--set sampling.{name}={neutral}"
             found.append((Factor(name=f"sampling.{name}={value}", flag=flag), _sampling(name, neutral)))
-    options = recipe.engine.options if recipe.engine.name != "openai" else {}  # a server's settings are its owner's
+    # A server's settings are its owner's.
+    options = recipe.engine.options if recipe.engine.name != "openai" else {}
     for name, value in options.items():
         flag = f"leave engine.options.{name} out"
         found.append((Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name)))
     for name in ("head_dtype", "dtype"):
         asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
         if asked not in (None, own) or (asked is not None and own != "float32"):
-            found.append((Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}"), _engine(name, None)))
+            found.append(
+                (
+                    Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}"),
+                    _engine(name, None),
+                )
+            )
     for name in ("head_dtype", "dtype"):
         if getattr(recipe.model, name) != "float32":
             text = f"model.{name}={getattr(recipe.model, name)}"

@@ -1,8 +1,8 @@
-"""The migration checklist, executable: what the running engine resolved to, against what online RL needs of it.
+"""The migration checklist, executable: what the running engine resolved to, against what online RL needs.
 
-A knob is here when its default moves numbers or state and differs between versions, or once did (PipelineRL's way from vLLM 0.8.5
-to 0.18.1). The *resolved* value decides, never what was asked for. ``watch`` is a setting that is right only while something else
-holds; the layer of the ladder that proves it is named.
+A knob is here when its default moves numbers or state and differs between versions, or once did (PipelineRL's
+way from vLLM 0.8.5 to 0.18.1). The *resolved* value decides, never what was asked for. ``watch`` is a setting
+that is right only while something else holds; the layer of the ladder that proves it is named.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,10 @@ def _logprobs_mode(value: Any, recipe: Recipe) -> tuple[Finding, str]:
     if value in ("processed_logprobs", "None"):
         return "ok", "log-probabilities are of the distribution that tokens are drawn from"
     neutral = sampling.temperature == 1.0 and not sampling.truncates and not sampling.penalises
-    why = "raw numbers are of the model at T = 1, whatever the sampler does; layer semantics measures the difference"
+    why = (
+        "raw numbers are of the model at T = 1, whatever the sampler does; "
+        "layer semantics measures the difference"
+    )
     return ("watch" if neutral and value == "raw_logprobs" else "change"), why
 
 
@@ -73,7 +76,10 @@ def _dtype(value: Any, recipe: Recipe) -> tuple[Finding, str]:
 
 def _head(value: Any, recipe: Recipe) -> tuple[Finding, str]:
     wanted = f"torch.{recipe.engine.head_dtype or recipe.model.head_dtype}"
-    why = "the last product rounds the logits; both sides must agree, and fp32 loses least (measured in the worker, not read off)"
+    why = (
+        "the last product rounds the logits; "
+        "both sides must agree, and fp32 loses least (measured in the worker, not read off)"
+    )
     return ("ok" if value == wanted else "change"), why
 
 
@@ -102,7 +108,10 @@ def _recurrent(value: Any, recipe: Recipe) -> tuple[Finding, str]:
 
 
 def _chunked(value: Any, recipe: Recipe) -> tuple[Finding, str]:
-    why = "on a CPU 0.32.0 dies of a seeded request whose prefill was chunked; elsewhere layer path compares decode with prefill"
+    why = (
+        "on a CPU 0.32.0 dies of a seeded request whose prefill was chunked; "
+        "elsewhere layer path compares decode with prefill"
+    )
     return ("watch" if value else "ok"), why
 
 
@@ -121,7 +130,13 @@ KNOBS = (
         ("cache_config.enable_prefix_caching",),
         "enable_prefix_caching",
         {"0.8.5": OFF, "0.18.1": ON, "0.32.0": "on, hybrid models too"},
-        _watched_when(True, "no weight update clears it by itself; Lockstep's load does, and layers path and weights prove it"),
+        _watched_when(
+            True,
+            (
+                "no weight update clears it by itself; "
+                "Lockstep's load does, and layers path and weights prove it"
+            ),
+        ),
         "engine.options.enable_prefix_caching = false",
     ),
     Knob(
@@ -153,14 +168,21 @@ KNOBS = (
         ("model_config.generation_config",),
         "generation_config",
         {"0.8.5": "auto", "0.18.1": "auto", "0.32.0": "auto"},
-        _is("vllm", "auto takes sampling settings from the checkpoint's file wherever a request leaves one out"),
+        _is(
+            "vllm",
+            "auto takes sampling settings from the checkpoint's file wherever a request leaves one out",
+        ),
         'engine.options.generation_config = "vllm"',
     ),
     Knob(
         "dtype",
         ("worker.parameter_dtype",),
         "dtype",
-        {"0.8.5": "auto (fp32 → float16)", "0.18.1": "auto (fp32 → bfloat16)", "0.32.0": "auto (fp32 → bfloat16)"},
+        {
+            "0.8.5": "auto (fp32 → float16)",
+            "0.18.1": "auto (fp32 → bfloat16)",
+            "0.32.0": "auto (fp32 → bfloat16)",
+        },
         _dtype,
         "engine.dtype = model.dtype",
     ),
@@ -169,14 +191,21 @@ KNOBS = (
         ("model_config.seed",),
         "seed",
         {"0.8.5": "None", "0.18.1": "0", "0.32.0": "0"},
-        lambda value, recipe: ("ok" if value is not None else "watch", "Lockstep seeds each request; this one is for the rest"),
+        lambda value, recipe: (
+            "ok" if value is not None else "watch",
+            "Lockstep seeds each request; this one is for the rest",
+        ),
         "engine.options.seed = 0",
     ),
     Knob(
         "sampler kernel",
         ("worker.flashinfer_sampler",),
         "",
-        {"0.8.5": "FlashInfer where installed", "0.18.1": "PyTorch", "0.32.0": "FlashInfer, but not in processed modes"},
+        {
+            "0.8.5": "FlashInfer where installed",
+            "0.18.1": "PyTorch",
+            "0.32.0": "FlashInfer, but not in processed modes",
+        },
         _sampler,
         "VLLM_USE_FLASHINFER_SAMPLER=0",
     ),
@@ -200,7 +229,11 @@ KNOBS = (
         "KV cache dtype",
         ("cache_config.cache_dtype",),
         "kv_cache_dtype",
-        {"0.8.5": "auto", "0.18.1": "auto (a checkpoint may ask for fp8)", "0.32.0": "auto (a checkpoint may ask for fp8)"},
+        {
+            "0.8.5": "auto",
+            "0.18.1": "auto (a checkpoint may ask for fp8)",
+            "0.32.0": "auto (a checkpoint may ask for fp8)",
+        },
         _kv_dtype,
         'engine.options.kv_cache_dtype = "auto"',
     ),
@@ -240,7 +273,10 @@ def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> Row:
 
 
 def _absent(knob: Knob, engine: Engine) -> tuple[Finding, str]:
-    """A setting that is not in the resolved configuration: there is none in this version, or the engine does not tell."""
+    """A setting that is not in the resolved configuration.
+
+    There is none in this version, or the engine does not tell.
+    """
     can = engine.ready.capabilities["resolved_config"]
     if can.supported and not knob.keys[0].startswith("worker."):  # what every worker of ours measures
         return "ok", "this engine has no such setting"

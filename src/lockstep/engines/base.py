@@ -34,7 +34,7 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     weights: Literal["shared_memory", "nccl"] = "shared_memory"
     """What will carry published weights to it."""
     launcher: str = ""
-    """A module that runs the engine's worker and gets its name as the first argument; empty: the worker is run itself."""
+    """A module that runs the engine's worker, given its name first; empty: the worker is run itself."""
 
 
 class _ModelConfig(Struct, frozen=True):
@@ -57,11 +57,12 @@ class PathFactor(Struct, frozen=True):
     cause: str
     """Of ``parity/causes.py``: what is named where it moves a number."""
     options: Callable[[Ready, int], dict[str, Any]]
-    """Of the engine as it resolved, and of the tokens that the longest prompt has room for: what switches it on."""
+    """Of the engine as resolved and the tokens that the longest prompt has room for: what switches it on."""
     tokens: int = 16
     """Sampled of each prompt."""
     counter: str = ""
-    """The engine's own count of what is switched on; while it is 0, nothing was measured. Empty: it is on when it resolved so."""
+    """The engine's own count of what is switched on; while it is 0, nothing was measured. Empty: it is on
+    when it resolved so."""
 
 
 class EngineFacts(Struct, frozen=True):
@@ -74,13 +75,13 @@ class EngineFacts(Struct, frozen=True):
     factors: tuple[PathFactor, ...] = ()
     """What full depth switches on, one at a time."""
     parameter_dtype: str = "worker.parameter_dtype"
-    """Key of the resolved configuration under which it tells what its parameters are in (``torch.bfloat16``)."""
+    """Key of the resolved configuration that tells what its parameters are in (``torch.bfloat16``)."""
     head_dtype: str = "worker.head_dtype"
     """The same of its last matrix product."""
     cache_dtype: str = ""
-    """The same of keys and values (``bfloat16``, ``fp8_e5m2``, ``auto``: as its parameters); empty where it never tells."""
+    """The same of keys and values (``fp8_e5m2``; ``auto``: as its parameters); empty where it never tells."""
     device: str = ""
-    """Key of what it computes on (``cpu``, ``cuda``); empty where it never tells, and then it is taken for a CPU's."""
+    """Key of what it computes on (``cpu``, ``cuda``); empty where it never tells: it is taken for a CPU's."""
 
 
 class Engine(ABC):
@@ -89,16 +90,18 @@ class Engine(ABC):
     facts: EngineFacts = EngineFacts()
     """What is known of it before it runs."""
     ready: Ready
-    """Who it is and what it resolved to, read back from the running engine; there once :meth:`wait_ready` has returned."""
+    """Who it is and what it resolved to, read back from the engine; there after :meth:`wait_ready`."""
     asked: dict[str, Any]
     """What it was asked for, by the names of its own arguments."""
     vocabulary: int | None = None
     """How many token ids its model has; None where that is not known."""
     altered_by: tuple[str, ...] = ()
-    """What breaks it on purpose, by name. With any, manifest and certificate say so, and nothing is certified."""
+    """What breaks it on purpose, by name. With any, manifest and certificate say so; nothing is certified."""
 
     def wait_ready(self) -> None:
-        """Wait until it can sample. One with a process of its own is made while that starts, and can be closed meanwhile.
+        """Wait until it can sample.
+
+        One with a process of its own is made while that starts, and can be closed meanwhile.
 
         Raises:
             EngineError, UsageError: when it does not start; says why.
@@ -113,8 +116,8 @@ class Engine(ABC):
             params: one for each prompt.
 
         Returns:
-            ``sum(p.n for p in params)`` completions in prompt order, then sample order. One that was aborted at once, or by a
-            stop token that the engine left out, is empty.
+            ``sum(p.n for p in params)`` completions in prompt order, then sample order. One that was aborted
+            at once, or by a stop token that the engine left out, is empty.
 
         Raises:
             EngineError: when what the engine gave is not that, or holds ids that its model has not.
@@ -159,16 +162,22 @@ class Engine(ABC):
         """Replace the weights at an engine boundary.
 
         Args:
-            mode: ``wait``: no completion spans the switch, and no cache survives it. The others need the capability
-                ``pause_keep``; a completion's version spans then say where the switch was.
+            mode: ``wait``: no completion spans the switch, and no cache survives it. The others need the
+                capability ``pause_keep``; a completion's version spans then say where the switch was.
         """
 
     @abstractmethod
     def abort(self) -> int:
-        """End every sample in flight: each returns what it has, its ``finish_reason`` is ``abort``. Returns how many requests."""
+        """End every sample in flight; returns how many requests.
+
+        Each returns what it has; its ``finish_reason`` is ``abort``.
+        """
 
     def counters(self) -> dict[str, float]:
-        """What the engine counted since its start, by its own names (``num_preemptions``); empty where it tells none."""
+        """What the engine counted since its start, by its own names (``num_preemptions``).
+
+        Empty where it tells none.
+        """
         return {}
 
     @abstractmethod
@@ -176,7 +185,10 @@ class Engine(ABC):
         """End the engine; safe to call twice."""
 
     def semantics(self, sampling: SamplingParams) -> LogprobSemantics:
-        """Which distribution the log-probabilities of ``sampling`` are *declared* to be of. Layer 1 tests the declaration."""
+        """Which distribution the log-probabilities of ``sampling`` are *declared* to be of.
+
+        Layer 1 tests the declaration.
+        """
         return LogprobSemantics.of(self.ready.distribution, sampling)
 
     def need(self, capability: str) -> None:
@@ -195,5 +207,5 @@ class Engine(ABC):
             )
 
     def fix(self, cause: str) -> str:
-        """The recipe line or flag of this engine and version that mends ``cause``; empty where it knows none."""
+        """The recipe line or flag of this engine and version that mends ``cause``; empty if there is none."""
         return self.facts.fixes.get(cause, "")

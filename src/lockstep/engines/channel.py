@@ -1,13 +1,13 @@
-"""The trainer's end of a worker's socket: who waits for which reply, until when, and what becomes of them all.
+"""The trainer's end of a worker's socket: who waits for which reply, until when, and what becomes of all.
 
     any thread      ask() ─ waiting[id] ─► [send lock, until the deadline] ──frame──►  worker
                       │ future, until the deadline                                       │
     reader thread   waiting[id] ◄── check_reply ◄── decode ◄── length ≤ limit ◄──frame───┘
                       │
-                      └─ end of file, or a reply that cannot be: on_end(), and *every* future fails with the reason
+                      └─ end of file, or a reply that cannot be: on_end(), and *every* future fails, told why
 
-Nothing ends the reader silently, and nobody waits for longer than asked: the worker's bytes are not trusted to be a reply, to be
-the right reply, or to come at all.
+Nothing ends the reader silently, and nobody waits for longer than asked: the worker's bytes are not trusted
+to be a reply, to be the right reply, or to come at all.
 """
 
 import contextlib
@@ -46,7 +46,9 @@ class Channel:
         death: the error of an end of file; called after ``on_end``.
     """
 
-    def __init__(self, peer: socket.socket, on_end: Callable[[], None], death: Callable[[], EngineDied]) -> None:
+    def __init__(
+        self, peer: socket.socket, on_end: Callable[[], None], death: Callable[[], EngineDied]
+    ) -> None:
         self._peer, self._on_end, self._death = peer, on_end, death
         self._waiting = {START: _Waiting(None, reply_limit(None))}
         self._start = self._waiting[START].future
@@ -84,7 +86,10 @@ class Channel:
         if len(body) > MAX_FRAME_BYTES:
             expected = f"at most {MAX_FRAME_BYTES}"
             raise UsageError(
-                f"engine, {describe(request)}", got=f"a request of {len(body)} bytes", expected=expected, hint="ask in portions"
+                f"engine, {describe(request)}",
+                got=f"a request of {len(body)} bytes",
+                expected=expected,
+                hint="ask in portions",
             )
         waiting = _Waiting(request, reply_limit(request))
         with self._lock:
@@ -107,7 +112,7 @@ class Channel:
             self._reader.join(JOIN_S)
 
     def _send(self, frame: bytes, deadline: float) -> None:
-        """Raises TimeoutError while the worker, or another thread's request before this one, takes too long."""
+        """Raises TimeoutError while the worker, or another thread's earlier request, takes too long."""
         if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TimeoutError
         try:
@@ -144,7 +149,10 @@ class Channel:
         except ProtocolError as error:
             reason = error
         except Exception as error:  # whatever else a reply can bring about, nobody may be left waiting
-            got, expected = f"a reply that ends in {type(error).__name__}: {error}", "a reply that can be read"
+            got, expected = (
+                f"a reply that ends in {type(error).__name__}: {error}",
+                "a reply that can be read",
+            )
             reason = ProtocolError("engine, reply", got=got, expected=expected, hint="please report this")
         self._end(reason)
 

@@ -1,4 +1,4 @@
-"""An engine that is known by what it logged, and by nothing else: it draws nothing, scores nothing and takes no weights."""
+"""An engine that is known by what it logged alone: it draws nothing, scores nothing and takes no weights."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,13 @@ REASON = "needs a live engine: lockstep check RECIPE"
 
 
 class LoggedEngine(Engine):
-    """What drew the completions of a log. Which engine that was is not said, so that nothing is declared of it.
+    """What drew the completions of a log.
+
+    Which engine that was is not said, so that nothing is declared of it.
 
     Args:
-        dtype: what its body computed in (``float32``), as the user says; empty where the user does not, and it is unknown.
+        dtype: what its body computed in (``float32``), as the user says; empty where the user does not, and
+            it is unknown.
         head_dtype: the same of its last matrix product.
     """
 
@@ -37,7 +40,9 @@ class LoggedEngine(Engine):
         )
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        raise CapabilityError("a log, sample", got=REASON, expected="completions", hint="lockstep check RECIPE")
+        raise CapabilityError(
+            "a log, sample", got=REASON, expected="completions", hint="lockstep check RECIPE"
+        )
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         raise AssertionError("unreachable: a log does not have this capability")

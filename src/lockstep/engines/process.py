@@ -6,9 +6,10 @@
       lifeline (write end) ───────end of file─────────────────┘  trainer gone: the group ends itself
 
 End of file on the socket means that the worker is gone, whatever ended it: every waiting request raises
-:class:`EngineDied` with the end of the engine's log, and the whole process group is ended so that nothing is left behind:
-what the engine's processes write as temporary files lies in the private directory too, which goes with them.
-The constructor returns while the engine starts; :meth:`WorkerProcess.close` ends it then as it does later, at once.
+:class:`EngineDied` with the end of the engine's log, and the whole process group is ended so that nothing is
+left behind: what the engine's processes write as temporary files lies in the private directory too, which
+goes with them. The constructor returns while the engine starts; :meth:`WorkerProcess.close` ends it then as
+it does later, at once.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 LOG_READ_BYTES = 1 << 24
 PREFIX, TEMPORARY = "lockstep-", "tmp"
 SHORT_PATH = 107 - len(f"/{PREFIX}12345678/{TEMPORARY}/") - 36
-"""A Unix socket's path has at most 107 bytes, and an engine names its own by UUIDs, in its temporary directory."""
+"""A Unix socket's path has at most 107 bytes; an engine names its own by UUIDs in its temporary directory."""
 SHORT_ROOTS = ("/tmp", "/var/tmp", "/dev/shm")
 SHARED, SCARCE_BYTES = Path("/dev/shm"), 64 << 20
 REAP_S = 10.0
@@ -55,7 +56,7 @@ class WorkerProgram:
     temporary: tuple[str, ...] = ()
     """Variables, besides ``TMPDIR``, by which the engine is told where temporary files and sockets go."""
     root_cause: re.Pattern[str] | None = None
-    """How the engine logs what ended it, as group 1, where the error that reaches the worker only points at the log."""
+    """How the engine logs what ended it, as group 1, where the worker's error only points at the log."""
 
     @property
     def command(self) -> list[str]:
@@ -77,7 +78,9 @@ class WorkerProcess:
         EngineError: when the process cannot be started at all.
     """
 
-    def __init__(self, python: Path, program: WorkerProgram, config: bytes, env: dict[str, str], log_path: Path) -> None:
+    def __init__(
+        self, python: Path, program: WorkerProgram, config: bytes, env: dict[str, str], log_path: Path
+    ) -> None:
         self.program, self.log_path = program, log_path
         self.directory = private_directory()
         self._lifeline = -1
@@ -113,7 +116,13 @@ class WorkerProcess:
             with held:
                 peer = held.enter_context(socket.socket(socket.AF_UNIX))
                 self.popen = subprocess.Popen(
-                    [python, *self.program.command, str(listener.fileno()), str(lifeline), self.directory / "config.json"],
+                    [
+                        python,
+                        *self.program.command,
+                        str(listener.fileno()),
+                        str(lifeline),
+                        self.directory / "config.json",
+                    ],
                     env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -163,7 +172,9 @@ class WorkerProcess:
         def make(number: int) -> Request:
             return kind(number, *args)
 
-        return self._answer(expected, describe(make(0)), timeout_s, lambda: self._channel.ask(make, timeout_s))
+        return self._answer(
+            expected, describe(make(0)), timeout_s, lambda: self._channel.ask(make, timeout_s)
+        )
 
     def _answer(self, expected: type[R], what: str, timeout_s: float, wait: Callable[[], Reply]) -> R:
         try:
@@ -212,11 +223,12 @@ class WorkerProcess:
 
     def _end_group(self) -> None:
         end_group(self.popen.pid)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a killed process that the kernel does not let go of
+        # A killed process that the kernel does not let go of.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(REAP_S)
 
     def close(self) -> None:
-        """End the worker and everything it started, at once: it holds nothing that is not the trainer's too."""
+        """End the worker and all that it started, at once: it holds nothing that is not the trainer's too."""
         self._end_group()
         self._channel.close()
         lifeline, self._lifeline = self._lifeline, -1
@@ -248,19 +260,28 @@ def private_directory() -> Path:
     raise EngineError(
         "engine, start",
         got=f"no directory for its sockets ({'; '.join(refused)})",
-        expected=f"one that can be written, whose path has at most {SHORT_PATH} bytes: a socket's path is limited by the system",
+        expected=(
+            f"one that can be written, whose path has at most {SHORT_PATH} bytes: "
+            "a socket's path is limited by the system"
+        ),
         hint="TMPDIR=/tmp lockstep …",
     )
 
 
 def scarce_memory(shared: Path) -> str:
-    """A sentence where shared memory is nearly used up: what an engine writes there then ends it with SIGBUS and no word."""
+    """A sentence where shared memory is nearly used up.
+
+    What an engine writes there then ends it with SIGBUS and no word.
+    """
     with contextlib.suppress(OSError):
         room = os.statvfs(shared)
         free, size = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
         if free < SCARCE_BYTES:
             mend = f"mount -o remount,size=2G {shared}, or docker run --shm-size=2g"
-            return f"{shared} has {free / 1e6:.0f} MB free of {size / 1e6:.0f}, which an engine may need more of: {mend}; "
+            return (
+                f"{shared} has {free / 1e6:.0f} MB free of {size / 1e6:.0f}, "
+                f"which an engine may need more of: {mend}; "
+            )
     return ""
 
 

@@ -27,7 +27,7 @@ PREFERRED = "vllm"
 """What ``auto`` takes where an environment of it is installed."""
 
 KEYED = {"openai": "lockstep.engines.openai_http.options:options_of"}
-"""Engines that are sent a key: what refuses options that cannot be, given them and the variable that holds it."""
+"""Engines that are sent a key: what refuses options that cannot be, given them and the key's variable."""
 
 REFUSALS = {PREFERRED: "lockstep.engines.vllm.served:refuse_options"}
 """What refuses options of other engines, given them."""
@@ -55,7 +55,7 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
     Raises:
         NotInstalledError: when the engine asked for is not installed; the hint is the install line.
         RecipeError: for an engine that nobody knows.
-        UsageError: for options of a server that cannot be, or an option that would run a checkpoint's own code.
+        UsageError: for options of a server that cannot be, or an option that would run a checkpoint's code.
     """
     if config.name not in NAMES:
         near = difflib.get_close_matches(config.name, NAMES, n=1)
@@ -65,7 +65,9 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
         _named(KEYED[config.name])(config.options, api_key_env)
     elif api_key_env:
         expected, hint = "an engine over HTTP: no other is sent a key", "leave --api-key-env out"
-        raise UsageError("flag --api-key-env", got=f"it with engine.name = {config.name!r}", expected=expected, hint=hint)
+        raise UsageError(
+            "flag --api-key-env", got=f"it with engine.name = {config.name!r}", expected=expected, hint=hint
+        )
     if config.name in EMBEDDED:
         return Choice(config.name, None, "asked for")
     name = PREFERRED if config.name == "auto" else config.name
@@ -80,7 +82,10 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
 
 
 def launch(choice: Choice, spec: EngineSpec) -> Engine:
-    """Begin to start the chosen engine. It can be closed at any time, and used once its ``wait_ready`` has returned."""
+    """Begin to start the chosen engine.
+
+    It can be closed at any time, and used once its ``wait_ready`` has returned.
+    """
     if choice.environment is None:
         return _named(EMBEDDED[choice.name])(spec)
     return _named(ADAPTERS[choice.environment.name, choice.environment.generation])(spec, choice.environment)

@@ -1,4 +1,6 @@
-"""What a worker may answer: how large, of which type, and what must hold in it. Checked once, where a reply arrives.
+"""What a worker may answer: how large, of which type, and what must hold in it.
+
+Checked once, where a reply arrives.
 
 A reply that breaks any of it is the worker's fault or another version's, never the request's: it is a
 :class:`ProtocolError`, and what the worker says next is not believed either.
@@ -46,7 +48,9 @@ def describe(request: Request | None) -> str:
             longest = max((params.max_tokens for params in request.params), default=0)
             return f"sample ({len(request.prompts)} prompts, {asked} completions of at most {longest} tokens)"
         case Score():
-            return f"score ({len(request.sequences)} sequences, {sum(map(len, request.sequences)) // 4} tokens)"
+            return (
+                f"score ({len(request.sequences)} sequences, {sum(map(len, request.sequences)) // 4} tokens)"
+            )
         case Load():
             return f"load (weight version {request.update.version}, {request.mode})"
         case Abort() | Count():
@@ -79,21 +83,30 @@ def check_reply(request: Request | None, reply: Reply) -> None:
         case None, Ready():
             missing = sorted(CAPABILITIES.keys() - reply.capabilities.keys())
             if missing:
-                raise _broken(request, f"no word on {', '.join(missing)}", "every capability, supported or not")
+                raise _broken(
+                    request, f"no word on {', '.join(missing)}", "every capability, supported or not"
+                )
         case Draw(), Drawn():
             check_completions(describe(request), request.params, reply.completions)
         case Score(), Scored():
             _check_scores(request, reply.scores)
         case Load(), Loaded() if reply.receipt.version != request.update.version:
-            raise _broken(request, f"a receipt for version {reply.receipt.version}", f"version {request.update.version}")
+            raise _broken(
+                request, f"a receipt for version {reply.receipt.version}", f"version {request.update.version}"
+            )
         case Abort(), Aborted() if reply.n_requests < 0:
             raise _broken(request, f"{reply.n_requests} requests ended", "none or more")
 
 
 def check_completions(
-    where: str, params: Sequence[SamplingParams], completions: Sequence[Completion], vocabulary: int | None = None
+    where: str,
+    params: Sequence[SamplingParams],
+    completions: Sequence[Completion],
+    vocabulary: int | None = None,
 ) -> None:
-    """Every completion asked for, in order; whole tokens, one number each; spans that tile; missing numbers counted.
+    """Every completion asked for, in order.
+
+    Whole tokens, one number each; spans that tile; missing numbers counted.
 
     Args:
         vocabulary: how many ids there are; None where that is not known.
@@ -110,7 +123,11 @@ def check_completions(
             raise _wrong(where, found, f"completion {sample} of prompt {prompt} in its place")
         size, numbers = len(completion.token_ids), len(completion.logprobs)
         if size % 4 or numbers != size:
-            raise _wrong(where, f"{found}: {size} bytes of ids, {numbers} of log-probabilities", "4 bytes each for every token")
+            raise _wrong(
+                where,
+                f"{found}: {size} bytes of ids, {numbers} of log-probabilities",
+                "4 bytes each for every token",
+            )
         if size // 4 > params[prompt].max_tokens:
             raise _wrong(where, f"{found}: {size // 4} tokens", f"at most {params[prompt].max_tokens}")
         if completion.prompt_tokens < 0:
@@ -120,7 +137,9 @@ def check_completions(
     if ids.size and ids.min() < 0:
         raise _wrong(where, f"token id {ids.min()}", "none below 0")
     if ids.size and vocabulary is not None and ids.max() >= vocabulary:
-        raise _wrong(where, f"token id {ids.max()}", f"ids below {vocabulary}, the size of the model's vocabulary")
+        raise _wrong(
+            where, f"token id {ids.max()}", f"ids below {vocabulary}, the size of the model's vocabulary"
+        )
     _check_numbers(where, [c.logprobs for c in completions], [c.missing for c in completions])
 
 
@@ -137,7 +156,9 @@ def _check_spans(where: str, found: str, completion: Completion) -> None:
 def _check_scores(request: Score, scores: Sequence[Scores]) -> None:
     where, sizes = describe(request), [max(len(sequence) - 4, 0) for sequence in request.sequences]
     if [len(found.logprobs) for found in scores] != sizes:
-        raise _wrong(where, f"{len(scores)} rows of {[len(s.logprobs) for s in scores][:8]}… bytes", f"{sizes[:8]}…")
+        raise _wrong(
+            where, f"{len(scores)} rows of {[len(s.logprobs) for s in scores][:8]}… bytes", f"{sizes[:8]}…"
+        )
     _check_numbers(where, [found.logprobs for found in scores], [found.missing for found in scores])
 
 

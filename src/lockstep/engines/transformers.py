@@ -1,7 +1,8 @@
 """The transformers engine: ``generate`` beside the trainer, on a copy of the model of its own.
 
-The embedded default where no vLLM is installed, and a second opinion everywhere else. Log-probabilities are taken from the
-scores that tokens were drawn from (``output_scores``: after temperature and truncation, before softmax), one step at a time.
+The embedded default where no vLLM is installed, and a second opinion everywhere else. Log-probabilities are
+taken from the scores that tokens were drawn from (``output_scores``: after temperature and truncation, before
+softmax), one step at a time.
 """
 
 import threading
@@ -75,7 +76,9 @@ class TransformersEngine(Engine):
         options, known = FACTS.defaults | spec.options, ", ".join(FACTS.defaults)
         unknown = sorted(options.keys() - FACTS.defaults.keys())
         if unknown:
-            raise UsageError("engine.options", got=unknown[0], expected=f"one of {known}", hint="edit the recipe")
+            raise UsageError(
+                "engine.options", got=unknown[0], expected=f"one of {known}", hint="edit the recipe"
+            )
         self.asked = options | {"dtype": spec.dtype, "head_dtype": spec.head_dtype}
         self.model = AutoModelForCausalLM.from_pretrained(
             spec.model_path,
@@ -85,7 +88,8 @@ class TransformersEngine(Engine):
         ).eval()
         if spec.head_dtype != spec.dtype:
             _raise_head(self.model, DTYPES[spec.head_dtype])
-        self.model.generation_config = GenerationConfig()  # the checkpoint's own would edit every request silently
+        # The checkpoint's own would edit every request silently.
+        self.model.generation_config = GenerationConfig()
         self.max_batch_size, self.max_model_len = int(options["max_batch_size"]), spec.max_model_len
         self.weights_dir, self.version, self.vocabulary = spec.weights_dir, 0, vocabulary_of(spec.model_path)
         self._busy, self._aborting = threading.Lock(), threading.Event()
@@ -120,7 +124,10 @@ class TransformersEngine(Engine):
         for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             if not len(prompt):
                 raise UsageError(
-                    f"engine, prompt {number}", got="no token", expected="at least one token", hint="begin with a BOS token"
+                    f"engine, prompt {number}",
+                    got="no token",
+                    expected="at least one token",
+                    hint="begin with a BOS token",
                 )
             if len(prompt) + sampling.max_tokens > self.max_model_len:
                 raise UsageError(
@@ -134,7 +141,9 @@ class TransformersEngine(Engine):
                 found[number] += self._generate(number, prompt, sampling, start, n)
         return [completion for group in found for completion in group]
 
-    def _generate(self, number: int, prompt: np.ndarray, sampling: SamplingParams, first: int, n: int) -> list[Completion]:
+    def _generate(
+        self, number: int, prompt: np.ndarray, sampling: SamplingParams, first: int, n: int
+    ) -> list[Completion]:
         taken = _TakeLogprobs()
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device).expand(n, -1)
         with torch.random.fork_rng(enabled=sampling.seed is not None):
@@ -145,11 +154,16 @@ class TransformersEngine(Engine):
                 attention_mask=torch.ones_like(ids),
                 generation_config=_generation_config(sampling),
                 logits_processor=LogitsProcessorList([*_processors(sampling), taken]),
-                stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full(ids.shape[:1], self._aborting.is_set())]),
+                stopping_criteria=StoppingCriteriaList(
+                    [lambda ids, _: torch.full(ids.shape[:1], self._aborting.is_set())]
+                ),
             )
         logprobs = taken.finish(output).cpu()  # [n, steps]
         tokens = output[:, len(prompt) :].cpu()
-        return [self._completion(number, first + i, tokens[i].tolist(), logprobs[i].tolist(), sampling) for i in range(n)]
+        return [
+            self._completion(number, first + i, tokens[i].tolist(), logprobs[i].tolist(), sampling)
+            for i in range(n)
+        ]
 
     def _completion(
         self, number: int, sample: int, ids: list[int], logprobs: list[float], sampling: SamplingParams
@@ -210,7 +224,10 @@ class TransformersEngine(Engine):
 
 
 class _TakeLogprobs(LogitsProcessor):
-    """Sees each step's final scores, and one step later the token that was drawn from them. Keeps one [n, V] at a time."""
+    """Sees each step's final scores, and one step later the token that was drawn from them.
+
+    Keeps one [n, V] at a time.
+    """
 
     def __init__(self) -> None:
         self._scores: Tensor | None = None
@@ -240,7 +257,9 @@ class _Bias(LogitsProcessor):
         self._ids, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_add(1, self._ids.to(scores.device), self._values.to(scores).expand(len(scores), -1))
+        return scores.index_add(
+            1, self._ids.to(scores.device), self._values.to(scores).expand(len(scores), -1)
+        )
 
 
 def _generation_config(sampling: SamplingParams) -> GenerationConfig:
@@ -254,10 +273,16 @@ def _generation_config(sampling: SamplingParams) -> GenerationConfig:
 
 
 def _processors(sampling: SamplingParams) -> LogitsProcessorList:
-    """What vLLM does to the logits, in vLLM's order. ``generate`` would apply its own after ours, unseen by what is appended."""
+    """What vLLM does to the logits, in vLLM's order.
+
+    ``generate`` would apply its own after ours, unseen by what is appended.
+    """
     if sampling.presence_penalty or sampling.frequency_penalty:
         raise EngineError(
-            "engine, sample", got="a presence or frequency penalty", expected="none", hint="transformers has neither"
+            "engine, sample",
+            got="a presence or frequency penalty",
+            expected="none",
+            hint="transformers has neither",
         )
     found = LogitsProcessorList()
     if sampling.logit_bias:
@@ -276,6 +301,6 @@ def _processors(sampling: SamplingParams) -> LogitsProcessorList:
 
 
 def _raise_head(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Compute the last product in ``dtype``, the stored weight cast on the way, as vLLM's ``head_dtype`` does."""
+    """Compute the last product in ``dtype``, the stored weight cast on the way: vLLM's ``head_dtype``."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     head.forward = lambda hidden: torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype))

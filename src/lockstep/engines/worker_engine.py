@@ -46,17 +46,23 @@ class WorkerEngine(Engine):
     ) -> None:
         self.vocabulary = vocabulary_of(spec.model_path)
         env = environment.launch_env() | variables
-        self._process = WorkerProcess(environment.python, program, msgspec.json.encode(config), env, spec.log_path)
+        self._process = WorkerProcess(
+            environment.python, program, msgspec.json.encode(config), env, spec.log_path
+        )
 
     def wait_ready(self) -> None:
         """See :meth:`Engine.wait_ready`."""
         self.ready = self._process.wait_ready(self.start_timeout_s)
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        return self._process.request(Drawn, Draw, [_packed(prompt) for prompt in prompts], list(params)).completions
+        return self._process.request(
+            Drawn, Draw, [_packed(prompt) for prompt in prompts], list(params)
+        ).completions
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        reply = self._process.request(Scored, Score, [_packed(sequence) for sequence in sequences], temperature)
+        reply = self._process.request(
+            Scored, Score, [_packed(sequence) for sequence in sequences], temperature
+        )
         return [np.frombuffer(scores.logprobs, FLOAT32) for scores in reply.scores]
 
     def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:

@@ -41,22 +41,32 @@ class AtLoad(Relay):
         """See :meth:`Engine.load`.
 
         Raises:
-            EngineError: when the engine's worker does not know how to commit a fault, or would not hear of it.
+            EngineError: when the engine's worker does not know how to commit a fault, or will not.
         """
         return self._in_worker(update, mode) if self.ready.pids else self._in_process(update, mode)
 
     def _in_worker(self, update: WeightUpdate, mode: LoadMode) -> LoadReceipt:
         names = ", ".join(self._names)
         if not update.path:
-            expected, hint = "weights in a file, beside which it is told", "--set engine.weights=shared_memory"
-            raise EngineError("engine, load", got=f"{names} planted in a broadcast", expected=expected, hint=hint)
+            expected, hint = (
+                "weights in a file, beside which it is told",
+                "--set engine.weights=shared_memory",
+            )
+            raise EngineError(
+                "engine, load", got=f"{names} planted in a broadcast", expected=expected, hint=hint
+            )
         plan = Path(update.path).with_name(PLAN)
         plan.write_text("\n".join(self._names))
         try:
             receipt = self.inner.load(update, mode)
             if plan.exists():
-                got, expected = f"a worker that does not commit {names}", f"one that was started by {LAUNCHER}"
-                raise EngineError("engine, load", got=got, expected=expected, hint="open_session(…, plants=plants())")
+                got, expected = (
+                    f"a worker that does not commit {names}",
+                    f"one that was started by {LAUNCHER}",
+                )
+                raise EngineError(
+                    "engine, load", got=got, expected=expected, hint="open_session(…, plants=plants())"
+                )
             return receipt
         finally:
             plan.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
-"""Plant every fault in a real engine and a real trainer, climb each time, and compare what was named with what was planted.
+"""Plant every fault in a real engine and a real trainer, and climb each time.
 
-recipe ─► engine ─► fault, fault, fault …   those that need engine flags of their own share one start per set of flags
+What was named is compared with what was planted.
+
+recipe ─► engine ─► fault, fault, fault …   those that need engine flags share one start per set of flags
              └────► clean, clean …          nothing planted: every layer must pass
 """
 
@@ -23,15 +25,22 @@ from lockstep.records.verdicts import Verdict
 
 
 def clean_configurations(generation: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Name and overrides of configurations on which the ladder must stay silent: dtypes, temperatures, seeds of the probes.
+    """Name and overrides of configurations on which the ladder must stay silent.
 
-    V0's bf16 is left out: 0.8.5's norms round between their steps, and the gap that makes (0.12 nats in the median on a CPU)
-    is a true finding.
+    Dtypes, temperatures, seeds of the probes.
+
+    V0's bf16 is left out: 0.8.5's norms round between their steps, and the gap that makes (0.12 nats in the
+    median on a CPU) is a true finding.
     """
     return [
         (
             f"clean, {dtype}, T={t:g}, seed {seed}",
-            (f"engine.dtype={dtype}", f"model.dtype={dtype}", f"sampling.temperature={t}", f"parity.seed={seed}"),
+            (
+                f"engine.dtype={dtype}",
+                f"model.dtype={dtype}",
+                f"sampling.temperature={t}",
+                f"parity.seed={seed}",
+            ),
         )
         for dtype in (("float32",) if generation == "V0" else ("float32", "bfloat16"))
         for t in (1.0, 0.7)
@@ -58,7 +67,10 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     @property
     def hit(self) -> bool:
-        """True when the planted layer and cause were named and the layers above passed; for a clean climb, when all passed."""
+        """True when the planted layer and cause were named and the layers above passed.
+
+        For a clean climb, when all passed.
+        """
         if not self.planted_layer:
             return set(self.statuses) == {"PASS"}
         above = self.statuses[: self.statuses.index("FAIL")] if "FAIL" in self.statuses else ("NOT_RUN",)
@@ -76,7 +88,9 @@ def run_campaign(
     on_outcome: Callable[[Outcome], None],
     done: Sequence[Outcome] = (),
 ) -> list[Outcome]:
-    """Climb once for each fault, and once for each clean configuration where ``clean``; each outcome is told as it comes.
+    """Climb once for each fault, and once for each clean configuration if ``clean``.
+
+    Each outcome is told as it comes.
 
     Args:
         done: what an earlier campaign came to (``journal.py``); returned with the rest and not climbed again.
@@ -88,10 +102,14 @@ def run_campaign(
     generation = generation_of(choose(recipe.engine))
     for fault in faults:
         if generation not in fault.generations:
-            outcomes.append(_outcome(fault.name, fault, [], 0.0, f"cannot be planted in a {generation} engine"))
+            outcomes.append(
+                _outcome(fault.name, fault, [], 0.0, f"cannot be planted in a {generation} engine")
+            )
             on_outcome(outcomes[-1])
     faults = [fault for fault in faults if generation in fault.generations]
-    planned: list[tuple[str, tuple[str, ...], Fault | None]] = [(fault.name, fault.sets, fault) for fault in faults]
+    planned: list[tuple[str, tuple[str, ...], Fault | None]] = [
+        (fault.name, fault.sets, fault) for fault in faults
+    ]
     planned += [(name, sets, None) for name, sets in (clean_configurations(generation) if clean else ())]
     known = {outcome.name for outcome in done}
     planned = [job for job in planned if job[0] not in known]
@@ -123,15 +141,23 @@ def generation_of(choice: Choice) -> str:
 
 
 def _climb(pair: Pair, name: str, fault: Fault | None) -> Outcome:
-    if fault is not None and "stale_head" in fault.worker and pair.engine.ready.resolved.get("worker.head_packed") is False:
-        return _outcome(name, fault, [], 0.0, "this engine keeps no packed copy of its head here, so none goes stale")
+    if (
+        fault is not None
+        and "stale_head" in fault.worker
+        and pair.engine.ready.resolved.get("worker.head_packed") is False
+    ):
+        return _outcome(
+            name, fault, [], 0.0, "this engine keeps no packed copy of its head here, so none goes stale"
+        )
     began = time.perf_counter()
     with planted(pair, fault) if fault is not None else ExitStack():
         verdicts = climb(pair).verdicts
     return _outcome(name, fault, verdicts, time.perf_counter() - began)
 
 
-def _outcome(name: str, fault: Fault | None, verdicts: list[Verdict], seconds: float, not_run: str = "") -> Outcome:
+def _outcome(
+    name: str, fault: Fault | None, verdicts: list[Verdict], seconds: float, not_run: str = ""
+) -> Outcome:
     failed = next((v for v in verdicts if v.status == "FAIL"), None)
     found = failed.findings[0] if failed is not None else None
     return Outcome(
@@ -150,7 +176,10 @@ def _outcome(name: str, fault: Fault | None, verdicts: list[Verdict], seconds: f
 
 @contextmanager
 def planted(pair: Pair, fault: Fault) -> Iterator[None]:
-    """The pair with the fault in it; afterwards everything is as it was, and the engine holds the trainer's weights."""
+    """The pair with the fault in it.
+
+    Afterwards everything is as it was, and the engine holds the trainer's weights.
+    """
     engine = pair.engine
     try:
         with ExitStack() as stack:

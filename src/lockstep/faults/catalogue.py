@@ -1,7 +1,7 @@
-"""Planted faults: ways to break a real backend on purpose, each with the layer and the cause that must be named for it.
+"""Planted faults: ways to break a real backend, each with the layer and the cause that must be named for it.
 
-A check that cannot fail is no check. ``lockstep faults`` plants each in a real engine and a real trainer, climbs the ladder, and
-prints what was named: another layer, another cause, or a pass is a miss.
+A check that cannot fail is no check. ``lockstep faults`` plants each in a real engine and a real trainer,
+climbs the ladder, and prints what was named: another layer, another cause, or a pass is a miss.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,9 @@ _PATH = (
         "decode_drifts",
         "decode_vs_prefill",
         "proxy: every number but a completion's first, which comes out of the prefill, is 0.1 too low",
-        proxy=p.edits(edit_completions=p.numbers_edited(lambda numbers: np.r_[numbers[:1], numbers[1:] - 0.1])),
+        proxy=p.edits(
+            edit_completions=p.numbers_edited(lambda numbers: np.r_[numbers[:1], numbers[1:] - 0.1])
+        ),
     ),
     Fault(
         "corrupted_completions",
@@ -38,11 +40,21 @@ _PATH = (
         "proxy: a sequence scored among others gets other numbers than alone",
         proxy=p.edits(edit_scores=p.scores_of_a_batch),
     ),
-    Fault("warm_cache_drifts", "prefix_cache", "proxy: prompts seen before are answered 5 % off", proxy=p.WarmCacheDrifts),
+    Fault(
+        "warm_cache_drifts",
+        "prefix_cache",
+        "proxy: prompts seen before are answered 5 % off",
+        proxy=p.WarmCacheDrifts,
+    ),
 )
 
 _WEIGHTS = (
-    Fault("not_delivered", "not_delivered", "worker: the weights file is read and nothing is loaded", worker=("not_delivered",)),
+    Fault(
+        "not_delivered",
+        "not_delivered",
+        "worker: the weights file is read and nothing is loaded",
+        worker=("not_delivered",),
+    ),
     Fault(
         "one_version_behind",
         "one_version_behind",
@@ -81,7 +93,9 @@ _WEIGHTS = (
         "altered_on_load",
         "proxy: one projection is delivered times 1.05",
         proxy=p.edits(
-            edit_update=p.every_load(lambda name, tensor: tensor * 1.05 if "layers.12.mlp.down_proj" in name else tensor)
+            edit_update=p.every_load(
+                lambda name, tensor: tensor * 1.05 if "layers.12.mlp.down_proj" in name else tensor
+            )
         ),
     ),
     Fault(
@@ -108,7 +122,11 @@ _WEIGHTS = (
         "other_checkpoint",
         "checkpoint_differs",
         "proxy: the engine starts from a checkpoint whose layer 5 is 5 % larger",
-        proxy=p.edits(edit_update=p.every_load(lambda name, tensor: tensor * 1.05 if ".layers.5.mlp" in name else tensor)),
+        proxy=p.edits(
+            edit_update=p.every_load(
+                lambda name, tensor: tensor * 1.05 if ".layers.5.mlp" in name else tensor
+            )
+        ),
         at_start=True,
         lifted=True,
     ),
@@ -116,7 +134,10 @@ _WEIGHTS = (
 
 _NUMERICS = (
     Fault(
-        "head_in_bf16", "head_precision", "engine flag: the head in bf16, all else in fp32", sets=("engine.head_dtype=bfloat16",)
+        "head_in_bf16",
+        "head_precision",
+        "engine flag: the head in bf16, all else in fp32",
+        sets=("engine.head_dtype=bfloat16",),
     ),
     Fault(
         "body_in_bf16",
@@ -135,7 +156,12 @@ _NUMERICS = (
         "fp16_engine_bf16_trainer",
         "body_precision",
         "engine flag: fp16 against a bf16 trainer, under a clip range of 2 %",
-        sets=("engine.dtype=float16", "model.dtype=bfloat16", "objective.clip_low=0.02", "objective.clip_high=0.02"),
+        sets=(
+            "engine.dtype=float16",
+            "model.dtype=bfloat16",
+            "objective.clip_low=0.02",
+            "objective.clip_high=0.02",
+        ),
     ),
     Fault(
         "kv_cache_in_fp8",
@@ -161,7 +187,9 @@ _NUMERICS = (
         "tensor_scaled",
         "proxy: one layer's down-projection times 1.01, from the start",
         proxy=p.edits(
-            edit_update=p.every_load(lambda name, tensor: tensor * 1.01 if ".layers.14.mlp.down_proj" in name else tensor)
+            edit_update=p.every_load(
+                lambda name, tensor: tensor * 1.01 if ".layers.14.mlp.down_proj" in name else tensor
+            )
         ),
         at_start=True,
     ),
@@ -214,5 +242,10 @@ def planted(names: list[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in AT_LOAD:
-            raise UsageError("flag --plant", got=repr(name), expected=f"one of {', '.join(AT_LOAD)}", hint="--plant stale_head")
+            raise UsageError(
+                "flag --plant",
+                got=repr(name),
+                expected=f"one of {', '.join(AT_LOAD)}",
+                hint="--plant stale_head",
+            )
     return tuple(names)

@@ -1,4 +1,7 @@
-"""What a planted fault consists of. No torch: the catalogue is shown, and a name checked, before anything is started."""
+"""What a planted fault consists of.
+
+No torch: the catalogue is shown, and a name checked, before anything is started.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -1,8 +1,9 @@
 """An engine's worker that commits faults when it loads weights.
 
-Run as ``python -m lockstep.faults.in_worker WORKER_MODULE …`` inside the engine's environment, where it runs the worker's module
-with two of its classes extended: the engine's front, and what is mixed into vLLM's own worker beside the model. Which faults the
-next load has lies in a file beside the weights (``at_load.py``); without it, every load is as it should be.
+Run as ``python -m lockstep.faults.in_worker WORKER_MODULE …`` inside the engine's environment, where it runs
+the worker's module with two of its classes extended: the engine's front, and what is mixed into vLLM's own
+worker beside the model. Which faults the next load has lies in a file beside the weights (``at_load.py``);
+without it, every load is as it should be.
 """
 
 import runpy

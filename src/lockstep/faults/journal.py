@@ -1,7 +1,7 @@
 """What a campaign has found so far, on disk: an hour's work goes on where a kill cut it off.
 
-A line is taken over only by a campaign of the same recipe, engine and sources of Lockstep, so an outcome never passes for one of
-other code. What could not be planted is tried anew.
+A line is taken over only by a campaign of the same recipe, engine and sources of Lockstep, so an outcome
+never passes for one of other code. What could not be planted is tried anew.
 """
 
 import hashlib

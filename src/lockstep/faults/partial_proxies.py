@@ -1,4 +1,4 @@
-"""Broken backends whose fault strikes some requests, several samples of one request, or the re-scores as well."""
+"""Broken backends whose fault strikes some requests, several samples of one request, or the re-scores."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def every_other(**changes: Any) -> Callable[..., Any]:
     """A hook: every second request's sampling changed."""
-    return lambda self, prompts, params: (prompts, [replace(p, **changes) if at % 2 else p for at, p in enumerate(params)])
+    return lambda self, prompts, params: (
+        prompts,
+        [replace(p, **changes) if at % 2 else p for at, p in enumerate(params)],
+    )
 
 
 def long_prompts_edited(longer_than: int, edit: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Any]:
@@ -33,13 +36,17 @@ def through_text(self: Proxy, prompts: Prompts, params: list[SamplingParams]) ->
 
     limit = self.pair.recipe.engine.max_model_len
     room = [limit - asked.max_tokens for asked in params]
-    return [retokenised(self.pair.renderer.tokenizer, p)[:most] for p, most in zip(prompts, room, strict=True)], params
+    return [
+        retokenised(self.pair.renderer.tokenizer, p)[:most] for p, most in zip(prompts, room, strict=True)
+    ], params
 
 
 def scores_too(edit: Callable[[np.ndarray], np.ndarray]) -> dict[str, Callable[..., Any]]:
     """Hooks: the numbers of completions and those of re-scores changed alike."""
     return {
-        "edit_completions": lambda self, completions: [with_numbers(c, edit(numbers_of(c))) for c in completions],
+        "edit_completions": lambda self, completions: [
+            with_numbers(c, edit(numbers_of(c))) for c in completions
+        ],
         "edit_scores": lambda self, scores: [edit(s).astype(np.float32) for s in scores],
     }
 
@@ -64,11 +71,13 @@ def first_sample_repeated(self: Proxy, completions: Completions) -> Completions:
 
 
 class BetterOfTwo(Proxy):
-    """A request for one sample is drawn twice, and the likelier of the two is returned, with its right numbers."""
+    """A request for one sample is drawn twice; the likelier of both is returned, with its right numbers."""
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
-        asked = [replace(p, n=2, seed=None if p.seed is None else 2 * p.seed) if p.n == 1 else p for p in params]
+        asked = [
+            replace(p, n=2, seed=None if p.seed is None else 2 * p.seed) if p.n == 1 else p for p in params
+        ]
         found: list[Completion] = []
         best: dict[int, Completion] = {}
         for c in self.inner.sample(prompts, asked):
@@ -82,7 +91,7 @@ class BetterOfTwo(Proxy):
 
 
 class TemperatureBehind(Proxy):
-    """Tokens are drawn at a temperature that is off by a factor; the numbers reported are those that were asked for."""
+    """Tokens are drawn at a temperature off by a factor; the numbers reported are those asked for."""
 
     factor = 1.0
 
@@ -90,13 +99,18 @@ class TemperatureBehind(Proxy):
         """See :meth:`Engine.sample`."""
         from lockstep.records.samples import Group
 
-        found = self.inner.sample(prompts, [replace(p, temperature=p.temperature * self.factor) for p in params])
+        found = self.inner.sample(
+            prompts, [replace(p, temperature=p.temperature * self.factor) for p in params]
+        )
         of_prompt: dict[int, list[np.ndarray]] = {}
         for c in found:
             of_prompt.setdefault(c.prompt_index, []).append(ids_of(c))
         groups = [Group(prompts[at], samples) for at, samples in of_prompt.items()]
         (temperature,) = {p.temperature for p in params}
-        return [with_numbers(c, s) for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)]
+        return [
+            with_numbers(c, s)
+            for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)
+        ]
 
 
 def drawn_at(factor: float) -> Callable[["Pair"], Proxy]:

@@ -1,9 +1,11 @@
-"""A broken backend in front of a real one: an engine whose requests, replies or payloads are edited on the way.
+"""A broken backend before a real one: an engine whose requests, replies or payloads are edited on the way.
 
-Everything still comes from the real engine; what stands between it and the trainer is what breaks in the field: servers that
-apply defaults, clients that re-tokenise, readers that are off by one, transports that lose a tensor.
+Everything still comes from the real engine; what stands between it and the trainer is what breaks in the
+field: servers that apply defaults, clients that re-tokenise, readers that are off by one, transports that
+lose a tensor.
 
-Named without torch: the catalogue of faults is read by ``lockstep faults --list``; what needs tensors imports it where it does.
+Named without torch: the catalogue of faults is read by ``lockstep faults --list``; what needs tensors imports
+it where it does.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +34,9 @@ class Proxy(Relay):
         super().__init__(pair.engine, type(self).__name__)
         self.pair = pair
 
-    def edit_requests(self, prompts: Prompts, params: list[SamplingParams]) -> tuple[Prompts, list[SamplingParams]]:
+    def edit_requests(
+        self, prompts: Prompts, params: list[SamplingParams]
+    ) -> tuple[Prompts, list[SamplingParams]]:
         """What the engine is asked for in place of what the trainer asked."""
         return prompts, params
 
@@ -131,7 +135,10 @@ def numbers_edited(edit: Callable[[np.ndarray], np.ndarray]) -> Callable[..., An
 
 def at_least(temperature: float) -> Callable[..., Any]:
     """A hook: a clamp on the temperature."""
-    return lambda self, prompts, params: (prompts, [replace(p, temperature=max(p.temperature, temperature)) for p in params])
+    return lambda self, prompts, params: (
+        prompts,
+        [replace(p, temperature=max(p.temperature, temperature)) for p in params],
+    )
 
 
 def shifted(numbers: np.ndarray) -> np.ndarray:
@@ -176,7 +183,8 @@ def token_edited(at: int) -> Callable[..., Any]:
 def stop_dropped(self: Proxy, completions: Completions) -> Completions:
     """A hook: the token that ended a completion is cut off, with its log-probability."""
     return [
-        with_numbers(with_ids(c, ids_of(c)[:-1]), numbers_of(c)[:-1]) if c.finish_reason == "stop" else c for c in completions
+        with_numbers(with_ids(c, ids_of(c)[:-1]), numbers_of(c)[:-1]) if c.finish_reason == "stop" else c
+        for c in completions
     ]
 
 
@@ -197,7 +205,7 @@ def scores_of_a_batch(self: Proxy, scores: list[np.ndarray]) -> list[np.ndarray]
 
 
 class RawNumbers(Proxy):
-    """Tokens are drawn with top-k 5; the numbers reported are the whole distribution's, so that they look right."""
+    """Tokens are drawn with top-k 5; the numbers reported are the whole distribution's, and look right."""
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
@@ -206,7 +214,10 @@ class RawNumbers(Proxy):
         found = self.inner.sample(prompts, [replace(p, top_k=5) for p in params])
         temperature = {p.temperature for p in params}.pop()
         groups = [Group(prompts[c.prompt_index], [ids_of(c)]) for c in found]
-        return [with_numbers(c, s) for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)]
+        return [
+            with_numbers(c, s)
+            for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)
+        ]
 
 
 class WarmCacheDrifts(Proxy):
@@ -218,7 +229,10 @@ class WarmCacheDrifts(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
-        keys = [prompt.tobytes() + bytes([p.temperature == 1.0]) for prompt, p in zip(prompts, params, strict=True)]
+        keys = [
+            prompt.tobytes() + bytes([p.temperature == 1.0])
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
         warm = [key in self._seen for key in keys]
         self._seen |= set(keys)
         found = self.inner.sample(prompts, params)
@@ -226,7 +240,7 @@ class WarmCacheDrifts(Proxy):
 
 
 class Withheld(Proxy):
-    """Updates in which the tensors that ``chosen`` picks keep the values they had when the proxy was put up."""
+    """Updates in which the tensors that ``chosen`` picks keep the values from when the proxy was put up."""
 
     def __init__(self, pair: "Pair", chosen: Callable[[str], bool]) -> None:
         super().__init__(pair)
@@ -257,7 +271,10 @@ def edited_file(update: WeightUpdate, edit: Callable[[str, Any], Any]) -> Weight
 
     path = Path(update.path).with_name("edited.safetensors")
     with safe_open(update.path, framework="pt") as file:
-        tensors = {name: edit(name, file.get_tensor(name)).contiguous().clone() for name in file.keys()}  # noqa: SIM118
+        tensors = {
+            name: edit(name, file.get_tensor(name)).contiguous().clone()
+            for name in file.keys()  # noqa: SIM118
+        }
         metadata = file.metadata()
     path.unlink(missing_ok=True)  # an engine may have the last one mapped
     save_file(tensors, path, metadata)
@@ -271,4 +288,7 @@ def every_load(edit: Callable[[str, Any], Any]) -> Callable[..., WeightUpdate]:
 
 def version_one_off(self: Proxy, completions: Completions) -> Completions:
     """A hook: completions say the version after the one that drew them."""
-    return [replace(c, version_spans=tuple(replace(s, version=s.version + 1) for s in c.version_spans)) for c in completions]
+    return [
+        replace(c, version_spans=tuple(replace(s, version=s.version + 1) for s in c.version_spans))
+        for c in completions
+    ]

@@ -23,7 +23,10 @@ class Relay(Engine):
         self.altered_by = (*inner.altered_by, *alterations)
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        """See :meth:`Engine.sample`. What a subclass makes of the completions is not checked: the ladder is to find it."""
+        """See :meth:`Engine.sample`.
+
+        What a subclass makes of the completions is not checked: the ladder is to find it.
+        """
         return self.inner.sample(prompts, params)
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:

@@ -42,10 +42,25 @@ SEMANTICS = (
         sets=(T, "engine.options.logprobs_mode=raw_logprobs", "objective.correction=tis"),
         generations=V1,
     ),
-    Fault("logits_reported", "logits_reported", "engine flag", sets=("engine.options.logprobs_mode=raw_logits",), generations=V1),
-    Fault("top_p_unmodelled", "truncation_unmodelled", "the recipe's top-p 0.8", sets=("sampling.top_p=0.8",)),
-    Fault("top_k_unmodelled", "truncation_unmodelled", "the recipe's top-k 20, T = 0.7", sets=(T, "sampling.top_k=20")),
-    Fault("min_p_unmodelled", "truncation_unmodelled", "the recipe's min-p 0.1", sets=("sampling.min_p=0.1",)),
+    Fault(
+        "logits_reported",
+        "logits_reported",
+        "engine flag",
+        sets=("engine.options.logprobs_mode=raw_logits",),
+        generations=V1,
+    ),
+    Fault(
+        "top_p_unmodelled", "truncation_unmodelled", "the recipe's top-p 0.8", sets=("sampling.top_p=0.8",)
+    ),
+    Fault(
+        "top_k_unmodelled",
+        "truncation_unmodelled",
+        "the recipe's top-k 20, T = 0.7",
+        sets=(T, "sampling.top_k=20"),
+    ),
+    Fault(
+        "min_p_unmodelled", "truncation_unmodelled", "the recipe's min-p 0.1", sets=("sampling.min_p=0.1",)
+    ),
     Fault(
         "penalty_unmodelled",
         "penalties_unmodelled",

@@ -39,7 +39,9 @@ def other_norm_epsilon(pair: Pair) -> AbstractContextManager[None]:
 def old_logprobs_at_another_temperature(pair: Pair) -> Iterator[None]:
     """The old-logprob pass takes 1.1 times the temperature, and the forward pass does not."""
     original = step.score_under_sampling_weights
-    step.score_under_sampling_weights = lambda parts, policy, temperature: original(parts, policy, 1.1 * temperature)
+    step.score_under_sampling_weights = lambda parts, policy, temperature: original(
+        parts, policy, 1.1 * temperature
+    )
     try:
         yield
     finally:

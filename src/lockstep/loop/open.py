@@ -1,4 +1,4 @@
-"""Bring both sides up: model, task, trainer and engine, checked in the order in which a mistake is cheapest to find.
+"""Bring both sides up, model, task, trainer and engine, in the order in which a mistake is cheapest to find.
 
 torch and transformers, which take 5 s to import, are imported while the engine starts in its own process.
 """
@@ -48,7 +48,7 @@ class Session:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What runs here, with digests of the weights as they are when it is first asked for: before the first step."""
+        """What runs here, with the weights' digests when first asked for: before the first step."""
         from lockstep.policy.fingerprint import tokenizer_digest
 
         pair, environment = self.pair, self.choice.environment
@@ -87,9 +87,13 @@ def open_session(
     with contextlib.ExitStack() as stack:
         stack.callback(remove_weights, directory)
         stack.callback(task.close)
-        spec = _spec(recipe, model_path, directory, engine_log, api_key_env, plants.launcher if plants else "")
-        # An engine with a process of its own starts while the trainer is loaded, and whatever ends this ends it in its start.
-        starting = stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
+        spec = _spec(
+            recipe, model_path, directory, engine_log, api_key_env, plants.launcher if plants else ""
+        )
+        # An engine with its own process starts while the trainer loads; what ends this ends it in its start.
+        starting = (
+            stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
+        )
         renderer = Renderer(model_path)
         _refuse_long_prompt(recipe, task, renderer)
         from lockstep.parity.pair import Pair
@@ -127,7 +131,7 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say, api_key_env: str = "
 
 
 def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
-    """What can be wrong before anything is started or written: the objective, the engine's environment, the model.
+    """What can be wrong before anything is started or written: objective, engine's environment, model.
 
     Raises:
         UsageError: when one is not there; says how to get it.
@@ -147,10 +151,16 @@ def _publisher(recipe: Recipe, model, directory: Path, say: Say) -> "Publisher":
 
 
 def _named(choice: Choice) -> str:
-    return f"{choice.name} {choice.environment.version}" if choice.environment else f"{choice.name} ({choice.reason})"
+    return (
+        f"{choice.name} {choice.environment.version}"
+        if choice.environment
+        else f"{choice.name} ({choice.reason})"
+    )
 
 
-def _spec(recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_env: str, launcher: str = "") -> EngineSpec:
+def _spec(
+    recipe: Recipe, model_path: Path, directory: Path, log: Path, api_key_env: str, launcher: str = ""
+) -> EngineSpec:
     return EngineSpec(
         model_path=model_path,
         dtype=recipe.engine.dtype or recipe.model.dtype,

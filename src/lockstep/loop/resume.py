@@ -1,9 +1,10 @@
-"""Bring a killed run's trainer to where it was, from its last checkpoint and the rollouts that were admitted since.
+"""Bring a killed run's trainer to where it was, from its last checkpoint and the rollouts admitted since.
 
     checkpoint k ─► replay step k, k + 1, … on rollouts/step-….parquet ─► the first step that is not admitted
                      gate, train, compare with metrics.jsonl
 
-Rollouts of that step may lie drawn: ``stages.sample`` takes them. Refused ones lie elsewhere and are not looked at.
+Rollouts of that step may lie drawn: ``stages.sample`` takes them. Refused ones lie elsewhere and are not
+looked at.
 """
 
 import numpy as np
@@ -19,12 +20,12 @@ from lockstep.runs.strict import drop_partial_line
 from lockstep.training.checkpoint import damaged_checkpoints, keep_newest, newest_checkpoint
 
 REPLAYED = ("loss", "entropy_mean_nats", "grad_norm")
-"""Figures that a replayed step must give again. The loss alone says nothing of the weights where the policy ratio is 1; the
-entropy and the gradient do, and the gate holds the gap."""
+"""Figures that a replayed step must give again. The loss alone says nothing of the weights where the policy
+ratio is 1; the entropy and the gradient do, and the gate holds the gap."""
 
 
 def catch_up(run: Run) -> int:
-    """Bring a killed run's trainer to where it was. Returns the first step whose rollouts are not admitted yet.
+    """Bring a killed run's trainer to where it was; returns the first step without admitted rollouts.
 
     Raises:
         RunError: when a replayed step does not give the recorded figures, or files of the run are damaged.
@@ -84,6 +85,8 @@ def _refuse_other_figures(run: Run, step: int, figures: dict[str, float], record
             raise RunError(
                 f"resume, step {step + 1} replayed from its rollouts",
                 got=f"{name} {figures[name]:.6g}",
-                expected=f"{then:.6g}, as recorded" if name in recorded else "one in metrics.jsonl to hold it against",
+                expected=f"{then:.6g}, as recorded"
+                if name in recorded
+                else "one in metrics.jsonl to hold it against",
                 hint="the weights, the rollouts or the code are others than the run's; start a new run",
             )

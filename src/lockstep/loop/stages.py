@@ -6,8 +6,9 @@
       ▼         ▼        ▼             ▼
     rollouts/drawn/…   rollouts/refused/…   rollouts/step-….parquet
 
-A step's samples are on disk before anything else is done with them. They get the name that resume trains on only when the gate
-has admitted every token of them, and the gate is in the one stage that trains, replayed or not.
+A step's samples are on disk before anything else is done with them. They get the name that resume trains on
+only when the gate has admitted every token of them, and the gate is in the one stage that trains, replayed or
+not.
 """
 
 import time
@@ -70,7 +71,7 @@ class Run:
 
 @contextmanager
 def certified(run: Run) -> Iterator[None]:
-    """While a run goes on: whatever refuses the pair, the ladder, the gate or a sync, voids the run's certificate."""
+    """While a run goes on, whatever refuses the pair (ladder, gate or sync) voids the run's certificate."""
     try:
         yield
     except ParityError as error:
@@ -104,14 +105,17 @@ def refusal(result: LadderResult) -> ParityError:
     first = verdict.findings[0]
     return ParityError(
         f"layer {verdict.layer}, cause {first.cause.replace('_', ' ')}",
-        got=f"{verdict.summary}; effect {first.effect_nats:.3g} nats per token (95 % {first.ci95[0]:.3g} to {first.ci95[1]:.3g})",
+        got=(
+            f"{verdict.summary}; effect {first.effect_nats:.3g} nats per token "
+            f"(95 % {first.ci95[0]:.3g} to {first.ci95[1]:.3g})"
+        ),
         expected="PASS before the first step",
         hint=first.fix,
     )
 
 
 def sample(run: Run, step: int) -> Samples:
-    """Draw one step's samples and store them before anything else is done; or take those that an interruption left.
+    """Draw one step's samples and store them before anything else; or take those that an interruption left.
 
     Raises:
         ParityError: for a token without a finite log-probability.
@@ -132,7 +136,8 @@ def reward(run: Run, step: int, rollouts: Samples) -> None:
     """Score a step's samples, unless an earlier start has.
 
     Raises:
-        RewardError: when the reward function fails; the samples stay where they are, and resume scores them again.
+        RewardError: when the reward function fails; the samples stay where they are, and resume scores them
+            again.
     """
     if rollouts.rewarded:
         return
@@ -147,7 +152,9 @@ def reward(run: Run, step: int, rollouts: Samples) -> None:
 
 
 def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> dict[str, float]:
-    """Train on a step's rollouts, every token of which the gate has admitted. Returns figures by catalog name.
+    """Train on a step's rollouts, every token of which the gate has admitted.
+
+    Returns figures by catalog name.
 
     Args:
         replayed: they were admitted by an earlier start, and are judged again.
@@ -170,7 +177,10 @@ def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = Fals
 
 
 def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -> ParityError:
-    """Put a step's samples where nothing trains on them, and say why. Replayed ones stay: they were trained on."""
+    """Put a step's samples where nothing trains on them, and say why.
+
+    Replayed ones stay: they were trained on.
+    """
     kept = run.layout.rollouts(step) if replayed else store.refuse(run.layout, step)
     return ParityError(
         f"rollouts of step {step}, before they are trained on",
@@ -254,14 +264,22 @@ def _refuse_sync(verdict: Verdict, version: int) -> None:
 def _perturbed(run: Run) -> Verdict:
     """Layer 3 on fresh tokens, against the gap that the ladder measured."""
     assert run.canary is not None
-    drawn = draw(run.pair, probe_prompts(run.pair, PROOF_PROMPTS, run.pair.seed), SamplingParams(max_tokens=8), run.pair.seed)
+    drawn = draw(
+        run.pair,
+        probe_prompts(run.pair, PROOF_PROMPTS, run.pair.seed),
+        SamplingParams(max_tokens=8),
+        run.pair.seed,
+    )
     proof = Canary.of(drawn, PROOF_TOKENS)
     proof.clean_gap_nats = run.canary.clean_gap_nats
     return layer3_weights.judge(run.pair, proof, drawn)
 
 
 def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
-    agreement = f"mean |gap| {result.gap_abs_mean_nats:.1e} nats over {result.n_tokens} tokens, limit {result.limit_nats:.1e}"
+    agreement = (
+        f"mean |gap| {result.gap_abs_mean_nats:.1e} nats over {result.n_tokens} tokens, "
+        f"limit {result.limit_nats:.1e}"
+    )
     if result.proven:
         return Verdict(
             layer="weights",
@@ -275,8 +293,8 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
             status="NOT_RUN",
             summary=f"version {version} is not refuted: {agreement}",
             n_tokens=result.n_tokens,
-            reason=f"the update moved the canary by {result.shift_abs_mean_nats:.1e} nats, less than the limit: "
-            "had it been lost, this would not have shown",
+            reason=f"the update moved the canary by {result.shift_abs_mean_nats:.1e} nats, "
+            "less than the limit: had it been lost, this would not have shown",
         )
     # One stale tensor moves little in one step; layer 3 moves every tensor far enough to name it.
     run.say(f"canary: {agreement}; looking for the cause")
@@ -308,7 +326,9 @@ def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
         "n_tokens": float(lengths.sum()),
         "n_samples": float(len(lengths)),
         "missing_logprobs": float(rollouts.missing),
-        "lag_steps": float(np.mean([version - span.version for sample in rollouts for span in sample.version_spans])),
+        "lag_steps": float(
+            np.mean([version - span.version for sample in rollouts for span in sample.version_spans])
+        ),
         "sample_s": rollouts.sample_s,
         "reward_s": rollouts.reward_s,
     }
@@ -316,9 +336,14 @@ def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
 
 def _line(step: int, steps: int, figures: dict[str, float]) -> str:
     unproven = int(figures["unproven_syncs"])
-    proof = f"weights not proven for {unproven} step{'s' * (unproven > 1)}" if unproven else "weights proven by the canary"
+    proof = (
+        f"weights not proven for {unproven} step{'s' * (unproven > 1)}"
+        if unproven
+        else "weights proven by the canary"
+    )
     return (
-        f"step {step + 1:>3}/{steps}  reward {figures['reward_mean']:.3f}  entropy {figures['entropy_mean_nats']:.2f}  "
+        f"step {step + 1:>3}/{steps}  reward {figures['reward_mean']:.3f}  "
+        f"entropy {figures['entropy_mean_nats']:.2f}  "
         f"|gap| max {figures['gap_abs_max_nats']:.0e}  canary {figures['canary_gap_abs_max_nats']:.0e}  "
         f"{proof}  {figures['step_s']:.1f} s"
     )

@@ -3,9 +3,9 @@
     step k   engine  ──sample──►            idle               ──load──────────► score canary ─► …
              trainer    idle      reward ─► gate ─► train ─► publish ──score canary─►     idle        …
 
-Each stage and what it leaves on disk is in ``stages.py``. A step's line in ``metrics.jsonl`` is written when its weights
-were held to the canary in the engine. A killed run goes on from its last checkpoint (``resume.py``): nothing is lost, nothing is
-trained on twice.
+Each stage and what it leaves on disk is in ``stages.py``. A step's line in ``metrics.jsonl`` is written when
+its weights were held to the canary in the engine. A killed run goes on from its last checkpoint
+(``resume.py``): nothing is lost, nothing is trained on twice.
 """
 
 import time

@@ -1,7 +1,8 @@
 """The catalog of figures. A name that is not here cannot be written to a run.
 
-Sign and words are fixed once: ``gap = trainer_logprob − engine_logprob``; the *mismatch ratio* is exp(gap) at the weights that
-sampled, the *policy ratio* is what an optimizer step changed since. ``aliases`` are the names other systems use for it.
+Sign and words are fixed once: ``gap = trainer_logprob − engine_logprob``; the *mismatch ratio* is exp(gap) at
+the weights that sampled, the *policy ratio* is what an optimizer step changed since. ``aliases`` are the
+names other systems use for it.
 """
 
 from typing import Literal
@@ -27,8 +28,20 @@ _SAMPLED = "all completion tokens of the step, each scored under the weights tha
 _NONE = "cannot be non-finite"
 
 METRICS: tuple[Metric, ...] = (
-    Metric("reward_mean", "1", "mean over completions", "a non-finite reward stops the run", ("reward", "rewards/mean")),
-    Metric("reward_std", "1", "standard deviation over completions", "a non-finite reward stops the run", ("reward_std",)),
+    Metric(
+        "reward_mean",
+        "1",
+        "mean over completions",
+        "a non-finite reward stops the run",
+        ("reward", "rewards/mean"),
+    ),
+    Metric(
+        "reward_std",
+        "1",
+        "standard deviation over completions",
+        "a non-finite reward stops the run",
+        ("reward_std",),
+    ),
     Metric(
         "flat_group_fraction",
         "1",
@@ -37,27 +50,53 @@ METRICS: tuple[Metric, ...] = (
         ("frac_reward_zero_std",),
     ),
     Metric("completion_tokens_mean", "tokens", "mean over completions", _NONE, ("completions/mean_length",)),
-    Metric("truncated_fraction", "1", "completions that ended at max_tokens", _NONE, ("completions/clipped_ratio",)),
+    Metric(
+        "truncated_fraction",
+        "1",
+        "completions that ended at max_tokens",
+        _NONE,
+        ("completions/clipped_ratio",),
+    ),
     Metric("n_tokens", "tokens", "completion tokens of the step", _NONE),
     Metric("n_samples", "samples", "completions of the step", _NONE),
     Metric("missing_logprobs", "tokens", "tokens without a finite engine log-probability", "counts them"),
-    Metric("gap_abs_mean_nats", "nats", f"mean |gap| over {_SAMPLED}", aliases=("mean_abs_log_ratio_new_old",)),
+    Metric(
+        "gap_abs_mean_nats", "nats", f"mean |gap| over {_SAMPLED}", aliases=("mean_abs_log_ratio_new_old",)
+    ),
     Metric("gap_abs_p50_nats", "nats", f"median |gap| over {_SAMPLED}"),
     Metric("gap_abs_p999_nats", "nats", f"0.999 quantile of |gap| over {_SAMPLED}"),
-    Metric("gap_abs_max_nats", "nats", f"largest |gap| over {_SAMPLED}", aliases=("sampling/sampling_logp_difference/max",)),
+    Metric(
+        "gap_abs_max_nats",
+        "nats",
+        f"largest |gap| over {_SAMPLED}",
+        aliases=("sampling/sampling_logp_difference/max",),
+    ),
     Metric(
         "mismatch_ratio_mean",
         "1",
         f"mean of exp(gap) over {_SAMPLED}",
         aliases=("sampling/importance_sampling_ratio/mean",),
     ),
-    Metric("mismatch_kl_k3_nats", "nats", f"k3, mean of exp(gap) − gap − 1, over {_SAMPLED}", aliases=("mismatch_kl",)),
+    Metric(
+        "mismatch_kl_k3_nats",
+        "nats",
+        f"k3, mean of exp(gap) − gap − 1, over {_SAMPLED}",
+        aliases=("mismatch_kl",),
+    ),
     Metric("mismatch_ess", "1", f"(Σr)² / (n Σr²), r = exp(gap), over {_SAMPLED}", aliases=("ess",)),
-    Metric("phantom_clip_fraction", "1", f"tokens whose mismatch ratio alone lies outside the clip range, over {_SAMPLED}"),
+    Metric(
+        "phantom_clip_fraction",
+        "1",
+        f"tokens whose mismatch ratio alone lies outside the clip range, over {_SAMPLED}",
+    ),
     Metric("policy_ratio_mean", "1", f"mean of exp(now − old) over {_ALL}", aliases=("ratio_new_old",)),
-    Metric("policy_kl_k3_nats", "nats", f"k3 of now against old over {_ALL}", aliases=("kl_new_old", "approx_kl")),
+    Metric(
+        "policy_kl_k3_nats", "nats", f"k3 of now against old over {_ALL}", aliases=("kl_new_old", "approx_kl")
+    ),
     Metric("policy_ess", "1", f"(Σr)² / (n Σr²), r = exp(now − old), over {_ALL}"),
-    Metric("clip_fraction", "1", f"tokens whose gradient the clip removes, over {_ALL}", aliases=("clip_ratio",)),
+    Metric(
+        "clip_fraction", "1", f"tokens whose gradient the clip removes, over {_ALL}", aliases=("clip_ratio",)
+    ),
     Metric(
         "outside_clip_fraction",
         "1",
@@ -70,24 +109,48 @@ METRICS: tuple[Metric, ...] = (
         f"mean exact entropy of the tempered full vocabulary over {_ALL}",
         aliases=("entropy",),
     ),
-    Metric("loss", "1", "the objective's value, summed over its minibatches", "a non-finite loss stops the run"),
-    Metric("grad_norm", "1", "L2 norm before clipping, mean over minibatches", "a non-finite norm stops the run"),
+    Metric(
+        "loss", "1", "the objective's value, summed over its minibatches", "a non-finite loss stops the run"
+    ),
+    Metric(
+        "grad_norm", "1", "L2 norm before clipping, mean over minibatches", "a non-finite norm stops the run"
+    ),
     Metric("lr", "1", "learning rate of the step", _NONE, ("learning_rate",)),
-    Metric("canary_gap_abs_max_nats", "nats", "largest |trainer − engine| over the canary after the step's sync, at T = 1"),
+    Metric(
+        "canary_gap_abs_max_nats",
+        "nats",
+        "largest |trainer − engine| over the canary after the step's sync, at T = 1",
+    ),
     Metric(
         "canary_shift_abs_mean_nats",
         "nats",
         "mean change of the trainer's own canary scores by the step: what a stale engine would show",
     ),
     Metric(
-        "unproven_syncs", "steps", "syncs since the last one that a proof covers, this one included; 0 when it is proven", _NONE
+        "unproven_syncs",
+        "steps",
+        "syncs since the last one that a proof covers, this one included; 0 when it is proven",
+        _NONE,
     ),
-    Metric("lag_steps", "steps", "optimizer steps between sampling and training, mean over tokens", _NONE, ("stats/lag",)),
+    Metric(
+        "lag_steps",
+        "steps",
+        "optimizer steps between sampling and training, mean over tokens",
+        _NONE,
+        ("stats/lag",),
+    ),
     Metric("sample_s", "s", "wall time of sampling", _NONE),
     Metric("reward_s", "s", "wall time of scoring completions", _NONE),
     Metric("train_s", "s", "wall time of forward, backward and optimizer", _NONE),
-    Metric("sync_s", "s", "wall time of publishing and loading weights, the trainer scoring the canary meanwhile", _NONE),
-    Metric("canary_s", "s", "wall time of the canary after that: the engine's scores and the comparison", _NONE),
+    Metric(
+        "sync_s",
+        "s",
+        "wall time of publishing and loading weights, the trainer scoring the canary meanwhile",
+        _NONE,
+    ),
+    Metric(
+        "canary_s", "s", "wall time of the canary after that: the engine's scores and the comparison", _NONE
+    ),
     Metric("step_s", "s", "wall time of the whole step", _NONE),
     Metric("tokens_per_s", "tokens/s", "completion tokens over the step's wall time", _NONE),
     Metric("samples_per_s", "samples/s", "completions over the step's wall time", _NONE),

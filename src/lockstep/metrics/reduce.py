@@ -16,7 +16,9 @@ def quantiles_abs(gap: np.ndarray) -> dict[str, float]:
 
 
 def mean_over_sequences(values: np.ndarray, owners: np.ndarray) -> tuple[float, float]:
-    """The mean over tokens, and its standard error where whole sequences are what is drawn: tokens of one go together.
+    """The mean over tokens, and its standard error where whole sequences are what is drawn.
+
+    Tokens of one go together.
 
     Args:
         values: float [T].
@@ -77,8 +79,10 @@ def policy_figures(log_ratio: np.ndarray, clip_low: float, clip_high: float) -> 
     }
 
 
-def bootstrap_mean_ci95(values: np.ndarray, groups: np.ndarray, seed: int = 0, draws: int = 500) -> tuple[float, float]:
-    """95 % interval of the mean of ``values`` under resampling of whole groups (tokens of a completion go together).
+def bootstrap_mean_ci95(
+    values: np.ndarray, groups: np.ndarray, seed: int = 0, draws: int = 500
+) -> tuple[float, float]:
+    """95 % interval of the mean of ``values`` under resampling of groups (a completion's tokens go together).
 
     Args:
         values: float [T].

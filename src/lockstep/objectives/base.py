@@ -1,7 +1,8 @@
 """What goes into an objective and what comes out.
 
-An objective is a pure function of one microbatch: ``function(inputs, **options)`` → :class:`LossOutputs`. It is
-called once a microbatch and knows nothing of models, optimizers or files. ``registry.py`` says which there are.
+An objective is a pure function of one microbatch: ``function(inputs, **options)`` → :class:`LossOutputs`. It
+is called once a microbatch and knows nothing of models, optimizers or files. ``registry.py`` says which there
+are.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from torch import Tensor
 class LossInputs:
     """The tokens of one microbatch, flat: whole sequences, one after the other.
 
-    A token that the model did not sample (``loss_mask`` False) has weight and advantage 0, and the trainer's own
-    number in the place of the engine's, so that nothing there can reach a sum.
+    A token that the model did not sample (``loss_mask`` False) has weight and advantage 0, and the trainer's
+    own number in the place of the engine's, so that nothing there can reach a sum.
     """
 
     logprobs: Float[Tensor, "T"]
@@ -30,11 +31,11 @@ class LossInputs:
     token_weights: Float[Tensor, "T"]
     """Sum to 1 over the *whole* minibatch, so that the losses of its microbatches add up."""
     corrections: Float[Tensor, "T"]
-    """What ``objective.correction`` makes of each token for the mismatch of engine and trainer; 1 without one."""
+    """What ``objective.correction`` makes of each token for the mismatch of engine and trainer; else 1."""
     loss_mask: Bool[Tensor, "T"]
     """True where the model sampled the token."""
     sequence_ids: Int[Tensor, "T"]
-    """Which of the minibatch's sequences each token belongs to. Ascending; a microbatch holds some of them whole."""
+    """The minibatch's sequence that each token is of. Ascending; a microbatch holds some of them whole."""
     reference_logprobs: Float[Tensor, "T"] | None = None
     """A frozen reference model's, nats; there for objectives that need them."""
     values: Float[Tensor, "T"] | None = None

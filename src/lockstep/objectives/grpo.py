@@ -1,4 +1,6 @@
-"""GRPO: clipped policy ratio times group-relative advantage (Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, eq. 3).
+"""GRPO: clipped policy ratio times group-relative advantage.
+
+Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, eq. 3.
 
 No KL term to a reference model: with verifiable rewards it is commonly left out (DAPO, arXiv:2503.14476).
 """
@@ -24,7 +26,7 @@ def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> LossOutput
 
 
 def group_advantages(rewards: np.ndarray, scale: Literal["std", "none"]) -> np.ndarray:
-    """Rewards relative to their group: ``(r − mean) / std`` or, without the division, Dr. GRPO's (arXiv:2503.20783).
+    """Rewards relative to their group: ``(r − mean) / std`` or, undivided, Dr. GRPO's (arXiv:2503.20783).
 
     Args:
         rewards: float [groups, G].
@@ -38,11 +40,14 @@ def group_advantages(rewards: np.ndarray, scale: Literal["std", "none"]) -> np.n
     return centred.astype(np.float32)
 
 
-def token_weights(loss_mask: np.ndarray, lengths: np.ndarray, scale: Literal["token", "sequence"]) -> np.ndarray:
-    """The weight of each token so that those in the loss sum to 1: alike over all of them, or alike over sequences first.
+def token_weights(
+    loss_mask: np.ndarray, lengths: np.ndarray, scale: Literal["token", "sequence"]
+) -> np.ndarray:
+    """The weight of each token so that those in the loss sum to 1: alike over all, or over sequences first.
 
     Args:
-        loss_mask: bool [T]; where it is False the weight is 0. A sequence without a token in the loss has no share in it.
+        loss_mask: bool [T]; where it is False the weight is 0. A sequence without a token in the loss has no
+            share in it.
         lengths: int [S], tokens of each sequence, those outside the loss among them; they sum to T.
 
     Returns:
@@ -57,5 +62,7 @@ def token_weights(loss_mask: np.ndarray, lengths: np.ndarray, scale: Literal["to
         raise ValueError("token weights: got no token in the loss, expected at least one")
     alike = 1.0 / counts.sum()
     n_sequences = np.count_nonzero(counts)
-    per_sequence = np.full(len(counts), alike) if scale == "token" else 1.0 / (np.maximum(counts, 1) * n_sequences)
+    per_sequence = (
+        np.full(len(counts), alike) if scale == "token" else 1.0 / (np.maximum(counts, 1) * n_sequences)
+    )
     return np.where(loss_mask, per_sequence[owners], 0.0).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Which objectives there are, what each needs, and what the loop can give. Imports no torch until one is asked for.
+"""Which objectives there are, what each needs, and what the loop can give. No torch until one is asked for.
 
-A new objective is a function in a file of its own, beside ``grpo.py``, and a line in :data:`OBJECTIVES`. One of the
-user's is named in the recipe as ``module:function``, takes ``[objective.options]`` as keyword arguments, and says what
-it needs by :func:`needs`.
+A new objective is a function in a file of its own, beside ``grpo.py``, and a line in :data:`OBJECTIVES`. One
+of the user's is named in the recipe as ``module:function``, takes ``[objective.options]`` as keyword
+arguments, and says what it needs by :func:`needs`.
 """
 
 import difflib
@@ -63,7 +63,10 @@ Loss = Callable[["LossInputs"], "LossOutputs"]
 
 
 def needs(**what: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Says of a user's objective what it must be given: ``@needs(reference=True)``; the names are those of :class:`Needs`."""
+    """Says of a user's objective what it must be given: ``@needs(reference=True)``.
+
+    The names are those of :class:`Needs`.
+    """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         function.needs = Needs(**what)  # type: ignore[attr-defined]
@@ -76,7 +79,8 @@ def loss_of(objective: Objective) -> Loss:
     """The recipe's objective, its options bound to it.
 
     Raises:
-        RecipeError: for a name that is none, options that it does not take, or a need that the loop cannot meet.
+        RecipeError: for a name that is none, options that it does not take, or a need that the loop cannot
+            meet.
     """
     name = objective.name
     if ":" in name:
@@ -90,22 +94,28 @@ def loss_of(objective: Objective) -> Loss:
         raise RecipeError(
             "recipe, key objective.name",
             got=repr(name),
-            expected=f"{near[0]!r} perhaps" if near else f"{', '.join(sorted(OBJECTIVES))}, or module:function",
+            expected=f"{near[0]!r} perhaps"
+            if near
+            else f"{', '.join(sorted(OBJECTIVES))}, or module:function",
             hint=f"--set objective.name={near[0] if near else 'grpo'}",
         )
     if objective.options:
         raise RecipeError(
             "recipe, key objective.options",
             got=", ".join(objective.options),
-            expected=f"none: {name} is set by {', '.join(f'objective.{key}' for key in known.keys) or 'nothing'}",
+            expected=(
+                f"none: {name} is set by {', '.join(f'objective.{key}' for key in known.keys) or 'nothing'}"
+            ),
             hint="objective.options are for an objective of your own, module:function",
         )
     _refuse_unmet(name, known.needs)
-    return partial(imported(known.function, "objective.name"), **{key: getattr(objective, key) for key in known.keys})
+    return partial(
+        imported(known.function, "objective.name"), **{key: getattr(objective, key) for key in known.keys}
+    )
 
 
 def refuse_objective(objective: Objective) -> None:
-    """What can be wrong with an objective before anything is started; of Lockstep's own without importing torch.
+    """What can be wrong with an objective before a start; without importing torch for Lockstep's own.
 
     Raises:
         RecipeError: as :func:`loss_of`.
@@ -141,7 +151,9 @@ def _refuse_options(name: str, function: Callable[..., Any], options: dict[str, 
         ) from error
 
 
-def _checked(name: str, function: Callable[..., Any], options: dict[str, Any], inputs: "LossInputs") -> "LossOutputs":
+def _checked(
+    name: str, function: Callable[..., Any], options: dict[str, Any], inputs: "LossInputs"
+) -> "LossOutputs":
     """Call a user's objective, and refuse what it must not give back."""
     from lockstep.objectives.base import LossOutputs
 
@@ -168,6 +180,8 @@ def _checked(name: str, function: Callable[..., Any], options: dict[str, Any], i
     raise RecipeError(
         f"objective {name}",
         got=said,
-        expected=f"LossOutputs: a differentiable loss of shape [], clipped of shape {list(inputs.logprobs.shape)}",
+        expected=(
+            f"LossOutputs: a differentiable loss of shape [], clipped of shape {list(inputs.logprobs.shape)}"
+        ),
         hint="see docs/guides/your-own-objective.md",
     )

@@ -1,7 +1,7 @@
 """The canary: known tokens that engine and trainer both score, after every weight sync.
 
-Neither a payload's checksum nor a compare of tensors proves a sync: an engine may keep a packed copy of a tensor whose visible
-value is new. Only scoring tokens does.
+Neither a payload's checksum nor a compare of tensors proves a sync: an engine may keep a packed copy of a
+tensor whose visible value is new. Only scoring tokens does.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Canary:
     served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The engine's scores of that measurement, float32 [T]."""
     clean_gap_nats: float = 0.0
-    """Mean |trainer − engine| that the ladder measured: of these tokens, or of all that it re-scored where that is larger."""
+    """Mean |trainer − engine| that the ladder measured, of these tokens or all re-scored: the larger."""
 
     @classmethod
     def of(cls, sampled: Samples, n_tokens: int) -> "Canary":
@@ -69,7 +69,9 @@ class Canary:
             gap_abs_mean_nats=float(np.abs(gap).mean()),
             gap_abs_max_nats=float(np.abs(gap).max()),
             shift_abs_mean_nats=float(shift.mean()),
-            gap_to_previous_abs_mean_nats=float(np.abs(before - engine).mean()) if before.size else float("nan"),
+            gap_to_previous_abs_mean_nats=float(np.abs(before - engine).mean())
+            if before.size
+            else float("nan"),
             engine_moved=not served.size or not np.array_equal(served, engine),
             limit_nats=CANARY_MULTIPLE * max(self.clean_gap_nats, CANARY_FLOOR),
             n_tokens=gap.size,
@@ -83,7 +85,7 @@ class CanaryResult:
     gap_abs_mean_nats: float
     gap_abs_max_nats: float
     shift_abs_mean_nats: float
-    """How far the trainer's own scores moved since the last measurement: what an engine that missed the update would show."""
+    """How far the trainer's scores moved since the last measurement: what missing the update would show."""
     gap_to_previous_abs_mean_nats: float
     """Mean |engine − trainer before the update|: small when the update was not delivered at all."""
     engine_moved: bool
@@ -99,7 +101,7 @@ class CanaryResult:
 
     @property
     def proven(self) -> bool:
-        """True when it does, and a missing update would have shown: it would have moved the canary past the limit."""
+        """True when it does, and a missing update would have shown by moving the canary past the limit."""
         return not self.refuted and self.shift_abs_mean_nats > self.limit_nats
 
     @property

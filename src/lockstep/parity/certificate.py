@@ -52,7 +52,9 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def issue(pair: Pair, verdicts: list[Verdict], path: Path, depth: str = "standard", key: bytes = b"") -> Certificate:
+def issue(
+    pair: Pair, verdicts: list[Verdict], path: Path, depth: str = "standard", key: bytes = b""
+) -> Certificate:
     """Write a certificate for five verdicts that all passed.
 
     A pair with planted faults gets one that says so and that every reader refuses.
@@ -60,7 +62,9 @@ def issue(pair: Pair, verdicts: list[Verdict], path: Path, depth: str = "standar
     Args:
         key: of :func:`lockstep.runs.signature.read_key`; the certificate is signed with it.
     """
-    if [verdict.layer for verdict in verdicts] != list(LAYERS) or any(verdict.status != "PASS" for verdict in verdicts):
+    if [verdict.layer for verdict in verdicts] != list(LAYERS) or any(
+        verdict.status != "PASS" for verdict in verdicts
+    ):
         raise ValueError("a certificate is issued for five passing verdicts only")
     bare = Certificate(
         issued=utc_now(),

@@ -115,13 +115,15 @@ def gather(pair: Pair) -> Evidence:
 
 def _floors(pair: Pair, own: Samples, trainer: np.ndarray) -> Floors:
     half = own.owners % 2 == 0
-    alone = np.concatenate([s for group in own.groups[::2] for s in pair.trainer.score([group], own.sampling.temperature)])
+    alone = np.concatenate(
+        [s for group in own.groups[::2] for s in pair.trainer.score([group], own.sampling.temperature)]
+    )
     return Floors(own.scored(pair.trainer) - trainer, alone - trainer[half], half)
 
 
 @contextmanager
 def steadied(pair: Pair, floors: Floors) -> Iterator[None]:
-    """For the layers before numerics: dropout off, one sequence a row, where the trainer is not steady otherwise."""
+    """For the layers before numerics: dropout off, a sequence a row if the trainer is unsteady otherwise."""
     if floors.steady(pair):
         yield
         return
@@ -137,7 +139,11 @@ def within(noise: Tolerance, gap: np.ndarray) -> bool:
 
 def _telling(pair: Pair, own: Samples) -> Samples:
     """The recipe's own sample where raw and sampled differ in it, else a few at another temperature."""
-    if abs(np.log(own.sampling.temperature)) >= TELLING_LOG_T or own.sampling.truncates or own.sampling.penalises:
+    if (
+        abs(np.log(own.sampling.temperature)) >= TELLING_LOG_T
+        or own.sampling.truncates
+        or own.sampling.penalises
+    ):
         return own
     half = own.prompts[: max(4, len(own.prompts) // 2)]
     return draw(pair, half, replace(own.sampling, temperature=DISTINGUISHING_TEMPERATURE), pair.seed + 1)

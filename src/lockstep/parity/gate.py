@@ -1,8 +1,9 @@
-"""The gate: every token of a step is judged under the weights that drew it, before the step's first optimizer update.
+"""The gate: every token of a step is judged under the weights that drew it, before the step's first update.
 
-The ladder proves the pair on probes; the gate holds every rollout to that proof. Each of these refuses on its own: the median and
-the mean of the gap are as the ladder measured them on this pair (a bias); the tail and the largest are what arithmetic can bring
-at each token's own probability (a few wrong numbers); the objective clips no more for the mismatch alone than layer 4 allows.
+The ladder proves the pair on probes; the gate holds every rollout to that proof. Each of these refuses on its
+own: the median and the mean of the gap are as the ladder measured them on this pair (a bias); the tail and
+the largest are what arithmetic can bring at each token's own probability (a few wrong numbers); the objective
+clips no more for the mismatch alone than layer 4 allows.
 """
 
 from collections.abc import Mapping
@@ -66,32 +67,48 @@ class Gate:
 
     @property
     def _unfelt(self) -> float:
-        """A median that is never refused, nats: what the ladder measured may be 0 where both sides run the same kernels."""
+        """A median that is never refused, nats.
+
+        What the ladder measured may be 0 where both sides run the same kernels.
+        """
         return max(NEGLIGIBLE_NATS, self.noise.p50 / GATE_MEDIAN_MULTIPLE)
 
     def _bulk(self, gap: np.ndarray) -> str:
         own = self.measured.p50
         limit = min(self.noise.p50, max(self._unfelt, GATE_MEDIAN_MULTIPLE * own))
         median = float(np.median(np.abs(gap)))
-        return "" if median <= limit else f"median |gap| {median:.2e} nats, at most {limit:.2e} (the ladder measured {own:.2e})"
+        return (
+            ""
+            if median <= limit
+            else f"median |gap| {median:.2e} nats, at most {limit:.2e} (the ladder measured {own:.2e})"
+        )
 
     def _bias(self, gap: np.ndarray, owners: np.ndarray) -> str:
         mean, error = mean_over_sequences(gap, owners)
         slack = abs(self.measured.mean) + max(self._unfelt, self.measured.p50)
         limit = slack + BIAS_Z * float(np.hypot(error, self.measured.mean_se))
-        return "" if abs(mean) <= limit else f"mean gap {mean:+.2e} nats (± {error:.1e} over sequences), at most {limit:.2e}"
+        return (
+            ""
+            if abs(mean) <= limit
+            else f"mean gap {mean:+.2e} nats (± {error:.1e} over sequences), at most {limit:.2e}"
+        )
 
     def _tail(self, gap: np.ndarray, tokens: AtSampling) -> str:
-        limits = largest_gap(np.maximum(tokens.sampling_logprobs, tokens.engine_logprobs), self.noise, self.temperature)
+        limits = largest_gap(
+            np.maximum(tokens.sampling_logprobs, tokens.engine_logprobs), self.noise, self.temperature
+        )
         beyond = np.flatnonzero(np.abs(gap) > limits)
         if beyond.size:
             worst = beyond[np.argmax(np.abs(gap[beyond]) - limits[beyond])]
             return (
-                f"{beyond.size} of {gap.size} tokens beyond what arithmetic can bring at their probability: token {worst}, "
-                f"of completion {tokens.owners[worst]}, is {gap[worst]:+.2e} nats off, at most {limits[worst]:.2e}"
+                f"{beyond.size} of {gap.size} tokens beyond what arithmetic can bring at their probability: "
+                f"token {worst}, of completion {tokens.owners[worst]}, is {gap[worst]:+.2e} nats off, "
+                f"at most {limits[worst]:.2e}"
             )
         p999, limit = quantiles_abs(gap)["p999"], self.noise.p999
-        return "" if p999 <= limit else f"|gap| p99.9 {p999:.2e} nats over {gap.size} tokens, at most {limit:g}"
+        return (
+            "" if p999 <= limit else f"|gap| p99.9 {p999:.2e} nats over {gap.size} tokens, at most {limit:g}"
+        )
 
     def _clips(self, gap: np.ndarray) -> str:
         low, high = self.clip.clip_low, self.clip.clip_high

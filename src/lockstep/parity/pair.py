@@ -37,7 +37,7 @@ class Pair:
     receipt: LoadReceipt | None = None
     """What the engine said of the last sync."""
     presumed_dtype: str = ""
-    """Of an engine that does not say what it computes in: the one whose rounding, tried on the trainer, has the gap's size."""
+    """Of an engine that says none: the one whose rounding, tried on the trainer, has the gap's size."""
     search: Search = field(default_factory=lambda: Search(math.inf))
     """What is tried when something does not fit; each check bounds it in time."""
 
@@ -72,7 +72,7 @@ class Pair:
 
     @property
     def engine_noise(self) -> Tolerance:
-        """What arithmetic alone may bring between the engine and itself, its head's and its cache's included where known.
+        """What arithmetic alone may bring between the engine and itself, its head's and cache's where known.
 
         Where nothing is, the trainer's: what the engine should be held to.
         """
@@ -104,7 +104,10 @@ class Pair:
 
     @contextmanager
     def loading(self, version: int, mode: LoadMode = "wait") -> Iterator[None]:
-        """:meth:`sync`, with the body running while the engine loads (``weights/sync.py``); keeps the engine's receipt."""
+        """:meth:`sync`, with the body running while the engine loads (``weights/sync.py``).
+
+        Keeps the engine's receipt.
+        """
         with push(self.trainer, self.engine, version, mode, shares_cores=self.shares_cores) as pushed:
             yield
         self.receipt = pushed.receipt

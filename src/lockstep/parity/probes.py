@@ -1,7 +1,8 @@
 """Probe prompts: rows that differ from token 0 on, so that a mix-up of rows cannot go unseen.
 
-Two halves: conversations through the chat template (special tokens, the task's own questions, text outside ASCII), and random
-ids of many lengths. The random half makes the model unsure, so that low-probability tokens are drawn and scored.
+Two halves: conversations through the chat template (special tokens, the task's own questions, text outside
+ASCII), and random ids of many lengths. The random half makes the model unsure, so that low-probability tokens
+are drawn and scored.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
-"""The search for a cause: hypotheses in order, cheap and likely ones first, within a bound of time that they all share.
+"""The search for a cause: hypotheses in order, cheap and likely ones first, within one shared bound of time.
 
-A hypothesis is a name and a function that returns what it found, or None. What the time did not suffice for is kept by name, so
-that "nothing explains it" always says of what.
+A hypothesis is a name and a function that returns what it found, or None. What the time did not suffice for
+is kept by name, so that "nothing explains it" always says of what.
 """
 
 import time
@@ -69,7 +69,9 @@ class Search:
         if not self.not_tried:
             return ""
         rest = f" and {len(self.not_tried) - SHOWN} more" if len(self.not_tried) > SHOWN else ""
-        return f"; not tried within {self.limit_s:g} s (--search-s): {', '.join(self.not_tried[:SHOWN])}{rest}"
+        return (
+            f"; not tried within {self.limit_s:g} s (--search-s): {', '.join(self.not_tried[:SHOWN])}{rest}"
+        )
 
     def _now(self) -> float:
         return self.spent_s + (time.monotonic() - self._began if _RUNNING.get() is self else 0.0)
@@ -79,7 +81,7 @@ class Search:
             names.append(name)
 
     def tell(self) -> None:
-        """What is being tried, where that takes long: most of what a clean check looks at is answered at once."""
+        """What is being tried, where that takes long; most of what a clean check tries is told at once."""
         now = self._now()
         if now - self._said >= SAID_EVERY_S:
             self.say(f"looking for the cause, {now:.0f} of at most {self.limit_s:g} s: {self._trying}")

@@ -1,8 +1,9 @@
 """Attention over packed rows, registered with transformers as ``lockstep_packed``.
 
-Each block of the row (``packing.py``) is one call of scaled-dot-product attention, so no work is spent between blocks and
-no sequence can see its neighbour. The blocks travel as a keyword argument of the model's forward, which transformers hands
-down to every attention layer (transformers/modeling_utils.py, ``AttentionInterface``).
+Each block of the row (``packing.py``) is one call of scaled-dot-product attention, so no work is spent
+between blocks and no sequence can see its neighbour. The blocks travel as a keyword argument of the model's
+forward, which transformers hands down to every attention layer (transformers/modeling_utils.py,
+``AttentionInterface``).
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +40,9 @@ def packed_attention(
         NotImplementedError: for what would silently be another attention (no blocks, soft-capped scores).
     """
     if not blocks or softcap is not None:
-        raise NotImplementedError(f"packed attention without blocks or with softcap={softcap} in {type(module).__name__}")
+        raise NotImplementedError(
+            f"packed attention without blocks or with softcap={softcap} in {type(module).__name__}"
+        )
     parts = []
     for block in blocks:
         rows = slice(block.start, block.stop)
@@ -63,16 +66,28 @@ def _windowed(block: Block, window: int | None, device: torch.device) -> Tensor 
     length = block.stop - block.start
     if window is None or length <= window:
         return block.mask
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril() if block.mask is None else block.mask
-    position = seen.sum(-1)  # a token sees its own path from the root on, so what it sees counts where it stands
+    seen = (
+        torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        if block.mask is None
+        else block.mask
+    )
+    # A token sees its own path from the root on, so what it sees counts where it stands.
+    position = seen.sum(-1)
     return seen & (position[:, None] - position < window)
 
 
 @contextmanager
-def altered(window: int | None = None, kept: Callable[[Tensor], Tensor] | None = None, scale: float = 1.0) -> Iterator[None]:
-    """Packed attention as another side may have it: under a window, over keys and values as a cache kept them, scores scaled."""
+def altered(
+    window: int | None = None, kept: Callable[[Tensor], Tensor] | None = None, scale: float = 1.0
+) -> Iterator[None]:
+    """Packed attention as another side may have it.
 
-    def other(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    Under a window, over keys and values as a cache kept them, with the scores scaled.
+    """
+
+    def other(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         if kept is not None:
             key, value = kept(key), kept(value)
         if window is not None:

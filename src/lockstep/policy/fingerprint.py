@@ -29,7 +29,10 @@ def config_digest(model) -> str:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """SHA-256 over the vocabulary, merges and normalisation where there are any, the special tokens and the chat template."""
+    """SHA-256 over the vocabulary, the special tokens and the chat template.
+
+    Merges and normalisation are in it where there are any.
+    """
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{number} {token}\n".encode())
@@ -41,7 +44,7 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def trainer_environment(device: torch.device) -> dict[str, str | int]:
-    """Whose arithmetic the trainer's is: libraries, device, and the threads that a reduction is split over."""
+    """Whose arithmetic the trainer's is: libraries, device, the threads that a reduction is split over."""
     return {
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

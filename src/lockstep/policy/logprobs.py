@@ -1,9 +1,9 @@
 """Token log-probabilities from hidden states: the only shift, temperature and log-softmax of the project.
 
-The logits of all tokens are never held at once. Rows go through the head in blocks; the forward pass keeps one number per
-token (the log-sum-exp), and the backward pass computes each block's logits again, turns them into their gradient in place, and
-adds up the gradients of the head. That is one matrix product in four more than the naive way, which in turn spends its time
-reading and writing [T, V].
+The logits of all tokens are never held at once. Rows go through the head in blocks; the forward pass keeps
+one number per token (the log-sum-exp), and the backward pass computes each block's logits again, turns them
+into their gradient in place, and adds up the gradients of the head. That is one matrix product in four more
+than the naive way, which in turn spends its time reading and writing [T, V].
 """
 
 import math
@@ -16,10 +16,11 @@ from torch import Tensor
 BLOCK_BYTES = 112 * 1024 * 1024
 """Least size of a block of logits: large enough for the matrix product to run at full speed."""
 KEPT_BLOCKS = 2
-"""Blocks at the end that the forward pass keeps for the backward one, which begins with them: their product is saved."""
+"""Last blocks, which the forward pass keeps for the backward one to begin with: their product is saved."""
 ONEDNN = torch.backends.mkldnn.is_available()
-"""fp32 logits on a CPU then go through oneDNN's linear, as torch's own compiler has them: on AMD it does 174 GFLOPS where the
-BLAS does 133, on Intel 220 against 218. The two products of the gradient are faster in the BLAS on both."""
+"""fp32 logits on a CPU then go through oneDNN's linear, as torch's own compiler has them: on AMD it does 174
+GFLOPS where the BLAS does 133, on Intel 220 against 218. The two products of the gradient are faster in the
+BLAS on both."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +50,17 @@ def token_logprobs(
         hidden: the states that *predict* the targets; the caller has shifted.
         temperature: > 0; divides the logits after the head.
         softcap: Gemma's ``cap · tanh(z / cap)``, or None.
-        head_dtype: of the matrix product. fp32 casts both operands up; bf16 rounds the logits as an engine with a bf16 head does.
+        head_dtype: of the matrix product. fp32 casts both operands up; bf16 rounds the logits as an engine
+            with a bf16 head does.
 
     Raises:
-        ValueError: for shapes that do not fit, a target outside the vocabulary, or a temperature that is not positive.
+        ValueError: for shapes that do not fit, a target outside the vocabulary, or a temperature that is not
+            positive.
     """
     _validate(hidden, head, targets, temperature)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, head, bias, targets, temperature, softcap, with_entropy, head_dtype)
+    logprobs, entropy = _TokenLogprobs.apply(
+        hidden, head, bias, targets, temperature, softcap, with_entropy, head_dtype
+    )
     return TokenScores(logprobs, entropy)
 
 
@@ -68,13 +73,20 @@ def token_logprobs_reference(
 
 
 def _validate(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
+    if (
+        hidden.ndim != 2
+        or head.ndim != 2
+        or hidden.shape[1] != head.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
         shapes = f"hidden {tuple(hidden.shape)}, head {tuple(head.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"token_logprobs: got {shapes}, expected [T, D], [V, D], [T]")
     if not temperature > 0.0:
         raise ValueError(f"token_logprobs: got temperature {temperature}, expected a positive one")
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
-        raise ValueError(f"token_logprobs: got targets up to {int(targets.max())}, expected ids in [0, {head.shape[0]})")
+        raise ValueError(
+            f"token_logprobs: got targets up to {int(targets.max())}, expected ids in [0, {head.shape[0]})"
+        )
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -85,7 +97,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs) if with_entropy else None
         blocks, ctx.kept = _blocks(len(hidden), head), []
-        keep_from = len(blocks) - KEPT_BLOCKS if softcap is None and any(ctx.needs_input_grad[:3]) else len(blocks)
+        keep_from = (
+            len(blocks) - KEPT_BLOCKS if softcap is None and any(ctx.needs_input_grad[:3]) else len(blocks)
+        )
         for at, rows in enumerate(blocks):
             logits = _logits(hidden[rows], operand, bias, temperature, softcap, wide)
             normaliser[rows] = logits.logsumexp(-1)
@@ -145,7 +159,12 @@ def _blocks(n_rows: int, head: Tensor) -> list[slice]:
 
 
 def _logits(
-    hidden: Tensor, operand: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, wide: torch.dtype
+    hidden: Tensor,
+    operand: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    wide: torch.dtype,
 ) -> Tensor:
     """One block's tempered logits, [t, V]; every step after the product is in place."""
     logits = _product(hidden.to(operand.dtype), operand).to(wide)

@@ -22,17 +22,18 @@ from lockstep.records.samples import Group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EAGER = "eager"
-"""Where packed attention does not fit: transformers' own definition. Its faster paths leave out soft-capped scores."""
+"""Where packed attention does not fit: transformers' definition, whose faster paths leave out soft caps."""
 SELF_TEST_ATOL = 1e-3
-"""Logits through our path against the model's own forward, relative to the largest logit: far above fp32 rounding over a few
-dozen layers (1e-5), far below the effect of a forgotten scale, cap or mask (1e-1)."""
+"""Logits through our path against the model's own forward, relative to the largest logit: far above fp32
+rounding over a few dozen layers (1e-5), far below the effect of a forgotten scale, cap or mask (1e-1)."""
 
 
 @dataclass(eq=False)
 class Policy:
     """A causal language model that scores packed rows.
 
-    ``share_prompts`` is False where the model cannot take our attention; each sequence is then computed on its own.
+    ``share_prompts`` is False where the model cannot take our attention; each sequence is then computed on
+    its own.
     """
 
     model: PreTrainedModel
@@ -76,7 +77,7 @@ class Policy:
         return self.project(self.hidden(row), row.targets, temperature, with_entropy=with_entropy)
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
-        """Whole distributions, fp32, for the few tokens that a hypothesis needs them for; training never does."""
+        """Whole distributions, fp32, for the few tokens that a hypothesis needs; training never does."""
         z = hidden.to(self.head_dtype) @ whole(self.head).to(self.head_dtype).T
         z = z.float() if self.head_bias is None else z.float() + self.head_bias
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
@@ -134,7 +135,9 @@ def place(asked: str) -> tuple[torch.device, str]:
     """
     found = torch.cuda.is_available()
     if asked == "auto":
-        return torch.device("cuda" if found else "cpu"), "auto: CUDA is there" if found else "auto: no CUDA here"
+        return torch.device(
+            "cuda" if found else "cpu"
+        ), "auto: CUDA is there" if found else "auto: no CUDA here"
     try:
         device = torch.device(asked)
         torch.empty(0, device=device)
@@ -153,13 +156,16 @@ def load_policy(path: Path, dtype: str, head_dtype: str, device: str = "cpu") ->
 
     Raises:
         UsageError: for a device that is not there.
-        ModelError: when it is no causal language model, or its logits are not head · hidden (a scale that is not known here).
+        ModelError: when it is no causal language model, or its logits are not head · hidden (a scale that is
+            not known here).
     """
     attention.register()
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
+        )
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
             f"model {path}",
@@ -187,20 +193,25 @@ def load_policy(path: Path, dtype: str, head_dtype: str, device: str = "cpu") ->
         error = _self_test(policy, expected)
         if error <= SELF_TEST_ATOL:
             return policy
-        policy.reason = "each sequence is computed on its own: packed attention does not reproduce this model's logits"
+        policy.reason = (
+            "each sequence is computed on its own: packed attention does not reproduce this model's logits"
+        )
     raise ModelError(
         f"model {path}, {type(model).__name__}",
         got=f"logits that differ from head · hidden by {error:.1e} of the largest logit",
         expected=f"at most {SELF_TEST_ATOL:g}: a plain projection, or one with final_logit_softcapping",
-        hint="this architecture scales its logits in a way that policy/model.py does not know; please report it",
+        hint=(
+            "this architecture scales its logits in a way that policy/model.py does not know; "
+            "please report it"
+        ),
     )
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
     """Have each layer keep its inputs alone for the backward pass, and compute the rest again in it.
 
-    transformers does so in training mode only, where dropout is on too: so the mode is set on the layers themselves and not on
-    the modules inside them.
+    transformers does so in training mode only, where dropout is on too: so the mode is set on the layers
+    themselves and not on the modules inside them.
 
     Raises:
         ModelError: where the model's layers cannot.

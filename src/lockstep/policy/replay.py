@@ -4,7 +4,8 @@
     ╰── old weights ╯ ╰ new ╯
     cache: prompt t0 t1 (old)  │  t2 is the first token that the new weights read
 
-The key that the engine has of t2 is computed by the new weights, for a token's cache entry is made when the next one is drawn.
+The key that the engine has of t2 is computed by the new weights, for a token's cache entry is made when the
+next one is drawn.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,12 @@ Piece = tuple[np.ndarray, np.ndarray, int]
 
 
 @torch.no_grad()
-def kept_cache_logprobs(policy: Policy, pieces: Sequence[Piece], old: Snapshot, temperature: float) -> list[np.ndarray]:
-    """Log-probabilities of the tokens after the switch, over a cache that the old weights filled; nats, float32 [T − n] each.
+def kept_cache_logprobs(
+    policy: Policy, pieces: Sequence[Piece], old: Snapshot, temperature: float
+) -> list[np.ndarray]:
+    """Log-probabilities of the tokens after the switch, over a cache that the old weights filled.
+
+    Nats, float32 [T − n] each.
 
     The policy holds the new weights.
 
@@ -40,8 +45,12 @@ def kept_cache_logprobs(policy: Policy, pieces: Sequence[Piece], old: Snapshot, 
                 caches.append(cache)
         for cache, (_, tokens, n) in zip(caches, pieces, strict=True):
             ids = _ids(policy, tokens[n - 1 : -1])
-            hidden = policy.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
-            found.append(policy.project(hidden, _ids(policy, tokens[n:]), temperature).logprobs.numpy(force=True))
+            hidden = policy.model.base_model(
+                input_ids=ids[None], past_key_values=cache, use_cache=True
+            ).last_hidden_state[0]
+            found.append(
+                policy.project(hidden, _ids(policy, tokens[n:]), temperature).logprobs.numpy(force=True)
+            )
     return found
 
 

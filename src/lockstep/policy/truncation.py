@@ -1,7 +1,7 @@
 """How much probability a truncating sampler keeps, from the trainer's own logits.
 
-Follows vLLM's order (vllm/v1/sample: min-p, then top-k, then top-p on what is left) with its ties: every token as likely as
-the k-th is kept, and top-p keeps the token that crosses the threshold.
+Follows vLLM's order (vllm/v1/sample: min-p, then top-k, then top-p on what is left) with its ties: every
+token as likely as the k-th is kept, and top-p keeps the token that crosses the threshold.
 """
 
 from collections.abc import Callable

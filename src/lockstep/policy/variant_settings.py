@@ -1,8 +1,8 @@
 """Variants of the trainer's model that are one number, or one choice, each (see ``variants.py``).
 
-Each is a place where engines have differed from the checkpoint: a base or a scaling of the rotary embedding that was not read, a
-norm's epsilon, the scale of the attention's scores (YaRN's factor, ``query_pre_attn_scalar``), a cap on the logits left out, a
-cache in a narrower dtype.
+Each is a place where engines have differed from the checkpoint: a base or a scaling of the rotary embedding
+that was not read, a norm's epsilon, the scale of the attention's scores (YaRN's factor,
+``query_pre_attn_scalar``), a cap on the logits left out, a cache in a narrower dtype.
 """
 
 import copy
@@ -67,7 +67,9 @@ class NormEpsilon:
     def held(self, policy: Policy) -> AbstractContextManager[Policy]:
         """See :class:`~lockstep.policy.variants.Variant`."""
         names = ("variance_epsilon", "eps")
-        places = [(m, n) for m in policy.model.modules() for n in names if isinstance(getattr(m, n, None), float)]
+        places = [
+            (m, n) for m in policy.model.modules() for n in names if isinstance(getattr(m, n, None), float)
+        ]
         return _set(policy, places, self.epsilon)
 
 
@@ -142,7 +144,10 @@ class OneBlockRows:
     def held(self, policy: Policy) -> Iterator[Policy]:
         """See :class:`~lockstep.policy.variants.Variant`."""
         other = copy.copy(policy)
-        other.rows = lambda *args: [_one_block(row) for row in policy.rows(*args)]  # type: ignore[method-assign]
+        other.rows = lambda *args: [  # type: ignore[method-assign]
+            _one_block(row)
+            for row in policy.rows(*args)  # type: ignore[arg-type]
+        ]
         yield other
 
 
@@ -168,8 +173,15 @@ def base_of(frequencies: Tensor) -> float:
 
 
 def rotary_of(model: nn.Module) -> Any:
-    """The module that holds the rotary frequencies, where it is of the default kind; None where there is none."""
-    return next((m for m in model.modules() if hasattr(m, "inv_freq") and getattr(m, "rope_type", "default") == "default"), None)
+    """The module that holds the rotary frequencies, if of the default kind; None where there is none."""
+    return next(
+        (
+            m
+            for m in model.modules()
+            if hasattr(m, "inv_freq") and getattr(m, "rope_type", "default") == "default"
+        ),
+        None,
+    )
 
 
 @contextmanager

@@ -3,9 +3,9 @@
     with trainer.holding(Scaled(("model.norm.weight",), 1.05)):
         scores = trainer.score(groups, 1.0)
 
-A variant in place changes tensors or settings of the policy's own model and puts them back exactly. A variant by copy is another
-policy of the same weights. Nothing here knows what is being looked for.
-Variants that are one number each: ``variant_settings.py``.
+A variant in place changes tensors or settings of the policy's own model and puts them back exactly. A variant
+by copy is another policy of the same weights. Nothing here knows what is being looked for. Variants that are
+one number each: ``variant_settings.py``.
 """
 
 import contextlib
@@ -88,7 +88,11 @@ class Earlier:
 
     def held(self, policy: Policy) -> AbstractContextManager[Policy]:
         """See :class:`Variant`."""
-        chosen = self.snapshot.values if self.names is None else {name: self.snapshot.values[name] for name in self.names}
+        chosen = (
+            self.snapshot.values
+            if self.names is None
+            else {name: self.snapshot.values[name] for name in self.names}
+        )
         return _with_values(policy, lambda name, _: chosen.get(name), chosen)
 
 
@@ -125,13 +129,18 @@ class RoundedThrough:
 
     def held(self, policy: Policy) -> AbstractContextManager[Policy]:
         """See :class:`Variant`."""
-        names = [name for name, parameter in policy.model.named_parameters() if parameter.dtype == torch.float32]
+        names = [
+            name for name, parameter in policy.model.named_parameters() if parameter.dtype == torch.float32
+        ]
         return _with_values(policy, lambda _, tensor: tensor.to(dtype_of(self.dtype)).float(), names)
 
 
 @dataclass(frozen=True)
 class InDtype:
-    """Body and head in other precisions; None leaves one as it is. Buffers stay: rotary frequencies are fp32 on every side."""
+    """Body and head in other precisions; None leaves one as it is.
+
+    Buffers stay: rotary frequencies are fp32 on every side.
+    """
 
     body: str | None = None
     head: str | None = None
@@ -149,7 +158,10 @@ class InDtype:
 
 @dataclass(frozen=True)
 class Quantised:
-    """The matrices of the layers rounded, a scale for each row; embeddings and head are left, as quantisers leave them."""
+    """The matrices of the layers rounded, a scale for each row.
+
+    Embeddings and head are left, as quantisers leave them.
+    """
 
     form: str
     """``int8`` or ``fp8_e4m3``."""
@@ -159,7 +171,9 @@ class Quantised:
         """See :class:`Variant`."""
         form = {"int8": _int8, "fp8_e4m3": _fp8}[self.form]
         with torch.no_grad():
-            quantised = _copied(policy, lambda is_end, weight: form(weight) if weight.dim() == 2 and not is_end else weight)
+            quantised = _copied(
+                policy, lambda is_end, weight: form(weight) if weight.dim() == 2 and not is_end else weight
+            )
         yield quantised
 
 
@@ -182,7 +196,9 @@ class Configured:
             for name in parents:
                 holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
             holder.update({last: value}) if isinstance(holder, dict) else setattr(holder, last, value)
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError):
+        with contextlib.suppress(
+            ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError
+        ):
             model: Any = type(policy.model)(config).eval()
             model.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
             return _over(policy, model)
@@ -220,7 +236,9 @@ def _with_values(
     """The policy's own model with other values in the parameters ``names``."""
     parameters = parameters_of(policy.model)
     now = {name: whole(parameters[name].detach()).clone() for name in names}
-    assign(parameters, {name: value for name, old in now.items() if (value := value_of(name, old)) is not None})
+    assign(
+        parameters, {name: value for name, old in now.items() if (value := value_of(name, old)) is not None}
+    )
     try:
         yield policy
     finally:

@@ -1,1 +1,4 @@
-"""What crosses a boundary: tokens, samples, semantics, versions, verdicts. Torch-free; all but samples numpy-free too."""
+"""What crosses a boundary: tokens, samples, semantics, versions, verdicts.
+
+Torch-free; all but samples numpy-free too.
+"""

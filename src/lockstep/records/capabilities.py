@@ -1,4 +1,7 @@
-"""What an engine can do, said by the running engine. What it cannot do is NOT_RUN with the reason, never done otherwise."""
+"""What an engine can do, said by the running engine.
+
+What it cannot do is NOT_RUN with the reason, never done otherwise.
+"""
 
 from msgspec import Struct
 

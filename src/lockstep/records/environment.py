@@ -26,11 +26,11 @@ WRITTEN = frozenset(
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     )
 )
-"""Environment variables that can move a log-probability in any engine. Names, never a pattern: a pattern finds
-keys too. Beside an engine's own, which its adapter names, no other variable is written down anywhere."""
+"""Environment variables that can move a log-probability in any engine. Names, never a pattern: a pattern
+finds keys too. Beside an engine's own, which its adapter names, no other variable is written down."""
 
 SECRET = re.compile(r"SECRET|PASSWORD|PASSWD|ACCESS_KEY|(?:KEY|KEYS|TOKEN|CREDENTIALS)$")
-"""Names of what an engine's process does without. Here a pattern can only keep too much back, there it would tell too much."""
+"""What an engine's process does without. A pattern here can only keep too much back, there tell too much."""
 
 
 def resolved_env(environ: Mapping[str, str], own: Collection[str] = ()) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The worker protocol: what trainer and engine process say to each other.
 
-Frames are 4 bytes of little-endian length, then one msgpack-encoded message. Requests carry an ``id`` that the reply repeats.
-Decoding is strict: a frame that is no request is answered with a :class:`Failure` and changes nothing; one that is no reply ends
-the engine and fails everyone who waits for it.
+Frames are 4 bytes of little-endian length, then one msgpack-encoded message. Requests carry an ``id`` that
+the reply repeats. Decoding is strict: a frame that is no request is answered with a :class:`Failure` and
+changes nothing; one that is no reply ends the engine and fails everyone who waits for it.
 """
 
 from typing import Any
@@ -21,7 +21,10 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
 class Draw(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Draw ``params.n`` completions of every prompt. Answered by :class:`Drawn`, all completions in prompt order."""
+    """Draw ``params.n`` completions of every prompt.
+
+    Answered by :class:`Drawn`, all completions in prompt order.
+    """
 
     id: int
     prompts: list[bytes]
@@ -41,7 +44,10 @@ class Score(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Pause, load the weights, re-pack, clear the caches (but in mode ``keep``), resume. Answered by :class:`Loaded`."""
+    """Pause, load the weights, re-pack, clear the caches (but in mode ``keep``), resume.
+
+    Answered by :class:`Loaded`.
+    """
 
     id: int
     update: WeightUpdate
@@ -115,7 +121,10 @@ class Counted(Struct, frozen=True, tag=True):
 
 
 class Failure(Struct, frozen=True, tag=True):
-    """The request could not be done. ``usage`` is true when the request or the configuration is at fault, not the engine."""
+    """The request could not be done.
+
+    ``usage`` is true when the request or the configuration is at fault, not the engine.
+    """
 
     id: int
     message: str
@@ -168,7 +177,8 @@ def number_of(frame: bytes) -> int:
         return 0
 
 
-# A frame can also be nested too deep, hold an integer that Python's own cannot be compared with, or announce more than memory.
+# A frame can also be nested too deep, hold an integer that Python's own cannot be compared with, or announce
+# too much.
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 
 
@@ -178,7 +188,10 @@ def _decoded(decoder: msgspec.msgpack.Decoder, frame: bytes, what: str) -> Any:
     except _UNDECODABLE as error:
         raise ProtocolError(
             f"worker protocol, {what}",
-            got=f"a frame of {len(frame)} bytes that begins {bytes(frame[:32])!r} ({type(error).__name__}: {str(error)[:200]!r})",
+            got=(
+                f"a frame of {len(frame)} bytes that begins {bytes(frame[:32])!r} ({type(error).__name__}: "
+                f"{str(error)[:200]!r})"
+            ),
             expected=f"a {what} of lockstep.records.messages",
             hint="do both sides run the same Lockstep?",
         ) from error

@@ -35,7 +35,9 @@ class Group:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sample:
-    """One continuation of one prompt. Arrays are never written to: ``dataclasses.replace`` makes the next state.
+    """One continuation of one prompt.
+
+    Arrays are never written to: ``dataclasses.replace`` makes the next state.
 
     Example: the second sample of the first prompt, which is question 40 of the task::
 
@@ -49,11 +51,11 @@ class Sample:
     sample: int
     """0 … n − 1 within its group."""
     item: int
-    """The question's number, counted over the whole run; of a probe its row, of a log its place in the file."""
+    """The question's number over the whole run; of a probe its row, of a log its place in the file."""
     prompt_ids: np.ndarray
     """int32 [P]."""
     token_ids: np.ndarray
-    """int32 [T]: exactly the tokens that were sampled, a stop token included, and what was put between them."""
+    """int32 [T]: exactly the tokens that were sampled, stop token included, and what was put between them."""
     loss_mask: np.ndarray
     """bool [T]: True where the model sampled the token."""
     engine_logprobs: np.ndarray
@@ -115,7 +117,7 @@ class Rescorer(Protocol):
 
 @dataclass(eq=False)
 class Samples(Sequence[Sample]):
-    """Samples that were drawn together, and their tokens' values as flat arrays [ΣT], one sample after the other."""
+    """Samples that were drawn together, and their tokens' values as flat arrays [ΣT], sample after sample."""
 
     samples: list[Sample]
     sampling: SamplingParams
@@ -127,7 +129,9 @@ class Samples(Sequence[Sample]):
     reward_s: float = 0.0
 
     @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], completions: Iterable[Completion], sampling: SamplingParams) -> "Samples":
+    def of(
+        cls, prompts: Sequence[np.ndarray], completions: Iterable[Completion], sampling: SamplingParams
+    ) -> "Samples":
         """What an engine answered to a request for ``prompts``; an item is a prompt's place among them."""
         made = [Sample.of(c, prompts[c.prompt_index], item=c.prompt_index) for c in completions]
         return cls(made, sampling)
@@ -151,7 +155,7 @@ class Samples(Sequence[Sample]):
         return replace(self, samples=[replace(sample, group=row) for row, sample in enumerate(self.samples)])
 
     def fill(self, **flat: np.ndarray) -> None:
-        """Put per-token values in, [ΣT] each, under the name that a sample has for them: ``fill(advantages=…)``.
+        """Put per-token values in, [ΣT] each, under a sample's name for them: ``fill(advantages=…)``.
 
         Raises:
             ValueError: for a value too many or too few.
@@ -162,7 +166,9 @@ class Samples(Sequence[Sample]):
                 raise ValueError(f"samples, {name}: got {len(values)} values, expected {n}")
             ends = self.lengths.cumsum()
             changes: list[dict[str, Any]] = [{name: part} for part in np.split(values, ends[:-1])]
-            self.samples = [replace(sample, **change) for sample, change in zip(self.samples, changes, strict=True)]
+            self.samples = [
+                replace(sample, **change) for sample, change in zip(self.samples, changes, strict=True)
+            ]
 
     @property
     def temperature(self) -> float:

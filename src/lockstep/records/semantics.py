@@ -17,8 +17,8 @@ class LogprobSemantics(Struct, frozen=True):
     """
 
     distribution: Distribution
-    """``model``: the raw logits. ``sampler``: what tokens are drawn from. ``sampler_untruncated``: tempered and penalised,
-    but before top-k, top-p and min-p (SGLang's default)."""
+    """``model``: the raw logits. ``sampler``: what tokens are drawn from. ``sampler_untruncated``: tempered
+    and penalised, but before top-k, top-p and min-p (SGLang's default)."""
     temperature: float
     """The divisor of the logits; 1.0 for ``model`` and for greedy sampling."""
     truncated: bool

@@ -1,4 +1,4 @@
-"""Configurations as plain settings: so that two can be compared, and so that no secret is written down with them."""
+"""Configurations as plain settings: to compare two of them, and to write no secret down with them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,7 +9,17 @@ PREFIX = "hf_config."
 """Of the model's configuration in what an engine resolved to: ``hf_config.rope_parameters.rope_theta``."""
 
 SECRETS = frozenset(
-    ("api_key", "api_keys", "hf_token", "token", "access_token", "auth_token", "password", "secret", "credentials")
+    (
+        "api_key",
+        "api_keys",
+        "hf_token",
+        "token",
+        "access_token",
+        "auth_token",
+        "password",
+        "secret",
+        "credentials",
+    )
 )
 """Settings of engines that hold a secret. They are never written down, not even that there is one."""
 
@@ -28,19 +38,23 @@ OPEN_TABLES = frozenset(
         "rope_scaling",
     )
 )
-"""Settings that are tables, can move a log-probability and hold no secret. Of every other table only the size is written down:
-what a user passes through to a store, a connector or a loader is there, credentials included."""
+"""Settings that are tables, can move a log-probability and hold no secret. Of other tables only the size is
+written down: what a user passes to a store, a connector or a loader is there, credentials included."""
 LONGEST = 1000
 """Characters of a setting, and of a table or list 200."""
 
 
 def resolved_plain(settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Settings as they may be written down: plain values, lists of them, known tables; of the rest the type and size.
+    """Settings as they may be written down: plain values, lists of them, known tables; else type and size.
 
     Args:
         settings: full name (``model_config.dtype``) and value.
     """
-    return {name: _plain(name, value) for name, value in settings if name.rpartition(".")[2].lower() not in SECRETS}
+    return {
+        name: _plain(name, value)
+        for name, value in settings
+        if name.rpartition(".")[2].lower() not in SECRETS
+    }
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -52,7 +66,9 @@ def _plain(name: str, value: Any) -> Any:
         return repr(value)[:200]
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)  # a set's own order differs from start to start
-    if isinstance(value, list | tuple) and all(item is None or isinstance(item, str | int | float) for item in value):
+    if isinstance(value, list | tuple) and all(
+        item is None or isinstance(item, str | int | float) for item in value
+    ):
         return bare_urls(repr(value))[:200]
     if isinstance(value, list | tuple | Mapping):
         return f"{type(value).__name__} of {len(value)}"

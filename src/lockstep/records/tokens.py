@@ -1,8 +1,8 @@
 """Tokens and their log-probabilities, as they travel between an engine and the trainer.
 
-Per-token values travel as packed little-endian arrays in ``bytes``, never as lists of Python objects. The engine's worker
-runs in a foreign environment with the standard library and msgspec alone, so packing uses :mod:`array`; the trainer reads
-the same bytes with ``numpy.frombuffer`` and no copy.
+Per-token values travel as packed little-endian arrays in ``bytes``, never as lists of Python objects. The
+engine's worker runs in a foreign environment with the standard library and msgspec alone, so packing uses
+:mod:`array`; the trainer reads the same bytes with ``numpy.frombuffer`` and no copy.
 """
 
 import math
@@ -31,12 +31,15 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def pack_logprobs(logprobs: Iterable[float | None]) -> bytes:
-    """Log-probabilities (nats) as float32 bytes. A missing value becomes NaN, which stays visible; nothing is dropped."""
+    """Log-probabilities (nats) as float32 bytes.
+
+    A missing value becomes NaN, which stays visible; nothing is dropped.
+    """
     return array("f", (float("nan") if value is None else value for value in logprobs)).tobytes()
 
 
 def finite_logprob(value: float | None) -> float | None:
-    """A reported log-probability, or None for what stands for a missing one: NaN, an infinity, a clamped −inf."""
+    """A reported log-probability, or None for what stands for none: NaN, an infinity, a clamped −inf."""
     return value if value is not None and math.isfinite(value) and value > CLAMPED_LOGPROB else None
 
 
@@ -74,7 +77,7 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def truncates(self) -> bool:
-        """True when some tokens cannot be drawn at all, so that the sampler's distribution is renormalised."""
+        """True when some tokens cannot be drawn at all, and the sampler's distribution is renormalised."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
     @property
@@ -93,8 +96,8 @@ class Completion(Struct, frozen=True):
 
     Example: 5 tokens under weights 3, ended by a stop token::
 
-        Completion(prompt_index=2, sample_index=7, token_ids=<20 bytes>, logprobs=<20 bytes>, finish_reason="stop",
-                   version_spans=(VersionSpan(start=0, stop=5, version=3),), missing=0)
+        Completion(prompt_index=2, sample_index=7, token_ids=<20 bytes>, logprobs=<20 bytes>,
+                   finish_reason="stop", version_spans=(VersionSpan(start=0, stop=5, version=3),), missing=0)
     """
 
     prompt_index: int
@@ -104,7 +107,7 @@ class Completion(Struct, frozen=True):
     token_ids: bytes
     """int32 [T]: exactly the tokens that were sampled, a stop token included. Never re-tokenised."""
     logprobs: bytes
-    """float32 [T], nats. NaN where the engine gave none or gave −inf, +inf, NaN or the −9999 of a clamping server."""
+    """float32 [T], nats. NaN where the engine gave none, ±inf, NaN or the −9999 of a clamping server."""
     finish_reason: FinishReason
     version_spans: tuple[VersionSpan, ...]
     """Which weights sampled which tokens; the spans tile [0, T)."""
@@ -115,7 +118,7 @@ class Completion(Struct, frozen=True):
 
 
 class Scores(Struct, frozen=True):
-    """An engine's own log-probabilities of given token ids (score B), at temperature 1 over the full vocabulary."""
+    """An engine's own log-probabilities of given token ids (score B), at T = 1 over the full vocabulary."""
 
     logprobs: bytes
     """float32 [T − 1], nats: entry i is the log-probability of token i + 1 given tokens 0 … i."""

@@ -5,8 +5,8 @@ from typing import Literal
 from msgspec import Struct
 
 LoadMode = Literal["wait", "keep", "recompute"]
-"""What becomes of requests in flight at a load. ``wait``: they end first. ``keep``: they go on over the cache they have.
-``recompute``: they go on, and their cache is computed anew under the new weights."""
+"""What becomes of requests in flight at a load. ``wait``: they end first. ``keep``: they go on over the cache
+they have. ``recompute``: they go on, and their cache is computed anew under the new weights."""
 
 
 class VersionSpan(Struct, frozen=True):
@@ -37,17 +37,20 @@ class WeightUpdate(Struct, frozen=True):
 
     version: int
     path: str = ""
-    """A safetensors file inside the directory that the engine was told of at start; nothing outside is read."""
+    """A safetensors file in the directory that the engine was told of at start; none outside is read."""
     nccl: NcclBroadcast | None = None
     """In place of a file."""
 
 
 class LoadReceipt(Struct, frozen=True):
-    """What an engine did with a :class:`WeightUpdate`. It proves nothing: only scoring tokens does (``parity/canary.py``)."""
+    """What an engine did with a :class:`WeightUpdate`.
+
+    It proves nothing: only scoring tokens does (``parity/canary.py``).
+    """
 
     version: int
     n_tensors: int
     load_s: float
     repacked: tuple[str, ...]
-    """Modules whose packed copies were rebuilt by Lockstep because the engine's own reload leaves them stale."""
+    """Modules whose packed copies Lockstep rebuilt because the engine's own reload leaves them stale."""
     cache_cleared: bool

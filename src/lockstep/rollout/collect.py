@@ -37,7 +37,12 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
     completions = engine.sample(prompts, params)
     _refuse_empty(completions)
     samples = [
-        Sample.of(c, prompts[c.prompt_index], items[c.prompt_index], renderer.text(np.frombuffer(c.token_ids, INT32)))
+        Sample.of(
+            c,
+            prompts[c.prompt_index],
+            items[c.prompt_index],
+            renderer.text(np.frombuffer(c.token_ids, INT32)),
+        )
         for c in completions
     ]
     return Samples(samples, recipe.sampling, step=step, sample_s=time.perf_counter() - began)

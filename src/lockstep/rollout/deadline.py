@@ -1,10 +1,10 @@
 """A deadline for somebody else's code in this thread.
 
-    main thread      with deadline(60): theirs()  ◄──signal: Overdue──┐
-    watching thread       waits ─────────60 s───────────────────────────┴─► again every second, should it be swallowed
+    main thread      with deadline(60): theirs() ◄──signal: Overdue──┐
+    watching thread       waits ────────60 s─────────────────────────┴─► again every second, if swallowed
 
-The signal is one of its own, so that code with an alarm of its own keeps that. What never comes back to the interpreter cannot be
-interrupted so: that needs a process of its own (``reward_workers.py``).
+The signal is one of its own, so that code with an alarm of its own keeps that. What never comes back to the
+interpreter cannot be interrupted so: that needs a process of its own (``reward_workers.py``).
 """
 
 import contextlib
@@ -22,7 +22,10 @@ class Overdue(BaseException):
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise :class:`Overdue` in the body once it has taken so long. 0: never. Signals reach the main thread; others have none."""
+    """Raise :class:`Overdue` in the body once it has taken so long. 0: never.
+
+    Signals reach the main thread; others have none.
+    """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,7 +42,9 @@ def deadline(seconds: float) -> Iterator[None]:
             wait = AGAIN_S
 
     before = signal.signal(SIGNAL, overdue)
-    watching = threading.Thread(target=watch, args=[threading.get_ident()], name="reward-deadline", daemon=True)
+    watching = threading.Thread(
+        target=watch, args=[threading.get_ident()], name="reward-deadline", daemon=True
+    )
     watching.start()
     try:
         try:

@@ -1,4 +1,7 @@
-"""What a trainer and a worker that computes rewards say to each other: msgpack frames behind their length, over a socket pair."""
+"""What a trainer and a worker that computes rewards say to each other.
+
+msgpack frames behind their length, over a socket pair.
+"""
 
 import socket
 import struct
@@ -81,7 +84,7 @@ def _set_deadline(peer: socket.socket, until: float | None) -> None:
 
 
 def unsendable(value: Any, path: str = "item") -> str:
-    """Where in a question there is something that would not arrive as it was sent, and of which type; empty where nothing is."""
+    """Where in a question something would not arrive as sent, and of which type; empty where nothing is."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return ""
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """A process that computes rewards and nothing else: ``python -m lockstep.rollout.reward_worker SOCKET_FD``.
 
-Whatever the reward does to it, exit, crash or never return, happens here and not in the trainer, which ends it then. When the
-trainer is gone it ends itself, in the middle of a reward too.
+Whatever the reward does to it, exit, crash or never return, happens here and not in the trainer, which ends
+it then. When the trainer is gone it ends itself, in the middle of a reward too.
 """
 
 import os

@@ -24,7 +24,16 @@ import msgspec
 
 from lockstep.config.recipe import Task as TaskConfig
 from lockstep.errors import RecipeError
-from lockstep.rollout.reward_frames import ANSWER_LIMIT, Answer, Question, Setup, encode, receive, send, unsendable
+from lockstep.rollout.reward_frames import (
+    ANSWER_LIMIT,
+    Answer,
+    Question,
+    Setup,
+    encode,
+    receive,
+    send,
+    unsendable,
+)
 from lockstep.rollout.rewards import Item, refused
 
 START_S = 120.0
@@ -33,7 +42,9 @@ REAP_S = 5.0
 
 
 class RewardWorkers:
-    """``config.reward_workers`` processes, of which the first is started at once, so that what cannot be is said at once.
+    """``config.reward_workers`` processes.
+
+    The first is started at once, so that what cannot be is said at once.
 
     Raises:
         RecipeError: when the reward cannot be had in them.
@@ -70,7 +81,10 @@ class RewardWorkers:
             pool.shutdown()
 
     def close(self) -> None:
-        """End every worker, in the middle of a reward too. Another call of :meth:`rewards` starts new ones."""
+        """End every worker, in the middle of a reward too.
+
+        Another call of :meth:`rewards` starts new ones.
+        """
         self._closing.set()
         for worker in list(self._live):
             worker.end()

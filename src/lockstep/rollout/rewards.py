@@ -1,4 +1,4 @@
-"""What an answer is worth: the rewards there are, and what is said of one that raised, returned no number or did not return."""
+"""What an answer is worth: the rewards there are, and what is said of one that raised, hung or gave none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +27,10 @@ def reward_named(name: str, items: Any) -> Reward:
     if name == "dataset":
         if not hasattr(items, "score_answer"):
             raise RecipeError(
-                "recipe, key task.reward", got="'dataset'", expected="a dataset with score_answer", hint="exact_match"
+                "recipe, key task.reward",
+                got="'dataset'",
+                expected="a dataset with score_answer",
+                hint="exact_match",
             )
         return lambda completion, item: items.score_answer(answer=completion.strip(), entry=item)
     return imported(name, "task.reward")
@@ -44,4 +47,6 @@ def raised(error: BaseException) -> str:
 def refused(name: str, got: str, completion: str, item: Item) -> RewardError:
     """The error of a reward that is none; prompt and completion are shown."""
     shown = f"prompt {str(item.get('question', ''))[-200:]!r}, completion {completion[:200]!r}"
-    return RewardError(f"reward {name}", got=got, expected="a finite number", hint=f"it was called on {shown}")
+    return RewardError(
+        f"reward {name}", got=got, expected="a finite number", hint=f"it was called on {shown}"
+    )

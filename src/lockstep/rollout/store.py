@@ -3,7 +3,7 @@
     sampled ─save─► drawn/step-k ─score, save─► drawn/step-k ─┬─admit──► step-k            trained on
                                                               └─refuse─► refused/step-k    never
 
-The names are the state: what lies under the last name may be trained on again by a resume, and nothing else may.
+The names are the state: what lies under the last name may be trained on again by a resume, nothing else.
 """
 
 from itertools import count, pairwise
@@ -37,18 +37,30 @@ def save(path: Path, rollouts: Samples) -> None:
     """
     assert rollouts.step is not None, "probes are not stored"
     make_directory(path.parent)
-    columns: dict[str, Any] = {name: [getattr(sample, name) for sample in rollouts] for name in (*ALIKE, *PER_TOKEN)}
+    columns: dict[str, Any] = {
+        name: [getattr(sample, name) for sample in rollouts] for name in (*ALIKE, *PER_TOKEN)
+    }
     columns |= {
         "step": [rollouts.step] * len(rollouts),
         "missing_logprobs": [sample.missing for sample in rollouts],
-        "weight_version": [sample.version_spans[0].version if sample.version_spans else -1 for sample in rollouts],
+        "weight_version": [
+            sample.version_spans[0].version if sample.version_spans else -1 for sample in rollouts
+        ],
         "version_spans": [
-            [{"start": span.start, "stop": span.stop, "version": span.version} for span in sample.version_spans]
+            [
+                {"start": span.start, "stop": span.stop, "version": span.version}
+                for span in sample.version_spans
+            ]
             for sample in rollouts
         ],
         "reward": rollouts.rewards,
     }
-    about = About(step=rollouts.step, group_size=rollouts.group_size, sample_s=rollouts.sample_s, reward_s=rollouts.reward_s)
+    about = About(
+        step=rollouts.step,
+        group_size=rollouts.group_size,
+        sample_s=rollouts.sample_s,
+        reward_s=rollouts.reward_s,
+    )
     write_rollouts(path, columns, about)
 
 
@@ -97,7 +109,9 @@ def admit(layout: RunLayout, step: int) -> Path:
 
 
 def refuse(layout: RunLayout, step: int) -> Path:
-    """The gate refused what was drawn: it is never trained on, and kept beside earlier refusals. Returns where it lies.
+    """The gate refused what was drawn; returns where it lies.
+
+    It is never trained on, and kept beside earlier refusals.
 
     Raises:
         RunError: when it cannot be moved.

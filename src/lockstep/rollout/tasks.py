@@ -27,7 +27,9 @@ class Task:
         self.config = config
         self._items = _dataset(config, seed)
         examples = _dataset(config, seed + EXAMPLES_SEED_OFFSET) if config.examples else []
-        shots = [_item(config.name, examples, number, ("question", "answer")) for number in range(config.examples)]
+        shots = [
+            _item(config.name, examples, number, ("question", "answer")) for number in range(config.examples)
+        ]
         self._shots = [message for item in shots for message in _solved(item)]
         self._workers = RewardWorkers(config, seed) if config.reward_workers else None
         self._reward = None if self._workers else reward_named(config.reward, self._items)
@@ -42,15 +44,17 @@ class Task:
 
     def messages(self, item: Item) -> list[dict[str, str]]:
         """The conversation that ends with the question."""
-        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
+        system = (
+            [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
+        )
         return [*system, *self._shots, {"role": "user", "content": str(item["question"])}]
 
     def rewards(self, completions: Sequence[str], items: Sequence[Item]) -> Iterator[float]:
         """What each completion is worth, in order.
 
         Raises:
-            RewardError: at the first whose reward raises, ends the process, takes longer than ``task.reward_timeout_s`` or is no
-                finite number; prompt and completion are shown.
+            RewardError: at the first whose reward raises, ends the process, takes longer than
+                ``task.reward_timeout_s`` or is no finite number; prompt and completion are shown.
         """
         here = (self._here(completion, item) for completion, item in zip(completions, items, strict=True))
         values = here if self._workers is None else self._workers.rewards(completions, items)
@@ -102,7 +106,10 @@ def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
 
     try:
         # It has __len__ and __getitem__, which is all that is asked of a sequence here.
-        items = cast(Sequence[Item], reasoning_gym.create_dataset(name, **({"size": 1_000_000, "seed": seed} | config.options)))
+        items = cast(
+            Sequence[Item],
+            reasoning_gym.create_dataset(name, **({"size": 1_000_000, "seed": seed} | config.options)),
+        )
     except Exception as error:
         raise RecipeError(
             f"recipe, task {config.name}",
@@ -132,10 +139,15 @@ def _not_empty(name: str, items: Any) -> Sequence[Item]:
         n = len(items)
     except TypeError as error:
         expected = "a sequence: something with a length, indexed by number"
-        raise RecipeError(f"recipe, task {name}", got=type(items).__name__, expected=expected, hint="return a list") from error
+        raise RecipeError(
+            f"recipe, task {name}", got=type(items).__name__, expected=expected, hint="return a list"
+        ) from error
     if not n:
         raise RecipeError(
-            f"recipe, task {name}", got="an empty dataset", expected="at least one question", hint="see task.options"
+            f"recipe, task {name}",
+            got="an empty dataset",
+            expected="at least one question",
+            hint="see task.options",
         )
     return items
 
@@ -148,13 +160,24 @@ def _item(name: str, items: Sequence[Item], number: int, needs: tuple[str, ...])
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
-        raise RecipeError(where, got=f"{type(error).__name__}: {error}", expected=expected, hint="mend the dataset") from error
+        raise RecipeError(
+            where, got=f"{type(error).__name__}: {error}", expected=expected, hint="mend the dataset"
+        ) from error
     missing = needs if not isinstance(item, Mapping) else [key for key in needs if key not in item]
     if missing:
-        got = f"a mapping of {', '.join(map(str, item)) or 'nothing'}" if isinstance(item, Mapping) else type(item).__name__
-        raise RecipeError(where, got=got, expected=expected, hint=f"mend the dataset: it lacks {', '.join(missing)}")
+        got = (
+            f"a mapping of {', '.join(map(str, item)) or 'nothing'}"
+            if isinstance(item, Mapping)
+            else type(item).__name__
+        )
+        raise RecipeError(
+            where, got=got, expected=expected, hint=f"mend the dataset: it lacks {', '.join(missing)}"
+        )
     return item
 
 
 def _solved(item: Item) -> list[dict[str, str]]:
-    return [{"role": "user", "content": str(item["question"])}, {"role": "assistant", "content": str(item["answer"])}]
+    return [
+        {"role": "user", "content": str(item["question"])},
+        {"role": "assistant", "content": str(item["answer"])},
+    ]

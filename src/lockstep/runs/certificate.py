@@ -1,8 +1,8 @@
 """The certificate as a file: which pair passed which layers, with which figures.
 
-A digest proves that a file is as it was written, not who wrote it: whoever changes a file can digest it again. A signature by a
-key of the user's (``signature.py``) proves the second (docs/concepts/certificate.md). What a pair is, and whether it is still
-the one that was certified, is ``parity/certificate.py``'s.
+A digest proves that a file is as it was written, not who wrote it: whoever changes a file can digest it
+again. A signature by a key of the user's (``signature.py``) proves the second (docs/concepts/certificate.md).
+What a pair is, and whether it is still the one that was certified, is ``parity/certificate.py``'s.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Certificate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     planted: tuple[str, ...] = ()
     """Faults that were planted on purpose; with any, it certifies nothing and every reader refuses it."""
     void: str = ""
-    """Why it no longer holds, where a later ladder of its run did not pass; every reader refuses it with this."""
+    """Why it no longer holds, if a later ladder of its run did not pass; every reader then refuses it."""
     digest: str = ""
     """SHA-256 of everything above, as canonical JSON."""
     signature: str = ""
@@ -57,7 +57,12 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "semantics": ("minimal_detectable_effect_nats", "fit_p50_nats"),
     "path": ("minimal_detectable_effect_nats",),
     "weights": ("minimal_detectable_effect_nats", "before_sync_abs_mean_nats"),
-    "numerics": ("minimal_detectable_effect_nats", "gap_abs_p50_nats", "gap_abs_p999_nats", "phantom_clip_fraction"),
+    "numerics": (
+        "minimal_detectable_effect_nats",
+        "gap_abs_p50_nats",
+        "gap_abs_p999_nats",
+        "phantom_clip_fraction",
+    ),
     "objective": ("minimal_detectable_effect_nats", "gap_abs_p999_nats", "phantom_clip_fraction"),
 }
 """Figures that a layer which passed always has, as finite numbers."""
@@ -66,7 +71,8 @@ MEASURED: dict[str, tuple[str, ...]] = {
 def void(path: Path, reason: str) -> None:
     """Make every reader refuse the certificate at ``path``, if there is one, with this reason.
 
-    One that is void already keeps its first reason; what is no whole certificate is refused as it is. A signature is taken off.
+    One that is void already keeps its first reason; what is no whole certificate is refused as it is. A
+    signature is taken off.
     """
     try:
         certificate = whole_certificate(path)
@@ -83,22 +89,36 @@ def read_certificate(path: Path, key: bytes = b"") -> Certificate:
         key: of :func:`lockstep.runs.signature.read_key`; the certificate must be signed with it.
 
     Raises:
-        RunError: when it is truncated, of another schema, was changed after it was issued, does not hold five layers that passed,
-            or is not signed with the key.
+        RunError: when it is truncated, of another schema, was changed after it was issued, does not hold five
+            layers that passed, or is not signed with the key.
         ParityError: when it is void, or faults were planted in what it is of.
     """
     certificate = whole_certificate(path)
     boundary = f"certificate {path}"
     if key and not is_signed_by(certificate.signature, certificate.digest, key):
         got = "another key's signature" if certificate.signature else "no signature"
-        raise RunError(boundary, got=got, expected="a signature by the key of --verify-key", hint=f"{HINT}, with --sign-key FILE")
+        raise RunError(
+            boundary,
+            got=got,
+            expected="a signature by the key of --verify-key",
+            hint=f"{HINT}, with --sign-key FILE",
+        )
     if certificate.void:
-        raise ParityError(boundary, got=f"void since {certificate.void}", expected="one that no later ladder refuted", hint=HINT)
+        raise ParityError(
+            boundary,
+            got=f"void since {certificate.void}",
+            expected="one that no later ladder refuted",
+            hint=HINT,
+        )
     if certificate.planted:
         got = f"planted faults: {', '.join(certificate.planted)}"
-        raise ParityError(boundary, got=got, expected="a pair that nothing was planted in", hint=f"{HINT}, without --plant")
+        raise ParityError(
+            boundary, got=got, expected="a pair that nothing was planted in", hint=f"{HINT}, without --plant"
+        )
     for complaint in _incomplete(certificate):
-        raise RunError(boundary, got=complaint, expected="five layers, in order, each PASS over tokens", hint=HINT)
+        raise RunError(
+            boundary, got=complaint, expected="five layers, in order, each PASS over tokens", hint=HINT
+        )
     return certificate
 
 
@@ -115,10 +135,13 @@ def whole_certificate(path: Path) -> Certificate:
         if schema != SCHEMA:
             raise RunError(boundary, got=f"schema {schema!r}", expected=SCHEMA, hint=HINT)
         certificate = msgspec.json.decode(content, type=Certificate)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:  # msgspec's own errors are ValueErrors
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        # msgspec's own errors are ValueErrors.
         raise RunError(boundary, got=str(error), expected="a whole certificate", hint=HINT) from error
     if certificate.digest != _digest(certificate):
-        raise RunError(boundary, got="another digest than its content has", expected="the file as issued", hint=HINT)
+        raise RunError(
+            boundary, got="another digest than its content has", expected="the file as issued", hint=HINT
+        )
     return certificate
 
 
@@ -137,7 +160,11 @@ def _incomplete(certificate: Certificate) -> list[str]:
         if verdict.status != "PASS" or verdict.findings:
             found.append(f"layer {verdict.layer}: {verdict.status}, {len(verdict.findings)} findings")
         figures = {name: verdict.figures.get(name, "nothing") for name in MEASURED[verdict.layer]}
-        found += [f"layer {verdict.layer}: {name} {figure}" for name, figure in figures.items() if not _is_number(figure)]
+        found += [
+            f"layer {verdict.layer}: {name} {figure}"
+            for name, figure in figures.items()
+            if not _is_number(figure)
+        ]
     found += [f"a pair without {name}" for name in PAIR if not certificate.pair.get(name)]
     return found
 

@@ -1,12 +1,14 @@
-"""Files that outlive a kill and a power cut, or are not there at all. Everything that a run writes goes through here.
+"""Files that outlive a kill and a power cut, or are not there at all.
+
+Everything that a run writes goes through here.
 
   write_atomically   .partial-NAME ─ write ─ fsync ─► rename ─► fsync of the directory
   append_line        one write of a whole line ─► fsync, of the directory too; undone where it came out short
   rename             rename ─► fsync of both directories
   make_directory     mkdir ─► fsync of the parent, for each level that was missing
 
-A directory is flushed too: a file system may keep a file's content and lose its name. What cannot be written is an error
-that names the file and the command that goes on; a partial file is removed with it.
+A directory is flushed too: a file system may keep a file's content and lose its name. What cannot be written
+is an error that names the file and the command that goes on; a partial file is removed with it.
 """
 
 import contextlib
@@ -38,7 +40,10 @@ def writing(path: Path) -> Iterator[None]:
             f"writing {path}",
             got=error.strerror or str(error),
             expected="room for it" if error.errno in NO_ROOM else "a file system that takes it",
-            hint=f"{'free space' if error.errno in NO_ROOM else f'df -h {path.parent}'}, then: {_next_command(path)}",
+            hint=(
+                f"{'free space' if error.errno in NO_ROOM else f'df -h {path.parent}'}, then: "
+                f"{_next_command(path)}"
+            ),
         ) from error
 
 

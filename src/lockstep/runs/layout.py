@@ -1,14 +1,15 @@
 """What lies where in a run directory.
 
 runs/<id>/
-  manifest.json       what ran: recipe, versions, resolved engine configuration, hardware, the catalog of figures
+  manifest.json       what ran: recipe, versions, resolved engine configuration, hardware, catalog of figures
   certificate.json    which pair passed which layers; written only on PASS
   verdicts.jsonl      every verdict, in order, over all starts of the run
   metrics.jsonl       one line a training step; metrics.csv and the like: where the recipe asks for such sinks
-  rollouts/           step-000007.parquet: admitted by the gate, and trained on or about to be; one row a completion
+  rollouts/           step-000007.parquet: admitted by the gate, trained on or about to be; a row a completion
     drawn/            step-000007.parquet: sampled; not yet judged, perhaps not yet scored
-    refused/          step-000007.parquet: refused by the gate, never trained on; later refusals of it: step-000007.2.parquet …
-  checkpoints/        step-000010/: a Hugging Face directory, and the trainer's own state in its folder trainer/
+    refused/          step-000007.parquet: refused by the gate, never trained on;
+                      step-000007.2.parquet …: later refusals of the step
+  checkpoints/        step-000010/: a Hugging Face directory, with the trainer's own state in trainer/
   engine.log          the engine's own output
 """
 
@@ -87,7 +88,10 @@ class RunLayout:
         return self.root / "engine.log"
 
     def drawn(self, step: int) -> Path:
-        """Rollouts of one step as they were sampled: not yet judged; their rewards are NaN until they are scored."""
+        """Rollouts of one step as they were sampled: not yet judged.
+
+        Their rewards are NaN until they are scored.
+        """
         return self.root / "rollouts" / "drawn" / f"step-{step:06d}.parquet"
 
     def rollouts(self, step: int) -> Path:
@@ -95,13 +99,18 @@ class RunLayout:
         return self.root / "rollouts" / f"step-{step:06d}.parquet"
 
     def refused(self, step: int) -> Path:
-        """Rollouts of one step that the gate refused, the first time; never trained on. :meth:`refusals` has all of them."""
+        """Rollouts of one step that the gate refused, the first time; never trained on.
+
+        :meth:`refusals` has all of them.
+        """
         return self.root / "rollouts" / "refused" / f"step-{step:06d}.parquet"
 
     def refusals(self, step: int) -> list[Path]:
         """Every refusal of one step, oldest first."""
         first = self.refused(step)
-        later = [path for path in first.parent.glob(f"step-{step:06d}.*.parquet") if path.suffixes[0][1:].isdigit()]
+        later = [
+            path for path in first.parent.glob(f"step-{step:06d}.*.parquet") if path.suffixes[0][1:].isdigit()
+        ]
         return [first] * first.is_file() + sorted(later, key=lambda path: int(path.suffixes[0][1:]))
 
 
@@ -112,8 +121,9 @@ LEFT = {".lock", "engine.log", "rollouts"}
 def new_run(out: Path | None) -> RunLayout:
     """A run directory: ``out``, or ``runs/<date>-<random>``.
 
-    It is made, private to the user. One that is there already keeps its mode, and must be empty: a run's files are not mixed with
-    others, which a resume could take for its own. The files of a run are private in either case.
+    It is made, private to the user. One that is there already keeps its mode, and must be empty: a run's
+    files are not mixed with others, which a resume could take for its own. The files of a run are private in
+    either case.
 
     Raises:
         UsageError: when ``out`` holds a run, or anything else, or is no directory.
@@ -137,13 +147,21 @@ def new_run(out: Path | None) -> RunLayout:
 
 def _refuse_foreign(root: Path) -> None:
     if not root.is_dir():
-        raise UsageError(f"flag --out {root}", got="a file", expected="an empty directory, or none yet", hint="give another")
+        raise UsageError(
+            f"flag --out {root}",
+            got="a file",
+            expected="an empty directory, or none yet",
+            hint="give another",
+        )
     own = {path.name for path in root.glob(f"{PARTIAL}*")} | LEFT
     foreign = sorted(path.name for path in root.iterdir() if path.name not in own)
     if foreign or any(path.is_file() for path in (root / "rollouts").rglob("*")):
         raise UsageError(
             f"flag --out {root}",
-            got=f"a directory that holds {', '.join(foreign[:3] or ['rollouts'])}{' …' if len(foreign) > 3 else ''} and no run",
+            got=(
+                f"a directory that holds {', '.join(foreign[:3] or ['rollouts'])}"
+                f"{' …' if len(foreign) > 3 else ''} and no run"
+            ),
             expected="an empty directory, or none yet",
             hint=f"--out {root / 'run'}",
         )
@@ -161,7 +179,7 @@ def existing_run(root: Path) -> RunLayout:
 
 
 def forget_partials(layout: RunLayout) -> None:
-    """At the start of a run that goes on: remove what a killed process left half-written, and flush what it renamed last.
+    """Of a run that goes on: remove what a killed process left half-written, and flush what it renamed last.
 
     Raises:
         RunError: when it cannot be removed.

@@ -1,4 +1,7 @@
-"""The manifest: everything that could move a log-probability, as it was resolved, with the reason where there was a choice."""
+"""The manifest: everything that could move a log-probability, as it was resolved.
+
+With the reason where there was a choice.
+"""
 
 import contextlib
 import hashlib
@@ -115,7 +118,9 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         raise RunError(f"manifest {path}", got=str(error), expected="a whole manifest", hint=hint) from error
     if manifest.recipe_sha256 != _digest(manifest.recipe):
-        raise RunError(f"manifest {path}", got="a recipe that was edited", expected="the recipe that was run", hint=hint)
+        raise RunError(
+            f"manifest {path}", got="a recipe that was edited", expected="the recipe that was run", hint=hint
+        )
     return manifest
 
 
@@ -137,7 +142,9 @@ def refuse_other_run(path: Path, now: Manifest) -> None:
         RunError: names what differs.
     """
     then = read_manifest(path)
-    changed = [f"{name}: {before} → {after}" for name, before, after in _differences(_parts(then), _parts(now))]
+    changed = [
+        f"{name}: {before} → {after}" for name, before, after in _differences(_parts(then), _parts(now))
+    ]
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise RunError(
@@ -166,7 +173,9 @@ def _code(recipe: Recipe) -> dict[str, str]:
     task, objective = recipe.task, recipe.objective
     named = {"task.name": task.name, "task.reward": task.reward, "objective.name": objective.name}
     # A dataset of reasoning-gym's is told by that package's version.
-    return {key: source_digest(n) for key, n in named.items() if ":" in n and not n.startswith("reasoning_gym:")}
+    return {
+        key: source_digest(n) for key, n in named.items() if ":" in n and not n.startswith("reasoning_gym:")
+    }
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -177,18 +186,25 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
 
 
 def steady(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What an engine resolved to, without what differs from start to start and cannot move a log-probability."""
+    """What an engine resolved to, less what differs between starts and cannot move a log-probability."""
     return {name: value for name, value in sorted(resolved.items()) if not VOLATILE.search(name)}
 
 
 def unfinished_run(recipe: Recipe, runs: Path) -> RunLayout | None:
-    """The newest run under ``runs``, if it is of this very recipe, has steps or its last checkpoint left, and nobody is at it."""
+    """The newest run under ``runs``, if it can go on; else None.
+
+    It can if it is of this very recipe, has steps or its last checkpoint left, and nobody is at it.
+    """
     manifests = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not manifests:
         return None
     layout = RunLayout(manifests[-1].parent)
     with contextlib.suppress(LockstepError), layout.held():
-        return layout if read_manifest(layout.manifest).recipe == recipe and not finished(layout, recipe) else None
+        return (
+            layout
+            if read_manifest(layout.manifest).recipe == recipe and not finished(layout, recipe)
+            else None
+        )
     return None
 
 

@@ -82,7 +82,7 @@ def open_run(path: Path) -> RunRecord:
 
     Raises:
         UsageError: when there is none.
-        RunError: when its manifest is damaged or of another schema; other files' errors come when they are read.
+        RunError: when its manifest is damaged or of another schema; other files' errors come when read.
     """
     layout = existing_run(path)
     return RunRecord(layout, read_manifest(layout.manifest))

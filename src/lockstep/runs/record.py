@@ -1,7 +1,7 @@
 """The recorder: what the loop says of a step or a verdict goes to every sink of the run.
 
 loop ── step, verdict ──► Recorder ──┬──► sinks/jsonl.py   metrics.jsonl, verdicts.jsonl: always, and first
-                                     └──► …                another is a file in sinks/, and named in the recipe
+                                     └──► …                another is a file in sinks/, named in the recipe
 """
 
 import difflib
@@ -69,7 +69,7 @@ def refuse_unknown_sinks(names: Sequence[str]) -> None:
 
 
 def open_recorder(layout: RunLayout, also: Sequence[str] = ()) -> Recorder:
-    """A recorder into a run's own files, and into the sinks of these names after them. Nothing is written yet.
+    """A recorder into a run's own files, then into the sinks of these names. Nothing is written yet.
 
     Raises:
         RecipeError: for a name that no sink has, or a sink that needs what is not installed.

@@ -1,7 +1,7 @@
-"""One step's rollouts as Parquet: one row a sample, the same columns in every step, whether rewarded yet or not.
+"""One step's rollouts as Parquet: one row a sample, the same columns in every step, rewarded yet or not.
 
-Besides the columns the file carries its schema's name and what belongs to the step as a whole (``ABOUT``), so that it can be read
-alone. A page that was damaged is found by its checksum.
+Besides the columns the file carries its schema's name and what belongs to the step as a whole (``ABOUT``), so
+that it can be read alone. A page that was damaged is found by its checksum.
 """
 
 import math
@@ -37,7 +37,10 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def columns() -> "pyarrow.Schema":
-    """Column names and types. A number that is missing is NaN, and counted; null is what has not been computed yet."""
+    """Column names and types.
+
+    A number that is missing is NaN, and counted; null is what has not been computed yet.
+    """
     import pyarrow as pa
 
     types = {
@@ -107,7 +110,9 @@ def write_rollouts(path: Path, values: Mapping[str, Any], about: About) -> None:
     from pyarrow import parquet
 
     schema = columns().with_metadata({ABOUT: msgspec.json.encode(about)})
-    table = pa.table({field.name: pa.array(values[field.name], field.type) for field in schema}, schema=schema)
+    table = pa.table(
+        {field.name: pa.array(values[field.name], field.type) for field in schema}, schema=schema
+    )
     buffer = pa.BufferOutputStream()
     parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomically(path, memoryview(buffer.getvalue()))
@@ -140,7 +145,10 @@ def _brought_up(table: "pyarrow.Table", group_size: int) -> "pyarrow.Table":
     import pyarrow as pa
 
     lengths = [len(ids) for ids in table["token_ids"]]
-    advantages = [None if math.isnan(a) else [a] * n for a, n in zip(table["advantage"].to_pylist(), lengths, strict=True)]
+    advantages = [
+        None if math.isnan(a) else [a] * n
+        for a, n in zip(table["advantage"].to_pylist(), lengths, strict=True)
+    ]
     named = dict(zip(table.column_names, table.columns, strict=True))
     named |= {
         "group": [row // group_size for row in range(table.num_rows)],

@@ -1,4 +1,4 @@
-"""A signature by a key of the user's: HMAC-SHA256 over a digest, with a key file that nobody else can read."""
+"""A signature by a key of the user's: HMAC-SHA256 over a digest; the key file is readable to nobody else."""
 
 import hashlib
 import hmac
@@ -22,10 +22,14 @@ def read_key(path: Path, flag: str) -> bytes:
     try:
         mode, key = path.stat().st_mode, path.read_bytes()
     except OSError as error:
-        raise UsageError(f"flag {flag} {path}", got=error.strerror or str(error), expected="a key file", hint=hint) from error
+        raise UsageError(
+            f"flag {flag} {path}", got=error.strerror or str(error), expected="a key file", hint=hint
+        ) from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         got = f"mode {stat.S_IMODE(mode):04o}: others can read or write it"
-        raise UsageError(f"flag {flag} {path}", got=got, expected="mode 0600 or 0400", hint=f"chmod 600 {path}")
+        raise UsageError(
+            f"flag {flag} {path}", got=got, expected="mode 0600 or 0400", hint=f"chmod 600 {path}"
+        )
     if len(key) < LEAST_KEY_BYTES:
         expected = f"at least {LEAST_KEY_BYTES} random bytes"
         raise UsageError(f"flag {flag} {path}", got=f"{len(key)} bytes", expected=expected, hint=hint)

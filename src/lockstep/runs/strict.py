@@ -39,7 +39,9 @@ def exact(value: Any) -> Any:
 def plain(record: Any) -> Any:
     """A record as strict JSON types; numpy scalars become numbers, paths text."""
     return strict(
-        msgspec.to_builtins(record, enc_hook=lambda value: value.item() if isinstance(value, np.generic) else str(value))
+        msgspec.to_builtins(
+            record, enc_hook=lambda value: value.item() if isinstance(value, np.generic) else str(value)
+        )
     )
 
 
@@ -87,7 +89,9 @@ def read_document(path: Path, hint: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RunError(f"file {path}", got=str(error) or type(error).__name__, expected="a JSON object", hint=hint) from error
+        raise RunError(
+            f"file {path}", got=str(error) or type(error).__name__, expected="a JSON object", hint=hint
+        ) from error
 
 
 def drop_partial_line(path: Path) -> None:

@@ -24,7 +24,7 @@ class Microbatch:
     token_weights: Float[Tensor, "T"]
     """Those of a whole minibatch sum to 1; 0 outside the loss."""
     loss_mask: Bool[Tensor, "T"]
-    """True where the model sampled the token. What stands elsewhere is conditioned on, and neither judged nor learned."""
+    """True where the model sampled the token. The rest is conditioned on, neither judged nor learned."""
     sequence_ids: Int[Tensor, "T"]
     """Which of the minibatch's samples each token belongs to, from 0."""
     sampling_logprobs: Float[Tensor, "T"] | None = None
@@ -38,7 +38,10 @@ Minibatch = list[Microbatch]
 def minibatches(rollouts: Samples, policy: Policy, recipe: Recipe) -> list[Minibatch]:
     """Split a step's groups evenly, in order, and pack each part."""
     per_part = len(rollouts) // recipe.training.minibatches
-    return [_minibatch(rollouts[first : first + per_part], policy, recipe) for first in range(0, len(rollouts), per_part)]
+    return [
+        _minibatch(rollouts[first : first + per_part], policy, recipe)
+        for first in range(0, len(rollouts), per_part)
+    ]
 
 
 def _minibatch(samples: Samples, policy: Policy, recipe: Recipe) -> Minibatch:

@@ -1,10 +1,12 @@
 """Checkpoints: whole or absent. Each is also a Hugging Face directory that any tool can load.
 
     step-000012/
-      model.safetensors, config.json, tokenizer.json, …    the weights alone: engines load every safetensors file of the top level
+      model.safetensors, config.json, tokenizer.json, …    the weights alone: engines load every
+                                                           safetensors file of the top level
       trainer/optimizer.safetensors, state.json            what a resume needs besides
 
-    .partial-step-000012/ ─ write, fsync ─► step-000012.older ◄─ a step-000012 that is there ─► rename ─► fsync ─► older ones go
+    .partial-step-000012/ ─ write, fsync ─► step-000012.older ◄─ a step-000012 that is there
+                                            ─► rename ─► fsync ─► older ones go
 
 At each moment one whole checkpoint lies under a name that :func:`newest_checkpoint` finds, on the disk.
 """
@@ -26,7 +28,15 @@ from torch import Tensor
 from lockstep.errors import RunError
 from lockstep.policy.model import Policy
 from lockstep.policy.parameters import assign, checkpoint_weights, named_weights
-from lockstep.runs.durable import PARTIAL, PRIVATE_FILE, flush_directory, flush_file, make_directory, rename, writing
+from lockstep.runs.durable import (
+    PARTIAL,
+    PRIVATE_FILE,
+    flush_directory,
+    flush_file,
+    make_directory,
+    rename,
+    writing,
+)
 from lockstep.training.optimizer import MasterAdamW
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"
@@ -34,11 +44,24 @@ PARTS = ("config.json", MODEL, OPTIMIZER, STATE)
 OLDER = ".older"
 NAME = re.compile(rf"step-(\d+)({re.escape(OLDER)})?")
 WEIGHTS = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data"),
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".ot",
+        ".onnx",
+        ".onnx_data",
+    ),
     *(".tflite", ".npz", ".pkl", ".pickle"),
 }
-"""Files of a source checkpoint that hold its weights, or another program's state. All others belong to the model as much as to
-its next version: tokenizer, templates, code, licence."""
+"""Files of a source checkpoint that hold its weights, or another program's state. All others belong to the
+model as much as to its next version: tokenizer, templates, code, licence."""
 
 
 class CheckpointState(Struct, frozen=True):
@@ -47,7 +70,9 @@ class CheckpointState(Struct, frozen=True):
     step: int
 
 
-def save_checkpoint(directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path
+) -> Path:
     """Write ``directory/step-000012`` and then remove older ones. Returns its path.
 
     Raises:
@@ -76,7 +101,7 @@ def save_checkpoint(directory: Path, step: int, policy: Policy, optimizer: Maste
 
 
 def keep_newest(directory: Path) -> None:
-    """Remove every checkpoint but the newest whole one; one that is half removed has no name that looks whole.
+    """Remove every checkpoint but the newest whole one; a half-removed one has no name that looks whole.
 
     Raises:
         RunError: when one cannot be removed.
@@ -117,14 +142,16 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> int:
     """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.
 
     Raises:
-        RunError: when it is not whole, or its tensors are not this model's; model and optimizer are then as they were.
+        RunError: when it is not whole, or its tensors are not this model's; model and optimizer are then as
+            they were.
     """
     step = read_state(path).step
     stored, state = _load_tensors(path, MODEL), _load_tensors(path, OPTIMIZER)
     weights, as_stored = named_weights(policy.model), checkpoint_weights(policy.model)
     _refuse_other(path, MODEL, stored, as_stored)
     _refuse_other(path, OPTIMIZER, state, _expected_state(optimizer, state))
-    if any(as_stored.get(name) is not tensor for name, tensor in weights.items()):  # transformers keeps some in another form
+    # transformers keeps some in another form.
+    if any(as_stored.get(name) is not tensor for name, tensor in weights.items()):
         stored = named_weights(type(policy.model).from_pretrained(path, dtype=policy.model.dtype))
     assign(weights, {name: stored[name] for name in weights})
     optimizer.restore(state)
@@ -137,7 +164,9 @@ def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.detach().clone() if storage in seen or not tensor.is_contiguous() else tensor.detach()
+        found[name] = (
+            tensor.detach().clone() if storage in seen or not tensor.is_contiguous() else tensor.detach()
+        )
         seen.add(storage)
     return found
 
@@ -153,7 +182,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Every file of the source checkpoint that holds no weights; ``config.json`` says the dtype that is stored."""
+    """Every file of the source checkpoint that holds no weights; ``config.json`` says the stored dtype."""
     for path in (*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")):
         weights = path.suffix.lower() in WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not weights and not path.name.startswith(".") and path.name != "config.json":
@@ -222,12 +251,18 @@ def _full_length(path: Path) -> bool:
             header = json.decode(file.read(head) if head < size else b"", type=dict[str, dict[str, Any]])
         except (MsgspecError, UnicodeDecodeError):
             return False
-    return 8 + head + max((entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry), default=0) == size
+    return (
+        8
+        + head
+        + max((entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry), default=0)
+        == size
+    )
 
 
 def _load_tensors(path: Path, part: str) -> dict[str, Tensor]:
     try:
-        # Copied: what is loaded is a map of the file, and the optimizer would go on in it after the checkpoint is gone.
+        # Copied: what is loaded maps the file, and the optimizer would go on in it after the checkpoint is
+        # gone.
         return {name: tensor.clone() for name, tensor in load_file(path / part).items()}
     except (OSError, SafetensorError) as error:
         raise _not_whole(path, part, error) from error
@@ -238,7 +273,10 @@ def _not_whole(path: Path, part: str, error: Exception) -> RunError:
         f"checkpoint {path}, {part}",
         got=str(error) or type(error).__name__,
         expected="a whole file",
-        hint=f"mv {path} {path}.damaged, then resume: the run goes on from an older checkpoint or from its rollouts",
+        hint=(
+            f"mv {path} {path}.damaged, then resume: "
+            "the run goes on from an older checkpoint or from its rollouts"
+        ),
     )
 
 
@@ -249,11 +287,17 @@ def _expected_state(optimizer: MasterAdamW, state: Mapping[str, Tensor]) -> dict
         if master is not parameter:
             expected[f"master.{name}"] = master
         if f"exp_avg.{name}" in state:  # a parameter that no step has touched has no moments
-            expected |= {f"exp_avg.{name}": master, f"exp_avg_sq.{name}": master, f"step.{name}": torch.tensor(0.0)}
+            expected |= {
+                f"exp_avg.{name}": master,
+                f"exp_avg_sq.{name}": master,
+                f"step.{name}": torch.tensor(0.0),
+            }
     return expected
 
 
-def _refuse_other(path: Path, part: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _refuse_other(
+    path: Path, part: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in expected.items()}
     odd = sorted(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
@@ -261,7 +305,10 @@ def _refuse_other(path: Path, part: str, stored: Mapping[str, Tensor], expected:
         name = odd[0]
         raise RunError(
             f"checkpoint {path}, {part}",
-            got=f"{name} {form.get(name, 'missing')}{f', and {len(odd) - 1} more that differ' if len(odd) > 1 else ''}",
+            got=(
+                f"{name} {form.get(name, 'missing')}"
+                f"{f', and {len(odd) - 1} more that differ' if len(odd) > 1 else ''}"
+            ),
             expected=f"{wanted.get(name, 'no such tensor')}, as this model has it",
             hint="same model.path and model.dtype?",
         )

@@ -11,9 +11,9 @@ from lockstep.policy.parameters import laid_as, whole
 class MasterAdamW:
     """AdamW with warm-up and gradient clipping.
 
-    A bf16 parameter gets an fp32 master copy: with 8 bits of mantissa most updates of a small learning rate would round to
-    nothing. An fp32 parameter is its own master. The optimizer changes parameters in place and never rebinds them, for they
-    lie in the published memory (``weights/publish.py``).
+    A bf16 parameter gets an fp32 master copy: with 8 bits of mantissa most updates of a small learning rate
+    would round to nothing. An fp32 parameter is its own master. The optimizer changes parameters in place and
+    never rebinds them, for they lie in the published memory (``weights/publish.py``).
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -81,7 +81,9 @@ class MasterAdamW:
         with torch.no_grad():
             for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
                 if f"exp_avg.{name}" in tensors:
-                    moments = {key: laid_as(master, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+                    moments = {
+                        key: laid_as(master, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")
+                    }
                     self._adamw.state[master] = {"step": tensors[f"step.{name}"].to(master.device), **moments}
                 if master is not parameter:
                     master.copy_(laid_as(master, tensors[f"master.{name}"]))

@@ -1,4 +1,7 @@
-"""What the training code makes of rollouts at lag 0: old-logprob pass, forward and backward, without an optimizer step."""
+"""What the training code makes of rollouts at lag 0.
+
+Old-logprob pass, forward and backward, without an optimizer step.
+"""
 
 from dataclasses import dataclass
 
@@ -51,7 +54,9 @@ def rehearse(rollouts: Samples, policy: Policy, recipe: Recipe) -> Rehearsal:
     )
 
 
-def _losses(policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str) -> tuple[step.Tokens, float]:
+def _losses(
+    policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str
+) -> tuple[step.Tokens, float]:
     """As in training, uncorrected: a correction hides what is judged here."""
     own = replace(recipe, objective=replace(recipe.objective, old_logprobs=old, correction="none"))
     tokens = step.Tokens()

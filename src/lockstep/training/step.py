@@ -22,7 +22,10 @@ from lockstep.training.optimizer import MasterAdamW
 
 @dataclass(frozen=True, eq=False)
 class AtSampling:
-    """Every token of a step that the model sampled, as both sides score it under the weights that drew it; float32 [N], nats."""
+    """Every token of a step that the model sampled, as both sides score it.
+
+    Under the weights that drew it; float32 [N], nats.
+    """
 
     sampling_logprobs: np.ndarray
     """The trainer's."""
@@ -37,7 +40,7 @@ Gate = Callable[[AtSampling], None]
 
 @dataclass
 class Tokens:
-    """Per-token values of a step, of the tokens that the model sampled, gathered as the microbatches go by."""
+    """Per-token values of a step's sampled tokens, gathered as the microbatches go by."""
 
     log_ratio: list[np.ndarray] = field(default_factory=list)
     clipped: list[np.ndarray] = field(default_factory=list)
@@ -62,9 +65,11 @@ def train(
 
     ::
 
-        old-logprob pass over minibatches 2 … n ─► forward and backward of minibatch 1 ─► gate(all tokens) ─► update 1 ─► …
+        old-logprob pass over minibatches 2 … n ─► forward and backward of minibatch 1
+            ─► gate(all tokens) ─► update 1 ─► …
 
-    The first minibatch's own forward pass is on the weights that sampled, so only the others need a pass for the gate.
+    The first minibatch's own forward pass is on the weights that sampled, so only the others need a pass for
+    the gate.
 
     Raises:
         DivergenceError: for a non-finite loss or gradient.
@@ -101,14 +106,19 @@ def train(
 
 
 def at_sampling(parts: list[Minibatch], rollouts: Samples) -> AtSampling:
-    """Both sides' numbers as the objective gets them, in the order of the samples, which get to keep the trainer's."""
+    """Both sides' numbers as the objective gets them, in the order of the samples.
+
+    The samples get to keep the trainer's.
+    """
     micros = [micro for part in parts for micro in part]
     scored = [micro.sampling_logprobs for micro in micros if micro.sampling_logprobs is not None]
     rollouts.fill(sampling_logprobs=np.concatenate([values.numpy(force=True) for values in scored]))
     sampled = rollouts.loss_mask
     return AtSampling(
         sampling_logprobs=rollouts.sampling_logprobs[sampled],
-        engine_logprobs=np.concatenate([micro.engine_logprobs.numpy(force=True) for micro in micros])[sampled],
+        engine_logprobs=np.concatenate([micro.engine_logprobs.numpy(force=True) for micro in micros])[
+            sampled
+        ],
         owners=rollouts.owners[sampled],
     )
 
@@ -121,7 +131,10 @@ def refuse_divergence(loss: float) -> None:
     """
     if not np.isfinite(loss):
         raise DivergenceError(
-            "objective", got=f"loss {loss}", expected="a finite number", hint="lower optimizer.lr; look at rollouts/"
+            "objective",
+            got=f"loss {loss}",
+            expected="a finite number",
+            hint="lower optimizer.lr; look at rollouts/",
         )
 
 
@@ -133,15 +146,17 @@ def score_under_sampling_weights(parts: list[Minibatch], policy: Policy, tempera
             micro.sampling_logprobs = policy.scores(micro.row, temperature).logprobs
 
 
-def accumulate(part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, *, on_sampling_weights: bool) -> float:
+def accumulate(
+    part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, *, on_sampling_weights: bool
+) -> float:
     """Forward and backward over a minibatch; gradients add up in the parameters. Returns the loss.
 
-    Under ``torch.no_grad()`` forward alone. A non-finite loss is the caller's to refuse, after the gate, for numbers far off make
-    one.
+    Under ``torch.no_grad()`` forward alone. A non-finite loss is the caller's to refuse, after the gate, for
+    numbers far off make one.
 
     Args:
-        on_sampling_weights: True when no optimizer step has happened since the rollouts: this forward pass is then its own
-            old-logprob pass.
+        on_sampling_weights: True when no optimizer step has happened since the rollouts: this forward pass is
+            then its own old-logprob pass.
     """
     total = 0.0
     for micro in part:

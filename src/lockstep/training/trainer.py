@@ -57,13 +57,17 @@ class Trainer:
         publisher: given the model, makes what carries its weights; None for a trainer that no engine follows.
     """
 
-    def __init__(self, policy: Policy, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None) -> None:
+    def __init__(
+        self, policy: Policy, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None
+    ) -> None:
         self._policy = policy
         self._recipe = recipe
         self._publisher = publisher(policy.model) if publisher is not None else None
 
     @classmethod
-    def load(cls, path: Path, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None) -> "Trainer":
+    def load(
+        cls, path: Path, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None
+    ) -> "Trainer":
         """From a checkpoint, placed where the recipe says.
 
         Raises:
@@ -76,7 +80,7 @@ class Trainer:
             recompute_layers(policy.model)
         return cls(policy, recipe, publisher)
 
-    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def dtype(self) -> str:
@@ -146,10 +150,10 @@ class Trainer:
             "trainer.device": (str(self.device), self._policy.placed),
         }
 
-    # ── what the model says ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── what the model says ─────────────────────────────────────────────────────────────────────────────────
 
     def score(self, groups: Sequence[Group], temperature: float, max_tokens: int = 4096) -> list[np.ndarray]:
-        """Log-probabilities of every completion (score C): float32 [T_i] each, nats, in order over all groups."""
+        """Log-probabilities of every completion (score C): float32 [T_i] each, nats, group after group."""
         return self._policy.score(groups, temperature, max_tokens)
 
     def hidden(self, groups: Sequence[Group], max_tokens: int = 4096) -> list[Float[Tensor, "T D"]]:
@@ -166,15 +170,17 @@ class Trainer:
         """From hidden states that predict ``targets`` to their log-probabilities."""
         return self._policy.project(hidden, targets, temperature)
 
-    def across_switch(self, pieces: Sequence[Piece], before: Snapshot, temperature: float) -> list[np.ndarray]:
-        """Log-probabilities after a change of weights, over a cache that the old ones filled (``policy/replay.py``)."""
+    def across_switch(
+        self, pieces: Sequence[Piece], before: Snapshot, temperature: float
+    ) -> list[np.ndarray]:
+        """Log-probabilities after a change of weights, over the old ones' cache (``policy/replay.py``)."""
         return replay.kept_cache_logprobs(self._policy, pieces, before, temperature)
 
-    # ── hypotheses ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── hypotheses ──────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def holding(self, variant: Variant) -> Iterator[None]:
-        """Every verb above answers as the variant would, until the context ends; then all is as it was, exactly.
+        """Every verb above answers as the variant would, until the context ends; then all is as it was.
 
         Raises:
             ModelError: where this model cannot be so.
@@ -207,8 +213,8 @@ class Trainer:
         Args:
             groups: one completion each.
             tokens: places in the flat order of all completions' tokens.
-            towards: the direction of each parameter is from what it is to what it was there; None: the parameter itself,
-                which is a change of its scale.
+            towards: the direction of each parameter is from what it is to what it was there; None: the
+                parameter itself, which is a change of its scale.
         """
         parameters = parameters_of(self._policy.model)
         chosen = [parameters[name] for name in names]
@@ -226,20 +232,23 @@ class Trainer:
                     at = logprobs[token - int(starts[number])]
                     grads = torch.autograd.grad(at, chosen, retain_graph=True, allow_unused=True)
                     products = [
-                        0.0 if g is None else float((whole(g).float() * m).sum()) for g, m in zip(grads, moves, strict=True)
+                        0.0 if g is None else float((whole(g).float() * m).sum())
+                        for g, m in zip(grads, moves, strict=True)
                     ]
                     found.append(Slope(token, np.array(products)))
         return found
 
-    # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── training ────────────────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
     def _optimizer(self) -> MasterAdamW:
-        """Made when it is first needed: a check trains nothing, and masters of a bf16 model are twice its size."""
+        """Made when first needed: a check trains nothing, and masters of a bf16 model are twice its size."""
         return MasterAdamW(self._policy.model, self._recipe.optimizer)
 
     def step(self, rollouts: Samples, number: int, gate: Gate) -> dict[str, float]:
-        """Train on one step's rollouts, once the gate has admitted every token. Returns figures by catalog name.
+        """Train on one step's rollouts, once the gate has admitted every token.
+
+        Returns figures by catalog name.
 
         Raises:
             DivergenceError: for a non-finite loss or gradient.
@@ -255,10 +264,13 @@ class Trainer:
         """
         return rehearsal.rehearse(rollouts, self._policy, recipe)
 
-    # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def publish(self, version: int) -> WeightUpdate:
-        """Make the weights as they are now available as ``version``; they must not change until :meth:`settle` has returned."""
+        """Make the weights as they are now available as ``version``.
+
+        They must not change until :meth:`settle` has returned.
+        """
         assert self._publisher is not None, "no engine follows this trainer"
         return self._publisher.publish(version)
 
@@ -269,7 +281,9 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the weights as they are now, under the names of the checkpoint."""
-        return {name: tensor.detach().clone() for name, tensor in checkpoint_weights(self._policy.model).items()}
+        return {
+            name: tensor.detach().clone() for name, tensor in checkpoint_weights(self._policy.model).items()
+        }
 
     def save(self, directory: Path, step: int, model_path: Path) -> Path:
         """Write a checkpoint that ``step`` steps are in, and remove older ones. Returns its path.

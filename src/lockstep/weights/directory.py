@@ -1,10 +1,13 @@
-"""Where published weights lie, with room for them. Apart from the publisher: an engine is started before torch is imported.
+"""Where published weights lie, with room for them.
 
-    /dev/shm/lockstep-weights-x/weights.safetensors                     where shared memory has the room
-    /dev/shm/lockstep-weights-x/weights.safetensors ─► <cache>/weights/lockstep-weights-y/weights.safetensors     where not
+Apart from the publisher: an engine is started before torch is imported.
 
-A tmpfs promises more than it has: a file that is only made longer takes its memory when it is written to, and SIGBUS, without a
-word, is how the kernel says that there is none. So the room is reserved before anything is mapped.
+    /dev/shm/lockstep-weights-x/weights.safetensors          where shared memory has the room
+        ─► <cache>/weights/lockstep-weights-y/weights.safetensors    a link, where not
+
+A tmpfs promises more than it has: a file that is only made longer takes its memory when it is written to, and
+SIGBUS, without a word, is how the kernel says that there is none. So the room is reserved before anything is
+mapped.
 """
 
 import contextlib
@@ -33,7 +36,7 @@ _held: dict[Path, int] = {}
 
 
 def weights_directory() -> Path:
-    """A new private (0700) directory for published weights, in shared memory where the system has it, else in the cache.
+    """A new private (0700) directory for published weights: in shared memory if there is any, or the cache.
 
     Those that killed trainers left in either are removed: they would hold as much memory as their models.
     """
@@ -51,7 +54,7 @@ def weights_directory() -> Path:
 
 
 def remove_weights(directory: Path) -> None:
-    """Give back a directory of :func:`weights_directory`, and the one that its files lie in where that is another."""
+    """Give back a directory of :func:`weights_directory`, and the other one that its files lie in, if any."""
     beside = {file.resolve().parent for file in directory.glob(f"*{FILE_NAME}")}
     for own in ({directory} | beside) & _held.keys():
         shutil.rmtree(own, ignore_errors=True)
@@ -62,7 +65,8 @@ def reserve(directory: Path, size: int, say: Callable[[str], None], name: str = 
     """The file of published weights, open, with every byte of it there to be written.
 
     Args:
-        directory: :func:`weights_directory`'s. What does not fit there lies in the cache, and a link in its place.
+        directory: :func:`weights_directory`'s. What does not fit there lies in the cache, and a link in its
+            place.
         say: told where the file lies if not in ``directory``, why, and what that costs.
 
     Raises:

@@ -1,10 +1,12 @@
-"""Publish weights over NCCL, for an engine on other GPUs than the trainer's: behind the same two calls as the shared file.
+"""Publish weights over NCCL, for an engine on other GPUs than the trainer's, by the shared file's two calls.
 
-vLLM receives through its own weight-transfer API (vllm/distributed/weight_transfer/nccl_engine.py, read at 0.18.1 and 0.32.0),
-one broadcast a tensor. The communicator's unique id travels to the worker as bytes in the update; the trainer pickles nothing.
-After ``ncclCommInitRank`` vLLM's side issues a one-element all-reduce, and this side must match it before anything else.
+vLLM receives through its own weight-transfer API (vllm/distributed/weight_transfer/nccl_engine.py, read at
+0.18.1 and 0.32.0), one broadcast a tensor. The communicator's unique id travels to the worker as bytes in the
+update; the trainer pickles nothing. After ``ncclCommInitRank`` vLLM's side issues a one-element all-reduce,
+and this side must match it before anything else.
 
-Read from the source, held to vLLM's signatures by the contract suite, and not run: Lockstep's own machines have no GPU.
+Read from the source, held to vLLM's signatures by the contract suite, and not run: Lockstep's own machines
+have no GPU.
 """
 
 import threading

@@ -1,13 +1,14 @@
 """Publish weights through shared memory, without a copy.
 
-The trainer's parameters *are* the published file: they are moved once into a memory map of a safetensors file on a tmpfs (on a
-disk where that has no room, ``weights/directory.py``), and the optimizer updates them in place. Publishing a version stamps its
-number into the file's header; an engine on the same host maps the file and loads from it while no optimizer step runs. Parameters
-on another device are copied into the map, and so are those that a checkpoint holds in another form.
+The trainer's parameters *are* the published file: they are moved once into a memory map of a safetensors file
+on a tmpfs (on a disk where that has no room, ``weights/directory.py``), and the optimizer updates them in
+place. Publishing a version stamps its number into the file's header; an engine on the same host maps the file
+and loads from it while no optimizer step runs. Parameters on another device are copied into the map, and so
+are those that a checkpoint holds in another form.
 
 The header has a fixed length, so that stamping rewrites a few bytes::
 
-    8 bytes header length │ {"__metadata__": {"lockstep_version": "000000000012"}, "model.norm.weight": {…}, …} │ tensors
+    8 bytes header length │ {"__metadata__": {"lockstep_version": "000000000012"}, "model…": {…}, …} │ tensors
 """
 
 import json
@@ -39,7 +40,10 @@ class Publisher(Protocol):
     directory: Path
 
     def publish(self, version: int) -> WeightUpdate:
-        """Make the present weights available as ``version``. They must not change until :meth:`settle` has returned."""
+        """Make the present weights available as ``version``.
+
+        They must not change until :meth:`settle` has returned.
+        """
         ...
 
     def settle(self) -> None:
@@ -50,7 +54,9 @@ class Publisher(Protocol):
 class _File:
     """One published file, mapped: its tensors by name, and where its header says the version."""
 
-    def __init__(self, directory: Path, name: str, tensors: dict[str, Tensor], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, name: str, tensors: dict[str, Tensor], say: Callable[[str], None]
+    ) -> None:
         header, offsets = _header(tensors, 0)
         size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
         with reserve(directory, size, say, name) as file:
@@ -59,9 +65,9 @@ class _File:
         self._map[: len(header)] = header
         self._stamp_at = header.index(b"000000000000")
         self.tensors = {
-            name: torch.frombuffer(self._map, dtype=tensor.dtype, count=tensor.numel(), offset=len(header) + offsets[name]).view(
-                tensor.shape
-            )
+            name: torch.frombuffer(
+                self._map, dtype=tensor.dtype, count=tensor.numel(), offset=len(header) + offsets[name]
+            ).view(tensor.shape)
             for name, tensor in tensors.items()
         }
 
@@ -75,9 +81,9 @@ class WeightPublisher:
     """The trainer's side of a sync.
 
     Args:
-        model: its parameters and persistent buffers are published under their checkpoint names; tied ones once.
-        directory: :func:`~lockstep.weights.directory.weights_directory`'s. It may be removed at any time: the parameters live
-            as long as the map.
+        model: parameters and persistent buffers are published under their checkpoint names; tied ones once.
+        directory: :func:`~lockstep.weights.directory.weights_directory`'s. It may be removed at any time: the
+            parameters live as long as the map.
         say: told where the file lies when the directory has no room for it.
 
     Raises:
@@ -91,7 +97,7 @@ class WeightPublisher:
         self._file = _File(directory, FILE_NAME, tensors, say)
         self.path = self._file.path
         self.copied: dict[str, Tensor] = {}
-        """What lies in the map beside the trainer's own memory, and is copied there by each :meth:`publish`."""
+        """What lies in the map beside the trainer's memory, and is copied there by each :meth:`publish`."""
         for name, tensor in tensors.items():
             shared = self._file.tensors[name]
             if tensor is own.get(name) and tensor.device.type == "cpu":
@@ -101,7 +107,10 @@ class WeightPublisher:
                 self.copied[name] = shared
 
     def publish(self, version: int) -> WeightUpdate:
-        """Make the present weights available as ``version``. They must not change until every engine has loaded them."""
+        """Make the present weights available as ``version``.
+
+        They must not change until every engine has loaded them.
+        """
         present = checkpoint_weights(self._model) if self.copied else {}
         for name, shared in self.copied.items():
             shared.copy_(present[name])
@@ -112,14 +121,14 @@ class WeightPublisher:
 
 
 class DoublePublisher:
-    """Copies into one of two files by turns: the trainer may step while an engine still reads the version before.
+    """Copies into one of two files by turns: the trainer may step while an engine still reads the one before.
 
     ::
 
-        publish(4) ─► weights-0 ── read by engines ──────────────┐
-        step                                                     │ settle of version 4 is due before publish(6) writes there
-        publish(5) ─► weights-1 ── read by engines               │
-        publish(6) ─► weights-0 ◄────────────────────────────────┘
+        publish(4) ─► weights-0 ── read by engines ──┐
+        step                                         │ settle of version 4 is due before publish(6) writes
+        publish(5) ─► weights-1 ── read by engines   │
+        publish(6) ─► weights-0 ◄────────────────────┘
 
     Arguments and errors as :class:`WeightPublisher`.
     """
@@ -133,7 +142,10 @@ class DoublePublisher:
 
     @torch.no_grad()
     def publish(self, version: int) -> WeightUpdate:
-        """Copy the present weights out as ``version``. They may change at once; the file is kept until the publish after next."""
+        """Copy the present weights out as ``version``.
+
+        They may change at once; the file is kept until the publish after next.
+        """
         file, self._turn = self._files[self._turn], 1 - self._turn
         for name, tensor in checkpoint_weights(self._model).items():
             file.tensors[name].copy_(tensor)

@@ -50,10 +50,11 @@ def push(
     *,
     shares_cores: bool = False,
 ) -> Iterator[Push]:
-    """Publish, and have the engine load while the body runs; the body may read the weights and must not change them.
+    """Publish, and have the engine load while the body runs; it may read weights and must not change them.
 
     Args:
-        shares_cores: engine and trainer compute on the same cores; the body then has its share of the threads alone.
+        shares_cores: engine and trainer compute on the same cores; the body then has only its share of
+            threads.
 
     Raises:
         EngineError: when the engine does not load, once the body has ended.
@@ -77,7 +78,10 @@ def _all(threads: int) -> int:
 
 
 def _share(threads: int) -> int:
-    """Half. OpenMP threads that outnumber the cores wait for one another by spinning: a load of .4 s took 1.3 s on 2 cores."""
+    """Half.
+
+    OpenMP threads that outnumber the cores wait by spinning: a load of .4 s took 1.3 s on 2 cores.
+    """
     return max(1, threads // 2)
 
 

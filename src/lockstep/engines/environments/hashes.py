@@ -1,7 +1,8 @@
 """What pip chose, held against a lock: every file must be one that the lock knows.
 
-A lock with one build of each package goes to pip as it is (``--require-hashes``). Of torch an index may offer one build or
-another, each with packages of its own. There pip chooses, the choice is checked here, and pip installs exactly that.
+A lock with one build of each package goes to pip as it is (``--require-hashes``). Of torch an index may offer
+one build or another, each with packages of its own. There pip chooses, the choice is checked here, and pip
+installs exactly that.
 """
 
 import re
@@ -31,7 +32,10 @@ def read_lock(lock: Path) -> list[Pin]:
     """What a lock pins."""
     entries = re.split(r"\n(?=\S)", lock.read_text(encoding="utf-8"))
     pins = [(found, entry) for entry in entries if (found := PIN.match(entry))]
-    return [Pin(_plain(p["name"]), p["version"], p["line"].strip(), frozenset(HASH.findall(entry))) for p, entry in pins]
+    return [
+        Pin(_plain(p["name"]), p["version"], p["line"].strip(), frozenset(HASH.findall(entry)))
+        for p, entry in pins
+    ]
 
 
 def constraints(lock: Path) -> str:

@@ -3,8 +3,8 @@
     lock ─► virtual environment ─► pip, step by step ─► smoke test ─► marker (atomic rename)
               └── finished steps are noted in lockstep-build.json, under the recipe's digest ──┘
 
-pip inherits the lock: when only this process is killed, pip ends its step and the next installer waits for it. When
-pip is killed too, the step is run again, and what pip had not finished unpacking is installed anew.
+pip inherits the lock: when only this process is killed, pip ends its step and the next installer waits for
+it. When pip is killed too, the step is run again, and what pip had not finished unpacking is installed anew.
 """
 
 import ctypes
@@ -35,8 +35,17 @@ SAY_EVERY_S = 8.0
 POLL_S = 0.25
 TAIL_LINES = 15
 PIP_VERBS = re.compile(r"^\s*(Collecting|Downloading|Processing|Installing collected packages)\W+(\S+)", re.M)
-# Not compiled: the environment has ten times the modules that an engine imports, and those are compiled on first use.
-PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-compile", "--progress-bar", "off")
+# Not compiled: the environment has ten times the modules that an engine imports, which are compiled on use.
+PIP = (
+    "-m",
+    "pip",
+    "--disable-pip-version-check",
+    "--no-input",
+    "install",
+    "--no-compile",
+    "--progress-bar",
+    "off",
+)
 # A source distribution runs code of its own while it is built, so nothing is built.
 WHEELS = ("--only-binary", ":all:")
 LOCKED = (*WHEELS, "--no-deps", "--require-hashes", "-r")
@@ -67,7 +76,10 @@ def install(spec: str, say: Say) -> Environment:
         _refuse_system(recipe, path)
         began = time.perf_counter()
         environment = _Build(recipe, lock, say).run()
-        say(f"{recipe.spec} is installed: {environment.size_bytes / 1e9:.1f} GB in {time.perf_counter() - began:.0f} s")
+        say(
+            f"{recipe.spec} is installed: "
+            f"{environment.size_bytes / 1e9:.1f} GB in {time.perf_counter() - began:.0f} s"
+        )
         return environment
 
 
@@ -76,7 +88,8 @@ def remove(spec: str, say: Say) -> None:
     recipe = recipe_for(spec)
     path = path_of(recipe)
     with locked(path.with_name(f"{path.name}.lock"), say):
-        (path / MARKER).unlink(missing_ok=True)  # first, so that a deletion that is interrupted leaves nothing usable
+        # First, so that a deletion that is interrupted leaves nothing usable.
+        (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         say(f"{recipe.spec} is removed")
 
@@ -112,17 +125,23 @@ class _Build:
         if drives(environment):
             self.say(f"{self._title(self.n_steps, 'smoke test')}: a tiny model, sampled and scored")
             said, capabilities = smoke_test(environment, self.log)
-            environment = replace(environment, smoke=f"{environment.smoke}, {said}", capabilities=capabilities)
+            environment = replace(
+                environment, smoke=f"{environment.smoke}, {said}", capabilities=capabilities
+            )
         _write_whole(self.path / MARKER, environment)
         return environment
 
     def _pip(self, number: int, step: Step) -> None:
         command, lock = [str(self.python), *PIP], step.path
         if step.requirements:
-            bounds, report, lock = (self.path / f"lockstep-{name}" for name in ("bounds.txt", "report.json", "chosen.txt"))
+            bounds, report, lock = (
+                self.path / f"lockstep-{name}" for name in ("bounds.txt", "report.json", "chosen.txt")
+            )
             bounds.write_text(constraints(step.path))
             chosen = ("--dry-run", "--ignore-installed", "--report", str(report), "-c", str(bounds))
-            self._step(number, f"{step.title}: choosing the files", [*command, *WHEELS, *chosen, *step.requirements])
+            self._step(
+                number, f"{step.title}: choosing the files", [*command, *WHEELS, *chosen, *step.requirements]
+            )
             lock.write_text(exactly(report, step.path))
         self._step(number, step.title, [*command, *LOCKED, str(lock)])
 
@@ -162,14 +181,22 @@ class _Build:
         with self.log.open("ab") as log:
             start = log.seek(0, os.SEEK_END)
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=scrubbed_env(), pass_fds=(self.lock,)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=scrubbed_env(),
+                pass_fds=(self.lock,),
             )
             try:
                 while process.poll() is None:
                     time.sleep(POLL_S)
                     if time.perf_counter() - said >= SAY_EVERY_S:
                         said = time.perf_counter()
-                        self.say(f"{title}: {_activity(_read_from(self.log, start), self.path)} ({said - began:.0f} s)")
+                        self.say(
+                            f"{title}: "
+                            f"{_activity(_read_from(self.log, start), self.path)} ({said - began:.0f} s)"
+                        )
             except BaseException:
                 process.terminate()
                 process.wait()
@@ -181,7 +208,8 @@ class _Build:
                 title,
                 got=f"exit status {process.returncode}",
                 expected="0",
-                hint=f"run it again, it goes on from here; the log is {self.log}, and ends:\n\n" + "\n".join(shown),
+                hint=f"run it again, it goes on from here; the log is {self.log}, and ends:\n\n"
+                + "\n".join(shown),
             )
         return output
 
@@ -194,7 +222,9 @@ def _activity(output: str, path: Path) -> str:
     verb, what = found[-1]
     if verb != "Installing collected packages":
         return f"{verb.lower()} {_package(Path(what).name)}"
-    unpacked = sorted(path.glob("lib/python*/site-packages/*.dist-info"), key=lambda entry: entry.stat().st_mtime)
+    unpacked = sorted(
+        path.glob("lib/python*/site-packages/*.dist-info"), key=lambda entry: entry.stat().st_mtime
+    )
     last = f", last {_package(unpacked[-1].name)}" if unpacked else ""
     return f"unpacking, {len(unpacked)} packages so far{last}"
 
@@ -204,7 +234,10 @@ def _package(file_name: str) -> str:
 
 
 def _forget_unfinished(path: Path) -> None:
-    """Make pip install again what it was killed in the middle of: it writes INSTALLER after a package's own files."""
+    """Make pip install again what it was killed in the middle of.
+
+    It writes INSTALLER after a package's own files.
+    """
     for entry in path.glob("lib/python*/site-packages/*.dist-info"):
         if not (entry / "INSTALLER").exists():
             shutil.rmtree(entry)
@@ -231,8 +264,13 @@ def _refuse_python(recipe: EnvironmentRecipe) -> None:
         raise InstallError(
             f"engine {recipe.spec}",
             got=f"Python {platform.python_version()}",
-            expected=f"Python {'.'.join(map(str, recipe.python_min))} to {'.'.join(map(str, recipe.python_max))}",
-            hint="install lockstep into such a Python, or use --engine transformers, which needs no environment",
+            expected=(
+                f"Python {'.'.join(map(str, recipe.python_min))} to {'.'.join(map(str, recipe.python_max))}"
+            ),
+            hint=(
+                "install lockstep into such a Python, or use --engine transformers, "
+                "which needs no environment"
+            ),
         )
 
 
@@ -251,10 +289,17 @@ def _refuse_system(recipe: EnvironmentRecipe, path: Path) -> None:
     boundary = f"engine {recipe.spec}"
     for need, package in recipe.system_needs.items():
         if not _has(need):
-            raise InstallError(boundary, got=f"no {need} here", expected=package, hint=f"apt-get install {package.split()[2]}")
+            raise InstallError(
+                boundary,
+                got=f"no {need} here",
+                expected=package,
+                hint=f"apt-get install {package.split()[2]}",
+            )
     if importlib.util.find_spec("ensurepip") is None:
         wanted = "a Python that can make virtual environments (the package python3-venv)"
-        raise InstallError(boundary, got="no ensurepip here", expected=wanted, hint="apt-get install python3-venv")
+        raise InstallError(
+            boundary, got="no ensurepip here", expected=wanted, hint="apt-get install python3-venv"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free / 1e9
     needed = recipe.disk_gb - _size_bytes(path) / 1e9  # a build that goes on has part of it already

@@ -1,7 +1,8 @@
 """Which engine environments there are, and how one is run.
 
-An environment is a virtual environment under the cache. It exists only once ``lockstep-environment.json`` lies in it,
-which is written last and carries the recipe's digest: a half-built one, or one of an older recipe, is never used.
+An environment is a virtual environment under the cache. It exists only once ``lockstep-environment.json``
+lies in it, which is written last and carries the recipe's digest: a half-built one, or one of an older
+recipe, is never used.
 """
 
 import os
@@ -50,12 +51,18 @@ class Environment(Struct, frozen=True, kw_only=True):
         return Path(self.path) / "bin" / "python"
 
     def launch_env(self) -> dict[str, str]:
-        """The environment variables to run it with: this process's, less secrets and what would leak in, plus the recipe's."""
+        """The environment variables to run it with.
+
+        This process's, less secrets and what would leak in, plus the recipe's.
+        """
         recipe = recipe_for(f"{self.name}=={self.version}")
         env = without_secrets(scrubbed_env())
         env |= {key: value.format(all_cores=_all_cores()) for key, value in recipe.env.items()}
         kernels = Path(self.path) / "kernels"  # what the first batch compiles, kept for the next start
-        env |= {"TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"), "VLLM_CACHE_ROOT": str(kernels / "vllm")}
+        env |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"),
+            "VLLM_CACHE_ROOT": str(kernels / "vllm"),
+        }
         preload = [str(file) for name in recipe.preload if (file := Path(self.path) / name).exists()]
         return env | ({"LD_PRELOAD": ":".join(preload)} if preload else {})
 
@@ -106,7 +113,9 @@ def find(name: str, version: str | None) -> Environment:
         partial = state(recipe) == "incomplete"
         raise NotInstalledError(
             f"engine {recipe.spec}",
-            got="an environment that is not finished, or of an older recipe" if partial else "no environment of it",
+            got="an environment that is not finished, or of an older recipe"
+            if partial
+            else "no environment of it",
             expected="an installed engine",
             hint=f"lockstep engines install {recipe.spec}   (or --engine transformers, which needs none)",
         )
@@ -114,5 +123,7 @@ def find(name: str, version: str | None) -> Environment:
 
 
 def _all_cores() -> str:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = (
+        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     return ",".join(map(str, cores))

@@ -1,6 +1,7 @@
-"""What some environments need beyond packages, done inside that environment alone and told by ``engines describe``.
+"""What some environments need beyond packages, done inside that one alone and told by ``engines describe``.
 
-A mend is a function from the environment's directory to one sentence about what it found and did. It is safe to run again.
+A mend is a function from the environment's directory to one sentence about what it found and did. It is safe
+to run again.
 """
 
 import ctypes
@@ -22,8 +23,9 @@ SHT_GNU_VERNEED = 0x6FFFFFFE
 def libstdcxx(environment: Path) -> str:
     """Let vLLM's compiled core load where libstdc++ is older than 3.4.32, as on Debian 12.
 
-    The one symbol that it needs from that version is an empty initialiser of iostreams, which older libraries run from every
-    object file instead. The version is lowered in the file, and a library that defines the symbol is preloaded.
+    The one symbol that it needs from that version is an empty initialiser of iostreams, which older libraries
+    run from every object file instead. The version is lowered in the file, and a library that defines the
+    symbol is preloaded.
     """
     if hasattr(ctypes.CDLL("libstdc++.so.6"), INITIALISER):
         return f"nothing: this system's libstdc++ has {WANTED}"
@@ -37,16 +39,19 @@ def libstdcxx(environment: Path) -> str:
 
 
 def tcmalloc(environment: Path) -> str:
-    """Give ``LD_PRELOAD`` the libtcmalloc without which vLLM 0.18 refuses to start (``cpu_worker.py``, ``init_device``).
+    """Give ``LD_PRELOAD`` the libtcmalloc vLLM 0.18 will not start without (``cpu_worker.init_device``).
 
-    It is an allocator: without it the engine is slower at most. Where there is none, an empty library stands in.
+    An allocator: without it the engine is slower at most. Where there is none, an empty library stands in.
     """
     target = environment / "lib" / "libtcmalloc.so"
     target.unlink(missing_ok=True)
     found = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
     if found is None:
         _compile(target, "")
-        return "this system has no libtcmalloc, so an empty library stands in for it (apt-get install libtcmalloc-minimal4)"
+        return (
+            "this system has no libtcmalloc, "
+            "so an empty library stands in for it (apt-get install libtcmalloc-minimal4)"
+        )
     target.symlink_to(_path_of_loaded(found))
     return f"nothing: this system has {found}"
 
@@ -55,9 +60,10 @@ MENDS: dict[str, Callable[[Path], str]] = {"libstdcxx": libstdcxx, "tcmalloc": t
 
 
 def lower_version(elf: bytes, wanted: str, given: str) -> bytes:
-    """An ELF file (64 bit, little-endian) that asks for symbol version ``given`` wherever it asked for ``wanted``.
+    """An ELF file (64 bit, little-endian) that asks for symbol version ``given`` instead of ``wanted``.
 
-    A requirement is a name in the string table and its hash in the version table; both names must have one length.
+    A requirement is a name in the string table and its hash in the version table; both names are of one
+    length.
 
     Raises:
         ValueError: for another kind of file, or names of two lengths.
@@ -74,7 +80,10 @@ def lower_version(elf: bytes, wanted: str, given: str) -> bytes:
 
 
 def _needed_versions(elf: bytes) -> Iterator[tuple[int, int]]:
-    """(offset of the version's entry, whose first field is its hash; offset of its name) for each version that is asked for."""
+    """Where each version that is asked for lies: (offset of its entry, offset of its name).
+
+    The first field of an entry is its hash.
+    """
     (table,), (size, count) = struct.unpack_from("<Q", elf, 0x28), struct.unpack_from("<HH", elf, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * size) for i in range(count)]
     for section in sections:
@@ -104,7 +113,9 @@ def _path_of_loaded(library: str) -> Path:
     ctypes.CDLL(library)
     maps = Path("/proc/self/maps").read_text().splitlines()
     return next(
-        Path(line.split(maxsplit=5)[5]) for line in maps if line.endswith(os.path.basename(library)) or f"/{library}" in line
+        Path(line.split(maxsplit=5)[5])
+        for line in maps
+        if line.endswith(os.path.basename(library)) or f"/{library}" in line
     )
 
 
@@ -115,7 +126,10 @@ def _compile(target: Path, source: str) -> None:
         done = subprocess.run(["g++", "-shared", "-fPIC", "-o", built, file], capture_output=True, text=True)
         if done.returncode:
             raise InstallError(
-                f"g++, {target.name}", got=done.stderr[-500:], expected="a shared library", hint="apt-get install g++"
+                f"g++, {target.name}",
+                got=done.stderr[-500:],
+                expected="a shared library",
+                hint="apt-get install g++",
             )
         os.replace(built, target)
 

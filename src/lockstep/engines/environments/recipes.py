@@ -1,4 +1,4 @@
-"""Environment recipes: one TOML file per version range, and one lock file beside it with the exact closure."""
+"""Environment recipes: a TOML file per version range, and beside it a lock file with the exact closure."""
 
 import hashlib
 import platform
@@ -20,7 +20,8 @@ Flavour = Literal["cpu", "cuda"]
 class Step(Struct, frozen=True, forbid_unknown_fields=True):
     """One call of pip, from wheels alone and with the hash of each.
 
-    A lock by itself is installed as it is. With requirements, pip resolves those, and may choose only files that the lock has.
+    A lock by itself is installed as it is. With requirements, pip resolves those, and may choose only files
+    that the lock has.
     """
 
     title: str
@@ -36,7 +37,8 @@ class Step(Struct, frozen=True, forbid_unknown_fields=True):
     def content(self) -> list[str]:
         """What it installs: the requirements, or the lock's versions.
 
-        Neither comments nor hashes count: they say that files are those versions' own, and an environment that has them stays.
+        Neither comments nor hashes count: they say that files are those versions' own, and an environment
+        that has them stays.
         """
         lines = [] if self.requirements else self.path.read_text(encoding="utf-8").splitlines()
         pins = [line.removesuffix("\\").strip() for line in lines if not line.startswith(("#", " "))]
@@ -73,7 +75,7 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     mends: tuple[str, ...] = ()
     """What is done to the environment after its packages are in (``mends.py``)."""
     checkpoint_form: Literal["current", "transformers-4"] = "current"
-    """``transformers-4``: its config reader knows only the keys of transformers 4 (``vllm/older_form.py``)."""
+    """``transformers-4``: its config reader knows only transformers 4's keys (``vllm/older_form.py``)."""
 
     @property
     def spec(self) -> str:
@@ -99,7 +101,11 @@ def machine_flavour() -> Flavour:
 
 def all_recipes() -> list[EnvironmentRecipe]:
     """Every recipe of this machine's flavour, oldest version first."""
-    recipes = [recipe for path in RECIPES.glob("*.toml") if (recipe := read_recipe(path)).flavour == machine_flavour()]
+    recipes = [
+        recipe
+        for path in RECIPES.glob("*.toml")
+        if (recipe := read_recipe(path)).flavour == machine_flavour()
+    ]
     return sorted(recipes, key=lambda recipe: (recipe.name, version_order(recipe.version)))
 
 
@@ -114,7 +120,10 @@ def refuse_machine(recipe: EnvironmentRecipe) -> None:
         raise MachineError(
             f"engine {recipe.spec}",
             got=f"{system} on {machine}",
-            expected=f"{' or '.join(recipe.systems)} on {' or '.join(recipe.machines)}: there is no build for others",
+            expected=(
+                f"{' or '.join(recipe.systems)} on {' or '.join(recipe.machines)}: "
+                "there is no build for others"
+            ),
             hint="lockstep train RECIPE --engine transformers",
         )
 
@@ -132,7 +141,9 @@ def recipe_for(spec: str) -> EnvironmentRecipe:
     """
     name, _, version = spec.partition("==")
     known = all_recipes()
-    found = [recipe for recipe in known if recipe.name == name and version in ("", recipe.version, recipe.series)]
+    found = [
+        recipe for recipe in known if recipe.name == name and version in ("", recipe.version, recipe.series)
+    ]
     if not found:
         raise NotInstalledError(
             f"engine {spec}",

@@ -1,4 +1,4 @@
-"""The last step of an installation: the engine's own adapter loads a tiny model, samples from it and scores what it sampled."""
+"""The last step of an installation: the engine's own adapter samples from a tiny model and scores that."""
 
 import subprocess
 import tempfile
@@ -15,7 +15,7 @@ from lockstep.records.tokens import FLOAT32, INT32, SamplingParams
 
 PROMPTS = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 17)]
 AGREEMENT_NATS = 1e-3
-"""fp32 arithmetic of two layers differs by 1e-6 between decode and prefill; another distribution or row by 0.1."""
+"""Two layers of fp32 arithmetic: decode and prefill differ by 1e-6; another distribution or row by 0.1."""
 
 
 def drives(environment: Environment) -> bool:
@@ -26,7 +26,9 @@ def drives(environment: Environment) -> bool:
 
 
 def smoke_test(environment: Environment, log: Path) -> tuple[str, dict[str, Capability]]:
-    """Sample at T = 1 and score the same tokens; one sentence about what came of it, and what the engine says it can do.
+    """Sample at T = 1 and score the same tokens.
+
+    Returns one sentence about what came of it, and what the engine says it can do.
 
     Raises:
         InstallError: when a log-probability is missing, or sampling and scoring disagree.
@@ -48,7 +50,9 @@ def smoke_test(environment: Environment, log: Path) -> tuple[str, dict[str, Capa
         )
         engine = start(Choice(environment.name, environment, "smoke test"), spec)
         try:
-            completions = engine.sample(PROMPTS, [SamplingParams(max_tokens=4, seed=row) for row in range(len(PROMPTS))])
+            completions = engine.sample(
+                PROMPTS, [SamplingParams(max_tokens=4, seed=row) for row in range(len(PROMPTS))]
+            )
             ids = [np.frombuffer(completion.token_ids, INT32) for completion in completions]
             scores = engine.score([np.r_[prompt, tail] for prompt, tail in zip(PROMPTS, ids, strict=True)])
         finally:

@@ -1,4 +1,6 @@
-"""Writes a two-layer Llama with random weights. Run as a file by an engine's interpreter: ``… DIRECTORY [untied] [still]``.
+"""Writes a two-layer Llama with random weights.
+
+Run as a file by an engine's interpreter: ``… DIRECTORY [untied] [still]``.
 
 ``still``: the layers add nothing, so that only the last product is left to round.
 
@@ -62,9 +64,15 @@ def main():
     torch.manual_seed(0)
     out, tied = Path(sys.argv[1]), "untied" not in sys.argv[2:]
     out.mkdir(parents=True)
-    tensors = {name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.1 for name, shape in shapes(tied).items()}
+    tensors = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.1
+        for name, shape in shapes(tied).items()
+    }
     if "still" in sys.argv[2:]:
-        tensors = {name: t * 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else t for name, t in tensors.items()}
+        tensors = {
+            name: t * 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else t
+            for name, t in tensors.items()
+        }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": tied}))
 

@@ -1,10 +1,11 @@
 """The engine: token ids in, token ids out, never text.
 
-    sample()  ──►  POST /v1/completions per prompt, ``max_connections`` at once  ──►  choices, slotted by prompt and sample
-    score()   ──►  the same with ``prompt_logprobs`` (vLLM)
+    sample() ─► POST /v1/completions per prompt, ``max_connections`` at once ─► choices by prompt and sample
+    score()  ─► the same with ``prompt_logprobs`` (vLLM)
 
-Every sampling field is sent, neutral or not: a server takes those that are missing from the checkpoint's generation_config.json.
-Each prompt is one request, and its answer is used whole or not at all; so a retry can repeat work but never count it twice.
+Every sampling field is sent, neutral or not: a server takes those that are missing from the checkpoint's
+generation_config.json. Each prompt is one request, and its answer is used whole or not at all; so a retry can
+repeat work but never count it twice.
 """
 
 import asyncio
@@ -37,25 +38,34 @@ from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.semantics import Distribution
 from lockstep.records.settings import resolved_plain
-from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, finite_logprob, pack_ids, pack_logprobs
+from lockstep.records.tokens import (
+    FLOAT32,
+    Completion,
+    SamplingParams,
+    finite_logprob,
+    pack_ids,
+    pack_logprobs,
+)
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 T = TypeVar("T")
 PROBE = np.arange(300, 316, dtype=np.int32)
 PROBE_TEMPERATURE = 2.0
 RAW_WITHIN_NATS = 0.1
-"""Raw numbers equal the re-score to within arithmetic (bf16: 0.04 in the median); at T = 2 they differ by about 1."""
+"""Raw numbers equal the re-score to within arithmetic (bf16: median 0.04); at T = 2 they are about 1 off."""
 TOKEN_NAME = re.compile(r"token_id:([0-9]{1,10})")
 INFO = "/server_info?config_format=json"
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 SECTION = re.compile(r"(?!hf_)[a-z_]+_config")
-"""Of vLLM's configuration. What Lockstep measures goes by other names (``worker.…``), under which a server can say nothing."""
+"""Of vLLM's configuration. What Lockstep measures has other names (``worker.…``), which no server can use."""
 MAX_SETTINGS = 4000
 
 
 FACTS = EngineFacts(
     fixes={
-        **dict.fromkeys(("raw_logprobs", "logits_reported"), "start the server with --logprobs-mode processed_logprobs"),
+        **dict.fromkeys(
+            ("raw_logprobs", "logits_reported"), "start the server with --logprobs-mode processed_logprobs"
+        ),
         "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
     },
     cache_dtype="cache_config.cache_dtype",  # vLLM's, in its development mode, as is the next
@@ -90,10 +100,19 @@ class OpenAIHttpEngine(Engine):
         self.model = self.options.model or listed.id
         self._vllm = listed.owned_by == "vllm"
         self.max_model_len = min(spec.max_model_len, listed.max_model_len or spec.max_model_len)
-        version = self._wait(self._exchange.ask("/version", Version, ABOUT_BYTES)).version if self._vllm else "unknown"
+        version = (
+            self._wait(self._exchange.ask("/version", Version, ABOUT_BYTES)).version
+            if self._vllm
+            else "unknown"
+        )
         told, how = self._told() if self._vllm else ({}, "only vLLM's server tells its configuration")
-        resolved = told | {"base_url": self.options.base_url, "model": self.model, "max_model_len": self.max_model_len}
-        if (dtype := told.get("model_config.dtype")) in DTYPES:  # else unknown: the recipe's word says nothing of the server
+        resolved = told | {
+            "base_url": self.options.base_url,
+            "model": self.model,
+            "max_model_len": self.max_model_len,
+        }
+        # Else unknown: the recipe's word says nothing of the server.
+        if (dtype := told.get("model_config.dtype")) in DTYPES:
             resolved[FACTS.parameter_dtype] = dtype
         self.ready = Ready(
             engine="vllm over HTTP" if self._vllm else "HTTP",
@@ -105,7 +124,9 @@ class OpenAIHttpEngine(Engine):
             start_s=0.0,
         )
         distribution = self.options.distribution or self._identify()
-        resolved["measured.logprobs_mode"] = "raw_logprobs" if distribution == "model" else "processed_logprobs"
+        resolved["measured.logprobs_mode"] = (
+            "raw_logprobs" if distribution == "model" else "processed_logprobs"
+        )
         self.ready = replace(self.ready, distribution=distribution, start_s=time.perf_counter() - began)
 
     def _told(self) -> tuple[dict[str, Any], str]:
@@ -116,8 +137,16 @@ class OpenAIHttpEngine(Engine):
             return {}, "a server tells its configuration in development mode only (VLLM_SERVER_DEV_MODE=1)"
         except EngineError as error:
             return {}, f"GET /server_info was answered with {error.got[:200]}"
-        plain = {name: section for name, section in sections.items() if SECTION.fullmatch(name) and isinstance(section, dict)}
-        flat = [(f"{name}.{key[:100]}", value) for name, section in plain.items() for key, value in section.items()]
+        plain = {
+            name: section
+            for name, section in sections.items()
+            if SECTION.fullmatch(name) and isinstance(section, dict)
+        }
+        flat = [
+            (f"{name}.{key[:100]}", value)
+            for name, section in plain.items()
+            for key, value in section.items()
+        ]
         return resolved_plain(flat[:MAX_SETTINGS]), "GET /server_info"
 
     def _identify(self) -> Distribution:
@@ -129,7 +158,9 @@ class OpenAIHttpEngine(Engine):
                 expected="model, sampler or sampler_untruncated",
                 hint="--set engine.options.distribution=model   (most servers report the raw model's)",
             )
-        (found,) = self.sample([PROBE], [SamplingParams(max_tokens=16, temperature=PROBE_TEMPERATURE, seed=1)])
+        (found,) = self.sample(
+            [PROBE], [SamplingParams(max_tokens=16, temperature=PROBE_TEMPERATURE, seed=1)]
+        )
         ids = np.frombuffer(found.token_ids, "<i4")
         if not ids.size:
             raise self._odd("no token", "some, of 16 asked for and no stop token")
@@ -147,7 +178,10 @@ class OpenAIHttpEngine(Engine):
                     expected=f"at least one token, and at most {self.max_model_len} in all",
                     hint=f"--set engine.max_model_len={needed}",
                 )
-        jobs = [self._complete(number, prompt, asked) for number, (prompt, asked) in enumerate(zip(prompts, params, strict=True))]
+        jobs = [
+            self._complete(number, prompt, asked)
+            for number, (prompt, asked) in enumerate(zip(prompts, params, strict=True))
+        ]
         return [completion for group in self._wait(_all(jobs)) for completion in group]
 
     async def _complete(self, number: int, prompt: np.ndarray, params: SamplingParams) -> list[Completion]:
@@ -166,7 +200,9 @@ class OpenAIHttpEngine(Engine):
             raise self._odd(f"{len(choices)} choices", f"{params.n}, as asked for")
         choices = sorted(choices, key=lambda choice: choice.index)
         if (numbers := [choice.index for choice in choices]) != list(range(params.n)):
-            raise self._odd(f"choices with the indices {short(str(numbers))}", f"each of 0 to {params.n - 1} once")
+            raise self._odd(
+                f"choices with the indices {short(str(numbers))}", f"each of 0 to {params.n - 1} once"
+            )
         return [self._completion(number, choice, counted, params.max_tokens) for choice in choices]
 
     def _request(self, prompt: np.ndarray, params: SamplingParams) -> dict[str, Any]:
@@ -200,9 +236,13 @@ class OpenAIHttpEngine(Engine):
         named = (choice.logprobs.tokens if choice.logprobs else None) or []
         sent = [_token_id(token) for token in named] if choice.token_ids is None else choice.token_ids
         ids = [token for token in sent if token is not None]
-        ended_at_once = choice.token_ids == [] and choice.finish_reason == "stop"  # by a stop token it left out
+        # By a stop token it left out.
+        ended_at_once = choice.token_ids == [] and choice.finish_reason == "stop"
         if (not ids and not ended_at_once) or len(ids) != len(sent):
-            raise self._odd("a completion without token ids", "return_token_ids: text tokenised again is not what was sampled")
+            raise self._odd(
+                "a completion without token ids",
+                "return_token_ids: text tokenised again is not what was sampled",
+            )
         if len(ids) > most:
             raise self._odd(f"{len(ids)} tokens in choice {choice.index}", f"at most {most}, as asked for")
         values = (choice.logprobs.token_logprobs if choice.logprobs else None) or [None] * len(ids)
@@ -225,15 +265,26 @@ class OpenAIHttpEngine(Engine):
         return self._wait(_all([self._score_one(sequence) for sequence in sequences]))
 
     async def _score_one(self, sequence: np.ndarray) -> np.ndarray:
-        body = {"model": self.model, "prompt": sequence.tolist(), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        body = {
+            "model": self.model,
+            "prompt": sequence.tolist(),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,
+        }
         limit = completion_bytes(len(sequence), 1, scored=len(sequence))
         choices = (await self._exchange.ask("/v1/completions", Completions, limit, body)).choices
         if len(choices) != 1:
             raise self._odd(f"{len(choices)} choices", "1, as asked for")
         entries = choices[0].prompt_logprobs or []
         if len(entries) != len(sequence):
-            raise self._odd(f"{len(entries)} prompt log-probabilities", f"{len(sequence)}, the first of them empty")
-        scored = [(entry or {}).get(str(token)) for entry, token in zip(entries[1:], sequence[1:].tolist(), strict=True)]
+            raise self._odd(
+                f"{len(entries)} prompt log-probabilities", f"{len(sequence)}, the first of them empty"
+            )
+        scored = [
+            (entry or {}).get(str(token))
+            for entry, token in zip(entries[1:], sequence[1:].tolist(), strict=True)
+        ]
         found = [finite_logprob(entry.logprob if entry else None) for entry in scored]
         return np.frombuffer(pack_logprobs(found), FLOAT32)
 
@@ -243,7 +294,10 @@ class OpenAIHttpEngine(Engine):
         raise AssertionError("unreachable: no server has this capability")
 
     def abort(self) -> int:
-        """See :meth:`Engine.abort`. The connections are closed, on which the server ends the requests; what it had is lost."""
+        """See :meth:`Engine.abort`.
+
+        The connections are closed, on which the server ends the requests; what it had is lost.
+        """
 
         async def cancel() -> int:
             return sum(task.cancel() for task in list(self._in_flight))
@@ -293,13 +347,21 @@ def _capabilities(vllm: bool, told: Capability) -> dict[str, Capability]:
     unsaid = "the protocol does not carry it"
     only_vllm = Capability(vllm, "a vLLM field of the request" if vllm else "not a vLLM server")
     return {
-        "rescore": Capability(vllm, "prompt_logprobs, which read no cache" if vllm else "only vLLM's server scores given ids"),
+        "rescore": Capability(
+            vllm, "prompt_logprobs, which read no cache" if vllm else "only vLLM's server scores given ids"
+        ),
         "rescore_at_temperature": Capability(False, "prompt_logprobs are of the raw logits, T = 1"),
-        "load": Capability(False, "a server that someone else started is sent no weights: use engine.name = vllm"),
+        "load": Capability(
+            False, "a server that someone else started is sent no weights: use engine.name = vllm"
+        ),
         "pause_wait": Capability(False, unsaid),
-        "pause_abort": Capability(False, "closing the connection ends a request, and what was sampled is lost"),
+        "pause_abort": Capability(
+            False, "closing the connection ends a request, and what was sampled is lost"
+        ),
         "pause_keep": Capability(False, unsaid),
-        "version_spans": Capability(False, "the server does not say which weights it holds: version 0 stands for all"),
+        "version_spans": Capability(
+            False, "the server does not say which weights it holds: version 0 stands for all"
+        ),
         "resolved_config": told,
         "per_request_seed": Capability(True, "seed"),
         "native_fp32_head": Capability(False, "how the server was started is its owner's affair"),

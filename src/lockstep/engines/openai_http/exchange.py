@@ -1,4 +1,7 @@
-"""One request and its whole answer: a deadline over everything, retries within it, and no more bytes read than were asked for."""
+"""One request and its whole answer.
+
+A deadline over everything, retries within it, and no more bytes read than were asked for.
+"""
 
 import asyncio
 import random
@@ -40,7 +43,9 @@ class Exchange:
         )
 
     async def ask(self, path: str, kind: type[R], limit: int, body: dict[str, Any] | None = None) -> R:
-        """The answer to a GET, or to a POST of ``body``; within ``timeout_s`` from here on, waiting for a free connection aside.
+        """The answer to a GET, or to a POST of ``body``.
+
+        Within ``timeout_s`` from here on, waiting for a free connection aside.
 
         Args:
             limit: bytes that the answer may have.
@@ -57,7 +62,10 @@ class Exchange:
                         try:
                             found = await self._once(path, limit, body)
                         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-                            got = f"{type(error).__name__} after {attempt + 1} tries: {str(error)[:REFUSAL_SHOWN]}"
+                            got = (
+                                f"{type(error).__name__} after {attempt + 1} tries: "
+                                f"{str(error)[:REFUSAL_SHOWN]}"
+                            )
                             failure, least = self._no_answer(path, got), 0.0
                         else:
                             if isinstance(found, bytes):
@@ -71,7 +79,9 @@ class Exchange:
         assert failure is not None
         raise failure
 
-    async def _once(self, path: str, limit: int, body: dict[str, Any] | None) -> bytes | tuple[EngineError, float]:
+    async def _once(
+        self, path: str, limit: int, body: dict[str, Any] | None
+    ) -> bytes | tuple[EngineError, float]:
         """One try: the body, or why another may be worth it and the least wait before that."""
         async with self._http.stream("GET" if body is None else "POST", path, json=body) as response:
             if not response.is_success:
@@ -81,10 +91,14 @@ class Exchange:
                 return refusal, _retry_after(response)
             encoding = response.headers.get("content-encoding", "identity").lower()
             if encoding != "identity":
-                raise self._odd(path, f"a body compressed with {short(encoding)}", "one that is not, as asked for")
+                raise self._odd(
+                    path, f"a body compressed with {short(encoding)}", "one that is not, as asked for"
+                )
             found = await self._read(response, limit + 1)
             if len(found) > limit:
-                raise self._odd(path, f"more than {limit} bytes, beginning {short(found)}", "an answer to what was asked")
+                raise self._odd(
+                    path, f"more than {limit} bytes, beginning {short(found)}", "an answer to what was asked"
+                )
             return found
 
     async def _read(self, response: httpx.Response, most: int) -> bytes:
@@ -102,7 +116,9 @@ class Exchange:
 
     def _no_answer(self, path: str, got: str) -> EngineDied:
         hint = "is the server up? Its log says more"
-        return EngineDied(f"engine at {self.options.base_url}{path}", got=got, expected="an answer", hint=hint)
+        return EngineDied(
+            f"engine at {self.options.base_url}{path}", got=got, expected="an answer", hint=hint
+        )
 
     def _refusal(self, path: str, response: httpx.Response, body: bytes) -> EngineError | UsageError:
         usage = 400 <= response.status_code < 500 and response.status_code not in RETRIED
@@ -119,7 +135,10 @@ class Exchange:
         )
 
     def _odd(self, path: str, got: str, expected: str) -> EngineError:
-        boundary, hint = f"engine at {self.options.base_url}{path}", "is this an OpenAI-compatible server? Its log says more"
+        boundary, hint = (
+            f"engine at {self.options.base_url}{path}",
+            "is this an OpenAI-compatible server? Its log says more",
+        )
         return EngineError(boundary, got=got, expected=expected, hint=hint)
 
 

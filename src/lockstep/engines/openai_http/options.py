@@ -1,7 +1,7 @@
-"""The recipe's ``engine.options`` of a server over HTTP: where it is, how long it may take, and which variable holds its key.
+"""The ``engine.options`` of a server over HTTP: where it is, its deadline, and which variable holds its key.
 
-A recipe is written down whole with every run, so it may hold no secret; and a recipe that someone else wrote must not get at a
-variable of the environment that is no key.
+A recipe is written down whole with every run, so it may hold no secret; and a recipe that someone else wrote
+must not get at a variable of the environment that is no key.
 """
 
 import base64
@@ -31,8 +31,8 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
     model: str = ""
     """As the server calls it; empty: the first that it lists."""
     api_key_env: str = "LOCKSTEP_API_KEY"
-    """The environment variable that holds the key; the key itself goes into no file. Its name ends in ``_API_KEY`` or ``_TOKEN``,
-    or is confirmed on the command line (``--api-key-env``)."""
+    """The environment variable that holds the key; the key itself goes into no file. Its name ends in
+    ``_API_KEY`` or ``_TOKEN``, or is confirmed on the command line (``--api-key-env``)."""
     auth: Literal["bearer", "basic"] = "bearer"
     """How the key is sent. ``basic``: the variable holds ``user:password``."""
     timeout_s: Seconds = 600.0
@@ -57,13 +57,18 @@ def options_of(raw: dict[str, Any], confirmed: str = "") -> Options:
         options = msgspec.convert(raw, Options)
     except msgspec.ValidationError as error:
         raise UsageError(
-            "engine.options of an HTTP engine", got=str(error), expected="base_url and the like", hint=URL_HINT
+            "engine.options of an HTTP engine",
+            got=str(error),
+            expected="base_url and the like",
+            hint=URL_HINT,
         ) from error
     _refuse_url(options)
     name = options.api_key_env
     if confirmed and confirmed != name:
         expected = f"{name!r}, which the recipe's engine.options.api_key_env names"
-        raise UsageError("flag --api-key-env", got=repr(confirmed), expected=expected, hint=f"--api-key-env {name}")
+        raise UsageError(
+            "flag --api-key-env", got=repr(confirmed), expected=expected, hint=f"--api-key-env {name}"
+        )
     if name and not confirmed and not name.endswith(KEY_NAMES):
         raise UsageError(
             "engine.options.api_key_env",
@@ -98,7 +103,9 @@ def _refuse_url(options: Options) -> None:
         "engine.options.base_url",
         got=fault if secret else f"{url[:200]!r}: {fault}",
         expected="http://HOST:PORT or https://HOST",
-        hint=f"export {options.api_key_env}=user:password; --set engine.options.auth=basic" if secret else URL_HINT,
+        hint=f"export {options.api_key_env}=user:password; --set engine.options.auth=basic"
+        if secret
+        else URL_HINT,
     )
 
 
@@ -123,4 +130,8 @@ def authorization(options: Options, key: str) -> dict[str, str]:
     """The header that carries the key; none without one."""
     if not key:
         return {}
-    return {"Authorization": f"Basic {base64.b64encode(key.encode()).decode()}" if options.auth == "basic" else f"Bearer {key}"}
+    return {
+        "Authorization": f"Basic {base64.b64encode(key.encode()).decode()}"
+        if options.auth == "basic"
+        else f"Bearer {key}"
+    }

@@ -1,7 +1,10 @@
-"""What a server may answer: types, bounds, and how large it may be. All of it comes from someone else's process.
+"""What a server may answer: types, bounds, and how large it may be.
 
-A field that Lockstep does not read may be anything. One that it reads is of its type and within its bounds, or the reply is
-refused with the field's name. ``NaN`` and the infinities, which are no JSON and which some servers write, are missing numbers.
+All of it comes from someone else's process.
+
+A field that Lockstep does not read may be anything. One that it reads is of its type and within its bounds,
+or the reply is refused with the field's name. ``NaN`` and the infinities, which are no JSON and which some
+servers write, are missing numbers.
 """
 
 import re
@@ -87,13 +90,13 @@ class Completions(Struct, frozen=True):
 ABOUT_BYTES = 1 << 20
 """Of a reply about the server itself, and of what a completion has besides its tokens."""
 TOKEN_BYTES = 1 << 10
-"""Of one token of a completion, generously: its id twice, its log-probability twice, its text with every character escaped."""
+"""Of one token, generously: its id twice, its log-probability twice, its text with each character escaped."""
 ECHO_BYTES = 64
 """Of one prompt token that the server repeats with each choice."""
 CONFIG_BYTES = 16 << 20
 SHOWN = 80
 NO_JSON = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|-?\b(?:NaN|Infinity)\b', re.DOTALL)
-"""A string, which is kept as it is, or a literal that is no JSON. Possessive, so that no text takes more than one pass."""
+"""A string, kept as it is, or a literal that is no JSON. Possessive, so that no text takes a second pass."""
 
 
 def completion_bytes(prompt: int, tokens: int, n: int = 1, scored: int = 0) -> int:
@@ -125,14 +128,18 @@ def decode(body: bytes, kind: type[R], boundary: str) -> R:
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
         where = where.rstrip("`").removeprefix("$").lstrip(".")
-        expected = message.partition(", got")[0].replace("Object missing required field", "an object with the field")
+        expected = message.partition(", got")[0].replace(
+            "Object missing required field", "an object with the field"
+        )
         boundary, got = f"{boundary}, field {where}" if where else boundary, _value_at(body, where)
     except RecursionError:
         got, expected = f"a reply nested without end: {short(body)}", "a reply that is not nested so deeply"
     except (msgspec.DecodeError, ValueError) as error:
         got, expected = f"{short(body)} ({error})", "JSON"
     expected = expected.replace("Expected ", "")
-    raise EngineError(boundary, got=got, expected=expected, hint="is this an OpenAI-compatible server? Its log says more")
+    raise EngineError(
+        boundary, got=got, expected=expected, hint="is this an OpenAI-compatible server? Its log says more"
+    )
 
 
 def short(text: bytes | str) -> str:

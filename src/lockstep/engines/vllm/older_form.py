@@ -1,6 +1,8 @@
-"""A checkpoint of transformers 5 in the form that transformers 4 reads: the tensors linked, config.json with the keys of both.
+"""A checkpoint of transformers 5 in the form that transformers 4 reads.
 
-Without ``rope_theta`` at the top level the older reader takes 10000 for it and says nothing; SmolLM2's is 100000.
+The tensors are linked; config.json has the keys of both.
+
+Without ``rope_theta`` at the top level the older reader takes 10000 and says nothing; SmolLM2's is 100000.
 """
 
 import json
@@ -9,7 +11,7 @@ from typing import Any
 
 
 def older_form(model_path: Path, out: Path) -> Path:
-    """Fill ``out`` with links to the files of ``model_path`` and with configurations that have the older keys besides."""
+    """Fill ``out`` with links to ``model_path``'s files, and with configurations with the older keys too."""
     for file in model_path.iterdir():
         if file.name == "config.json":
             (out / file.name).write_text(json.dumps(older_config(json.loads(file.read_text())), indent=1))
@@ -21,7 +23,7 @@ def older_form(model_path: Path, out: Path) -> Path:
 
 
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` where transformers 4 looks for them."""
+    """The configuration with ``rope_theta``, ``rope_scaling``, ``torch_dtype`` where transformers 4 looks."""
     rope = config.get("rope_parameters") or {}
     found = dict(config)
     if "rope_theta" in rope:
@@ -36,5 +38,7 @@ def older_config(config: dict[str, Any]) -> dict[str, Any]:
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers 5 writes the name of a class that 4 does not have."""
     return config | (
-        {"tokenizer_class": "PreTrainedTokenizerFast"} if config.get("tokenizer_class") == "TokenizersBackend" else {}
+        {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if config.get("tokenizer_class") == "TokenizersBackend"
+        else {}
     )

@@ -1,4 +1,4 @@
-"""A vLLM of any version, in a process and an environment of its own: what the adapters of its generations share."""
+"""A vLLM of any version, in a process and environment of its own: what the generations' adapters share."""
 
 import re
 import shutil
@@ -24,10 +24,12 @@ RL_DEFAULTS = {
     "trust_remote_code": False,
     "disable_cascade_attn": True,
 }
-"""vLLM's own default for ``generation_config`` is ``auto``, which applies a checkpoint's generation_config.json silently."""
+"""vLLM's own ``generation_config`` is ``auto``: it applies a checkpoint's generation_config.json silently."""
 
 REFUSED = {
-    "trust_remote_code": "false: a checkpoint's own code would run in the engine, and could compute what the trainer does not",
+    "trust_remote_code": (
+        "false: a checkpoint's own code would run in the engine, and could compute what the trainer does not"
+    ),
     "hf_token": "no token: nothing is fetched, and a recipe is written down with every run",
 }
 """Engine options that no recipe can set, and what should be."""
@@ -37,7 +39,9 @@ LOCAL = {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME
 
 FIXES = {
     "truncation_unmodelled": "sampling.top_p = 1.0, sampling.top_k = 0, sampling.min_p = 0.0",
-    "penalties_unmodelled": "sampling.repetition_penalty = 1.0, presence_penalty = 0.0, frequency_penalty = 0.0, no logit_bias",
+    "penalties_unmodelled": (
+        "sampling.repetition_penalty = 1.0, presence_penalty = 0.0, frequency_penalty = 0.0, no logit_bias"
+    ),
     "prefix_cache": "engine.options.enable_prefix_caching = false",
     "stale_prefix_cache": "engine.options.enable_prefix_caching = false",
     "head_precision": 'model.head_dtype = "float32" with engine.head_dtype = "float32"',
@@ -51,14 +55,19 @@ CORE_ERROR = re.compile(r"^\(EngineCore[^)]*\) ERROR .*?\] (\w+(?:Error|Exceptio
 """How the core logs what ended it; the error that reaches the worker only says "see root cause above"."""
 
 
-def facts_of(defaults: dict[str, Any], fixes: dict[str, str], factors: tuple[PathFactor, ...] = ()) -> EngineFacts:
+def facts_of(
+    defaults: dict[str, Any], fixes: dict[str, str], factors: tuple[PathFactor, ...] = ()
+) -> EngineFacts:
     """What is so of one generation, with what is so of all."""
     keys = {"cache_dtype": "cache_config.cache_dtype", "device": "device_config.device_type"}
     return EngineFacts(FIXES | fixes, RL_DEFAULTS | defaults, factors, **keys)
 
 
 class VllmEngine(WorkerEngine):
-    """What a vLLM worker is started with. A generation says which worker it is and what it needs by default."""
+    """What a vLLM worker is started with.
+
+    A generation says which worker it is and what it needs by default.
+    """
 
     worker: ClassVar[str]
     cpu_defaults: ClassVar[dict[str, Any]]
@@ -71,11 +80,15 @@ class VllmEngine(WorkerEngine):
         if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
             self._scratch = Path(tempfile.mkdtemp(prefix="lockstep-model-"))
             model_path = older_form(spec.model_path, self._scratch)
-        args: dict[str, Any] = self.facts.defaults | (self.cpu_defaults if environment.flavour == "cpu" else {})
+        args: dict[str, Any] = self.facts.defaults | (
+            self.cpu_defaults if environment.flavour == "cpu" else {}
+        )
         args |= {"model": str(model_path), "dtype": spec.dtype, "max_model_len": spec.max_model_len}
         if environment.flavour == "cpu":
             args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, spec.max_model_len)
-        args |= spec.options | ({"weight_transfer_config": {"backend": "nccl"}} if spec.weights == "nccl" else {})
+        args |= spec.options | (
+            {"weight_transfer_config": {"backend": "nccl"}} if spec.weights == "nccl" else {}
+        )
         args = {name: value for name, value in args.items() if value is not None}  # None: vLLM's own default
         self.asked = args | {"head_dtype": spec.head_dtype}
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}

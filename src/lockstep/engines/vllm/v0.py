@@ -1,4 +1,4 @@
-"""The adapter of vLLM's V0 engine (0.8.5): what the sampler drew from is what it reports, prompts included."""
+"""The adapter of vLLM's V0 engine (0.8.5): what the sampler drew from is what it reports, prompts too."""
 
 from typing import Any, ClassVar
 

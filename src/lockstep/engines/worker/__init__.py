@@ -1,1 +1,1 @@
-"""The process that runs inside an engine's own environment: standard library, msgspec and the engine itself, nothing else."""
+"""The process in an engine's own environment: standard library, msgspec and the engine itself, no more."""

@@ -1,8 +1,8 @@
 """End a process group and leave nothing behind, in memory or on the process table.
 
-An engine's processes may share memory through named segments; killed outright they would leave hundreds of megabytes in
-``/dev/shm``. Python's resource tracker, a process of the same group, unlinks them once all who used them are gone. So it is
-spared, and ends by itself.
+An engine's processes may share memory through named segments; killed outright they would leave hundreds of
+megabytes in ``/dev/shm``. Python's resource tracker, a process of the same group, unlinks them once all who
+used them are gone. So it is spared, and ends by itself.
 """
 
 import contextlib
@@ -15,7 +15,10 @@ TRACKER_TIMEOUT_S = 3.0
 
 
 def end_group(pgid: int) -> None:
-    """SIGKILL every process of the group but its resource trackers, and wait for those. The caller may be a member."""
+    """SIGKILL every process of the group but its resource trackers, and wait for those.
+
+    The caller may be a member.
+    """
     own, trackers = os.getpid(), []
     with contextlib.suppress(ProcessLookupError, PermissionError):
         members = _members(pgid)
@@ -29,7 +32,8 @@ def end_group(pgid: int) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(OSError):
-                    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink()  # libiomp5's, 1 KB each
+                    # libiomp5's, 1 KB each.
+                    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink()
     if own in {pid for pid, _ in members or []}:
         os.kill(own, signal.SIGKILL)
     for pid in trackers:

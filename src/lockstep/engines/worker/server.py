@@ -3,13 +3,13 @@
     trainer ──Request──► [socket in a 0700 directory] ──► serve() ──► engine.sample / score / load
             ◄──Reply────                                        ◄──
 
-One task reads frames and starts one task per request, so that a long sample does not hold up a score. ``Load`` waits for
-every sample in flight and holds up those that come after it, so that no completion spans two weight versions; in its other modes
-it does not wait, and the engine says which tokens each version drew.
+One task reads frames and starts one task per request, so that a long sample does not hold up a score.
+``Load`` waits for every sample in flight and holds up those that come after it, so that no completion spans
+two weight versions; in its other modes it does not wait, and the engine says which tokens each version drew.
 
-The trainer passes the listening socket and the read end of a *lifeline* pipe as inherited descriptors. The pipe's end of
-file means that the trainer is gone, however it died; the worker then ends its whole process group, so nothing is orphaned. It
-ends likewise when a process of the engine's is gone.
+The trainer passes the listening socket and the read end of a *lifeline* pipe as inherited descriptors. The
+pipe's end of file means that the trainer is gone, however it died; the worker then ends its whole process
+group, so nothing is orphaned. It ends likewise when a process of the engine's is gone.
 """
 
 import asyncio
@@ -92,7 +92,9 @@ class BadRequestError(Exception):
     """A request or an option that is the user's to mend. ``args``: message, expected, hint."""
 
 
-def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]) -> None:
+def run(
+    listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]
+) -> None:
     """Start the engine and serve it until the trainer's end, or the engine's death.
 
     Args:
@@ -101,7 +103,9 @@ def run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[Served
     asyncio.run(_run(listener_fd, lifeline_fd, start, scratch))
 
 
-async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]) -> None:
+async def _run(
+    listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable[ServedEngine]], scratch: Sequence[str]
+) -> None:
     keep_from_forks(listener_fd, lifeline_fd)
     loop = asyncio.get_running_loop()
     loop.add_reader(lifeline_fd, end_with_trainer, scratch)
@@ -120,7 +124,10 @@ async def _run(listener_fd: int, lifeline_fd: int, start: Callable[[], Awaitable
 
 
 def keep_from_forks(*descriptors: int) -> None:
-    """Close them in children that this process forks: a listener that outlived it there would hide its end from the trainer."""
+    """Close them in children that this process forks.
+
+    A listener that outlived it there would hide its end from the trainer.
+    """
     owner = os.getpid()
 
     def close() -> None:
@@ -151,7 +158,11 @@ def end_with_child(child: BaseProcess) -> None:
     """A process of the engine is gone: end too, for what was asked of it may never be answered."""
     loop = asyncio.get_running_loop()
     loop.remove_reader(child.sentinel)
-    print(f"lockstep: {child.name} (pid {child.pid}) is gone, exit code {child.exitcode}", file=sys.stderr, flush=True)
+    print(
+        f"lockstep: {child.name} (pid {child.pid}) is gone, exit code {child.exitcode}",
+        file=sys.stderr,
+        flush=True,
+    )
     loop.call_later(LAST_WORDS_S, end_process_group)
 
 
@@ -188,7 +199,13 @@ class _Server:
                 try:
                     request = decode_request(frame)
                 except ProtocolError as error:
-                    refused = Failure(number_of(frame), f"malformed frame: {error.got}", error.expected, error.hint, usage=True)
+                    refused = Failure(
+                        number_of(frame),
+                        f"malformed frame: {error.got}",
+                        error.expected,
+                        error.hint,
+                        usage=True,
+                    )
                     _send(writer, refused)
                     await writer.drain()
                     continue
@@ -245,7 +262,9 @@ def _fitting(request: Request, reply: Reply) -> bytes:
     if len(body) <= MAX_FRAME_BYTES:
         return body
     what, limit = f"{type(reply).__name__} of {len(body)} bytes", f"at most {MAX_FRAME_BYTES}"
-    return encode(Failure(request.id, f"a reply too large for a frame: {what}", limit, "ask in portions", usage=True))
+    return encode(
+        Failure(request.id, f"a reply too large for a frame: {what}", limit, "ask in portions", usage=True)
+    )
 
 
 def _send(writer: asyncio.StreamWriter, reply: Reply | bytes) -> None:

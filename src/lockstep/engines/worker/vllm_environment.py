@@ -1,4 +1,4 @@
-"""vLLM's own environment variables that are written down with a run, beside those of records/environment.py."""
+"""vLLM's own environment variables that are written down with a run, beside records/environment.py's."""
 
 WRITTEN = frozenset(
     (

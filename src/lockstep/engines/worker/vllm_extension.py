@@ -1,9 +1,9 @@
 """What runs inside vLLM's own worker process, next to the model (``worker_extension_cls``), on V0 and V1.
 
 On a CPU, vLLM V1 packs linear weights for oneDNN when a model is loaded (vllm/model_executor/layers/utils.py,
-``dispatch_cpu_unquantized_gemm``). ``reload_weights`` packs again what it streams, but the head of a tied-embedding model is
-not streamed: its closure goes on multiplying by the old copy while ``lm_head.weight`` compares equal to the new weights.
-V0 packs nothing; there the tensors are overwritten in place.
+``dispatch_cpu_unquantized_gemm``). ``reload_weights`` packs again what it streams, but the head of a
+tied-embedding model is not streamed: its closure goes on multiplying by the old copy while ``lm_head.weight``
+compares equal to the new weights. V0 packs nothing; there the tensors are overwritten in place.
 """
 
 import ctypes
@@ -20,19 +20,26 @@ PR_SET_PDEATHSIG = 1
 class WeightsExtension:
     """Mixed into vLLM's ``Worker``: ``self`` is the worker, and methods are called by ``collective_rpc``.
 
-    The two annotations name what the worker brings; vLLM refuses an extension that defines an attribute of the worker's.
+    The two annotations name what the worker brings; vLLM refuses an extension that defines an attribute of
+    the worker's.
     """
 
     model_runner: Any
     reload_weights: Any
 
     def lockstep_describe(self) -> dict[str, Any]:
-        """What the model runner really holds, for the manifest. Also ties this process's life to its parent's."""
+        """What the model runner really holds, for the manifest.
+
+        Also ties this process's life to its parent's.
+        """
         own_process = os.getpid() != os.getpgrp()  # the group's leader is the worker, which has the lifeline
         if own_process and os.uname().sysname == "Linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         model = self.model_runner.get_model()
-        head, sampler = _head(model), getattr(self.model_runner, "sampler", None) or getattr(model, "sampler", None)
+        head, sampler = (
+            _head(model),
+            getattr(self.model_runner, "sampler", None) or getattr(model, "sampler", None),
+        )
         return {
             "pid": os.getpid(),
             "model_class": type(model).__name__,
@@ -63,7 +70,7 @@ class WeightsExtension:
             names = list(file.keys())
             self.lockstep_deliver((name, file.get_tensor(name)) for name in names)
         repacked = self.lockstep_repack()
-        # V1 alone loads under requests in flight; there each has the tokens that were drawn under the weights until now.
+        # V1 alone loads under requests in flight: each has the tokens drawn under the weights until now.
         requests = getattr(self.model_runner, "requests", {})
         return {
             "n_tensors": len(names),
@@ -102,7 +109,10 @@ def _head_product(model: Any) -> Any:
 
 
 def _is_packed(model: Any) -> bool:
-    """True when the logits come from a packed copy, seen by doubling the visible weight: an AVX2 CPU has none under 0.18.1."""
+    """True when the logits come from a packed copy, seen by doubling the visible weight.
+
+    An AVX2 CPU has none under 0.18.1.
+    """
     import torch
 
     head = _head(model)
@@ -118,7 +128,7 @@ def _is_packed(model: Any) -> bool:
 
 
 def _flashinfer() -> bool:
-    """True when V0's sampler leaves truncation to FlashInfer, which does not show in the log-probabilities."""
+    """True when V0's sampler leaves truncation to FlashInfer, unseen in the log-probabilities."""
     try:
         from vllm.model_executor.layers import sampler as v0
     except ImportError:

@@ -1,7 +1,10 @@
-"""Receive weights over NCCL through vLLM's weight-transfer API (vllm/distributed/weight_transfer, read at 0.18.1 and 0.32.0).
+"""Receive weights over NCCL through vLLM's weight-transfer API.
 
-0.32 takes the communicator's unique id as it is; 0.18 meets over a TCP store, on the loopback, where this process stands in for
-rank 0: it hands out the id that the trainer minted, and takes no part in the broadcasts.
+As it is in vllm/distributed/weight_transfer, read at 0.18.1 and 0.32.0.
+
+0.32 takes the communicator's unique id as it is; 0.18 meets over a TCP store, on the loopback, where this
+process stands in for rank 0: it hands out the id that the trainer minted, and takes no part in the
+broadcasts.
 """
 
 import base64
@@ -31,7 +34,10 @@ def init_info(offer: NcclBroadcast) -> dict[str, Any]:
 
 
 def hand_out(offer: NcclBroadcast, port: int) -> Any:
-    """Be rank 0 of the store for as long as the id is asked for; returns the group, which keeps the store alive."""
+    """Be rank 0 of the store for as long as the id is asked for.
+
+    Returns the group, which keeps the store alive.
+    """
     from vllm.distributed.device_communicators.pynccl_wrapper import ncclUniqueId
     from vllm.distributed.utils import StatelessProcessGroup
 
@@ -46,7 +52,11 @@ _kept: list[Any] = []
 
 def update_info(offer: NcclBroadcast) -> dict[str, Any]:
     """What ``update_weights`` is given."""
-    return {"names": list(offer.names), "dtype_names": list(offer.dtype_names), "shapes": [list(shape) for shape in offer.shapes]}
+    return {
+        "names": list(offer.names),
+        "dtype_names": list(offer.dtype_names),
+        "shapes": [list(shape) for shape in offer.shapes],
+    }
 
 
 class NcclReceiver:
@@ -58,7 +68,10 @@ class NcclReceiver:
 
     async def receive(self, offer: NcclBroadcast, version: int) -> int:
         """Join on the first update, then receive one version. Returns how many tensors."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferInitRequest,
+            WeightTransferUpdateRequest,
+        )
 
         if self._joined != offer.unique_id:
             await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info(offer)))

@@ -1,16 +1,18 @@
-"""What every vLLM process loads at its start (entry point group ``vllm.general_plugins``), core and workers alike.
+"""What every vLLM process, core or worker, loads at its start (entry point group ``vllm.general_plugins``).
 
 *Waiting.* vLLM's processes wait for each other by spinning on shared memory for a second before they sleep
-(vllm/distributed/device_communicators/shm_broadcast.py, ``SpinCondition``). On a machine where trainer and engine take turns on
-the same cores, an idle engine that spins takes a core from the trainer, and a waiting core process takes one from its own
-worker. They are told to spin briefly only; after that a message costs a wake-up, some 50 µs.
+(vllm/distributed/device_communicators/shm_broadcast.py, ``SpinCondition``). On a machine where trainer and
+engine take turns on the same cores, an idle engine that spins takes a core from the trainer, and a waiting
+core process takes one from its own worker. They are told to spin briefly only; after that a message costs a
+wake-up, some 50 µs.
 
-*The head.* Before 0.28 vLLM computes the last matrix product in the model's dtype. Where ``LOCKSTEP_HEAD_DTYPE`` is set, it is
-computed in that dtype instead, as 0.28 does (vllm/model_executor/layers/logits_processor.py, ``_apply_head``): both operands are
-cast at every step. No copy of the weights is kept, so none can be stale.
+*The head.* Before 0.28 vLLM computes the last matrix product in the model's dtype. Where
+``LOCKSTEP_HEAD_DTYPE`` is set, it is computed in that dtype instead, as 0.28 does
+(vllm/model_executor/layers/logits_processor.py, ``_apply_head``): both operands are cast at every step. No
+copy of the weights is kept, so none can be stale.
 
-*Ports.* torch.distributed is set up for a single process too, through a TCP store that listens on every interface
-(vllm/v1/executor/uniproc_executor.py). A world of one meets in a file instead.
+*Ports.* torch.distributed is set up for a single process too, through a TCP store that listens on every
+interface (vllm/v1/executor/uniproc_executor.py). A world of one meets in a file instead.
 """
 
 import os
@@ -18,8 +20,8 @@ import tempfile
 from typing import Any
 
 SPIN_S = 0.02
-"""Not 0: the notification that ends a sleep is dropped when the one before it is not sent yet, and the sleeper then waits out
-its time-out of 5 s. Within this time the reader looks for itself."""
+"""Not 0: the notification that ends a sleep is dropped when the one before it is not sent yet, and the
+sleeper then waits out its time-out of 5 s. Within this time the reader looks for itself."""
 
 HEAD_DTYPE = "LOCKSTEP_HEAD_DTYPE"
 
@@ -35,14 +37,19 @@ def register() -> None:
 
 
 def is_active() -> bool:
-    """True when everything that was asked of this process is in force; probed in the worker, shown in the manifest."""
+    """True when everything that was asked of this process is in force.
+
+    Probed in the worker, shown in the manifest.
+    """
     import torch.distributed
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
     condition = _spin_condition()
     waits = condition is None or getattr(condition.__init__, "lockstep", False)
     meets = hasattr(torch.distributed.init_process_group, "lockstep")
-    return waits and meets and (HEAD_DTYPE not in os.environ or hasattr(LogitsProcessor._get_logits, "lockstep"))
+    return (
+        waits and meets and (HEAD_DTYPE not in os.environ or hasattr(LogitsProcessor._get_logits, "lockstep"))
+    )
 
 
 def _spin_condition() -> Any:
@@ -93,9 +100,14 @@ def _raise_head(name: str) -> None:
 
     def raised(self: Any, hidden_states: Any, lm_head: Any, embedding_bias: Any) -> Any:
         if not lm_head.weight.is_floating_point():
-            raise ValueError(f"LOCKSTEP_HEAD_DTYPE={name} needs an unquantised lm_head, this one holds {lm_head.weight.dtype}")
+            raise ValueError(
+                f"LOCKSTEP_HEAD_DTYPE={name} needs an unquantised lm_head, "
+                f"this one holds {lm_head.weight.dtype}"
+            )
         bias = None if embedding_bias is None else embedding_bias.to(dtype)
-        logits = self._gather_logits(torch.nn.functional.linear(hidden_states.to(dtype), lm_head.weight.to(dtype), bias))
+        logits = self._gather_logits(
+            torch.nn.functional.linear(hidden_states.to(dtype), lm_head.weight.to(dtype), bias)
+        )
         return None if logits is None else logits[..., : self.org_vocab_size]
 
     raised.lockstep = name  # type: ignore[attr-defined]

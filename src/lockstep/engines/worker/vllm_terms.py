@@ -1,4 +1,4 @@
-"""Requests, results and configurations in vLLM's terms and back, for V0 and V1: each function holds for every version covered."""
+"""Requests, results and configurations in vLLM's terms and back: each function for every version covered."""
 
 import asyncio
 import dataclasses
@@ -23,7 +23,15 @@ from lockstep.records.capabilities import Capability
 from lockstep.records.environment import resolved_env
 from lockstep.records.messages import Draw, Load, Score
 from lockstep.records.settings import resolved_plain, resolved_settings
-from lockstep.records.tokens import Completion, SamplingParams, Scores, finite_logprob, pack_ids, pack_logprobs, unpack_ids
+from lockstep.records.tokens import (
+    Completion,
+    SamplingParams,
+    Scores,
+    finite_logprob,
+    pack_ids,
+    pack_logprobs,
+    unpack_ids,
+)
 from lockstep.records.versions import LoadReceipt, VersionSpan
 
 EXTENSION: str = "lockstep.engines.worker.vllm_extension.WeightsExtension"
@@ -37,11 +45,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     weights_dir: str
     """The only directory that weights are read from."""
     head_dtype: str
-    """Of the last matrix product; another than ``args["dtype"]`` takes vLLM's ``head_dtype`` or, before 0.28, the plugin."""
+    """Of the last product; if not ``args["dtype"]``, by vLLM's ``head_dtype`` or, before 0.28, the plugin."""
 
 
 class VllmEngine(ABC):
-    """Requests, the same on every generation. A completion has one version unless a load that did not wait met it."""
+    """Requests, alike on every generation; a completion has one version but for a load that does not wait."""
 
     vllm_config: Any
     llm: Any
@@ -76,20 +84,27 @@ class VllmEngine(ABC):
         asked = [self.params(params) for params in request.params]
         named = await asyncio.gather(*[self._named(ids, p) for ids, p in zip(prompts, asked, strict=True)])
         return [
-            completion_of(index, o, spans([s for at, s in switches if at == o.index], version, len(o.token_ids)))
+            completion_of(
+                index, o, spans([s for at, s in switches if at == o.index], version, len(o.token_ids))
+            )
             for index, (output, switches) in enumerate(named)
             for o in sorted(output.outputs, key=lambda o: o.index)
         ]
 
     def switched(self, tokens: dict[str, int]) -> None:
-        """The weights are :attr:`version` now. ``tokens``: how many each request in flight has, by vLLM's own name for it."""
+        """The weights are :attr:`version` now; ``tokens``: how many each request has, by its vLLM name."""
         for internal, n in tokens.items():
             found = INTERNAL.fullmatch(internal)
             if found and found[2] in self.in_flight:
-                self._switches.setdefault(found[2], []).append((int(found[1] or 0), VersionSpan(n, n, self.version)))
+                self._switches.setdefault(found[2], []).append(
+                    (int(found[1] or 0), VersionSpan(n, n, self.version))
+                )
 
     def counters(self) -> dict[str, float]:
-        """See :class:`~lockstep.engines.worker.server.ServedEngine`. They are registered where ``disable_log_stats`` is False."""
+        """See :class:`~lockstep.engines.worker.server.ServedEngine`.
+
+        They are registered where ``disable_log_stats`` is False.
+        """
         from prometheus_client import REGISTRY
 
         counted: dict[str, float] = {}
@@ -101,19 +116,24 @@ class VllmEngine(ABC):
     def ended_by(self, error: Exception) -> bool:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`.
 
-        What a dying core was asked by RPC is never answered (0.18.1, 0.32.0); of that, the end of its process tells.
+        What a dying core was asked by RPC is never answered (0.18.1, 0.32.0); the end of its process tells.
         """
         return type(error).__name__ == "EngineDeadError"
 
     async def score(self, request: Score) -> list[Scores]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        # Greedy where it scores at T = 1 anyway: a seedless request that draws would cost the batch its seeds on some versions.
-        asked = SamplingParams(max_tokens=1, temperature=0.0 if request.temperature == 1.0 else request.temperature)
+        # Greedy where it scores at T = 1 anyway: a seedless draw costs the batch its seeds on some versions.
+        asked = SamplingParams(
+            max_tokens=1, temperature=0.0 if request.temperature == 1.0 else request.temperature
+        )
         sequences = [unpack_ids(sequence) for sequence in request.sequences]
         checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
         params = self.params(asked, prompt_logprobs=0, logprobs=None)
         outputs = await asyncio.gather(*[self._named(ids, params) for ids in sequences])
-        return [scores_of(ids, output.prompt_logprobs) for ids, (output, _) in zip(sequences, outputs, strict=True)]
+        return [
+            scores_of(ids, output.prompt_logprobs)
+            for ids, (output, _) in zip(sequences, outputs, strict=True)
+        ]
 
     async def _named(self, ids: list[int], params: Any) -> tuple[Any, list[tuple[int, VersionSpan]]]:
         """The last output of a request, and where the weights changed under it: sample and switch."""
@@ -157,18 +177,22 @@ def engine_config(config: Config) -> Any:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             guess = f"{near[0]!r} perhaps" if near else "an argument of vLLM's AsyncEngineArgs"
-            raise BadRequestError(f"engine.options.{option}, which is no engine argument", guess, "python -m vllm serve --help")
+            raise BadRequestError(
+                f"engine.options.{option}, which is no engine argument", guess, "python -m vllm serve --help"
+            )
     args = dict(config.args)
     if config.head_dtype != args["dtype"]:
         if has_native_head_dtype():
             args["hf_overrides"] = {"head_dtype": config.head_dtype} | args.get("hf_overrides", {})
         else:
-            os.environ[HEAD_DTYPE] = config.head_dtype  # read by the plugin, here and in every process that vLLM starts
+            # Read by the plugin, here and in every process that vLLM starts.
+            os.environ[HEAD_DTYPE] = config.head_dtype
     asked = AsyncEngineArgs(**args, worker_extension_cls=EXTENSION)
     try:
         whole = args.get("enable_chunked_prefill") is False and "enable_prefix_caching" not in args
         if whole and asked.create_model_config().has_inner_state:
-            asked.enable_prefix_caching = False  # vLLM caches a recurrent state between chunks only, and refuses to start
+            # vLLM caches a recurrent state between chunks only, and refuses to start.
+            asked.enable_prefix_caching = False
         return asked.create_engine_config()
     except (ValueError, TypeError) as error:
         raise BadRequestError(
@@ -202,20 +226,34 @@ def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    resolved = resolved_plain(flatten(config)) | resolved_settings(config.model_config.hf_text_config.to_dict())
+    resolved = resolved_plain(flatten(config)) | resolved_settings(
+        config.model_config.hf_text_config.to_dict()
+    )
     resolved |= {f"worker.{key}": value for key, value in inside.items()} | resolved_env(os.environ, WRITTEN)
-    return resolved | {"versions.torch": str(torch.__version__), "versions.transformers": transformers.__version__}
+    return resolved | {
+        "versions.torch": str(torch.__version__),
+        "versions.transformers": transformers.__version__,
+    }
 
 
 def common_capabilities(sampling_fields: Iterable[str]) -> dict[str, Capability]:
     """What can be seen without a running engine."""
     fields, native = set(sampling_fields), has_native_head_dtype()
-    plugin = "not in this version: Lockstep's plugin computes the last product in the dtype asked for, and is probed"
+    plugin = (
+        "not in this version: "
+        "Lockstep's plugin computes the last product in the dtype asked for, and is probed"
+    )
     return {
-        "native_fp32_head": Capability(native, 'hf_overrides = {"head_dtype": "float32"}' if native else plugin),
+        "native_fp32_head": Capability(
+            native, 'hf_overrides = {"head_dtype": "float32"}' if native else plugin
+        ),
         "per_request_seed": Capability(True, "each request and sample has a generator of its own"),
-        "trace_replay": _field("trace_decode_token_ids", fields, "forces given tokens; needs the V2 model runner, hence a GPU"),
-        "sampling_mask": _field("return_sampling_mask", fields, "returns the kept ids; needs the V2 model runner, hence a GPU"),
+        "trace_replay": _field(
+            "trace_decode_token_ids", fields, "forces given tokens; needs the V2 model runner, hence a GPU"
+        ),
+        "sampling_mask": _field(
+            "return_sampling_mask", fields, "returns the kept ids; needs the V2 model runner, hence a GPU"
+        ),
     }
 
 
@@ -246,11 +284,15 @@ def checked_prompts(prompts: list[list[int]], params: list[SamplingParams], max_
         BadRequestError: for an empty or an over-long prompt.
     """
     if len(params) != len(prompts):
-        raise BadRequestError(f"{len(params)} params", f"one for each of {len(prompts)} prompts", "repeat them")
+        raise BadRequestError(
+            f"{len(params)} params", f"one for each of {len(prompts)} prompts", "repeat them"
+        )
     for number, (ids, asked) in enumerate(zip(prompts, params, strict=True)):
         needed = len(ids) + asked.max_tokens
         if not ids:
-            raise BadRequestError(f"prompt {number}, which is empty", "at least one token", "begin with a BOS token")
+            raise BadRequestError(
+                f"prompt {number}, which is empty", "at least one token", "begin with a BOS token"
+            )
         if needed > max_model_len:
             raise BadRequestError(
                 f"prompt {number}: {len(ids)} tokens and {asked.max_tokens} to come",
@@ -265,15 +307,17 @@ def checked_path(config: Config, request: Load) -> Path:
     Raises:
         BadRequestError: for one outside the weights directory.
     """
-    # The file itself may be a link of the trainer's: where shared memory has no room for it, it lies elsewhere.
+    # The file may be a link of the trainer's: where shared memory has no room for it, it lies elsewhere.
     path = Path(request.update.path).parent.resolve() / Path(request.update.path).name
     if path.parent != Path(config.weights_dir).resolve() or path.suffix != ".safetensors":
-        raise BadRequestError(f"weights at {path}", f"a .safetensors file in {config.weights_dir}", "use the run's publisher")
+        raise BadRequestError(
+            f"weights at {path}", f"a .safetensors file in {config.weights_dir}", "use the run's publisher"
+        )
     return path
 
 
 INTERNAL = re.compile(r"(?:(\d+)_)?(r\d+)(?:-.*)?")
-"""vLLM's own name of a request: the sample's number before it where n > 1, a random part behind it in later versions."""
+"""vLLM's name of a request: the sample's number before it where n > 1; later versions add a random part."""
 
 
 def spans(switches: list[VersionSpan], version: int, n: int) -> tuple[VersionSpan, ...]:
@@ -290,7 +334,7 @@ def spans(switches: list[VersionSpan], version: int, n: int) -> tuple[VersionSpa
 
 
 def completion_of(prompt_index: int, output: Any, version_spans: tuple[VersionSpan, ...]) -> Completion:
-    """A vLLM ``CompletionOutput`` as a :class:`Completion`. The log-probability is looked up by the sampled token's id."""
+    """A vLLM ``CompletionOutput`` as a :class:`Completion`; log-probabilities by the sampled tokens' ids."""
     ids = list(output.token_ids)
     logprobs = logprobs_of(ids, output.logprobs)
     return Completion(
@@ -321,7 +365,10 @@ def logprobs_of(ids: list[int], found: Any) -> list[float | None]:
     if hasattr(found, "start_indices"):
         values = [_flat_value(found, at, token) for at, token in enumerate(ids)]
     else:
-        values = [entry[token].logprob if entry and token in entry else None for entry, token in zip(found, ids, strict=True)]
+        values = [
+            entry[token].logprob if entry and token in entry else None
+            for entry, token in zip(found, ids, strict=True)
+        ]
     return [finite_logprob(value) for value in values]
 
 

@@ -1,7 +1,9 @@
-"""vLLM's V0 engine behind the worker protocol, through ``AsyncLLMEngine`` (vllm/engine/async_llm_engine.py, read at 0.8.5).
+"""vLLM's V0 engine behind the worker protocol, through ``AsyncLLMEngine``.
 
-The engine lives in this process; its steps run in a thread of asyncio's pool. Run as
-``python -m lockstep.engines.worker.vllm_v0 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the engine's environment.
+Read at 0.8.5 (vllm/engine/async_llm_engine.py).
+
+The engine lives in this process; its steps run in a thread of asyncio's pool. Run as ``python -m
+lockstep.engines.worker.vllm_v0 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the engine's environment.
 """
 
 import asyncio
@@ -28,7 +30,9 @@ class Engine(terms.VllmEngine):
         from vllm.engine.async_llm_engine import AsyncLLMEngine
 
         self.vllm_config = terms.engine_config(self.config)
-        self.llm = AsyncLLMEngine.from_vllm_config(self.vllm_config, disable_log_stats=True, disable_log_requests=True)
+        self.llm = AsyncLLMEngine.from_vllm_config(
+            self.vllm_config, disable_log_stats=True, disable_log_requests=True
+        )
         self.inside = self._rpc("lockstep_describe")
         terms.refuse_other_head(self.config, self.inside)
         self.start_s = time.perf_counter() - began
@@ -42,7 +46,8 @@ class Engine(terms.VllmEngine):
             engine="vllm",
             version=vllm.__version__,
             generation="V0",
-            # FlashInfer's sampler would not truncate what it reports (vllm/model_executor/layers/sampler.py, line 273).
+            # FlashInfer's sampler would not truncate what it reports
+            # (vllm/model_executor/layers/sampler.py:273).
             distribution="sampler_untruncated" if self.inside["flashinfer_sampler"] else "sampler",
             resolved=terms.read_back(self.vllm_config, self.inside),
             capabilities=self._capabilities(),
@@ -64,7 +69,9 @@ class Engine(terms.VllmEngine):
             "pause_abort": Capability(True, "abort, which gives back what was sampled, then load"),
             "pause_keep": Capability(False, "this version has no pause"),
             "version_spans": Capability(True, drains),
-            "resolved_config": Capability(True, "VllmConfig as the running engine holds it, and what the worker's model is"),
+            "resolved_config": Capability(
+                True, "VllmConfig as the running engine holds it, and what the worker's model is"
+            ),
             "logit_bias": Capability(True, "as a logits processor: this engine's own needs a tokenizer"),
             "penalties": Capability(True, "included, in the prompt's log-probabilities too"),
             "nccl_weights": Capability(False, "this version has no weight-transfer engine"),
@@ -96,7 +103,9 @@ class Engine(terms.VllmEngine):
 
         processors = [_bias(params.logit_bias)] if params.logit_bias else None
         plain = msgspec.structs.replace(params, logit_bias={})
-        return terms.sampling_params(plain, output_kind=RequestOutputKind.CUMULATIVE, logits_processors=processors, **extra)
+        return terms.sampling_params(
+            plain, output_kind=RequestOutputKind.CUMULATIVE, logits_processors=processors, **extra
+        )
 
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
         """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""

@@ -1,6 +1,9 @@
-"""vLLM's V1 engine behind the worker protocol, through ``AsyncLLM`` (vllm/v1/engine/async_llm.py, read at 0.18.1 and 0.32.0).
+"""vLLM's V1 engine behind the worker protocol, through ``AsyncLLM``.
 
-Run as ``python -m lockstep.engines.worker.vllm_v1 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the engine's environment.
+Read at 0.18.1 and 0.32.0 (vllm/v1/engine/async_llm.py).
+
+Run as ``python -m lockstep.engines.worker.vllm_v1 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the engine's
+environment.
 """
 
 import inspect
@@ -61,18 +64,30 @@ class Engine(terms.VllmEngine):
         transfer = hasattr(self.llm, "init_weight_transfer_engine")
         return terms.common_capabilities(VllmParams.__struct_fields__) | {
             "rescore": Capability(True, "prompt log-probabilities; such requests read no prefix cache"),
-            "rescore_at_temperature": Capability(False, "prompt log-probabilities are of the raw logits, T = 1, in every mode"),
-            "load": Capability(True, "reload_weights from a mapped safetensors file, then the head's packed copy is rebuilt"),
+            "rescore_at_temperature": Capability(
+                False, "prompt log-probabilities are of the raw logits, T = 1, in every mode"
+            ),
+            "load": Capability(
+                True, "reload_weights from a mapped safetensors file, then the head's packed copy is rebuilt"
+            ),
             "pause_wait": Capability(pauses, "pause_generation(mode='wait')"),
             "pause_abort": Capability(True, "abort, which gives back what was sampled, then load"),
-            "pause_keep": Capability(pauses, "pause_generation(mode='keep'), its cache kept or computed anew"),
-            "version_spans": Capability(True, "counted by the worker at each load: how many tokens a request in flight had"),
-            "resolved_config": Capability(True, "VllmConfig as the running engine holds it, and what the worker's model is"),
+            "pause_keep": Capability(
+                pauses, "pause_generation(mode='keep'), its cache kept or computed anew"
+            ),
+            "version_spans": Capability(
+                True, "counted by the worker at each load: how many tokens a request in flight had"
+            ),
+            "resolved_config": Capability(
+                True, "VllmConfig as the running engine holds it, and what the worker's model is"
+            ),
             "logit_bias": Capability(True, "SamplingParams.logit_bias; processed modes include it"),
             "penalties": Capability(True, "processed modes include them, raw modes do not"),
             "nccl_weights": Capability(
                 transfer and self.vllm_config.device_config.device_type == "cuda",
-                "vLLM's weight-transfer engine; it needs a GPU" if transfer else "this version has no weight-transfer engine",
+                "vLLM's weight-transfer engine; it needs a GPU"
+                if transfer
+                else "this version has no weight-transfer engine",
             ),
         }
 
@@ -80,11 +95,15 @@ class Engine(terms.VllmEngine):
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         offer = request.update.nccl
         if offer is not None and request.mode != "wait":
-            raise BadRequestError("a broadcast update in flight", "mode wait with NCCL", "engine.weights = shared_memory")
+            raise BadRequestError(
+                "a broadcast update in flight", "mode wait with NCCL", "engine.weights = shared_memory"
+            )
         path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
         keep = request.mode == "keep"
-        await self.llm.pause_generation(mode="wait" if request.mode == "wait" else "keep", clear_cache=not keep)
+        await self.llm.pause_generation(
+            mode="wait" if request.mode == "wait" else "keep", clear_cache=not keep
+        )
         try:
             if offer is not None:
                 loaded: dict[str, Any] = {
@@ -93,7 +112,9 @@ class Engine(terms.VllmEngine):
                     "in_flight": {},
                 }
             else:
-                (loaded,) = await self.llm.collective_rpc("lockstep_load", args=(str(path), request.update.version))
+                (loaded,) = await self.llm.collective_rpc(
+                    "lockstep_load", args=(str(path), request.update.version)
+                )
             cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
             self.version = request.update.version
@@ -113,7 +134,9 @@ class Engine(terms.VllmEngine):
         """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
         from vllm.sampling_params import RequestOutputKind
 
-        return terms.sampling_params(params, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **extra)
+        return terms.sampling_params(
+            params, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **extra
+        )
 
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
         """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""

@@ -1,11 +1,11 @@
-"""Full depth: one factor of the engine's path at a time, each on an engine that is started with it and compared with itself.
+"""Full depth: one factor of the engine's path at a time, on an engine started with it, against itself.
 
     recipe's engine ── passes ──►  same, prefill in portions      ─► A against its own B, corruption
                                    same, asynchronous scheduling  ─► …
                                    same, a starved KV cache       ─► …
 
-Which factors there are, and by which options, the engine's adapter declares. The trainer has no part in it, so only engines are
-started. What an engine cannot be started with is NOT_RUN, and said.
+Which factors there are, and by which options, the engine's adapter declares. The trainer has no part in it,
+so only engines are started. What an engine cannot be started with is NOT_RUN, and said.
 """
 
 import tempfile
@@ -54,7 +54,9 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
             continue
         except EngineDied as error:
             size, text = np.full(1, np.nan), f"the engine died with {options}: {error.got}"
-            findings.append(finding(factor.cause, size, np.zeros(1, int), text, pair.engine.fix(factor.cause)))
+            findings.append(
+                finding(factor.cause, size, np.zeros(1, int), text, pair.engine.fix(factor.cause))
+            )
             continue
         gap = sample.engine_logprobs - rescored
         figures |= {factor.counter: counted} if factor.counter else {}
@@ -65,7 +67,10 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
         skipped.append(f"no factor can be switched in {ready.engine} {ready.version}")
     figures["factors_not_run"] = skipped
     told = [factor.cause.replace("_", " ") for factor in factors if f"{factor.cause}_abs_max_nats" in figures]
-    summary = f"{path.summary}; {', '.join(told) or 'no factor'} too{'; not run: ' + '; '.join(skipped) if skipped else ''}"
+    summary = (
+        f"{path.summary}; {', '.join(told) or 'no factor'} too"
+        f"{'; not run: ' + '; '.join(skipped) if skipped else ''}"
+    )
     if findings:
         summary = f"the engine disagrees with itself: {findings[0].cause.replace('_', ' ')}"
     return Verdict(
@@ -82,12 +87,16 @@ class _NotStartedError(Exception):
     """The engine does not start with the factor, or ignores it."""
 
 
-def _measure(pair: Pair, factor: PathFactor, options: dict[str, Any], open_engine: Opener) -> tuple[Samples, np.ndarray, float]:
+def _measure(
+    pair: Pair, factor: PathFactor, options: dict[str, Any], open_engine: Opener
+) -> tuple[Samples, np.ndarray, float]:
     """A sample, its own re-score, and the factor's count, on an engine with the factor on.
 
     No seeds: an engine may not be able to prefill a seeded prompt in portions.
     """
-    recipe = replace(pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | options))
+    recipe = replace(
+        pair.recipe, engine=replace(pair.recipe.engine, options=pair.recipe.engine.options | options)
+    )
     prompts = probe_prompts(pair, PROMPTS, pair.seed)
     room = int(options.get("max_model_len", recipe.engine.max_model_len)) - max(map(len, prompts)) - 1
     plain = SamplingParams(max_tokens=min(factor.tokens, room))
@@ -107,10 +116,16 @@ def _measure(pair: Pair, factor: PathFactor, options: dict[str, Any], open_engin
         return sample, sample.rescored(engine), counted
 
 
-def _judge(pair: Pair, factor: PathFactor, options: dict[str, Any], sample: Samples, rescored: np.ndarray) -> Finding | None:
+def _judge(
+    pair: Pair, factor: PathFactor, options: dict[str, Any], sample: Samples, rescored: np.ndarray
+) -> Finding | None:
     gap = sample.engine_logprobs - rescored
     found = corrupted(pair, sample, rescored)
     if found is None and within(pair.engine_noise, gap):
         return None
-    text = found.evidence() if found is not None else f"A − B reaches {np.abs(gap).max():.1e} nats with {options}"
+    text = (
+        found.evidence()
+        if found is not None
+        else f"A − B reaches {np.abs(gap).max():.1e} nats with {options}"
+    )
     return finding(factor.cause, np.abs(gap), sample.owners, text, pair.engine.fix(factor.cause))

@@ -24,7 +24,11 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
         found = replay(pair, mode)
         figures |= {
             f"in_flight_{mode}_{name}_abs_max_nats": float(part.max()) if part.size else float("nan")
-            for name, part in (("before", found.before), ("after", found.right), ("wrong_assumption", found.wrong))
+            for name, part in (
+                ("before", found.before),
+                ("after", found.right),
+                ("wrong_assumption", found.wrong),
+            )
         }
         figures[f"in_flight_{mode}_n_tokens"] = found.right.size
         figures[f"in_flight_{mode}_told_apart"] = bool(
@@ -34,8 +38,17 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
         findings += _findings(pair, found)
     lone = [mode for mode in MODES if not figures[f"in_flight_{mode}_n_tokens"]]
     if lone and not findings:
-        reason = f"mode {lone[0]}: no completion spanned the switch, so nothing was compared; more probe tokens make it likelier"
-        return Verdict(layer="weights", status="NOT_RUN", summary="not judged", reason=reason, figures=weights.figures | figures)
+        reason = (
+            f"mode {lone[0]}: no completion spanned the switch, so nothing was compared; "
+            "more probe tokens make it likelier"
+        )
+        return Verdict(
+            layer="weights",
+            status="NOT_RUN",
+            summary="not judged",
+            reason=reason,
+            figures=weights.figures | figures,
+        )
     proven = " and ".join(f"{figures[f'in_flight_{mode}_after_abs_max_nats']:.0e} ({mode})" for mode in MODES)
     return _with(weights, f"{weights.summary}; in flight, token by token, to {proven}", findings, figures, n)
 
@@ -47,10 +60,14 @@ def _findings(pair: Pair, found: Replayed) -> list[Finding]:
     if within(pair.noise, right):
         return []
     text = (
-        f"mode {found.mode}: before the switch {found.before.max():.1e} nats, after it {found.right.max():.1e}, "
-        f"under the other assumption {found.wrong.max():.1e} (largest)"
+        f"mode {found.mode}: before the switch {found.before.max():.1e} nats, "
+        f"after it {found.right.max():.1e}, under the other assumption {found.wrong.max():.1e} (largest)"
     )
-    return [finding("in_flight_update", right, np.zeros(right.size, int), text, pair.engine.fix("in_flight_update"))]
+    return [
+        finding(
+            "in_flight_update", right, np.zeros(right.size, int), text, pair.engine.fix("in_flight_update")
+        )
+    ]
 
 
 def _with(weights: Verdict, summary: str, findings: list[Finding], figures: dict, n: int) -> Verdict:

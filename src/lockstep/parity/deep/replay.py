@@ -1,8 +1,9 @@
-"""Piecewise replay: are tokens that were sampled across an in-flight update scored by the weights that really drew them?
+"""Piecewise replay: are tokens sampled across an in-flight update scored by the weights that drew them?
 
-While the engine samples, perturbed weights are loaded under it. Each completion is then replayed by the trainer: what lies before
-the switch under the old weights; what lies after it under the new ones, over a cache that the old ones filled (mode ``keep``) or
-over one of their own (mode ``recompute``). The assumption that is *not* in force is scored too: it must not fit.
+While the engine samples, perturbed weights are loaded under it. Each completion is then replayed by the
+trainer: what lies before the switch under the old weights; what lies after it under the new ones, over a
+cache that the old ones filled (mode ``keep``) or over one of their own (mode ``recompute``). The assumption
+that is *not* in force is scored too: it must not fit.
 """
 
 import time
@@ -60,7 +61,9 @@ def replay(pair: Pair, mode: LoadMode) -> Replayed:
     pair.engine.need("pause_keep")
     limit = pair.recipe.engine.max_model_len
     sampling = SamplingParams(max_tokens=min(TOKENS, limit // 2))
-    prompts = [prompt[: limit - sampling.max_tokens - 1] for prompt in probe_prompts(pair, PROMPTS, pair.seed)]
+    prompts = [
+        prompt[: limit - sampling.max_tokens - 1] for prompt in probe_prompts(pair, PROMPTS, pair.seed)
+    ]
     began = time.perf_counter()
     draw(pair, prompts, sampling, pair.seed)
     undisturbed = time.perf_counter() - began

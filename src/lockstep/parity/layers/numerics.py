@@ -1,8 +1,9 @@
 """Layer 4: what gap is left, against each side's own noise and against the objective's clip range.
 
-The gap is judged by its tail (a median and a p999) and by the phantom clip fraction, never by a mean. The floors come first: C
-against C, the same rows twice, and C against C′, each sequence by itself; B against B′ is layer 2's. Where the trainer's body is
-not in fp32, score D says which side is how far from fp32 arithmetic.
+The gap is judged by its tail (a median and a p999) and by the phantom clip fraction, never by a mean. The
+floors come first: C against C, the same rows twice, and C against C′, each sequence by itself; B against B′
+is layer 2's. Where the trainer's body is not in fp32, score D says which side is how far from fp32
+arithmetic.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,8 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
     sample, trainer = evidence.own, evidence.own_trainer
     gap = trainer - sample.engine_logprobs
     again, alone = evidence.floors.repeat, evidence.floors.alone
-    floor_engine = path.figures.get("batch_composition_abs_p999_nats", 0.0)  # not measured where the engine cannot re-score
+    # Not measured where the engine cannot re-score.
+    floor_engine = path.figures.get("batch_composition_abs_p999_nats", 0.0)
     figures: dict[str, Any] = {
         "floor_trainer_repeat_abs_p999_nats": quantiles_abs(again)["p999"],
         "floor_trainer_abs_p999_nats": quantiles_abs(alone)["p999"],
@@ -51,7 +53,14 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
         if not within(pair.trainer_noise, size):
             text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
             found = finding(cause, np.abs(size), owners, text)
-            return Verdict(layer="numerics", status="FAIL", summary=text, n_tokens=size.size, findings=(found,), figures=figures)
+            return Verdict(
+                layer="numerics",
+                status="FAIL",
+                summary=text,
+                n_tokens=size.size,
+                findings=(found,),
+                figures=figures,
+            )
     if pair.trainer.dtype != "torch.float32":
         figures |= _against_reference(pair, sample, trainer)
     figures["note"] = _note(pair)
@@ -93,14 +102,22 @@ def judge_gap(
         )
     if not phantom.mean() <= PHANTOM_CLIP_FRACTION:
         exceeded.append(
-            f"the objective, clipping outside [{1 - clip.clip_low:g}, {1 + clip.clip_high:g}], would clip {phantom.mean():.2%} "
-            f"of the tokens for the mismatch alone; the limit is {PHANTOM_CLIP_FRACTION:.0%}"
+            f"the objective, clipping outside [{1 - clip.clip_low:g}, {1 + clip.clip_high:g}], "
+            f"would clip {phantom.mean():.2%} of the tokens for the mismatch alone; "
+            f"the limit is {PHANTOM_CLIP_FRACTION:.0%}"
         )
     if exceeded:
         cause, evidence, fix = cause_of()
         found = finding(cause, np.abs(gap), owners, "; ".join([*exceeded, evidence]), fix)
         summary = f"the gap exceeds what the arithmetic and the objective bear ({cause.replace('_', ' ')})"
-        return Verdict(layer="numerics", status="FAIL", summary=summary, n_tokens=gap.size, findings=(found,), figures=figures)
+        return Verdict(
+            layer="numerics",
+            status="FAIL",
+            summary=summary,
+            n_tokens=gap.size,
+            findings=(found,),
+            figures=figures,
+        )
     summary = (
         f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats "
         f"over {gap.size} tokens; phantom clips {phantom.mean():.2%}{figures.get('note', '')}"
@@ -125,7 +142,11 @@ def _note(pair: Pair) -> str:
         return " (the engine does not tell its dtype)"
     if pair.engine_dtype != body:
         return f" (engine body {pair.engine_dtype}, trainer {body}: the clip range bears it)"
-    return f" (engine head {theirs}, trainer {head}: the clip range bears it)" if theirs not in ("", head) else ""
+    return (
+        f" (engine head {theirs}, trainer {head}: the clip range bears it)"
+        if theirs not in ("", head)
+        else ""
+    )
 
 
 def _binned(gap: np.ndarray, by: np.ndarray, edges: tuple[float, ...]) -> dict[str, dict[str, float]]:
@@ -135,5 +156,9 @@ def _binned(gap: np.ndarray, by: np.ndarray, edges: tuple[float, ...]) -> dict[s
         part = np.abs(gap[(by >= low) & (by < high)])
         if part.size:
             name = f"{low:g}-{high:g}"
-            found[name] = {"n": float(part.size), "p50_nats": float(np.median(part)), "max_nats": float(part.max())}
+            found[name] = {
+                "n": float(part.size),
+                "p50_nats": float(np.median(part)),
+                "max_nats": float(part.max()),
+            }
     return found

@@ -1,8 +1,9 @@
 """Layer 5: is the objective at lag 0 what the certificate predicts?
 
-Real rollouts of the recipe's own task go through the real training code, old-logprob pass, forward and backward, without an
-optimizer step. On version-exact tokens the policy ratio is 1, nothing is clipped, and the loss with the engine's numbers as old
-log-probabilities differs from the loss with the trainer's by no more than the largest gap can bring about.
+Real rollouts of the recipe's own task go through the real training code, old-logprob pass, forward and
+backward, without an optimizer step. On version-exact tokens the policy ratio is 1, nothing is clipped, and
+the loss with the engine's numbers as old log-probabilities differs from the loss with the trainer's by no
+more than the largest gap can bring about.
 """
 
 from typing import Any
@@ -29,7 +30,13 @@ def judge(pair: Pair, seed: int) -> Verdict:
         found = _at_lag_0(pair, seed)
     except DivergenceError as error:
         text = f"the training code refuses the engine's numbers: {error.got}"
-        named = finding("task_tokens_differ", np.full(1, np.nan), np.zeros(1, int), text, pair.engine.fix("task_tokens_differ"))
+        named = finding(
+            "task_tokens_differ",
+            np.full(1, np.nan),
+            np.zeros(1, int),
+            text,
+            pair.engine.fix("task_tokens_differ"),
+        )
         return Verdict(layer="objective", status="FAIL", summary=text, n_tokens=1, findings=(named,))
     clip = pair.recipe.objective.clip_low, pair.recipe.objective.clip_high
     figures: dict[str, Any] = mismatch_figures(found.gap, *clip) | policy_figures(found.log_ratio, *clip)
@@ -44,13 +51,15 @@ def judge(pair: Pair, seed: int) -> Verdict:
 
 
 def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
-    training = replace(pair.recipe.training, prompts_per_step=PROMPTS, group_size=GROUP, minibatches=1, seed=seed)
-    # The bound on the loss is GRPO's: how far gaps may move a loss of the user's is not known, so GRPO stands in for it.
+    training = replace(
+        pair.recipe.training, prompts_per_step=PROMPTS, group_size=GROUP, minibatches=1, seed=seed
+    )
+    # The bound on the loss is GRPO's: how far gaps may move a user's own is not known: GRPO stands in.
     objective = pair.recipe.objective
     judged = replace(objective, name="grpo", options={}) if ":" in objective.name else objective
     recipe = replace(pair.recipe, training=training, objective=judged)
     rollouts = collect.sample(pair.engine, pair.task, pair.renderer, recipe, 0)
-    # Alternating signs, so that both sides of the clip are exercised whatever the rewards of so few samples are.
+    # Alternating signs, so that both sides of the clip are exercised whatever so few samples' rewards are.
     rollouts.fill(advantages=np.where(rollouts.owners % 2, 1.0, -1.0).astype(np.float32))
     return pair.trainer.rehearse(rollouts, recipe)
 
@@ -69,9 +78,17 @@ def _verdict(pair: Pair, found: Rehearsal, figures: dict[str, Any]) -> Verdict:
         evidence = f"the loss moves by {moved:.1e}, the gaps allow {figures['loss_bound']:.1e}"
     if cause:
         named = finding(cause, size, found.owners, evidence, pair.engine.fix(cause))
-        return Verdict(layer="objective", status="FAIL", summary=evidence, n_tokens=size.size, findings=(named,), figures=figures)
+        return Verdict(
+            layer="objective",
+            status="FAIL",
+            summary=evidence,
+            n_tokens=size.size,
+            findings=(named,),
+            figures=figures,
+        )
     summary = (
-        f"at lag 0 the policy ratio is 1, {found.clip_fraction:.2%} clipped, mismatch ESS {figures['mismatch_ess']:.6f}; "
+        f"at lag 0 the policy ratio is 1, {found.clip_fraction:.2%} clipped, "
+        f"mismatch ESS {figures['mismatch_ess']:.6f}; "
         f"the engine's numbers as old log-probabilities move the loss by {moved:.1e}"
     )
     if ":" in pair.recipe.objective.name:

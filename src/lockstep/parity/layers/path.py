@@ -2,13 +2,14 @@
 
 The engine is compared with itself, so the trainer has no part in it. For tokens drawn at T = 1:
 
-* A against B: what sampling reported against the same engine's re-score of the same ids, from prefill and past any cache; and at
-  the recipe's own temperature where the engine can re-score at one;
+* A against B: what sampling reported against the same engine's re-score of the same ids, from prefill and
+  past any cache; and at the recipe's own temperature where the engine can re-score at one;
 * B against B′: re-scored all together, and again alone and in reverse order (batch composition);
-* cold against warm: the same prompts and seeds drawn twice; the second time the prefix cache serves the prompts.
+* cold against warm: the same prompts and seeds drawn twice; the second time the prefix cache serves the
+  prompts.
 
-Absurd tokens in a minority of completions are corruption and are shown. What needs another start of the engine (chunked prefill,
-async scheduling, a starved cache) is measured at full depth, in ``factors.py``.
+Absurd tokens in a minority of completions are corruption and are shown. What needs another start of the
+engine (chunked prefill, async scheduling, a starved cache) is measured at full depth, in ``factors.py``.
 """
 
 import numpy as np
@@ -26,34 +27,52 @@ ALONE = 4
 """Sequences that are re-scored alone."""
 WARM_TOKENS = 8
 ENOUGH_FOR_A_FLOOR = 96
-"""Tokens: over fewer, as at depth quick, the floor measured 0.0 where a standard check's was .12 nats (bf16)."""
+"""Tokens: over fewer, as at depth quick, the floor was 0.0 where a standard check's was .12 nats (bf16)."""
 
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
     """The verdict of layer 2."""
     neutral, rescored = evidence.neutral, evidence.rescored
     comparisons = {
-        "batch_composition": _alone(pair, neutral, rescored),  # the floor first: what fails it is no yardstick
+        # The floor first: what fails it is no yardstick.
+        "batch_composition": _alone(pair, neutral, rescored),
         "decode_vs_prefill": _decode(pair, evidence),
         "prefix_cache": _warm(pair, neutral),
     }
     figures, findings = {}, _corruption(pair, evidence)
     for cause, (gap, owners) in comparisons.items():
         quantiles = quantiles_abs(gap)
-        figures |= {f"{cause}_abs_{name}_nats": value for name, value in quantiles.items()} | {f"{cause}_n_tokens": gap.size}
+        figures |= {f"{cause}_abs_{name}_nats": value for name, value in quantiles.items()} | {
+            f"{cause}_n_tokens": gap.size
+        }
         if not within(pair.engine_noise, gap) and not (findings and cause == "decode_vs_prefill"):
             findings.append(_finding(pair, cause, gap, owners))
     n = sum(gap.size for gap, _ in comparisons.values())
     figures["minimal_detectable_effect_nats"] = pair.engine_noise.p50
     if findings:
-        summary = f"the engine disagrees with itself: {findings[0].cause.replace('_', ' ')}, {findings[0].effect_nats:.1e} nats"
-        return Verdict(layer="path", status="FAIL", summary=summary, n_tokens=n, findings=tuple(findings), figures=figures)
+        summary = (
+            f"the engine disagrees with itself: {findings[0].cause.replace('_', ' ')}, "
+            f"{findings[0].effect_nats:.1e} nats"
+        )
+        return Verdict(
+            layer="path",
+            status="FAIL",
+            summary=summary,
+            n_tokens=n,
+            findings=tuple(findings),
+            figures=figures,
+        )
     largest = max(float(np.abs(gap).max()) for gap, _ in comparisons.values())
-    how = "at T=1 and at the recipe's own" if neutral is not evidence.own and _rescores_own(pair, evidence) else "at T=1"
+    how = (
+        "at T=1 and at the recipe's own"
+        if neutral is not evidence.own and _rescores_own(pair, evidence)
+        else "at T=1"
+    )
     floor = comparisons["batch_composition"][0].size
     few = f"; the floor is of {floor} tokens in a batch of {len(neutral.prompts)}, a larger one may show more"
     summary = (
-        f"decode, prefill, batch of one or many, cold or warm prefix cache agree to {largest:.1e} nats ({how})"
+        "decode, prefill, batch of one or many, cold or warm prefix cache "
+        f"agree to {largest:.1e} nats ({how})"
         f"{few if floor < ENOUGH_FOR_A_FLOOR else ''}"
     )
     return Verdict(layer="path", status="PASS", summary=summary, n_tokens=n, figures=figures)
@@ -81,14 +100,21 @@ def _decode(pair: Pair, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
 
 def _corruption(pair: Pair, evidence: Evidence) -> list[Finding]:
     known = [(evidence.neutral, evidence.rescored)]
-    if within(pair.noise, evidence.rescored - evidence.trainer):  # else the trainer is no witness against the engine
+    # Else the trainer is no witness against the engine.
+    if within(pair.noise, evidence.rescored - evidence.trainer):
         known.append((evidence.own, evidence.own_trainer))
     for sample, other in known:
         found = corrupted(pair, sample, other)
         if found is not None:
             size = np.abs(sample.engine_logprobs - other)
             return [
-                finding("corrupted_completions", size, sample.owners, found.evidence(), pair.engine.fix("corrupted_completions"))
+                finding(
+                    "corrupted_completions",
+                    size,
+                    sample.owners,
+                    found.evidence(),
+                    pair.engine.fix("corrupted_completions"),
+                )
             ]
     return []
 
@@ -113,6 +139,7 @@ def _finding(pair: Pair, cause: str, gap: np.ndarray, owners: np.ndarray) -> Fin
     size = np.abs(gap)
     text = (
         f"{int((~np.isfinite(gap)).sum())} non-finite of {gap.size}; largest {size.max():.2e} nats; "
-        f"arithmetic allows {pair.engine_noise.p999:g}{pair.search.told() if cause == 'decode_vs_prefill' else ''}"
+        f"arithmetic allows {pair.engine_noise.p999:g}"
+        f"{pair.search.told() if cause == 'decode_vs_prefill' else ''}"
     )
     return finding(cause, size, owners, text, pair.engine.fix(cause))

@@ -97,7 +97,11 @@ def _by_the_engine_alone(pair: Pair, evidence: Evidence, identified: Identified)
     raw = fit <= pair.noise.p50
     first = [f for f in identified.ranked if (named(f.semantics) == "raw") == raw]
     rest = [f for f in identified.ranked if (named(f.semantics) == "raw") != raw]
-    return Identified([*first, *rest], identified.ground, max(identified.limit, first[0].p50)) if first else identified
+    return (
+        Identified([*first, *rest], identified.ground, max(identified.limit, first[0].p50))
+        if first
+        else identified
+    )
 
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
@@ -196,15 +200,21 @@ def _summary(cause: str, evidence: Evidence) -> str:
     t = evidence.own.sampling.temperature
     return {
         "raw_logprobs": f"the engine reports raw log-probabilities (T=1) of tokens that it drew at T={t:g}",
-        "truncation_unmodelled": "tokens are drawn from a truncated distribution, the trainer scores the whole one",
+        "truncation_unmodelled": (
+            "tokens are drawn from a truncated distribution, the trainer scores the whole one"
+        ),
         "penalties_unmodelled": "tokens are drawn under penalties that the trainer does not apply",
         "unexplained_semantics": "no hypothesis explains the engine's log-probabilities",
         "draws_differ": "the tokens are not drawn from the distribution that their numbers are of",
-        "generation_config_applied": "the engine applies the checkpoint's generation_config.json to every request",
+        "generation_config_applied": (
+            "the engine applies the checkpoint's generation_config.json to every request"
+        ),
     }.get(cause, cause.replace("_", " "))
 
 
-def _distribution(pair: Pair, evidence: Evidence, identified: Identified, hidden: Explained | None) -> Finding | None:
+def _distribution(
+    pair: Pair, evidence: Evidence, identified: Identified, hidden: Explained | None
+) -> Finding | None:
     """Is what explains the numbers what was asked for, and what the trainer scores?"""
     own, asked = evidence.own, evidence.own.sampling
     size, text = np.abs(evidence.own_trainer - own.engine_logprobs), identified.evidence()
@@ -217,11 +227,18 @@ def _distribution(pair: Pair, evidence: Evidence, identified: Identified, hidden
         (scores,) = scored_under(pair.trainer, own.groups, asked, [drawn])
         size = np.abs(scores - evidence.own_trainer)
     elif hidden is not None:
-        cause, text = hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
+        cause, text = (
+            hidden.cause,
+            f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}",
+        )
         sample, gap = _missed(evidence, identified)
         return finding(cause, np.abs(gap), sample.owners, text, pair.engine.fix(cause), evidence.n_tokens)
     elif identified.best is None:
-        return None if _path_may_explain(pair, evidence, identified) else _unexplained(pair, evidence, identified)
+        return (
+            None
+            if _path_may_explain(pair, evidence, identified)
+            else _unexplained(pair, evidence, identified)
+        )
     elif identified.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
         cause, text = _raw(pair, own, text)
     else:
@@ -242,7 +259,10 @@ def _unexplained(pair: Pair, evidence: Evidence, identified: Identified) -> Find
     finite = gap[np.isfinite(gap)]
     text = f"{identified.evidence()}{pair.search.told()}"
     if np.mean(gap > identified.limit) >= MOST_ROWS and np.mean(gap < -identified.limit) <= RARELY_ABOVE:
-        text = f"hardly a number is below the trainer's, as under a mask that changes from token to token (a grammar); {text}"
+        text = (
+            "hardly a number is below the trainer's, as under a mask that changes from token to token "
+            f"(a grammar); {text}"
+        )
     owners = sample.owners[np.isfinite(gap)]
     cause = "unexplained_semantics"
     return finding(cause, np.abs(finite), owners, text, pair.engine.fix(cause), evidence.n_tokens)
@@ -273,7 +293,10 @@ def _raw(pair: Pair, own: Samples, text: str) -> tuple[str, str]:
     asked = examine_draws(pair.trainer, own.groups, own.sampling)
     at_one = examine_draws(pair.trainer, own.groups, replace(own.sampling, temperature=1.0))
     if asked.oddity() and not at_one.oddity():
-        return "temperature_altered", f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}"
+        return (
+            "temperature_altered",
+            f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}",
+        )
     return "raw_logprobs", text
 
 
@@ -291,7 +314,14 @@ def _draws(pair: Pair, evidence: Evidence, identified: Identified, figures: dict
                 f"over {draws.n_tokens} tokens {draws.oddity()}; "
                 f"the draws look like T={likeliest:.2g}, asked was {sample.sampling.temperature:g}"
             )
-            return finding("draws_differ", draws.sizes, sample.owners, text, pair.engine.fix("draws_differ"), evidence.n_tokens)
+            return finding(
+                "draws_differ",
+                draws.sizes,
+                sample.owners,
+                text,
+                pair.engine.fix("draws_differ"),
+                evidence.n_tokens,
+            )
         if evidence.own is evidence.neutral:
             break
     return _grouped(pair, evidence, figures) or _many_draws(pair, evidence, figures)

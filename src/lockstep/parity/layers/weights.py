@@ -126,7 +126,10 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
         "judged_by": "moves" if measured.blurred else "scores",
     }
     if not measured.shift >= PERTURBATION_OVER_NOISE * pair.noise.p50:
-        reason = f"the perturbation moved the canary by {measured.shift:.1e} nats only: no stale weight could be seen"
+        reason = (
+            f"the perturbation moved the canary by {measured.shift:.1e} nats only: "
+            "no stale weight could be seen"
+        )
         summary = "nothing proven"
         return Verdict(layer="weights", status="NOT_RUN", summary=summary, reason=reason, figures=figures)
     failed = _failed(pair, canary, sample, measured, restored.gap_abs_mean_nats)
@@ -211,7 +214,9 @@ class Failed:
 SERVED = "after a sync the engine does not serve the weights it was sent: "
 
 
-def _failed(pair: Pair, canary: Canary, sample: Samples, measured: Measured, restored: float) -> Failed | None:
+def _failed(
+    pair: Pair, canary: Canary, sample: Samples, measured: Measured, restored: float
+) -> Failed | None:
     """The first thing that is wrong: the update, its version, the prefix cache, the way back, the start. None
     when nothing is.
 
@@ -272,7 +277,9 @@ def _stale_cache(pair: Pair, measured: Measured) -> Failed | None:
     if size.max() <= _cache_limit(pair, measured):
         return None
     summary = "after a sync the engine answers from a prefix cache of the old weights"
-    evidence = f"tokens drawn over prompts that were cached before the update are off by up to {size.max():.1e} nats"
+    evidence = (
+        f"tokens drawn over prompts that were cached before the update are off by up to {size.max():.1e} nats"
+    )
     return Failed("stale_prefix_cache", summary, evidence, size, measured.cached.owners)
 
 
@@ -282,7 +289,9 @@ def _not_put_back(canary: Canary, measured: Measured, restored: float) -> Failed
         return None
     still = float(np.abs(measured.back - measured.new).mean())
     cause = "not_delivered" if still <= measured.limit else "unexplained_weights"
-    evidence = f"mean |engine − trainer| {restored:.1e} nats; against the weights before that sync {still:.1e}"
+    evidence = (
+        f"mean |engine − trainer| {restored:.1e} nats; against the weights before that sync {still:.1e}"
+    )
     size = np.full(canary.owners.size, restored)
     return Failed(cause, "weights that were put back did not arrive", evidence, size, canary.owners)
 
@@ -317,7 +326,9 @@ def _wrong_version(pair: Pair, sample: Samples, version: int) -> str:
     if not pair.engine.ready.capabilities["version_spans"].supported:
         return ""
     said = {span.version for s in sample for span in s.version_spans}
-    return "" if said <= {version} else f"completions of version {version} say that they are of {sorted(said)}"
+    return (
+        "" if said <= {version} else f"completions of version {version} say that they are of {sorted(said)}"
+    )
 
 
 def perturbed(pair: Pair) -> Perturbed:

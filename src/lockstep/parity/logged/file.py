@@ -1,12 +1,12 @@
 """Read rollouts that another framework logged: token ids, log-probabilities, masks, sampling settings.
 
-The file may be any: it is read a row (JSONL) or a few hundred rows (Parquet) at a time, into typed arrays, and whatever it holds
-that cannot be used is one error that names file, row, column, what stands there and what should.
+The file may be any: it is read a row (JSONL) or a few hundred rows (Parquet) at a time, into typed arrays,
+and whatever it holds that cannot be used is one error that names file, row, column, what stands there and
+what should.
 """
 
 import json
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,32 @@ import msgspec
 import numpy as np
 
 from lockstep.errors import UsageError
+from lockstep.parity.logged.columns import (
+    ATTENTION,
+    COLUMNS,
+    MASKS,
+    SETTINGS,
+    SHOWN,
+    Row,
+    UnusableError,
+    ends_with,
+    ids_of,
+    logprobs_of,
+    mask_of,
+    prompt_alone,
+    sampling_of,
+    told_of,
+    unpadded_of,
+)
 from lockstep.parity.logged.rows import Collected, Logged
 from lockstep.records.tokens import SamplingParams
 
-COLUMNS = {
-    "prompt": ("prompt_token_ids", "prompt_ids", "prompts", "input_ids"),
-    "tokens": ("token_ids", "completion_token_ids", "completion_ids", "response_ids", "responses", "output_ids"),
-    "logprobs": ("engine_logprobs", "logprobs", "rollout_log_probs", "token_logprobs", "old_logprobs", "response_logprobs"),
-}
-"""Names by which Lockstep, TRL, verl and others log them; the first that holds lists counts."""
-MASKS = ("response_mask", "completion_mask", "loss_mask", "action_mask", "sampled_mask", "tool_mask", "env_mask")
-"""1 where the model sampled the token, 0 where a tool, the environment or padding put it. One for each token of the completion,
-or of prompt and completion. ``masks.py`` holds them against the numbers."""
-ATTENTION = ("attention_mask", "prompt_attention_mask", "prompt_mask", "completion_attention_mask")
-"""1 where a token is none of the padding, which is taken away."""
-SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-
 LONGEST_LINE = 32 << 20
 """Bytes of one JSON row: a million tokens. Its values are Python objects until they are packed."""
-LARGEST_ID = 2**31 - 1
 ROWS_AT_ONCE = 256
-SHOWN = 40
 WHOLE_SEQUENCE = 4
-"""Tokens of a completion that must end ``input_ids`` for these to be read as prompt and completion together."""
+"""Tokens of a completion that must end ``input_ids`` for these to be read as prompt and completion."""
 HINT = "token ids and log-probabilities of each completion"
-
-Row = Mapping[str, Any]
-"""A row by column: lists as JSON has them, or numpy arrays; scalars."""
-
-
-class UnusableError(Exception):
-    """What stands in one column of a row, and what should."""
-
-    def __init__(self, column: str, got: str, expected: str) -> None:
-        self.column, self.got, self.expected = column, got, expected
-        super().__init__(column, got, expected)
 
 
 def read_logged(path: Path, default: SamplingParams) -> Logged:
@@ -67,13 +58,15 @@ def read_logged(path: Path, default: SamplingParams) -> Logged:
     whole = names["prompt"] == "input_ids"
     for number, row in rows:
         try:
-            told = _told(row)
+            told = told_of(row)
             if (setting := settings.get(told, -1)) < 0:
-                samplings.append(_sampling(default, told))
+                samplings.append(sampling_of(default, told))
                 setting = settings[told] = len(samplings) - 1
             whole = _take(found, names, number, row, setting, whole)
         except UnusableError as error:
-            raise _unusable(path, error.got, error.expected, f", row {number}, column {error.column}") from None
+            raise _unusable(
+                path, error.got, error.expected, f", row {number}, column {error.column}"
+            ) from None
     if not found.settings and not found.empty:
         raise _unusable(path, "no row", "at least one completion")
     if not found.token_ids:
@@ -85,17 +78,20 @@ def read_logged(path: Path, default: SamplingParams) -> Logged:
 
 
 def _take(found: Collected, names: dict[str, str], number: int, row: Row, setting: int, whole: bool) -> bool:
-    """Take a row in. Returns whether ``input_ids`` holds prompt and completion together, which the first row says."""
-    prompt, tokens = (_ids(names[role], row) for role in ("prompt", "tokens"))
+    """Take a row in.
+
+    Returns whether ``input_ids`` holds prompt and completion together, which the first row says.
+    """
+    prompt, tokens = (ids_of(names[role], row) for role in ("prompt", "tokens"))
     if whole:
         first = not found.settings and not found.empty
-        whole = not first or (_ends_with(prompt, tokens) and len(tokens) >= WHOLE_SEQUENCE)
-        prompt = _without(prompt, tokens) if whole else prompt
-    numbers = _logprobs(names, row, len(tokens))
+        whole = not first or (ends_with(prompt, tokens) and len(tokens) >= WHOLE_SEQUENCE)
+        prompt = prompt_alone(prompt, tokens) if whole else prompt
+    numbers = logprobs_of(names, row, len(tokens))
     if not len(prompt):
         raise UnusableError(names["prompt"], "no prompt", "at least one token")
-    masks = {name: _mask(name, row, len(prompt), len(tokens)) for name in found.masks}
-    unpadded = _unpadded(names, row, len(prompt), len(tokens))
+    masks = {name: mask_of(name, row, len(prompt), len(tokens)) for name in found.masks}
+    unpadded = unpadded_of(names, row, len(prompt), len(tokens))
     if len(tokens):
         found.add(number, prompt, tokens, numbers, masks, setting, unpadded)
     else:
@@ -106,7 +102,9 @@ def _take(found: Collected, names: dict[str, str], number: int, row: Row, settin
 def _opened(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
     """Column by role (and by its own name where it has no role), and the rows with their numbers."""
     if path.is_dir():
-        raise _unusable(path, "a directory", "one .parquet or .jsonl file", hint=f"name a file in it: ls {path}")
+        raise _unusable(
+            path, "a directory", "one .parquet or .jsonl file", hint=f"name a file in it: ls {path}"
+        )
     if not path.exists():
         raise _unusable(path, "no such file", "a .parquet or .jsonl file")
     if not path.is_file():
@@ -157,17 +155,30 @@ def _lines(path: Path) -> Iterator[tuple[int, Row]]:
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
-                    raise _unusable(path, f"more than {LONGEST_LINE >> 20} MiB", "one completion a line", f", row {number}")
+                    raise _unusable(
+                        path,
+                        f"more than {LONGEST_LINE >> 20} MiB",
+                        "one completion a line",
+                        f", row {number}",
+                    )
                 line = line.removeprefix(b"\xef\xbb\xbf").strip()
                 if not line:
                     continue
                 row = _decoded(line)
                 if not isinstance(row, dict):
-                    got = f"{type(row).__name__} {ascii(row)[:SHOWN]}" if not isinstance(row, list) else "an array"
+                    got = (
+                        f"{type(row).__name__} {ascii(row)[:SHOWN]}"
+                        if not isinstance(row, list)
+                        else "an array"
+                    )
                     raise _unusable(path, got, "a JSON object", f", row {number}")
                 yield number, row
     except (OSError, ValueError, RecursionError) as error:
-        got = "values nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:200]
+        got = (
+            "values nested too deep"
+            if isinstance(error, RecursionError)
+            else str(error).splitlines()[0][:200]
+        )
         raise _unusable(path, got, "Parquet, or one JSON object a line", f", row {number}") from None
 
 
@@ -239,140 +250,18 @@ def _values(pa: Any, column: Any) -> list:
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     ends, flat = column.offsets.to_numpy(), column.values
-    there = np.ones(len(column), bool) if not column.null_count else column.is_valid().to_numpy(zero_copy_only=False)
+    there = (
+        np.ones(len(column), bool)
+        if not column.null_count
+        else column.is_valid().to_numpy(zero_copy_only=False)
+    )
     holes = flat.is_null().to_numpy(zero_copy_only=False) if flat.null_count else None
-    values = flat.to_numpy(zero_copy_only=False) if not pa.types.is_null(flat.type) else np.full(len(flat), np.nan)
+    values = (
+        flat.to_numpy(zero_copy_only=False) if not pa.types.is_null(flat.type) else np.full(len(flat), np.nan)
+    )
     if holes is not None:  # integers with a null among them come as floats, which a list of ids is not
         values = np.where(holes, np.nan, values.astype(np.float64))
     return [values[ends[row] : ends[row + 1]] if there[row] else None for row in range(len(column))]
-
-
-def _ids(name: str, row: Row) -> np.ndarray:
-    """Token ids, int32."""
-    expected = f"a list of ids from 0 to {LARGEST_ID}"
-    values = _list(name, row, expected)
-    if isinstance(values, np.ndarray):
-        ids = values if values.dtype.kind in "iu" or not len(values) else None
-    else:
-        try:
-            ids = np.asarray(array("q", values), np.int64)
-        except (TypeError, OverflowError):
-            ids = None
-    if ids is None or (len(ids) and not 0 <= ids.min() <= ids.max() <= LARGEST_ID):
-        raise UnusableError(name, _culprit(values, lambda v: isinstance(v, int | np.integer) and 0 <= v <= LARGEST_ID), expected)
-    return ids.astype(np.int32)
-
-
-def _logprobs(names: dict[str, str], row: Row, n_tokens: int) -> np.ndarray:
-    """Log-probabilities, float64; NaN for null."""
-    name, expected = names["logprobs"], "a list of numbers; null, NaN and the infinities are counted as missing"
-    values = _list(name, row, expected)
-    if len(values) != n_tokens:
-        raise UnusableError(name, f"{len(values)} log-probabilities", f"one for each of {n_tokens} tokens in {names['tokens']}")
-    if isinstance(values, np.ndarray) and values.dtype.kind != "b":
-        return values.astype(np.float64)
-    try:
-        return np.asarray(array("d", [np.nan if v is None else v for v in values]), np.float64)
-    except (TypeError, OverflowError):
-        culprit = _culprit(values, lambda v: v is None or (isinstance(v, int | float) and abs(v) < 1e300))
-        raise UnusableError(name, culprit, expected) from None
-
-
-def _bits(name: str, row: Row) -> np.ndarray:
-    expected = "a list of 0 and 1, or of false and true"
-    values = _list(name, row, expected)
-    try:
-        bits = np.asarray(values if isinstance(values, np.ndarray) else array("d", values), np.float64)
-    except (TypeError, OverflowError, ValueError):
-        raise UnusableError(name, _culprit(values, lambda v: v in (0, 1)), expected) from None
-    if not np.isin(bits, (0.0, 1.0)).all():
-        raise UnusableError(name, _culprit(values, lambda v: v in (0, 1)), expected)
-    return bits == 1.0
-
-
-def _mask(name: str, row: Row, n_prompt: int, n_tokens: int) -> np.ndarray:
-    """bool [T]; of one over prompt and completion the completion's part."""
-    bits = _bits(name, row)
-    if len(bits) not in (n_tokens, n_prompt + n_tokens):
-        expected = f"one for each of {n_tokens} tokens, or of {n_prompt} + {n_tokens} with the prompt"
-        raise UnusableError(name, f"{len(bits)} values", expected)
-    return bits[len(bits) - n_tokens :]
-
-
-def _unpadded(names: dict[str, str], row: Row, n_prompt: int, n_tokens: int) -> tuple[slice, slice]:
-    """What of prompt and completion is no padding, as the attention masks say."""
-    kept = [slice(0, n_prompt), slice(0, n_tokens)]
-    for name in (name for name in ATTENTION if name in names):
-        bits = _bits(name, row)
-        parts = {
-            n_prompt + n_tokens: (bits[:n_prompt], bits[n_prompt:]),
-            n_tokens: (None, bits),
-            **({n_prompt: (bits, None)} if not name.startswith("completion") else {}),
-        }.get(len(bits))
-        if parts is None:
-            expected = f"one for each of {n_prompt} + {n_tokens} tokens of prompt and completion"
-            raise UnusableError(name, f"{len(bits)} values", expected)
-        for side, part in enumerate(parts):
-            if part is None or part.all() or (side == 0 and not part.any()):  # of a prompt all 0: a mask of the loss
-                continue
-            at = np.flatnonzero(part)
-            start, stop = (int(at[0]), int(at[-1]) + 1) if at.size else (0, 0)
-            if not part[start:stop].all():
-                raise UnusableError(
-                    name, f"0 between 1s, at place {start + int(part[start:stop].argmin())}", "pads at the ends only"
-                )
-            kept[side] = slice(max(kept[side].start, start), min(kept[side].stop, stop))
-    return kept[0], kept[1]
-
-
-def _list(name: str, row: Row, expected: str) -> Any:
-    values = row.get(name)
-    if not isinstance(values, list | np.ndarray):
-        got = "nothing" if values is None else f"{type(values).__name__} {ascii(values)[:SHOWN]}"
-        raise UnusableError(name, got, expected)
-    return values
-
-
-def _culprit(values: Any, fits: Any) -> str:
-    """The first value that does not fit, and where it stands."""
-    for at, value in enumerate(values):
-        if not fits(value):
-            shown = "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else ascii(value)[:SHOWN]
-            return f"{shown} at place {at}"
-    return f"values of type {getattr(values, 'dtype', 'bool')}"
-
-
-def _ends_with(prompt: np.ndarray, tokens: np.ndarray) -> bool:
-    return len(prompt) > len(tokens) and np.array_equal(prompt[len(prompt) - len(tokens) :], tokens)
-
-
-def _without(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    if not _ends_with(prompt, tokens):
-        raise UnusableError(
-            "input_ids", "ids that do not end in the completion", "prompt and completion together, as in the first row"
-        )
-    return prompt[: len(prompt) - len(tokens)]
-
-
-def _told(row: Row) -> tuple:
-    """The settings of a row, in the order of ``SETTINGS``; None where it has none."""
-    told = tuple(row.get(name) for name in SETTINGS)
-    for name, value in zip(SETTINGS, told, strict=True):
-        if not isinstance(value, int | float | None) or abs(value or 0) > LARGEST_ID or value != value:
-            got = "an array" if isinstance(value, list) else ascii(value)[:SHOWN]
-            raise UnusableError(name, got, f"a number, at most {LARGEST_ID}")
-    return told
-
-
-def _sampling(default: SamplingParams, told: tuple) -> SamplingParams:
-    changes = {name: value for name, value in zip(SETTINGS, told, strict=True) if value is not None}
-    if changes.get("top_k") == -1:  # vLLM's word for none
-        changes["top_k"] = 0
-    try:
-        return msgspec.convert(msgspec.structs.asdict(default) | changes, SamplingParams)
-    except msgspec.ValidationError as error:
-        column = next((name for name in SETTINGS if f"$.{name}" in str(error)), "of settings")
-        raise UnusableError(column, str(error)[:200], f"numbers in {', '.join(SETTINGS)}") from None
 
 
 def _unusable(path: Path, got: str, expected: str, where: str = "", hint: str = HINT) -> UsageError:

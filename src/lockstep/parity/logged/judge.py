@@ -31,7 +31,16 @@ from lockstep.parity.explain.semantics.vocabulary import moved_ids
 from lockstep.parity.explain.weights.trainer_hypotheses import Explanation, explain
 from lockstep.parity.layers.numerics import judge_gap
 from lockstep.parity.logged.masks import settle
-from lockstep.parity.logged.numbers import Gaps, corrupted, foreign, not_greedy, of_all, of_few, placeholders, some_rows
+from lockstep.parity.logged.numbers import (
+    Gaps,
+    corrupted,
+    foreign,
+    not_greedy,
+    of_all,
+    of_few,
+    placeholders,
+    some_rows,
+)
 from lockstep.parity.logged.rows import Logged
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS
@@ -53,8 +62,11 @@ SAID_EVERY_S = 10.0
 UNEXPLAINED = "unexplained_numerics"
 SAY_DTYPE = "say what it ran in: --set engine.dtype=bfloat16"
 MENDS_OF_A_LOG = {
-    "corrupted_completions": "Join completions to prompts by request id wherever they pass a proxy or a log. If the engine "
-    "returned them so, its state or cache slots are mixed up: look for its version notes; try a larger cache.",
+    "corrupted_completions": (
+        "Join completions to prompts by request id wherever they pass a proxy or a log. "
+        "If the engine returned them so, its state or cache slots are mixed up: "
+        "look for its version notes; try a larger cache."
+    ),
 }
 """Of causes whose general mend speaks of an engine alone."""
 
@@ -68,7 +80,9 @@ class Part:
         wrong_mask: what is wrong with a mask of the file; empty when nothing is.
     """
 
-    def __init__(self, pair: Pair, logged: Logged, every: np.ndarray, rows: np.ndarray, wrong_mask: str = "") -> None:
+    def __init__(
+        self, pair: Pair, logged: Logged, every: np.ndarray, rows: np.ndarray, wrong_mask: str = ""
+    ) -> None:
         self.pair = pair
         self.logged = logged
         self.every = every
@@ -114,7 +128,11 @@ class Part:
         ranked = fits(pair.trainer, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
         figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
         figures["minimal_detectable_effect_nats"] = pair.noise.p50
-        wrong = doubled_bos(pair, few.prompts[0]) or placeholders(of_few(few, self.trainer), pair.noise) or self._named(ranked)
+        wrong = (
+            doubled_bos(pair, few.prompts[0])
+            or placeholders(of_few(few, self.trainer), pair.noise)
+            or self._named(ranked)
+        )
         if wrong is not None:
             return self._fail(wrong.cause, wrong.evidence, figures)
         summary = f"the log holds what the trainer scores: the {ranked[0].semantics.describe()}"
@@ -126,7 +144,10 @@ class Part:
         """What is wrong with the numbers; None where nothing is, or where layer 4 explains them."""
         asked = self.few.sampling
         best = ranked[0]
-        fitting = "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2]) + " (medians)"
+        fitting = (
+            "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2])
+            + " (medians)"
+        )
         if not best.p50 <= self.pair.noise.p50:
             return self._unexplained(fitting)
         if asked.penalises:
@@ -299,11 +320,16 @@ def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -
     measured = usable
     if most_rows is not None and most_rows < len(usable):
         measured = usable[np.unique(np.linspace(0, len(usable) - 1, most_rows).astype(np.int64))]
-        logged.notes.append(f"the gap is measured on {len(measured):,} of {len(usable):,} completions, spread over the file")
+        logged.notes.append(
+            f"the gap is measured on {len(measured):,} of {len(usable):,} completions, spread over the file"
+        )
     groups = {int(logged.settings[rows[0]]): rows for rows in _by_setting(logged, usable)}
     chosen = sorted(_by_setting(logged, measured), key=len, reverse=True)
     if len(chosen) > MOST_SETTINGS:
-        text = f"hypotheses are tried under {MOST_SETTINGS} of {len(chosen):,} sampling settings, those of the most completions"
+        text = (
+            f"hypotheses are tried under {MOST_SETTINGS} of {len(chosen):,} sampling settings, "
+            "those of the most completions"
+        )
         logged.notes.append(text)
     return [Part(pair, logged, groups[int(logged.settings[rows[0]])], rows, wrong_mask) for rows in chosen]
 
@@ -335,7 +361,11 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
     gap = np.concatenate([part.gap for part in gaps])
     verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
     measured, rows = int(starts[-1]), sum(len(part.every) for part in parts)
-    return verdict if measured == rows else replace(verdict, summary=f"{verdict.summary}; {measured:,} of {rows:,} completions")
+    return (
+        verdict
+        if measured == rows
+        else replace(verdict, summary=f"{verdict.summary}; {measured:,} of {rows:,} completions")
+    )
 
 
 def _not_run(layer: LayerName, reason: str) -> Verdict:

@@ -46,10 +46,13 @@ def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
         told = _polarity(logged, name, mask, inside)
         kept = ~mask if told == "inverted" and name in EITHER_WAY else mask
         if told == "inverted" and name in EITHER_WAY:
-            logged.notes.append(f"{name} read as 1 for what was not sampled, since its 1s stand beside numbers of 0.0")
+            logged.notes.append(
+                f"{name} read as 1 for what was not sampled, since its 1s stand beside numbers of 0.0"
+            )
         elif told:
-            wrong = (
-                wrong or f"{name} is 1 beside {_counted(logged, mask & inside)}, and 0 beside {_counted(logged, ~mask & inside)}"
+            wrong = wrong or (
+                f"{name} is 1 beside {_counted(logged, mask & inside)}, "
+                f"and 0 beside {_counted(logged, ~mask & inside)}"
             )
         before = np.count_nonzero(logged.sampled & inside)
         logged.sampled &= kept
@@ -62,14 +65,21 @@ def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
     elif not len(logged.usable()):
         got = "masks and pads that leave no token" if logged.notes else "no token that was sampled"
         hint = "masks are 1 where the model sampled the token"
-        raise UsageError(f"rollouts {logged.path}", got=got, expected="at least one token to judge", hint=hint)
+        raise UsageError(
+            f"rollouts {logged.path}", got=got, expected="at least one token to judge", hint=hint
+        )
     return wrong
 
 
 def pads_of(trainer: Trainer, renderer: Renderer) -> set[int]:
     """Ids that sequences are padded with."""
     tokenizer, config = renderer.tokenizer, trainer.text_config
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, getattr(config, "pad_token_id", None), *renderer.stop_token_ids)
+    known = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        getattr(config, "pad_token_id", None),
+        *renderer.stop_token_ids,
+    )
     return {int(token) for token in known if token is not None}
 
 
@@ -77,7 +87,10 @@ def _refuse(logged: Logged, trainer: Trainer, pads: set[int]) -> None:
     """Ids that the model does not have, but for pads; rows that are longer than its positions."""
     vocabulary, config = trainer.vocabulary, trainer.text_config
     hint = "is --model the one that drew them?"
-    for role, ids, spans in (("prompt", logged.prompt_ids, logged.prompt_spans), ("completion", logged.token_ids, logged.spans)):
+    for role, ids, spans in (
+        ("prompt", logged.prompt_ids, logged.prompt_spans),
+        ("completion", logged.token_ids, logged.spans),
+    ):
         for at in np.flatnonzero(ids >= vocabulary):
             row = int(np.searchsorted(spans[:, 0], at, side="right")) - 1
             if row >= 0 and at < spans[row, 1] and int(ids[at]) not in pads:
@@ -90,7 +103,9 @@ def _refuse(logged: Logged, trainer: Trainer, pads: set[int]) -> None:
         row = int(lengths.argmax())
         boundary = f"rollouts {logged.path}, row {logged.numbers[row]}"
         got = f"{lengths[row]:,} tokens of prompt and completion"
-        raise UsageError(boundary, got=got, expected=f"at most the model's {positions:,} positions", hint=hint)
+        raise UsageError(
+            boundary, got=got, expected=f"at most the model's {positions:,} positions", hint=hint
+        )
 
 
 def _inside(logged: Logged) -> np.ndarray:
@@ -108,8 +123,13 @@ def _placeholder(values: np.ndarray) -> np.ndarray:
 def _polarity(logged: Logged, name: str, mask: np.ndarray, inside: np.ndarray) -> str:
     """``inverted`` when the numbers say that 1 marks what was not sampled; else empty."""
     ones, zeros = logged.logprobs[mask & inside], logged.logprobs[~mask & inside]
-    if not ones.size:  # nothing sampled: of a mask that may be read either way, the numbers say whether it means that
-        return "inverted" if name in EITHER_WAY and zeros.size and _placeholder(zeros).mean() < NEARLY_ALL else ""
+    # Nothing sampled: of a mask that may be read either way, the numbers say whether it means that.
+    if not ones.size:
+        return (
+            "inverted"
+            if name in EITHER_WAY and zeros.size and _placeholder(zeros).mean() < NEARLY_ALL
+            else ""
+        )
     if not zeros.size or _placeholder(ones).mean() < NEARLY_ALL:
         return ""
     return "inverted" if _placeholder(zeros).mean() < HALF else ""
@@ -135,7 +155,10 @@ def _strip_completions(logged: Logged, ids: set[int]) -> None:
         return
     logged.spans[:, 1] -= runs
     shown = "no number" if np.isnan(value) else f"{value:g}"
-    logged.notes.append(f"{runs.sum():,} pads (id {pad}, {shown}) taken from the ends of {np.count_nonzero(runs):,} completions")
+    logged.notes.append(
+        f"{runs.sum():,} pads (id {pad}, {shown}) "
+        f"taken from the ends of {np.count_nonzero(runs):,} completions"
+    )
 
 
 def _commonest(ids: np.ndarray) -> int:
@@ -158,7 +181,9 @@ def _strip_prompts(logged: Logged, trainer: Trainer, ids: set[int], bos: int | N
     pad = _commonest(first[heads])
     runs = np.array([_run(logged.prompt_ids[start:stop] == pad) for start, stop in logged.prompt_spans])
     some = np.flatnonzero(
-        (runs > 0) & (logged.settings == logged.settings[int(heads.argmax())]) & (np.diff(logged.spans)[:, 0] > 0)
+        (runs > 0)
+        & (logged.settings == logged.settings[int(heads.argmax())])
+        & (np.diff(logged.spans)[:, 0] > 0)
     )
     some = some[np.argsort(-runs[some], kind="stable")][:FEW_PROMPTS]
     misses = _misses(logged, trainer, some, runs) if some.size else {None: 0.0}
@@ -169,7 +194,9 @@ def _strip_prompts(logged: Logged, trainer: Trainer, ids: set[int], bos: int | N
     if (taken >= lengths).any():
         row = int(logged.numbers[int((taken >= lengths).argmax())])
         boundary = f"rollouts {logged.path}, row {row}, prompt"
-        raise UsageError(boundary, got=f"{pad} and nothing else", expected="a prompt", hint=f"{pad} pads the other prompts")
+        raise UsageError(
+            boundary, got=f"{pad} and nothing else", expected="a prompt", hint=f"{pad} pads the other prompts"
+        )
     logged.prompt_spans[:, 0] += taken
     note = f"{taken.sum():,} pads (id {pad}) taken from the beginnings of {np.count_nonzero(taken):,} prompts"
     logged.notes.append(note + (", one left as BOS" if left and pad == bos else ""))
@@ -178,7 +205,11 @@ def _strip_prompts(logged: Logged, trainer: Trainer, ids: set[int], bos: int | N
 def _left(misses: dict[int | None, float], in_doubt: int | None) -> int | None:
     """How many of the pads the engine saw, None: all."""
     least = min(misses, key=lambda left: misses[left], default=in_doubt)
-    return least if misses and SEMANTICS_MARGIN * misses[least] < misses.get(in_doubt, float("inf")) else in_doubt
+    return (
+        least
+        if misses and SEMANTICS_MARGIN * misses[least] < misses.get(in_doubt, float("inf"))
+        else in_doubt
+    )
 
 
 def _misses(logged: Logged, trainer: Trainer, rows: np.ndarray, runs: np.ndarray) -> dict[int | None, float]:

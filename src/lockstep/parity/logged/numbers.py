@@ -89,7 +89,8 @@ def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
     same = gaps.engine == value
     wrong, rest = off & same, np.abs(gaps.gap[~same])
     scores = gaps.trainer[wrong]
-    clipped = value == gaps.engine.min() and value != 0.0 and (scores < value).all()  # by a floor, which is another cause
+    # By a floor, which is another cause.
+    clipped = value == gaps.engine.min() and value != 0.0 and (scores < value).all()
     rows = np.unique(gaps.owners[wrong])
     if clipped or rest.size < RIGHT_TOKENS or (rows.size < 2 and value != 0.0):
         return None
@@ -105,7 +106,8 @@ def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
     where = f"in {rows.size:,} of {len(gaps.lengths):,} completions"
     if (run[wrong] > 1).mean() >= MOST_ROWS:
         text = (
-            f"{wrong.sum():,} of {wrong.size:,} tokens {where} carry {beside}; they stand in runs of up to {run[wrong].max():,}"
+            f"{wrong.sum():,} of {wrong.size:,} tokens {where} carry {beside}; "
+            f"they stand in runs of up to {run[wrong].max():,}"
         )
         return Mangled("tokens_not_sampled", text)
     name, place = _standing(gaps, wrong)
@@ -123,8 +125,13 @@ def _runs(gaps: Gaps, same: np.ndarray) -> np.ndarray:
 
 def _standing(gaps: Gaps, wrong: np.ndarray) -> tuple[str, np.ndarray]:
     """Where what is wrong stands, for people and as bool [T]."""
-    places = {"the last number": gaps.places == gaps.lengths[gaps.owners] - 1, "the first number": gaps.places == 0}
-    return next(((name, place) for name, place in places.items() if place[wrong].mean() >= ONE_VALUE), ("", wrong))
+    places = {
+        "the last number": gaps.places == gaps.lengths[gaps.owners] - 1,
+        "the first number": gaps.places == 0,
+    }
+    return next(
+        ((name, place) for name, place in places.items() if place[wrong].mean() >= ONE_VALUE), ("", wrong)
+    )
 
 
 @dataclass(frozen=True)
@@ -142,14 +149,21 @@ class SomeRows:
 def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeRows | None:
     """A minority of rows that are off, the others being right."""
     off = np.flatnonzero(gaps.shares_off(pair.noise.p999) > STRUCK)
-    if not off.size or off.size > MOST_ROWS * len(rows) or not within(pair.noise, gaps.gap[~np.isin(gaps.owners, off)]):
+    if (
+        not off.size
+        or off.size > MOST_ROWS * len(rows)
+        or not within(pair.noise, gaps.gap[~np.isin(gaps.owners, off)])
+    ):
         return None
     few = off[:LOOKED_AT]
     turns = logged.turns(rows[few], 256)
     chosen = np.isin(gaps.owners, few)
     engine, trainer = gaps.engine[chosen], gaps.trainer[chosen]
     spread = engine.std() * trainer.std()
-    related = spread > 0.0 and float(((engine - engine.mean()) * (trainer - trainer.mean())).mean()) >= UNRELATED * spread
+    related = (
+        spread > 0.0
+        and float(((engine - engine.mean()) * (trainer - trainer.mean())).mean()) >= UNRELATED * spread
+    )
     told = examine_draws(pair.trainer, turns.groups, turns.sampling)
     return SomeRows(off, told.excess_nats > PLAUSIBLE_NATS, bool(related))
 
@@ -161,7 +175,9 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
     starts = np.r_[0, np.cumsum(np.bincount(gaps.owners, minlength=len(gaps.lengths)))]
     heads = np.full((len(gaps.lengths), HEAD), np.nan, np.float32)
     trainer = gaps.trainer
-    for row, (start, stop) in enumerate(zip(starts, np.minimum(starts[1:], starts[:-1] + HEAD), strict=False)):
+    for row, (start, stop) in enumerate(
+        zip(starts, np.minimum(starts[1:], starts[:-1] + HEAD), strict=False)
+    ):
         heads[row, : stop - start] = trainer[start:stop]
     looked = some.rows[:LOOKED_AT]
     found = 0
@@ -169,10 +185,18 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
         numbers = gaps.engine[starts[row] : min(starts[row + 1], starts[row] + HEAD)]
         with np.errstate(invalid="ignore"):
             found += bool((np.abs(heads[:, : len(numbers)] - numbers).max(1) <= pair.noise.p999).any())
-    text = f"the numbers of {some.rows.size:,} of {len(gaps.lengths):,} completions do not go with their tokens, which are draws"
+    text = (
+        f"the numbers of {some.rows.size:,} of {len(gaps.lengths):,} completions "
+        "do not go with their tokens, which are draws"
+    )
     if found >= MOST_ROWS * looked.size:
-        return Mangled("rows_swapped", f"{text}; {found} of {looked.size} that were looked for are another row's")
-    return Mangled("foreign_logprobs", f"{text}; {found} of {looked.size} that were looked for are another row's of this file")
+        return Mangled(
+            "rows_swapped", f"{text}; {found} of {looked.size} that were looked for are another row's"
+        )
+    return Mangled(
+        "foreign_logprobs",
+        f"{text}; {found} of {looked.size} that were looked for are another row's of this file",
+    )
 
 
 def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corrupted | None:
@@ -184,7 +208,9 @@ def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corru
     rest = np.abs(gaps.gap)[~np.isin(gaps.owners, struck)]
     if not np.median(rest) <= pair.noise.p50:
         return None
-    shown = [ascii(pair.renderer.text(logged.completion(row))[:SHOWN_CHARACTERS]) for row in rows[struck[:SHOWN]]]
+    shown = [
+        ascii(pair.renderer.text(logged.completion(row))[:SHOWN_CHARACTERS]) for row in rows[struck[:SHOWN]]
+    ]
     return Corrupted(struck.tolist(), len(rows), int(absurd.sum()), ", ".join(shown))
 
 
@@ -193,7 +219,10 @@ def not_greedy(trainer: Trainer, few: Samples, noise: Tolerance) -> str:
     """How far the tokens are from what temperature 0 draws, which is the likeliest; empty when they are
     that."""
     sampling = replace(few.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    short = [z.max(-1).values - z.gather(1, ids[:, None])[:, 0] for z, ids in distributions(trainer, few.groups, sampling)]
+    short = [
+        z.max(-1).values - z.gather(1, ids[:, None])[:, 0]
+        for z, ids in distributions(trainer, few.groups, sampling)
+    ]
     behind = torch.cat(short)
     n = int((behind > noise.p999).sum())
     if not n:

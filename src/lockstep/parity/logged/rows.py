@@ -1,8 +1,10 @@
-"""A file of rollouts in memory: flat arrays with spans, about 10 bytes a token (9, its share of the prompt, 1 for each mask).
+"""A file of rollouts in memory: flat arrays with spans.
 
-A row's tokens lie at ``spans[row]`` of ``token_ids`` and ``logprobs``, its prompt at ``prompt_spans[row]`` of ``prompt_ids``.
-Taking pads away moves a span. A token that the model did not sample keeps its place, for what follows was drawn after it;
-``sampled`` says that it is not judged.
+About 10 bytes a token (9, its share of the prompt, 1 for each mask).
+
+A row's tokens lie at ``spans[row]`` of ``token_ids`` and ``logprobs``, its prompt at ``prompt_spans[row]`` of
+``prompt_ids``. Taking pads away moves a span. A token that the model did not sample keeps its place, for what
+follows was drawn after it; ``sampled`` says that it is not judged.
 """
 
 from array import array
@@ -66,7 +68,9 @@ class Logged:
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
         """How many tokens of each row are judged, int64."""
-        return np.array([np.count_nonzero(self.sampled[start:stop]) for start, stop in self.spans[rows]], np.int64)
+        return np.array(
+            [np.count_nonzero(self.sampled[start:stop]) for start, stop in self.spans[rows]], np.int64
+        )
 
     def usable(self) -> np.ndarray:
         """Rows with a token that is judged, int64."""
@@ -87,7 +91,7 @@ class Logged:
         yield from np.split(rows, np.flatnonzero(np.diff(portion)) + 1)
 
     def turns(self, rows: np.ndarray, most_tokens: int) -> Samples:
-        """The first tokens of each row that were sampled one after the other, after all that stands before them."""
+        """The first tokens of each row sampled one after the other, behind all that stands before them."""
         samples = []
         for group, row in enumerate(rows):
             start, stop = self.spans[row]

@@ -20,7 +20,7 @@ class StepRecord(Struct, frozen=True, kw_only=True):
     weight_version: int
     """That the step made: ``step + 1`` in the synchronous loop."""
     metrics: dict[str, float]
-    """By catalog name; a figure that this step did not measure is absent, one that came out non-finite is that float."""
+    """By catalog name; a figure that the step did not measure is absent, a non-finite one is that float."""
 
 
 class VerdictRecord(Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """``metrics.csv``: a row a step and a column a figure of the catalog, for spreadsheets and pandas.
 
-An empty cell was not measured; one that came out non-finite says ``nan`` or ``inf``. Numbers are written so that
-they are read back exactly. Verdicts are not in it.
+An empty cell was not measured; one that came out non-finite says ``nan`` or ``inf``. Numbers are written so
+that they are read back exactly. Verdicts are not in it.
 """
 
 import csv
@@ -33,8 +33,8 @@ class CsvSink:
         if self._begun:
             append_line(self.path, _lines([record]))
             return
-        # A kill may have come between the run's own file and this one, or within a row: the first record of each
-        # start writes the table anew, from what is recorded.
+        # A kill may have come between the run's own file and this one, or within a row: the first record of
+        # each start writes the table anew, from what is recorded.
         steps = {recorded.step: recorded for recorded in (*read_steps(self.layout.metrics), record)}
         write_atomically(self.path, (",".join(COLUMNS) + "\n").encode() + _lines(steps.values()))
         self._begun = True

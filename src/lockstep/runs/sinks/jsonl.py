@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and ``verdicts.jsonl``: one line of strict JSON a record, flushed before the call returns."""
+"""``metrics.jsonl`` and ``verdicts.jsonl``: strict JSON, a line a record, flushed before the call returns."""
 
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.sinks.base import StepRecord, VerdictRecord
@@ -29,7 +29,10 @@ class JsonlSink:
         Raises:
             RunError: as :meth:`step`.
         """
-        append(self.layout.verdicts, {"schema": SCHEMA_VERDICT, "when": str(record.when), **plain(record.verdict)})
+        append(
+            self.layout.verdicts,
+            {"schema": SCHEMA_VERDICT, "when": str(record.when), **plain(record.verdict)},
+        )
 
 
 def open_sink(layout: RunLayout) -> JsonlSink:

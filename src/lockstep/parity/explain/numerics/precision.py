@@ -1,7 +1,7 @@
 """Layer 4: does a difference of precision have the gap's size? Each is tried on the trainer's own model.
 
-A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by token. Weights that are
-quantised do, for they err in one way whoever multiplies them.
+A precision is a hypothesis about the *size* of the gap: two roundings of one kind do not agree token by
+token. Weights that are quantised do, for they err in one way whoever multiplies them.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,9 @@ def precision(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | Non
     if head not in ("", trainer.head_dtype):
         expected = _worth(trainer, sample, ours, InDtype(head=head))
         if size <= PRECISION_MULTIPLE * expected:
-            text = f"head in {head}, trainer's in {trainer.head_dtype}: alone worth {expected:.1e} nats (median)"
+            text = (
+                f"head in {head}, trainer's in {trainer.head_dtype}: alone worth {expected:.1e} nats (median)"
+            )
             return Explanation("head_precision", text)
     if body == trainer.dtype != "torch.float32":
         return _coarser(pair, sample, ours)
@@ -70,12 +72,15 @@ def _worth(trainer: Trainer, sample: Samples, ours: np.ndarray, variant: Variant
 
 
 def _coarser(pair: Pair, sample: Samples, ours: np.ndarray) -> Explanation | None:
-    """One dtype on both sides, and the engine rounds more coarsely in it: it lies farther from fp32 (score D)."""
+    """One dtype on both sides, in which the engine rounds more coarsely: farther from fp32 (score D)."""
     scores = reference(pair.trainer, sample)
     trainer, engine = (float(np.median(np.abs(side - scores))) for side in (ours, sample.engine_logprobs))
     if not trainer < engine <= PRECISION_MULTIPLE * trainer:
         return None
-    text = f"both in {pair.engine_dtype}; from fp32 the trainer is {trainer:.1e} nats away, the engine {engine:.1e} (medians)"
+    text = (
+        f"both in {pair.engine_dtype}; from fp32 the trainer is {trainer:.1e} nats away, "
+        f"the engine {engine:.1e} (medians)"
+    )
     return Explanation("body_precision", text)
 
 
@@ -86,7 +91,10 @@ def reference(trainer: Trainer, sample: Samples) -> np.ndarray:
 
 
 def presumed_dtype(pair: Pair, evidence: Evidence) -> str:
-    """What an engine computes in that does not say; empty where it does, or where nothing that was tried has the gap's size."""
+    """What an engine computes in that does not say.
+
+    Empty where it does, or where nothing that was tried has the gap's size.
+    """
     if pair.resolved_dtype:
         return ""
     gap = evidence.rescored - evidence.trainer
@@ -101,12 +109,19 @@ def nearest(tried: list[Form], gap: np.ndarray) -> Form | None:
     size = float(np.median(np.abs(gap)))
     if not abs(float(np.median(gap))) <= CENTRED * size:
         return None
-    fits = [f for f in tried if f.expected > 0.0 and 1 / PRECISION_MULTIPLE <= size / f.expected <= PRECISION_MULTIPLE]
+    fits = [
+        f
+        for f in tried
+        if f.expected > 0.0 and 1 / PRECISION_MULTIPLE <= size / f.expected <= PRECISION_MULTIPLE
+    ]
     return min(fits, key=lambda form: abs(np.log(size / form.expected)), default=None)
 
 
 def forms(pair: Pair, sample: Samples, gap: np.ndarray) -> list[Form]:
-    """Each precision that an engine's body may be in, tried on a few rows of the trainer. ``gap``: float32 [T] of the sample."""
+    """Each precision that an engine's body may be in, tried on a few rows of the trainer.
+
+    ``gap``: float32 [T] of the sample.
+    """
     counts = np.bincount(sample.owners, minlength=len(sample))
     order = np.argsort([len(ids) for ids in sample.sequences], kind="stable")
     rows = np.sort(order[: 1 + int(np.searchsorted(counts[order].cumsum(), FEW_TOKENS))])
@@ -134,7 +149,10 @@ def _unsaid(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | None:
     """An engine that does not say what it computes in."""
     tried = forms(pair, sample, gap)
     worth = ", ".join(f"{form.name.removeprefix('torch.')} {form.expected:.1e}" for form in tried)
-    text = f"the engine does not say what it computes in; on the trainer alone are worth, in nats (median): {worth}"
+    text = (
+        "the engine does not say what it computes in; "
+        f"on the trainer alone are worth, in nats (median): {worth}"
+    )
     quantised = max((f for f in tried if f.name not in FORMS), key=lambda f: f.correlation)
     found = quantised if quantised.correlation >= QUANTISED_CORRELATION else None
     rounded = nearest([f for f in tried if f.name in FORMS], gap)
@@ -143,4 +161,6 @@ def _unsaid(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | None:
     if found is None:
         return None
     size = float(np.median(np.abs(gap)))
-    return Explanation("body_precision", f"{text}; the gap is {size:.1e}, as {found.name.removeprefix('torch.')} brings it")
+    return Explanation(
+        "body_precision", f"{text}; the gap is {size:.1e}, as {found.name.removeprefix('torch.')} brings it"
+    )

@@ -1,7 +1,8 @@
 """Layer 2: completions whose tokens the model finds absurd while the engine was sure of them.
 
-Two engine bugs met by AI21 under RL with Jamba looked like this: a request reads another's recurrent state, and one completion
-in a thousand is confident gibberish. Means and medians do not see it; the completions are found one by one and shown.
+Two engine bugs met by AI21 under RL with Jamba looked like this: a request reads another's recurrent state,
+and one completion in a thousand is confident gibberish. Means and medians do not see it; the completions are
+found one by one and shown.
 """
 
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ class Corrupted:
     def evidence(self) -> str:
         """For people."""
         return (
-            f"{len(self.rows)} of {self.n_rows} completions hold {self.n_tokens} tokens that the engine drew with confidence and "
+            f"{len(self.rows)} of {self.n_rows} completions hold {self.n_tokens} tokens "
+            "that the engine drew with confidence and "
             f"that a re-score finds less likely by {ABSURD_NATS:g} nats or more: {self.text}"
         )
 
 
 def corrupted(pair: Pair, sample: Samples, other: np.ndarray) -> Corrupted | None:
-    """Completions with absurd tokens, where they are a minority and the others agree: most rows being off is another cause.
+    """Completions with absurd tokens, where they are a minority and the others agree.
+
+    Most rows being off is another cause.
 
     Args:
         other: score B (or C) of the sample's tokens, float32 [T].

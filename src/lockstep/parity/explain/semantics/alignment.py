@@ -49,13 +49,17 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     looks: list[Looks[Mangled]] = []
     if len(wrong) >= LEAST_ROWS:
         some, others = [ours[i] for i in wrong], [theirs[i] for i in wrong]
-        looks.append(("numbers beside other tokens", of(wrong, lambda: _shifted(some, others, pair.noise.p50))))
+        looks.append(
+            ("numbers beside other tokens", of(wrong, lambda: _shifted(some, others, pair.noise.p50)))
+        )
     looks.append(("tokens that are others", lambda: _edited(pair, evidence, ours, theirs)))
     if len(strange) >= LEAST_ROWS:
         looks.append(("edited prompts", of(strange, lambda: edited_prompts(pair, evidence, ours, strange))))
         looks.append(("prompts of another length", lambda: miscounted_prompts(neutral)))
     if len(wrong) >= LEAST_ROWS:
-        looks.append(("rows of other requests", of(wrong, lambda: _swapped(pair, evidence, ours, theirs, wrong))))
+        looks.append(
+            ("rows of other requests", of(wrong, lambda: _swapped(pair, evidence, ours, theirs, wrong)))
+        )
     return pair.search.first(looks)
 
 
@@ -72,7 +76,10 @@ def _naming_rows(sample: Samples, rows: np.ndarray, mangled: Mangled | None) -> 
 
 
 def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
-    """Numbers that are logits, or a function of the right ones: of its re-scores, where the trainer confirms these."""
+    """Numbers that are logits, or a function of the right ones.
+
+    Of its re-scores, where the trainer confirms these.
+    """
     neutral = evidence.neutral
     if (neutral.engine_logprobs > pair.noise.p999).any():
         gap = _logits(pair, evidence) - neutral.engine_logprobs
@@ -138,7 +145,9 @@ def _swapped(
     homes = _after_another_prompt(pair, evidence, ours, wrong)
     if not homes or homes < MOST_ROWS * len(wrong):
         return None
-    return Mangled("rows_swapped", f"{homes} of {len(wrong)} completions were drawn after another row's prompt")
+    return Mangled(
+        "rows_swapped", f"{homes} of {len(wrong)} completions were drawn after another row's prompt"
+    )
 
 
 def _fits_another(numbers: np.ndarray, rows: Sequence[np.ndarray], own: int, limit: float) -> bool:
@@ -159,7 +168,9 @@ def _after_another_prompt(pair: Pair, evidence: Evidence, ours: list[np.ndarray]
     return fitting
 
 
-def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mangled | None:
+def _edited(
+    pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]
+) -> Mangled | None:
     """Rows whose numbers are right once a few of their tokens are others, each of the log-probability
     reported for it."""
     neutral = evidence.neutral
@@ -176,7 +187,10 @@ def _edited(pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list
     restored = [n for n in judged if n]
     if not restored or len(restored) < MOST_ROWS * len(judged):
         return None
-    text = f"{len(restored)} of {len(wrong)} rows that are off agree once {sum(restored)} of their tokens are others"
+    text = (
+        f"{len(restored)} of {len(wrong)} rows that are off agree "
+        f"once {sum(restored)} of their tokens are others"
+    )
     return Mangled("tokens_edited", text)
 
 
@@ -229,7 +243,14 @@ def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:
     """Stop at tokens that are likely to be drawn, and look whether the completions that stopped end in
     one."""
     neutral = evidence.neutral
-    stops = tuple({int(ids[at]) for group in neutral.groups for ids in group.completions for at in range(min(2, len(ids)))})
+    stops = tuple(
+        {
+            int(ids[at])
+            for group in neutral.groups
+            for ids in group.completions
+            for at in range(min(2, len(ids)))
+        }
+    )
     some = neutral.prompts[: len(neutral.prompts) // 2]
     sampling = replace(neutral.sampling, max_tokens=STOP_TOKENS, stop_token_ids=stops)
     stopped = [s for s in draw(pair, some, sampling, seed) if s.finish_reason == "stop"]

@@ -115,15 +115,23 @@ class Drawn:
         likeliest = max(self.parts, key=lambda part: max(part.log_products))
         how = "n = 1" if likeliest is self.singles else f"n = {CROWD}"
         return (
-            f"of {likeliest.n} tokens drawn with {how} log p exceeds minus the entropy by {likeliest.excess_nats:+.3f} nats in "
-            f"the mean; the chance is e^{-self.log_evidence:.0f} at most"
+            f"of {likeliest.n} tokens drawn with {how} log p exceeds minus the entropy "
+            f"by {likeliest.excess_nats:+.3f} nats in the mean; "
+            f"the chance is e^{-self.log_evidence:.0f} at most"
         )
 
     def told(self) -> str:
         """What would have been seen, for people."""
         two = self.power_of_two
-        seen = f"the better of 2 behind n = 1 with a chance of {two:.0%}" if two < DRAWS_POWER else "the better of 2 behind n = 1"
-        return f"over {self.crowd.n + self.singles.n} draws a temperature off by {self.smallest_temperature:.1%}, and {seen}"
+        seen = (
+            f"the better of 2 behind n = 1 with a chance of {two:.0%}"
+            if two < DRAWS_POWER
+            else "the better of 2 behind n = 1"
+        )
+        return (
+            f"over {self.crowd.n + self.singles.n} draws a temperature off "
+            f"by {self.smallest_temperature:.1%}, and {seen}"
+        )
 
 
 @torch.no_grad()
@@ -149,7 +157,9 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> Drawn:
     return with_fields(drawn, crowd=added([drawn.crowd, _weighed(pair.trainer, third, TILTS["crowd"])]))
 
 
-def _after_one_id(pair: Pair, rng: np.random.Generator, n: int, sampling: SamplingParams, seed: int) -> Samples:
+def _after_one_id(
+    pair: Pair, rng: np.random.Generator, n: int, sampling: SamplingParams, seed: int
+) -> Samples:
     ids = rng.integers(0, pair.trainer.vocabulary, (n, 1)).astype(np.int32)
     return _requested(pair, list(ids), sampling, seed)
 
@@ -181,7 +191,9 @@ def _weighed(trainer: Trainer, sample: Samples, tilts: tuple[float, ...]) -> Wei
     for start in range(0, len(contexts), CHUNK):
         logprobs = (trainer.logits(hidden[start : start + CHUNK]) / sample.temperature).log_softmax(-1)
         mine = (owners >= start) & (owners < start + len(logprobs))
-        found.append(weigh(logprobs, torch.from_numpy(owners[mine] - start), torch.from_numpy(ids[mine]), tilts))
+        found.append(
+            weigh(logprobs, torch.from_numpy(owners[mine] - start), torch.from_numpy(ids[mine]), tilts)
+        )
     return added(found)
 
 
@@ -222,7 +234,9 @@ def added(parts: Sequence[Weighed]) -> Weighed:
     """Several portions of one sample as one."""
     return Weighed(
         n=sum(part.n for part in parts),
-        log_products=tuple(float(sum(column)) for column in zip(*(part.log_products for part in parts), strict=True)),
+        log_products=tuple(
+            float(sum(column)) for column in zip(*(part.log_products for part in parts), strict=True)
+        ),
         tilts=parts[0].tilts,
         excess=np.concatenate([part.excess for part in parts]),
         variance=sum(part.variance for part in parts),

@@ -67,7 +67,10 @@ def masks(texts: list[str], drawn: np.ndarray) -> Iterator[tuple[str, np.ndarray
     for name, letters in (
         (f"a mask that allows only the characters {shown}", chars),
         (f"a mask that allows only characters of the categories {', '.join(sorted(categories))}", wider),
-        (f"a mask that allows only ASCII of the categories {', '.join(sorted(categories))}", {c for c in wider if c.isascii()}),
+        (
+            f"a mask that allows only ASCII of the categories {', '.join(sorted(categories))}",
+            {c for c in wider if c.isascii()},
+        ),
     ):
         yield name, seen | made_of(letters, texts)
 

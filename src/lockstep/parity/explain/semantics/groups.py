@@ -31,7 +31,9 @@ def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, S
     sampling = replace(asked, n=pair.recipe.training.group_size, max_tokens=TOKENS)
     sample = draw_groups(pair, shortest, sampling)
     if sample.missing:
-        text = f"{sample.missing} of {sample.engine_logprobs.size} tokens came without a finite log-probability"
+        text = (
+            f"{sample.missing} of {sample.engine_logprobs.size} tokens came without a finite log-probability"
+        )
         return Mangled("missing_logprobs", _only(sampling, text)), sample, np.full(1, np.nan, np.float32)
     trainer = sample.scored(pair.trainer)
     gap = trainer - sample.engine_logprobs
@@ -52,13 +54,18 @@ def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
         for ids in group.completions:
             earlier = known.get(ids.tobytes(), 0)
             if earlier:
-                log_chance += min(float(trainer[at : at + len(ids)].sum()) + np.log(len(group.completions)), 0.0)
+                log_chance += min(
+                    float(trainer[at : at + len(ids)].sum()) + np.log(len(group.completions)), 0.0
+                )
                 count += 1
             known[ids.tobytes()] = earlier + 1
             at += len(ids)
     if log_chance >= LOG_CHANCE:
         return None
-    return Mangled("draws_differ", f"{count} samples repeat another of their prompt; the chance of that is e^{log_chance:.0f}")
+    return Mangled(
+        "draws_differ",
+        f"{count} samples repeat another of their prompt; the chance of that is e^{log_chance:.0f}",
+    )
 
 
 def _explained(pair: Pair, sample: Samples, trainer: np.ndarray) -> Mangled:
@@ -68,6 +75,10 @@ def _explained(pair: Pair, sample: Samples, trainer: np.ndarray) -> Mangled:
     cause = transformed(pair, evidence)
     if cause is None:
         hidden = unasked(pair, sample, min(pair.noise.p50, EXPLAINS * miss_of(size)))
-        cause = None if hidden is None else Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
+        cause = (
+            None if hidden is None else Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
+        )
     differs = f"the trainer differs by {np.median(size):.1e} nats in the median, {size.max():.1e} at most"
-    return cause or examine(pair, evidence) or Mangled("unexplained_semantics", f"{differs}{pair.search.told()}")
+    return (
+        cause or examine(pair, evidence) or Mangled("unexplained_semantics", f"{differs}{pair.search.told()}")
+    )

@@ -1,8 +1,11 @@
-"""Which distribution explains an engine's log-probabilities? Every candidate is computed from the trainer's logits and fitted.
+"""Which distribution explains an engine's log-probabilities?
 
-The candidates are the ways in which engines are known to report: at the sampler's temperature or at 1, with or without penalties
-and biases, truncated and renormalised or not. Those that a sampling setting cannot tell apart are one candidate.
-The order of operations is vLLM's (vllm/v1/sample/sampler.py): bias, penalties, temperature, min-p, top-k, top-p, log-softmax.
+Every candidate is computed from the trainer's logits and fitted.
+
+The candidates are the ways in which engines are known to report: at the sampler's temperature or at 1, with
+or without penalties and biases, truncated and renormalised or not. Those that a sampling setting cannot tell
+apart are one candidate. The order of operations is vLLM's (vllm/v1/sample/sampler.py): bias, penalties,
+temperature, min-p, top-k, top-p, log-softmax.
 """
 
 from collections.abc import Sequence
@@ -37,7 +40,11 @@ class Fit:
 
 
 def fits(
-    trainer: Trainer, groups: Sequence[Group], engine: np.ndarray, sampling: SamplingParams, enough: float = 0.0
+    trainer: Trainer,
+    groups: Sequence[Group],
+    engine: np.ndarray,
+    sampling: SamplingParams,
+    enough: float = 0.0,
 ) -> list[Fit]:
     """All candidates, the best first.
 
@@ -48,7 +55,9 @@ def fits(
     """
     candidates = candidates_of(sampling)
     found = []
-    for semantics, scores in zip(candidates, scored_under(trainer, groups, sampling, candidates), strict=True):
+    for semantics, scores in zip(
+        candidates, scored_under(trainer, groups, sampling, candidates), strict=True
+    ):
         with np.errstate(invalid="ignore"):
             gap = engine - scores
         gap[np.isnan(gap)] = np.inf
@@ -58,11 +67,16 @@ def fits(
 
 
 def scored_under(
-    trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams, candidates: Sequence[LogprobSemantics]
+    trainer: Trainer,
+    groups: Sequence[Group],
+    sampling: SamplingParams,
+    candidates: Sequence[LogprobSemantics],
 ) -> list[np.ndarray]:
-    """The log-probabilities of all completions under each candidate, float32 [T] each; one completion a group."""
+    """Log-probabilities of all completions under each candidate, float32 [T] each; one completion a group."""
     hidden = trainer.hidden(groups)
-    scored = [candidate_logprobs(trainer, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)]
+    scored = [
+        candidate_logprobs(trainer, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)
+    ]
     return [np.concatenate(parts) for parts in zip(*scored, strict=True)]
 
 
@@ -77,7 +91,9 @@ def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:
             truncated=truncated,
             penalised=penalised,
         )
-        for temperature, truncated, penalised in product(temperatures, truncations, {False, sampling.penalises})
+        for temperature, truncated, penalised in product(
+            temperatures, truncations, {False, sampling.penalises}
+        )
     ]
 
 
@@ -109,7 +125,7 @@ def candidate_logprobs(
 def edit(
     logits: Float[Tensor, "L V"], prompt: np.ndarray, completion: Tensor, start: int, sampling: SamplingParams
 ) -> Float[Tensor, "L V"]:
-    """Bias, then penalties: repetition for tokens of prompt and completion, the other two by count in the completion.
+    """Bias, then penalties: repetition for prompt and completion, the other two by count in the completion.
 
     Args:
         start: how many tokens of the completion come before the first row.
@@ -122,7 +138,10 @@ def edit(
     counts = torch.zeros(logits.shape[1], device=logits.device)
     for token in completion[:start]:
         counts[token] += 1
-    penalties = {name: getattr(sampling, name) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")}
+    penalties = {
+        name: getattr(sampling, name)
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    }
     for row in range(len(out)):
         seen = in_prompt | (counts > 0)
         out[row] = torch.where(seen, penalised(out[row], counts, **penalties), out[row])

@@ -71,10 +71,14 @@ class Cut:
         mass = (self.drawn - self.whole - self.engine).double().exp()
         least = float(mass.clamp(max=1.0).quantile(LEAST_P))
         tried = {round(least, 2), round(least, 3), np.floor(least * 100) / 100}
-        return min(((self.top_p(p), f"top-p {p:g}") for p in tried if 0.0 < p < 1.0), default=(float("inf"), ""))
+        return min(
+            ((self.top_p(p), f"top-p {p:g}") for p in tried if 0.0 < p < 1.0), default=(float("inf"), "")
+        )
 
 
-def hidden_cut(held: Held, seen: tuple[Sequence[Tensor], Sequence[Tensor]], temperature: float, limit: float) -> Explained | None:
+def hidden_cut(
+    held: Held, seen: tuple[Sequence[Tensor], Sequence[Tensor]], temperature: float, limit: float
+) -> Explained | None:
     """A truncation behind one fitted number that explains the tokens; None where none does.
 
     Args:

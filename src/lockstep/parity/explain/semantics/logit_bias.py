@@ -39,7 +39,9 @@ class BiasFit:
         self.p, self.ids = logprobs.exp(), ids
         drawn = logprobs.gather(1, ids[:, None])[:, 0]
         self.gap = (engine - drawn).double()
-        self.length = self.p.square().sum(0).index_add_(0, ids, 1.0 - 2.0 * drawn.exp()).clamp(min=1e-6).sqrt()
+        self.length = (
+            self.p.square().sum(0).index_add_(0, ids, 1.0 - 2.0 * drawn.exp()).clamp(min=1e-6).sqrt()
+        )
         self.biases: dict[int, float] = {}
 
     def left(self, biases: dict[int, float]) -> Tensor:
@@ -51,12 +53,14 @@ class BiasFit:
         return self.gap - shift + mass.clamp(min=1e-12).log()
 
     def step(self) -> float:
-        """Give the token that mends most its bias, be it a new token or one that has one; the mean |left| then, nats."""
+        """Give the token that mends most its bias, be it a new one or not; the mean |left| then, nats."""
         left = self.left(self.biases)
         along = (-(left.float() @ self.p)).index_add_(0, self.ids, left.float())
         best = (along.abs() / self.length).topk(CANDIDATES).indices.tolist()
         now = float(left.abs().mean())
-        mean, bias, token = min((*self._fitted(token, float(along[token]), now), token) for token in {*self.biases, *best})
+        mean, bias, token = min(
+            (*self._fitted(token, float(along[token]), now), token) for token in {*self.biases, *best}
+        )
         self.biases[token] = bias
         return mean
 
@@ -72,7 +76,7 @@ class BiasFit:
 
 
 def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
-    """Biases of a few tokens that explain every number of ``sample``; None where none do. ``held``: its tokens."""
+    """Biases of a few tokens (``held``) that explain every number of ``sample``; None where none do."""
     engine, temperature = sample.engine_logprobs, sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now, after = np.inf, float(fit.gap.abs().mean())
@@ -82,7 +86,9 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
         return None
     before, left = (np.abs(scored - engine) for scored in _scored(pair.trainer, sample, fit.biases))
     supported = (before > pair.noise.p50).sum() >= BIAS_SUPPORT * len(fit.biases)
-    if not (fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()):
+    if not (
+        fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()
+    ):
         return None
     decode = pair.renderer.tokenizer.decode
     told = (f"{bias * temperature:+.3g} on {decode([token])!a}" for token, bias in fit.biases.items())

@@ -31,7 +31,9 @@ class PenaltyFit:
         counts: how often each of them is in the completion, int64 [S_n].
     """
 
-    def __init__(self, logits: Tensor, ids: Tensor, seen: list[Tensor], counts: list[Tensor], temperature: float) -> None:
+    def __init__(
+        self, logits: Tensor, ids: Tensor, seen: list[Tensor], counts: list[Tensor], temperature: float
+    ) -> None:
         pad = torch.nn.utils.rnn.pad_sequence
         self.temperature, device = temperature, logits.device
         self.seen = pad(seen, batch_first=True, padding_value=-1).to(device)
@@ -44,7 +46,9 @@ class PenaltyFit:
         self.drawn = logits.gather(1, ids[:, None])[:, 0]
         self.was_seen = self.seen == ids[:, None]
 
-    def scores(self, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0) -> Tensor:
+    def scores(
+        self, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0
+    ) -> Tensor:
         """The drawn tokens' log-probabilities, float32 [N]."""
         z = penalised(
             self.z,

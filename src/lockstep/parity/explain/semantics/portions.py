@@ -24,7 +24,9 @@ SHOWN = 8
 def rows_off(sample: Samples, gap: np.ndarray, limit: float) -> np.ndarray:
     """Rows with a fifth of their numbers beyond ``limit``: int [R]. ``gap``: float32 [T]."""
     size = np.nan_to_num(np.abs(gap), nan=np.inf)
-    found = [np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample))]
+    found = [
+        np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample))
+    ]
     return np.flatnonzero(np.array(found) > limit)
 
 
@@ -61,8 +63,11 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
         limit: a row is explained when half of its numbers are missed by at most this, nats.
     """
     ids, rest, told = held.ids[:, None], np.arange(len(sample)), []
-    misses = [((held.logits / t).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs() for t in TEMPERATURES]
-    by_row = np.array([[float(m[np.flatnonzero(owners == row)].median()) for m in misses] for row in rest])  # [R, grid]
+    misses = [
+        ((held.logits / t).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs() for t in TEMPERATURES
+    ]
+    # [R, grid]
+    by_row = np.array([[float(m[np.flatnonzero(owners == row)].median()) for m in misses] for row in rest])
     worst = 0.0
     while len(rest) and len(told) < MOST_SETTINGS:
         nearest = by_row[rest].argmin(1)

@@ -23,7 +23,9 @@ SCREENED = 3
 """Rows that an edit is tried on before it is tried on all."""
 
 
-def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], strange: np.ndarray) -> Mangled | None:
+def edited_prompts(
+    pair: Pair, evidence: Evidence, ours: list[np.ndarray], strange: np.ndarray
+) -> Mangled | None:
     """The edit of its own prompts under which the trainer agrees with the engine.
 
     Args:
@@ -31,7 +33,9 @@ def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], stran
         strange: the rows in which it does not, int [R].
     """
     groups = evidence.neutral.groups
-    rows = sorted((i for i in strange.tolist() if len(groups[i].prompt) > 2), key=lambda i: len(groups[i].prompt))
+    rows = sorted(
+        (i for i in strange.tolist() if len(groups[i].prompt) > 2), key=lambda i: len(groups[i].prompt)
+    )
 
     def agree(edit: Callable[[np.ndarray], np.ndarray], some: list[int]) -> np.ndarray:
         keep_looking()
@@ -39,9 +43,14 @@ def edited_prompts(pair: Pair, evidence: Evidence, ours: list[np.ndarray], stran
         scored = pair.trainer.score(edited, evidence.neutral.temperature)
         return np.array([not off(ours[i], c, pair.noise.p50) for i, c in zip(some, scored, strict=True)])
 
-    first = [rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, SCREENED).astype(int))] if rows else []
+    first = (
+        [rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, SCREENED).astype(int))] if rows else []
+    )
     for cause, name, edit in chain(_additions(pair), _cuts(pair, evidence, ours)) if rows else ():
-        if 2 * agree(edit, first[:2]).sum() >= len(first[:2]) and agree(edit, rows).mean() > 1 - UNEDITED_AT_MOST:
+        if (
+            2 * agree(edit, first[:2]).sum() >= len(first[:2])
+            and agree(edit, rows).mean() > 1 - UNEDITED_AT_MOST
+        ):
             return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
     return None
 
@@ -63,7 +72,9 @@ def _additions(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np
         )
 
 
-def retokenised(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, *, add_special_tokens: bool = False) -> np.ndarray:
+def retokenised(
+    tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, *, add_special_tokens: bool = False
+) -> np.ndarray:
     """The ids that a prompt's own text has, which need not be those it was made of."""
     ids = tokenizer.encode(tokenizer.decode(prompt), add_special_tokens=add_special_tokens)
     return np.array(ids or prompt[:1], np.int32)
@@ -73,13 +84,22 @@ def _cuts(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray]
 ) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
     """Cuts, fitted on the shortest row that is off: so many tokens left out at one end, or so many kept."""
-    pairs = zip(ours, evidence.neutral.groups, rows_of(evidence.trainer, evidence.neutral.owners), strict=True)
-    cut = [(len(g.prompt), i) for i, (a, g, c) in enumerate(pairs) if len(g.prompt) > 2 and off(a, c, pair.noise.p50)]
+    pairs = zip(
+        ours, evidence.neutral.groups, rows_of(evidence.trainer, evidence.neutral.owners), strict=True
+    )
+    cut = [
+        (len(g.prompt), i)
+        for i, (a, g, c) in enumerate(pairs)
+        if len(g.prompt) > 2 and off(a, c, pair.noise.p50)
+    ]
     if not cut:
         return
     n, row = min(cut)
     numbers, group = ours[row], evidence.neutral.groups[row]
-    for end, other, left in (("first", "last", lambda p, k: p[k:]), ("last", "first", lambda p, k: p[: len(p) - k])):
+    for end, other, left in (
+        ("first", "last", lambda p, k: p[k:]),
+        ("last", "first", lambda p, k: p[: len(p) - k]),
+    ):
         shorter = [Group(left(group.prompt, k), group.completions) for k in range(1, n)]
         scores = pair.trainer.score(shorter, evidence.neutral.temperature)
         k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
@@ -103,7 +123,8 @@ def miscounted_prompts(sample: Samples) -> Mangled | None:
         return None
     counted, sent = wrong[0]
     text = (
-        f"the engine counts another number of tokens in {len(wrong)} of {len(counts)} prompts: {counted} where {sent} were sent"
+        f"the engine counts another number of tokens in {len(wrong)} of {len(counts)} prompts: "
+        f"{counted} where {sent} were sent"
     )
     return Mangled("prompt_edited", text)
 

@@ -17,7 +17,14 @@ from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.semantics.held import FITTED_TOKENS, Held
 from lockstep.parity.explain.semantics.hypotheses import edit, fits
 from lockstep.parity.explain.semantics.truncation import fitted_truncation
-from lockstep.parity.tolerances import DRAWS_Z, EXPLAINS, LARGEST_TOP_K, LOG_CHANCE, SCREEN_SLACK, TEMPERATURES_APART
+from lockstep.parity.tolerances import (
+    DRAWS_Z,
+    EXPLAINS,
+    LARGEST_TOP_K,
+    LOG_CHANCE,
+    SCREEN_SLACK,
+    TEMPERATURES_APART,
+)
 from lockstep.policy.truncation import CHUNK, kept
 from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams
@@ -54,7 +61,10 @@ def setting_hypotheses(
     """
     return [
         ("another temperature", lambda: hidden_temperature(held(), asked, limit)),
-        ("the checkpoint's generation_config.json", lambda: _as_configured(trainer, groups, engine, asked, limit)),
+        (
+            "the checkpoint's generation_config.json",
+            lambda: _as_configured(trainer, groups, engine, asked, limit),
+        ),
         ("a truncation", lambda: _truncated(held(), asked, limit)),
     ]
 
@@ -83,9 +93,13 @@ def _as_configured(
     if not best.miss <= limit:
         return None
     settings = ", ".join(
-        f"{name} {getattr(served, name):g}" for name in _CONFIGURABLE if getattr(served, name) != getattr(asked, name)
+        f"{name} {getattr(served, name):g}"
+        for name in _CONFIGURABLE
+        if getattr(served, name) != getattr(asked, name)
     )
-    return Explained("generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.miss)
+    return Explained(
+        "generation_config_applied", f"the checkpoint's generation_config.json ({settings})", best.miss
+    )
 
 
 SCREENED_ROWS = 2
@@ -103,7 +117,10 @@ _CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams | None:
-    """``asked`` under the checkpoint's generation_config.json, as a server applies it; None when that changes nothing."""
+    """``asked`` under the checkpoint's generation_config.json, as a server applies it.
+
+    None when that changes nothing.
+    """
     config = trainer.generation_config
     values = {name: getattr(config, name, None) for name in _CONFIGURABLE}
     changes = {name: value for name, value in values.items() if value is not None}
@@ -124,7 +141,10 @@ def fitted_temperature(logits: Tensor, ids: Tensor, engine: Tensor) -> tuple[flo
 
 @dataclass(frozen=True)
 class Draws:
-    """Were tokens drawn from the distribution they are said to be of? Three ways in which not, with their chances."""
+    """Were tokens drawn from the distribution they are said to be of?
+
+    Three ways in which not, with their chances.
+    """
 
     n_tokens: int
     excess_nats: float
@@ -148,10 +168,13 @@ class Draws:
         Rows that were chosen by their reward do not look like one: choosing cuts no tail.
         """
         if self.log_chance_top_k < LOG_CHANCE and self.log_chance_top_k <= self.log_chance_top_p:
-            return f"no drawn token ranks past {self.top_k}; the chance of that is e^{self.log_chance_top_k:.0f}"
+            return (
+                f"no drawn token ranks past {self.top_k}; the chance of that is e^{self.log_chance_top_k:.0f}"
+            )
         if self.log_chance_top_p < LOG_CHANCE:
             return (
-                f"no drawn token has more than {self.top_p:.3f} of the mass above it; the chance is e^{self.log_chance_top_p:.0f}"
+                f"no drawn token has more than {self.top_p:.3f} of the mass above it; "
+                f"the chance is e^{self.log_chance_top_p:.0f}"
             )
         return ""
 
@@ -162,7 +185,8 @@ class Draws:
             return cut
         if not abs(self.z) <= DRAWS_Z:
             return (
-                f"log p exceeds minus the entropy by {self.excess_nats:+.3f} nats in the mean, {abs(self.z):.0f} standard errors"
+                f"log p exceeds minus the entropy by {self.excess_nats:+.3f} nats in the mean, "
+                f"{abs(self.z):.0f} standard errors"
             )
         return ""
 
@@ -209,7 +233,9 @@ def _chance_of_truncation(
         # The token that crosses the mass is kept too; where the first k tokens do not reach it, nothing is
         # known.
         reached = held > mass
-        crossing = torch.where(reached.any(-1), held.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0], 1.0)
+        crossing = torch.where(
+            reached.any(-1), held.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0], 1.0
+        )
         by_mass += float(crossing.clamp(max=1.0).log().sum())
     return by_rank, by_mass
 
@@ -226,8 +252,13 @@ def likeliest_temperature(trainer: Trainer, groups: Sequence[Group], sampling: S
     return float(TEMPERATURES[int(likelihood.argmax())]) * (sampling.temperature or 1.0)
 
 
-def distributions(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a sampler with these settings draws from, in portions: processed logits [L, V], and the ids drawn [L]."""
+def distributions(
+    trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a sampler with these settings draws from, in portions.
+
+    Processed logits [L, V], and the ids drawn [L].
+    """
     for group, hidden in zip(groups, trainer.hidden(groups), strict=True):
         ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
         for start in range(0, len(ids), CHUNK):

@@ -44,8 +44,14 @@ def _functions(a: np.ndarray, b: np.ndarray, owners: np.ndarray) -> Iterator[tup
         yield f"{name}, times {factor:.3f}", factor * b
     yield "probabilities and not their logarithms", np.exp(b)
     yield "running sums over the completion", _by_row(b, owners, np.cumsum)
-    yield "the completion's sum beside each of its tokens", _by_row(b, owners, lambda row: np.full_like(row, row.sum()))
-    yield "the completion's mean beside each of its tokens", _by_row(b, owners, lambda row: np.full_like(row, row.mean()))
+    yield (
+        "the completion's sum beside each of its tokens",
+        _by_row(b, owners, lambda row: np.full_like(row, row.sum())),
+    )
+    yield (
+        "the completion's mean beside each of its tokens",
+        _by_row(b, owners, lambda row: np.full_like(row, row.mean())),
+    )
     yield f"{a.mean():.3g} for each", np.full_like(b, a.mean())
     yield "the row in reverse order", _by_row(b, owners, lambda row: row[::-1])
     yield f"none below a floor of {a.min():.3g}", np.maximum(b, a.min())
@@ -74,10 +80,15 @@ def _by_row(values: np.ndarray, owners: np.ndarray, change: Callable[[np.ndarray
 def _grid(a: np.ndarray, b: np.ndarray, noise: Tolerance) -> str | None:
     """Every number lies on a grid that the right ones do not lie on, and next to its own."""
     rounded = {f"rounded to {n} decimals": lambda x, n=n: np.round(x, n) for n in DECIMALS}
-    rounded |= {f"rounded to {str(t).removeprefix('torch.')}": _as(t) for t in (torch.bfloat16, torch.float16)}
+    rounded |= {
+        f"rounded to {str(t).removeprefix('torch.')}": _as(t) for t in (torch.bfloat16, torch.float16)
+    }
     for name, to_grid in rounded.items():
         step = np.abs(to_grid(b) - b).max()
-        on_it = np.isclose(a, to_grid(a), rtol=0.0, atol=1e-6).all() and not np.isclose(b, to_grid(b), rtol=0.0, atol=1e-6).all()
+        on_it = (
+            np.isclose(a, to_grid(a), rtol=0.0, atol=1e-6).all()
+            and not np.isclose(b, to_grid(b), rtol=0.0, atol=1e-6).all()
+        )
         if on_it and np.abs(a - b).max() <= 2 * step + noise.p50:
             return name
     return None

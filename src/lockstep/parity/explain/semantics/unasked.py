@@ -1,4 +1,4 @@
-"""Layer 1: settings that nobody asked for and that explain the numbers, of all rows or of those that are off."""
+"""Layer 1: settings that nobody asked for and that explain the numbers, of all rows or of those off."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,13 @@ from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.joint import hidden_cut
 from lockstep.parity.explain.semantics.logit_bias import hidden_bias
 from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_before
-from lockstep.parity.explain.semantics.portions import LEAST_TOKENS, places_of_rows, rows_off, temperatures_of_rows, where
+from lockstep.parity.explain.semantics.portions import (
+    LEAST_TOKENS,
+    places_of_rows,
+    rows_off,
+    temperatures_of_rows,
+    where,
+)
 from lockstep.parity.explain.semantics.sampler import Explained, setting_hypotheses
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks
@@ -41,11 +47,16 @@ class _Look:
         """Settings of all of the sample, the cheap ones first."""
         pair, sample, limit = self.pair, self.sample, self.limit
         numbers = sample.engine_logprobs
-        yield from setting_hypotheses(pair.trainer, sample.groups, numbers, sample.sampling, limit, lambda: self.held)
+        yield from setting_hypotheses(
+            pair.trainer, sample.groups, numbers, sample.sampling, limit, lambda: self.held
+        )
         yield "a penalty", lambda: hidden_penalty(sample, self.held, limit, self.seen)
         yield "a logit bias", lambda: hidden_bias(pair, sample, self.held)
         yield "a mask", lambda: hidden_mask(pair, sample, self.held, limit)
-        yield "a truncation behind a penalty", lambda: hidden_cut(self.held, self.seen, sample.temperature, limit)
+        yield (
+            "a truncation behind a penalty",
+            lambda: hidden_cut(self.held, self.seen, sample.temperature, limit),
+        )
 
     def portions(self) -> Iterator[Looks[Explained]]:
         """Settings of some of its rows."""
@@ -58,7 +69,9 @@ class _Look:
 
     @cached_property
     def held(self) -> Held:
-        return tokens_of_every_part(self.pair.trainer, self.sample.groups, self.sample.engine_logprobs, hidden=self.hidden)
+        return tokens_of_every_part(
+            self.pair.trainer, self.sample.groups, self.sample.engine_logprobs, hidden=self.hidden
+        )
 
     @cached_property
     def seen(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -70,7 +83,9 @@ class _Look:
         hidden = torch.cat(self.hidden)
         ids = np.concatenate([group.completions[0] for group in self.sample.groups]).astype(np.int64)
         with torch.no_grad():
-            scored = self.pair.trainer.project(hidden, torch.from_numpy(ids).to(hidden.device), self.sample.temperature).logprobs
+            scored = self.pair.trainer.project(
+                hidden, torch.from_numpy(ids).to(hidden.device), self.sample.temperature
+            ).logprobs
         return self.sample.engine_logprobs - scored.numpy(force=True)
 
     def _those_off(self) -> Explained | None:
@@ -81,10 +96,14 @@ class _Look:
         chosen = np.isin(self.sample.owners, off)
         look = _Look(self.pair, part, min(self.pair.noise.p50, EXPLAINS * miss_of(self.gap[chosen])))
         look.hidden = [self.hidden[row] for row in off]
-        found = self.pair.search.first((f"{name}, of the rows that are off", tried) for name, tried in look.settings())
+        found = self.pair.search.first(
+            (f"{name}, of the rows that are off", tried) for name, tried in look.settings()
+        )
         return None if found is None else replace(found, name=f"{found.name}, in {where(self.sample, off)},")
 
     def _temperatures(self) -> Explained | None:
         at = places_of_rows(self.sample)
-        held = tokens_of_every_part(self.pair.trainer, self.sample.groups, self.sample.engine_logprobs, at, self.hidden)
+        held = tokens_of_every_part(
+            self.pair.trainer, self.sample.groups, self.sample.engine_logprobs, at, self.hidden
+        )
         return temperatures_of_rows(self.sample, held, self.sample.owners[at], self.limit)

@@ -38,7 +38,9 @@ def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
         return np.abs(np.concatenate(pair.trainer.score(moved, few.temperature)) - engine)
 
     now = float(np.minimum(gap(0, 0), TOKEN_AT_MOST_NATS).mean())
-    places = np.unique(np.searchsorted(used, np.quantile(every, np.linspace(0.0, 1.0, PLACES), method="lower")))
+    places = np.unique(
+        np.searchsorted(used, np.quantile(every, np.linspace(0.0, 1.0, PLACES), method="lower"))
+    )
     for move in MOVES:
         at = _fitted(
             lambda at, move=move: float(np.minimum(gap(move, at), TOKEN_AT_MOST_NATS).mean()),
@@ -59,7 +61,9 @@ def _fitted(miss: Callable[[int], float], places: list[int], enough: float) -> i
     if not known[best] < enough:
         return None
     order = sorted(known)
-    step = max(order[min(order.index(best) + 1, len(order) - 1)] - best, best - order[max(order.index(best) - 1, 0)])
+    step = max(
+        order[min(order.index(best) + 1, len(order) - 1)] - best, best - order[max(order.index(best) - 1, 0)]
+    )
     while step > 1:
         step = (step + 1) // 2
         for at in (best - step, best + step):

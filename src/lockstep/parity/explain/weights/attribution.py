@@ -100,7 +100,9 @@ def rounded(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Nam
     return None
 
 
-def _slopes(pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], towards: Snapshot | None = None) -> Slopes:
+def _slopes(
+    pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], towards: Snapshot | None = None
+) -> Slopes:
     """``Trainer.slopes`` of the tokens with the largest gaps."""
     gap = engine - canary.trainer_scores(pair)
     chosen = np.argsort(-np.abs(gap))[:TOKENS]
@@ -170,7 +172,9 @@ def _greedy(column: dict[str, np.ndarray], gap: np.ndarray, names: list[str]) ->
     chosen: list[str] = []
     rest = gap.copy()
     for _ in range(GREEDY):
-        best = min((n for n in names if n not in chosen), key=lambda n: np.abs(rest - column[n]).mean(), default=None)
+        best = min(
+            (n for n in names if n not in chosen), key=lambda n: np.abs(rest - column[n]).mean(), default=None
+        )
         if best is None or np.abs(rest - column[best]).mean() >= np.abs(rest).mean():
             break
         chosen.append(best)
@@ -196,7 +200,9 @@ def _proven(
         return None
     close = min(max(ALIKE * least, limit / LIMIT_OVER_ALIKE), limit)
     # Of sets that explain alike, the smallest is named.
-    alike = sorted((hypothesis for hypothesis in tried if hypothesis.miss <= close), key=lambda h: len(h.names))
+    alike = sorted(
+        (hypothesis for hypothesis in tried if hypothesis.miss <= close), key=lambda h: len(h.names)
+    )
     named = alike[0]
     others = tuple(label(other.names) for other in alike[1:] if len(other.names) == len(named.names))
     return Named(label(named.names), named.miss, others, named.factor)

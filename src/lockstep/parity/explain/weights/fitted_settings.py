@@ -1,4 +1,7 @@
-"""Layer 4: settings of the model that are one number each, tried on the trainer and fitted (``policy/variant_settings.py``)."""
+"""Layer 4: settings of the model that are one number each, tried on the trainer and fitted.
+
+``policy/variant_settings.py`` is where they are set.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.policy.variant_settings import AttentionScaled, LogitsCapped, NormEpsilon, PositionsDivided, RotaryBase
+from lockstep.policy.variant_settings import (
+    AttentionScaled,
+    LogitsCapped,
+    NormEpsilon,
+    PositionsDivided,
+    RotaryBase,
+)
 from lockstep.policy.variants import Variant
 from lockstep.training.trainer import Trainer
 

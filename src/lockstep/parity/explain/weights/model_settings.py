@@ -49,7 +49,9 @@ def departures(pair: Pair) -> list[Departure]:
     return list(by_path.values())
 
 
-def _home(path: Path, ours: Mapping[Path, Any], config: Mapping[str, Any], wanted: Collection[str]) -> Path | None:
+def _home(
+    path: Path, ours: Mapping[Path, Any], config: Mapping[str, Any], wanted: Collection[str]
+) -> Path | None:
     """Where a setting of the engine's belongs in the trainer's configuration; None where it is none of the
     model's.
 

@@ -51,7 +51,10 @@ def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: boo
     looks: list[Looks[Explanation]] = []
     if np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
         looks += [*_Settings(pair, sample).looks(), ("a scaled tensor", lambda: _scale(pair, sample))]
-    looks.insert(len(looks) if precision_last else 0, ("a difference of precision", lambda: precision(pair, sample, gap)))
+    looks.insert(
+        len(looks) if precision_last else 0,
+        ("a difference of precision", lambda: precision(pair, sample, gap)),
+    )
     found = search.first(looks)
     if found is None:
         tried = ", ".join(search.tried[before:]) or "nothing"
@@ -66,7 +69,11 @@ class _Settings:
     engine."""
 
     def __init__(self, pair: Pair, sample: Samples) -> None:
-        self.pair, self.few, self.least = pair, sample[: max(SETTING_ROWS, len(sample) // 4)], screened(sample)
+        self.pair, self.few, self.least = (
+            pair,
+            sample[: max(SETTING_ROWS, len(sample) // 4)],
+            screened(sample),
+        )
 
     @cached_property
     def now(self) -> tuple[float, float]:
@@ -82,7 +89,10 @@ class _Settings:
         if departures(self.pair):
             yield "the engine's own configuration", self._departures
         for setting in settings_of(self.pair.trainer):
-            yield setting.told.partition("{")[0].strip().removeprefix("a "), lambda setting=setting: self._fitted(setting)
+            yield (
+                setting.told.partition("{")[0].strip().removeprefix("a "),
+                lambda setting=setting: self._fitted(setting),
+            )
         if self.pair.trainer.shares_prompts:
             yield "keys and values in a narrower dtype", self._cache
             yield "a sliding window", self._window
@@ -98,12 +108,16 @@ class _Settings:
     def _departures(self) -> Explanation | None:
         engines = departures(self.pair)
         try:
-            left = self._miss(self.few, Configured({departure.path: departure.engine for departure in engines}))
+            left = self._miss(
+                self.few, Configured({departure.path: departure.engine for departure in engines})
+            )
         except ModelError:
             return None
         if not left <= self._enough(self.now[1]):
             return None
-        return Explanation("model_config_differs", f"{_named(engines)}; so configured the trainer agrees to {left:.1e} nats")
+        return Explanation(
+            "model_config_differs", f"{_named(engines)}; so configured the trainer agrees to {left:.1e} nats"
+        )
 
     def _fitted(self, setting: Setting) -> Explanation | None:
         def miss(value: float) -> float:
@@ -123,7 +137,9 @@ class _Settings:
         """What the screened rows miss by under another head alone: the body's pass is shared."""
         keep_looking()
         least, trainer = self.least, self.pair.trainer
-        ids = torch.from_numpy(np.concatenate([group.completions[0] for group in least.groups]).astype(np.int64))
+        ids = torch.from_numpy(
+            np.concatenate([group.completions[0] for group in least.groups]).astype(np.int64)
+        )
         with trainer.holding(variant):
             scored = trainer.project(self._hidden, ids.to(self._hidden.device), least.temperature).logprobs
         return float(np.median(np.abs(scored.numpy(force=True) - least.engine_logprobs)))
@@ -134,7 +150,10 @@ class _Settings:
                 continue
             left, now = self._miss(self.few, CacheKept(name)), self.now[1]
             if left <= EXPLAINS * now:
-                text = f"over keys and values kept in {name} the trainer is {left:.1e} nats off, else {now:.1e} (medians)"
+                text = (
+                    f"over keys and values kept in {name} the trainer is {left:.1e} nats off, "
+                    f"else {now:.1e} (medians)"
+                )
                 return Explanation("kv_cache_precision", text)
         return None
 
@@ -161,7 +180,9 @@ def screened(sample: Samples) -> Samples:
 
 
 def _named(departures: Sequence[Departure]) -> str:
-    return ", ".join(f"{d.path[-1]} is {d.engine} in the engine, {d.trainer} in the trainer" for d in departures)
+    return ", ".join(
+        f"{d.path[-1]} is {d.engine} in the engine, {d.trainer} in the trainer" for d in departures
+    )
 
 
 def _scale(pair: Pair, sample: Samples) -> Explanation | None:
