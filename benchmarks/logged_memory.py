@@ -123,8 +123,8 @@ def scored_once(policy: "Policy") -> None:
 def measure(path: Path, model: Path, most_rows: int | None, results: "multiprocessing.SimpleQueue") -> None:
     """Read and judge, in a process that did nothing else."""
     from lockstep.config.recipe import parse_overrides
-    from lockstep.parity.logged.file import read_logged
-    from lockstep.parity.logged.judge import judge
+    from lockstep.logged.file import read_logged
+    from lockstep.logged.judge import judge
     from lockstep.policy.model import load_policy
     from lockstep.rendering import Renderer
 

@@ -244,8 +244,8 @@ def check_log(file: Path, recipe: Recipe, *, rows: int | None = None, say: Say =
     Raises:
         UsageError: for a file or a model that cannot be used.
     """
-    from lockstep.parity.logged.file import read_logged
-    from lockstep.parity.logged.judge import judge
+    from lockstep.logged.file import read_logged
+    from lockstep.logged.judge import judge
     from lockstep.policy.pretrained import resolve_model
     from lockstep.rendering import Renderer
     from lockstep.training.trainer import Trainer

@@ -18,10 +18,10 @@ from pyarrow import parquet
 
 from lockstep.config.recipe import parse_overrides
 from lockstep.errors import UsageError
-from lockstep.parity.logged.columns import MASKS, SETTINGS
-from lockstep.parity.logged.file import read_logged
-from lockstep.parity.logged.judge import judge
-from lockstep.parity.logged.masks import settle
+from lockstep.logged.columns import MASKS, SETTINGS
+from lockstep.logged.file import read_logged
+from lockstep.logged.judge import judge
+from lockstep.logged.masks import settle
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import LAYERS
 from tests.faults import conftest

@@ -83,8 +83,8 @@ def log(session, recipe):
 
 def verdicts_of(tmp_path, pair, rows, *sets, most_rows=None):
     from lockstep.config.recipe import parse_overrides
-    from lockstep.parity.logged.file import read_logged
-    from lockstep.parity.logged.judge import judge
+    from lockstep.logged.file import read_logged
+    from lockstep.logged.judge import judge
 
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))

@@ -11,8 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from lockstep.errors import UsageError
-from lockstep.parity.logged.columns import LARGEST_ID
-from lockstep.parity.logged.file import read_logged
+from lockstep.logged.columns import LARGEST_ID
+from lockstep.logged.file import read_logged
 from lockstep.records.tokens import SamplingParams
 
 SHARP = SamplingParams(max_tokens=16, temperature=0.25)

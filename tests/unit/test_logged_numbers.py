@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.parity.logged.numbers import (
+from lockstep.logged.numbers import (
     Gaps,
     corrupted,
     foreign,
@@ -18,7 +18,7 @@ from lockstep.parity.logged.numbers import (
     placeholders,
     some_rows,
 )
-from lockstep.parity.logged.rows import Collected
+from lockstep.logged.rows import Collected
 from lockstep.parity.tolerances import NOISE
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import CLAMPED_LOGPROB, SamplingParams

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
+from lockstep.logged.rows import Logged
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.path.corruption import SHOWN, SHOWN_CHARACTERS, Corrupted
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.sampler import distributions, examine_draws, likeliest_temperature
-from lockstep.parity.logged.rows import Logged
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import (
     ABSURD_NATS,

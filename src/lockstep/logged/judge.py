@@ -18,6 +18,18 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.logged import REASON, LoggedEngine
+from lockstep.logged.masks import settle
+from lockstep.logged.numbers import (
+    Gaps,
+    corrupted,
+    foreign,
+    not_greedy,
+    of_all,
+    of_few,
+    placeholders,
+    some_rows,
+)
+from lockstep.logged.rows import Logged
 from lockstep.parity.causes import CAUSES, finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
@@ -30,18 +42,6 @@ from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.explain.semantics.vocabulary import moved_ids
 from lockstep.parity.explain.weights.trainer_hypotheses import Explanation, explain
 from lockstep.parity.layers.numerics import judge_gap
-from lockstep.parity.logged.masks import settle
-from lockstep.parity.logged.numbers import (
-    Gaps,
-    corrupted,
-    foreign,
-    not_greedy,
-    of_all,
-    of_few,
-    placeholders,
-    some_rows,
-)
-from lockstep.parity.logged.rows import Logged
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import EXPLAINS
 from lockstep.records.samples import Samples

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from lockstep.errors import UsageError
-from lockstep.parity.logged.columns import (
+from lockstep.logged.columns import (
     ATTENTION,
     COLUMNS,
     MASKS,
@@ -31,7 +31,7 @@ from lockstep.parity.logged.columns import (
     told_of,
     unpadded_of,
 )
-from lockstep.parity.logged.rows import Collected, Logged
+from lockstep.logged.rows import Collected, Logged
 from lockstep.records.tokens import SamplingParams
 
 LONGEST_LINE = 32 << 20

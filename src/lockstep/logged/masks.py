@@ -15,7 +15,7 @@ length are taken to be padded.
 import numpy as np
 
 from lockstep.errors import UsageError
-from lockstep.parity.logged.rows import Logged
+from lockstep.logged.rows import Logged
 from lockstep.parity.tolerances import HALF, NEARLY_ALL, SEMANTICS_MARGIN
 from lockstep.records.samples import Group
 from lockstep.rendering import Renderer
