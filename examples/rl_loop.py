@@ -38,10 +38,8 @@ def run(recipe: Recipe, engine_log: Path) -> list[dict[str, float]]:
         for step in range(recipe.training.steps):
             figures.append(train_one(pair, gate, step))
             prove_sync(pair, ladder.canary, step + 1)
-            print(
-                f"step {step + 1}  reward {figures[-1]['reward_mean']:.3f}  "
-                f"|gap| max {figures[-1]['gap_abs_max_nats']:.0e}"
-            )
+            reward, gap = figures[-1]["reward_mean"], figures[-1]["gap_abs_max_nats"]
+            print(f"step {step + 1}  reward {reward:.3f}  |gap| max {gap:.0e}")
         return figures
 
 
@@ -53,12 +51,8 @@ def train_one(pair: Pair, gate: Gate, step: int) -> dict[str, float]:
     def admit(tokens: AtSampling) -> None:
         # Called once, before the first optimizer update of the step, with every token as both sides score it.
         if reasons := gate.refusals(tokens):
-            raise ParityError(
-                f"step {step}",
-                got="; ".join(reasons),
-                expected="one policy on both sides",
-                hint="lockstep check",
-            )
+            got = "; ".join(reasons)
+            raise ParityError(f"step {step}", got=got, expected="one policy", hint="lockstep check")
 
     return {"reward_mean": float(samples.rewards.mean())} | pair.trainer.step(samples, step, admit)
 
@@ -72,10 +66,8 @@ def prove_sync(pair: Pair, canary, version: int) -> None:
     pair.version = version
     served = canary.measure(pair)
     if served.refuted:
-        gap, limit = served.gap_abs_mean_nats, served.limit_nats
-        raise WeightSyncError(
-            f"sync {version}", got=f"{gap:.1e} nats", expected=f"at most {limit:.1e}", hint="lockstep check"
-        )
+        got, most = f"{served.gap_abs_mean_nats:.1e} nats", f"at most {served.limit_nats:.1e}"
+        raise WeightSyncError(f"sync {version}", got=got, expected=most, hint="lockstep check")
 
 
 if __name__ == "__main__":

@@ -253,10 +253,11 @@ def test_the_resolved_configuration_is_read_back(session):
 
 @pytest.fixture(scope="module")
 def half(installed, tmp_path_factory):
-    """A bf16 engine beside an fp32 trainer."""
+    """A bf16 engine, slow on a CPU without instructions for bf16, beside an fp32 trainer."""
     from lockstep.loop.open import open_session
 
-    recipe = load_recipe(QUICKSTART, [*SMALL, "engine.dtype=bfloat16"])
+    few = ["parity.probe_prompts=4", "parity.probe_tokens=8", "parity.draw_tokens=64"]
+    recipe = load_recipe(QUICKSTART, [*SMALL, *few, "engine.dtype=bfloat16"])
     with open_session(recipe, tmp_path_factory.mktemp("half") / "engine.log", print) as opened:
         yield opened.pair
 
