@@ -200,7 +200,9 @@ class Part:
         """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows
         besides."""
         pair, few, evidence = self.pair, self.few, self._evidence()
-        mangled = transformed(pair, evidence) or moved_ids(pair, few)
+        mangled = transformed(pair, evidence) or pair.search.first(
+            [("ids of another vocabulary", lambda: moved_ids(pair, few))]
+        )
         if mangled is not None:
             return mangled
         hidden = unasked(pair, few, pair.noise.p50)

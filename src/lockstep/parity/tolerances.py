@@ -226,6 +226,10 @@ TOKEN_AT_MOST_NATS = 3.0
 """Of a token's |gap| in that comparison: how far off one wrong token is says little, that it is off says
 all."""
 
+MOVED_AT_LEAST_NATS = 0.5
+"""Mean of those, from which a move of the vocabulary is looked for: what one wrong token in six brings. A
+moved id makes its own number wrong and those behind it; a rarer one leaves the median right."""
+
 LEAST_REPLACED = 3
 """Numbers beyond a threshold that must be one and the same value to be replaced ones: float32 numbers of
 different tokens agree bit for bit once in some million pairs."""

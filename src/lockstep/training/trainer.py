@@ -207,6 +207,7 @@ class Trainer:
         temperature: float,
         names: Sequence[str],
         towards: Snapshot | None = None,
+        before_each: Callable[[], None] = lambda: None,
     ) -> list[Slope]:
         """How the log-probabilities of some tokens move, to first order, when parameters do.
 
@@ -215,6 +216,7 @@ class Trainer:
             tokens: places in the flat order of all completions' tokens.
             towards: the direction of each parameter is from what it is to what it was there; None: the
                 parameter itself, which is a change of its scale.
+            before_each: called before each token's backward pass; what it raises ends them.
         """
         parameters = parameters_of(self._policy.model)
         chosen = [parameters[name] for name in names]
@@ -229,6 +231,7 @@ class Trainer:
                 (row,) = self._policy.rows([groups[number]], 1 << 20)
                 logprobs = self._policy.scores(row.to(self.device), temperature).logprobs
                 for token in tokens[owners == number].tolist():
+                    before_each()
                     at = logprobs[token - int(starts[number])]
                     grads = torch.autograd.grad(at, chosen, retain_graph=True, allow_unused=True)
                     products = [

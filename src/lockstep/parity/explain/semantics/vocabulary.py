@@ -11,7 +11,8 @@ import numpy as np
 
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import MOVE_IMPROVES, TOKEN_AT_MOST_NATS
+from lockstep.parity.search import keep_looking
+from lockstep.parity.tolerances import MOVE_IMPROVES, MOVED_AT_LEAST_NATS, TOKEN_AT_MOST_NATS
 from lockstep.records.samples import Group, Samples
 
 MOVES = (1, -1, 2, -2)
@@ -34,10 +35,13 @@ def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
         def read(ids: np.ndarray) -> np.ndarray:
             return np.clip(np.where(ids >= used[at], ids - move, ids), 0, largest - 1).astype(np.int32)
 
+        keep_looking()
         moved = [Group(read(group.prompt), [read(group.completions[0])]) for group in groups]
         return np.abs(np.concatenate(pair.trainer.score(moved, few.temperature)) - engine)
 
     now = float(np.minimum(gap(0, 0), TOKEN_AT_MOST_NATS).mean())
+    if now < MOVED_AT_LEAST_NATS:
+        return None
     places = np.unique(
         np.searchsorted(used, np.quantile(every, np.linspace(0.0, 1.0, PLACES), method="lower"))
     )

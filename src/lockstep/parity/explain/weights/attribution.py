@@ -15,6 +15,7 @@ import numpy as np
 
 from lockstep.parity.canary import Canary
 from lockstep.parity.pair import Pair
+from lockstep.parity.search import keep_looking
 from lockstep.parity.tolerances import ALIKE, LIMIT_OVER_ALIKE
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Variant
@@ -106,7 +107,7 @@ def _slopes(
     """``Trainer.slopes`` of the tokens with the largest gaps."""
     gap = engine - canary.trainer_scores(pair)
     chosen = np.argsort(-np.abs(gap))[:TOKENS]
-    slopes = pair.trainer.slopes(canary.groups, chosen, canary.temperature, names, towards)
+    slopes = pair.trainer.slopes(canary.groups, chosen, canary.temperature, names, towards, keep_looking)
     moves = np.array([slope.moves for slope in slopes])
     return Slopes(moves, np.array([gap[slope.token] for slope in slopes], np.float64))
 
@@ -224,6 +225,7 @@ def _rescored(
     names, factor = hypothesis.names, hypothesis.factor
     tried = []
     for _ in range(1 if factor == 1.0 else REFINED):
+        keep_looking()
         with pair.trainer.holding(variant(names, factor)):
             left = engine - canary.trainer_scores(pair)
         tried.append(Hypothesis(names, factor, float(np.abs(left).mean())))
