@@ -23,7 +23,7 @@ from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.loop.open import Session, open_engine, open_session
 from lockstep.loop.stages import Run, sync
 from lockstep.loop.sync import run_steps
-from lockstep.parity.deep import factors, in_flight
+from lockstep.parity.deep.full import deeper
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import processor, write_manifest
@@ -78,16 +78,12 @@ def depths(session: Session, recipe: Recipe, repeats: int) -> dict[str, list[flo
 
 def full(session: Session) -> float:
     """Seconds of one full climb."""
-    deeper = {
-        "path": lambda verdict: factors.deepen(session.pair, verdict, open_engine),
-        "weights": lambda verdict: in_flight.deepen(session.pair, verdict),
-    }
-    return _timed(session, deeper)
+    return _timed(session, deeper(session.pair, open_engine))
 
 
-def _timed(session: Session, deeper: dict) -> float:
+def _timed(session: Session, more: dict) -> float:
     began = time.perf_counter()
-    result = climb(session.pair, deeper=deeper)
+    result = climb(session.pair, deeper=more)
     assert result.passed, [verdict.summary for verdict in result.verdicts]
     return time.perf_counter() - began
 

@@ -54,8 +54,8 @@ def check(
         recipe: a recipe, or the file of one.
         out: where the verdicts are appended and, when all five layers pass, a certificate is issued; a result
             that is no PASS voids the certificate that is there.
-        depth: ``quick`` takes fewer probes; ``full`` also updates in flight, and engines started for one
-            factor each.
+        depth: ``quick`` takes fewer probes; ``full`` also updates in flight, starts engines for one factor
+            each, and puts every direction of the numbers to a score test.
         plant: faults to break the backend with, by name; what comes of it certifies nothing.
         sign_key: a key file that the certificate is signed with.
         api_key_env: the variable that is confirmed as holding a server's key.
@@ -83,7 +83,9 @@ def check(
 
 
 def _climb(session: "Session", directory: Path, depth: str, key: bytes, say: Say) -> "LadderResult":
+    from lockstep.loop.open import open_engine
     from lockstep.parity.certificate import issue
+    from lockstep.parity.deep.full import deeper
     from lockstep.parity.ladder import climb
     from lockstep.records.verdicts import OfCheck
     from lockstep.runs.certificate import void
@@ -92,9 +94,8 @@ def _climb(session: "Session", directory: Path, depth: str, key: bytes, say: Say
 
     layout = RunLayout(directory)
     recorder = open_recorder(layout)
-    result = climb(
-        session.pair, lambda layer: say(f"ladder: {layer}"), _deeper(session) if depth == "full" else {}
-    )
+    more = deeper(session.pair, open_engine) if depth == "full" else {}
+    result = climb(session.pair, lambda layer: say(f"ladder: {layer}"), more)
     for verdict in result.verdicts:
         recorder.verdict(OfCheck(), verdict)
     if result.passed:
@@ -103,16 +104,6 @@ def _climb(session: "Session", directory: Path, depth: str, key: bytes, say: Say
         stopped = next(verdict.layer for verdict in result.verdicts if verdict.status != "PASS")
         void(layout.certificate, f"layer {stopped} of a later check here did not pass")
     return result
-
-
-def _deeper(session: "Session") -> dict:
-    from lockstep.loop.open import open_engine
-    from lockstep.parity.deep import factors, in_flight
-
-    return {
-        "path": lambda verdict: factors.deepen(session.pair, verdict, open_engine),
-        "weights": lambda verdict: in_flight.deepen(session.pair, verdict),
-    }
 
 
 def train(

@@ -99,7 +99,13 @@ def test_an_update_that_is_lost_is_found_even_where_the_sides_differ_anyway(pair
 def test_every_cause_has_a_planted_fault_or_says_nothing_is_known():
     planted_causes = {fault.cause for fault in FAULTS.values()}
     unnamed = {cause for cause in CAUSES if cause.startswith("unexplained")}
-    full_depth = {"chunked_prefill", "async_scheduling", "preemption", "in_flight_update"}
+    full_depth = {
+        "chunked_prefill",
+        "async_scheduling",
+        "preemption",
+        "in_flight_update",
+        "systematic_departure",
+    }
     of_logs = {
         "tokens_not_sampled",
         "mask_contradicted",

@@ -152,6 +152,8 @@ class Parity(_Section, frozen=True):
     draws_see: PositiveFloat = 0.05
     """How far a temperature may be off, relatively, and still be seen in the draws. Where ``draw_tokens`` do
     not show so little, up to four times as many are drawn: peaked distributions tell less of theirs."""
+    direction_sequences: Annotated[int, Meta(ge=16)] = 32
+    """Drawn at full depth, to test every direction of the gap; the verdict says what would have shown."""
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101

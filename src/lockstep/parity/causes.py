@@ -243,6 +243,13 @@ CAUSES |= _of(
             ),
             "Look for a scale that is folded in twice, or an edited checkpoint.",
         ),
+        "systematic_departure": (
+            "Within what rounding explains, the numbers depart in one direction: a tensor or a layer scaled "
+            "or quantised, the temperature, a constant, first tokens or long prompts alone.",
+            "At full depth: a score test over every tensor at once, from one backward pass, against the same "
+            "sequences with their signs flipped; what is found is proven on tokens drawn anew.",
+            "Look at what the evidence names first: how the engine loads, scales or quantises it.",
+        ),
         "unexplained_numerics": (
             "The two sides compute different functions, and nothing that was tried explains how.",
             "The gap is beyond what arithmetic explains.",

@@ -297,3 +297,40 @@ def largest_gap(logprobs: np.ndarray, noise: Tolerance, temperature: float) -> n
 def noise_of(*dtypes: str) -> Tolerance:
     """The widest noise among the dtypes that took part (``"torch.float32"`` …); an empty one is not known."""
     return max((NOISE[dtype] for dtype in dtypes if dtype), key=lambda tolerance: tolerance.p999)
+
+
+# Of the score test, which looks for a direction in a gap (explain/score_test.py).
+
+SCORE_LEVEL = 0.01
+"""Chance, over all directions of one test together, that noise is called a direction."""
+
+SCORE_FLIPS = 4000
+"""Of the signs: the chance at ``SCORE_LEVEL`` is then known to .16 % (its standard error, √(.01 · .99 /
+4000))."""
+
+SCORE_POWER = 0.99
+"""Chance with which a departure of the size that a PASS states would have been called."""
+
+SCORE_WINSOR = 3.0
+"""Widths at which a token's gap is clipped: of a normal one .3 % are beyond, and their mean says as much as
+if none were."""
+
+SCORE_AGAIN_T = 2.33
+"""t of a direction that was found, on tokens drawn anew: of noise one in a hundred is beyond, and one in ten
+thousand checks calls noise a direction."""
+
+SYSTEMATIC_NATS = 1e-3
+"""Root mean square of what a direction does to a token, from which it is a fault: a phantom shift of a ratio
+by .1 %. Below it lie what two right implementations in fp32 differ by all the same (1e-5)."""
+
+SYSTEMATIC_LEFT = 0.25
+"""Share of a direction that may be left once the trainer is moved along it, and it still is the
+explanation."""
+
+SCORE_STEP = 0.02
+"""How far a tensor is scaled to see what a scale of it does: log-probabilities are straight that far to a few
+per cent, and bf16 weights, rounded to .4 %, still carry it."""
+
+SCORE_ALIKE = 0.9
+"""Cosine between the pulls of two directions from which they are told as one: the second's share of the
+first's evidence is then its square, .81, and which of the two is larger is chance."""

@@ -23,6 +23,9 @@ from lockstep.policy.model import Policy
 from lockstep.policy.parameters import Snapshot, assign, parameters_of, whole
 
 INT8_LEVELS = 127.0
+INT4_LEVELS = 7.0
+INT4_GROUP = 128
+"""Of a row: what GPTQ, AWQ and their kin take where it divides the row."""
 
 
 class Variant(Protocol):
@@ -164,17 +167,38 @@ class Quantised:
     """
 
     form: str
-    """``int8`` or ``fp8_e4m3``."""
+    """A name in :data:`QUANTISED`."""
 
     @contextmanager
     def held(self, policy: Policy) -> Iterator[Policy]:
         """See :class:`Variant`."""
-        form = {"int8": _int8, "fp8_e4m3": _fp8}[self.form]
+        form = QUANTISED[self.form]
         with torch.no_grad():
             quantised = _copied(
                 policy, lambda is_end, weight: form(weight) if weight.dim() == 2 and not is_end else weight
             )
         yield quantised
+
+
+@dataclass(frozen=True)
+class Along:
+    """Parameters moved along a direction: their own, which scales them, or towards their quantised values."""
+
+    family: str
+    """``scaled``, or a name in :data:`QUANTISED`."""
+    names: tuple[str, ...]
+    theta: float
+
+    def held(self, policy: Policy) -> AbstractContextManager[Policy]:
+        """See :class:`Variant`."""
+        towards = QUANTISED.get(self.family)
+
+        def moved(_: str, tensor: Tensor) -> Tensor:
+            wide = tensor.float()
+            direction = wide if towards is None else towards(tensor).float() - wide
+            return (wide + self.theta * direction).to(tensor.dtype)
+
+        return _with_values(policy, moved, self.names)
 
 
 @dataclass(frozen=True)
@@ -260,11 +284,45 @@ def _over(policy: Policy, model: Any) -> Policy:
     return replace(policy, model=model, head=head.weight, head_bias=getattr(head, "bias", None))
 
 
+def _by_largest(weight: Tensor, levels: float) -> Tensor:
+    """Rounded to whole steps, of which ``levels`` reach the largest number of a row."""
+    step = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
+    return (weight / step).round() * step
+
+
 def _int8(weight: Tensor) -> Tensor:
-    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / INT8_LEVELS
-    return (weight / scale).round() * scale
+    return _by_largest(weight, INT8_LEVELS)
+
+
+def _int4(weight: Tensor) -> Tensor:
+    size = INT4_GROUP if weight.shape[-1] % INT4_GROUP == 0 else weight.shape[-1]
+    return _by_largest(weight.unflatten(-1, (-1, size)), INT4_LEVELS).flatten(-2)
 
 
 def _fp8(weight: Tensor) -> Tensor:
-    scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return _to_fp8(weight, weight.abs().amax(-1, keepdim=True))
+
+
+def _fp8_tensor(weight: Tensor) -> Tensor:
+    return _to_fp8(weight, weight.abs().amax())
+
+
+def _to_fp8(weight: Tensor, largest: Tensor) -> Tensor:
+    scale = largest.clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
     return (weight / scale).to(torch.float8_e4m3fn).to(weight.dtype) * scale
+
+
+def _bf16_cut(weight: Tensor) -> Tensor:
+    """The lower half of each fp32 number left out: what a conversion does that does not round."""
+    return (weight.float().contiguous().view(torch.int32) & -65536).view(torch.float32).to(weight.dtype)
+
+
+QUANTISED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "int8": _int8,
+    "int4": _int4,
+    "fp8_e4m3": _fp8,
+    "fp8_e4m3_tensor": _fp8_tensor,
+    "bf16_cut": _bf16_cut,
+}
+"""Form → what it makes of a matrix. A scale for each row, for int4 of each group of a row, for ``_tensor`` of
+all."""

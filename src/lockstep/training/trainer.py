@@ -10,7 +10,7 @@
 Device, dtypes, head and memory layout hide behind these verbs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +23,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lockstep.config.recipe import Recipe
-from lockstep.policy import replay
+from lockstep.policy import pulls, replay
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
 from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of, whole
+from lockstep.policy.pulls import Direction, Pulls
 from lockstep.policy.replay import Piece
 from lockstep.policy.variant_settings import base_of, rotary_of
 from lockstep.policy.variants import Variant
@@ -240,6 +241,16 @@ class Trainer:
                     ]
                     found.append(Slope(token, np.array(products)))
         return found
+
+    def pulls(
+        self,
+        groups: Sequence[Group],
+        weights: Float[np.ndarray, "T"],
+        temperature: float,
+        families: Mapping[str, Direction],
+    ) -> Pulls:
+        """What would move each sequence's log-probabilities as they have moved (``policy/pulls.py``)."""
+        return pulls.pulls(self._policy, groups, weights, temperature, families)
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,1 +1,1 @@
-"""What ``--depth full`` adds: factors of the path, updates in flight."""
+"""What ``--depth full`` adds: factors of the path, updates in flight, directions of the gap."""

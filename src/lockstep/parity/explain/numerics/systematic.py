@@ -1,0 +1,244 @@
+"""Layer 4: is there a direction in a gap that its own width hides, and which?
+
+    one backward pass ─► pulls of every sequence towards every direction (policy/pulls.py)
+                      ─► score test over all of them together (score_test.py)     noise? then that is all
+                      ─► the best one's size θ, by one forward pass along it
+                      ─► the trainer moved by θ: has the direction left the gap?  named; else unexplained
+
+Directions: each tensor scaled; each layer's, and all layers', tensors together; each rounded as quantisers
+round; the temperature; a constant; the first token of a completion alone; rows of long prompts alone.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from lockstep.parity.explain.score_test import (
+    Scored,
+    alike,
+    curvature,
+    detectable,
+    score_test,
+    statistic,
+    token_weights,
+)
+from lockstep.parity.pair import Pair
+from lockstep.parity.tolerances import SCORE_STEP
+from lockstep.policy.pulls import HEAD, Pulls, scale
+from lockstep.policy.variants import QUANTISED, Along, InDtype
+from lockstep.records.samples import Samples
+
+LAYER = re.compile(r"layers\.(\d+)\.")
+SCALED = "scaled"
+WHOLE = "every layer"
+TEMPERATURE = "temperature"
+CONSTANT = "a constant"
+FIRST = "first tokens off"
+LONG = "rows of long prompts off"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way in which the engine may depart from the trainer."""
+
+    family: str
+    """``scaled``, a quantiser's form, or what acts on the distribution alone."""
+    tensors: tuple[str, ...] = ()
+    place: str = ""
+    """The tensor, the layer, or ``every layer``."""
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{self.place} {self.family}" if self.place else self.family
+
+
+@dataclass(frozen=True, eq=False)
+class Systematic:
+    """A direction that chance does not explain."""
+
+    best: Direction
+    alike: tuple[Direction, ...]
+    """Others that these tokens cannot tell from it."""
+    t: float
+    p: float
+    """Over all directions that were tried together."""
+    theta: float
+    """How far along it the engine is: a scale less 1, a share of a rounding, nats of a constant."""
+    effect: np.ndarray
+    """What it does to each token, nats, float32 [T]."""
+    left: float
+    """θ that is left once the trainer is moved there, in parts of θ."""
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the effect, nats."""
+        return float(np.sqrt(np.square(self.effect).mean()))
+
+    def told(self) -> str:
+        """For people."""
+        others = [direction.describe() for direction in self.alike[:4]]
+        alias = f" (or, alike on these tokens: {', '.join(others)})" if others else ""
+        where = f"{self.best.describe()} by {self.theta:+.3g}{alias}"
+        gone = f"moved there, {abs(self.left):.0%} of it are left"
+        return f"{where}: t = {self.t:+.1f}, family-wise p = {self.p:.1g}; {gone}"
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """All directions, put to the test together."""
+
+    directions: list[Direction]
+    scored: Scored
+    sees: dict[Direction, float]
+    """|θ| that would have been called with a chance of SCORE_POWER: of each scale, and of what acts on the
+    distribution alone."""
+    uncovered: tuple[str, ...]
+    """Parameters that are in no direction: their modules are not linear in them."""
+    found: Systematic | None
+
+    def power(self, family: str) -> np.ndarray:
+        """What would have been seen of each single tensor of a family, or of what acts on the distribution.
+
+        Ascending.
+        """
+        sizes = [size for way, size in self.sees.items() if way.family == family and len(way.tensors) < 2]
+        return np.sort(sizes)
+
+
+def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
+    """What of a gap is no noise.
+
+    Args:
+        trainer: score C of the sample, float32 [T].
+    """
+    gap = (sample.engine_logprobs - trainer).astype(np.float64)
+    weights = token_weights(gap, trainer)
+    families = {SCALED: scale, **{form: _rounding(form) for form in QUANTISED}}
+    with _exactly(pair):
+        pulled = pair.trainer.pulls(sample.apart().groups, weights, sample.temperature, families)
+        directions, sums = _rows(sample, weights, pulled)
+        scored = score_test(sums, pair.seed)
+        sees = _sees(pair, sample, gap, trainer, dict(zip(directions, sums, strict=True)), scored.critical)
+        if not scored.significant:
+            return Tested(directions, scored, sees, pulled.uncovered, None)
+        best = directions[scored.best]
+        here = sample.scored(pair.trainer)
+        slopes = _slopes(pair, sample, best, here)
+        theta = _size(gap, slopes, trainer)
+        effect = _moved(pair, sample, best, theta, here) - here
+    found = Systematic(
+        best=best,
+        alike=tuple(directions[row] for row in alike(sums, scored.best)[1:]),
+        t=float(scored.t[scored.best]),
+        p=float(scored.p[scored.best]),
+        theta=theta,
+        effect=effect.astype(np.float32),
+        left=_size(gap - effect, slopes, trainer) / theta,
+    )
+    return Tested(directions, scored, sees, pulled.uncovered, found)
+
+
+def _sees(
+    pair: Pair,
+    sample: Samples,
+    gap: np.ndarray,
+    trainer: np.ndarray,
+    sums: Mapping[Direction, np.ndarray],
+    critical: float,
+) -> dict[Direction, float]:
+    """What would have been called, by direction; one more backward pass, with signs thrown by a coin."""
+    signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), gap.size)
+    probe = signs * np.sqrt(curvature(gap, trainer))
+    pulled = pair.trainer.pulls(sample.apart().groups, probe, sample.temperature, {SCALED: scale})
+    directions, probed = _rows(sample, probe, pulled)
+    noise = np.stack([sums[direction] for direction in directions])
+    found = detectable(noise, probed, critical, pair.seed)
+    return dict(zip(directions, found.tolist(), strict=True))
+
+
+def _exactly(pair: Pair) -> AbstractContextManager[None]:
+    """The trainer in fp32: a difference of two scores is a slope only where neither is rounded more than it
+    is long."""
+    if pair.trainer.dtype == "torch.float32":
+        return nullcontext()
+    return pair.trainer.holding(InDtype("float32", "float32"))
+
+
+def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -> float:
+    """t of one direction on tokens that it was not found on, signed so that the same way is above 0."""
+    gap = (sample.engine_logprobs - trainer).astype(np.float64)
+    with _exactly(pair):
+        slopes = _slopes(pair, sample, found.best, sample.scored(pair.trainer))
+    by_sequence = np.bincount(sample.owners, slopes * token_weights(gap, trainer), len(sample))
+    return float(statistic(by_sequence[None])[0]) * np.sign(found.theta)
+
+
+def _size(gap: np.ndarray, slopes: np.ndarray, trainer: np.ndarray) -> float:
+    """θ by one Gauss–Newton step on the clipped gap."""
+    bent = float((slopes * slopes * curvature(gap, trainer)).sum())
+    return float((slopes * token_weights(gap, trainer)).sum()) / max(bent, np.finfo(float).tiny)
+
+
+def _rounding(form: str) -> Callable[[str, Tensor], Tensor | None]:
+    def direction(name: str, parameter: Tensor) -> Tensor | None:
+        if parameter.dim() != 2 or LAYER.search(name) is None:
+            return None
+        return QUANTISED[form](parameter) - parameter
+
+    return direction
+
+
+def _rows(sample: Samples, weights: np.ndarray, pulled: Pulls) -> tuple[list[Direction], np.ndarray]:
+    """Every direction with its pulls: [K] and float64 [K, S]."""
+    found = list(_of_tensors(pulled))
+    for family in (TEMPERATURE, CONSTANT, FIRST, LONG):
+        slopes = pulled.slopes[TEMPERATURE] if family == TEMPERATURE else _of_rows(sample, family)
+        found.append((Direction(family), np.bincount(sample.owners, slopes * weights, len(sample))))
+    return [direction for direction, _ in found], np.stack([row for _, row in found])
+
+
+def _of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
+    layers: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for row, (family, name) in enumerate(pulled.names):
+        yield (
+            Direction(family, (name,), name.removeprefix("model.").removesuffix(".weight")),
+            pulled.sums[row],
+        )
+        if (layer := LAYER.search(name)) is not None:
+            layers[family, f"layer {layer[1]}"].append(row)
+            layers[family, WHOLE].append(row)
+    for (family, place), rows in layers.items():
+        names = tuple(pulled.names[row][1] for row in rows)
+        yield Direction(family, names, place), pulled.sums[rows].sum(0)
+
+
+def _of_rows(sample: Samples, family: str) -> np.ndarray:
+    """∂ log p_i / ∂θ of a constant, on the tokens that the family is of, float64 [T]."""
+    if family == CONSTANT:
+        return np.ones(sample.owners.size)
+    if family == FIRST:
+        return (sample.positions == 0).astype(np.float64)
+    lengths = np.array([len(prompt) for prompt in sample.prompts])
+    return (lengths > np.median(lengths))[sample.owners].astype(np.float64)
+
+
+def _slopes(pair: Pair, sample: Samples, best: Direction, here: np.ndarray) -> np.ndarray:
+    """∂ log p_i / ∂θ along one direction, by a step along it from the scores ``here``, float64 [T]."""
+    step = 1.0 if best.family in QUANTISED else SCORE_STEP
+    return (_moved(pair, sample, best, step, here) - here).astype(np.float64) / step
+
+
+def _moved(pair: Pair, sample: Samples, best: Direction, theta: float, here: np.ndarray) -> np.ndarray:
+    """The trainer's scores, moved by θ along the direction from ``here``, float [T]."""
+    if best.family in (CONSTANT, FIRST, LONG):
+        return here + theta * _of_rows(sample, best.family)
+    if best.family == TEMPERATURE or best.tensors == (HEAD,):
+        by = 1.0 + theta if best.family == TEMPERATURE else 1.0 / (1.0 + theta)
+        return np.concatenate(pair.trainer.score(sample.groups, sample.temperature * by))
+    with pair.trainer.holding(Along(best.family, best.tensors, theta)):
+        return sample.scored(pair.trainer)

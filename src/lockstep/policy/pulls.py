@@ -1,0 +1,230 @@
+"""What would move log-probabilities as they have moved: every direction of every tensor, from one pass.
+
+For a parameter W that may be W + θ·D, and weights a_i of the tokens, the pull of a sequence s towards D is
+
+    N_s = Σ_{i ∈ s} a_i · ∂ log p_i / ∂θ = ⟨G_s, D⟩            G_s = ∂ (Σ_{i ∈ s} a_i · log p_i) / ∂W
+
+With a_i the gap of token i it is the score of θ in s, up to the noise's scale (Rao 1948). One forward and one
+backward pass over all sequences give what a module took, x, what it put out, y, and δ = ∂ Σ a_i log p_i / ∂y;
+each sequence lies in a block of its own in the packed row. For a matrix, y = W x + b:
+
+    D = W, a scale         N_s = Σ_{t ∈ s} δ_t · (y_t − b)            costs nothing more
+    any other D            G_s = Σ_{t ∈ s} δ_t x_tᵀ, made once, for every D that is asked for, and dropped
+
+No gradient of all parameters ever exists. The head lies behind the last δ: its directions, and those of the
+distribution, are had token by token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from lockstep.policy.model import Policy
+from lockstep.policy.packing import Packed, pack
+from lockstep.policy.parameters import whole
+from lockstep.policy.truncation import CHUNK
+from lockstep.records.samples import Group
+
+HEAD = "head"
+"""The last matrix product, whose tensor may be the input embedding's too."""
+MAX_ROW = 1024
+"""Tokens of a row: what a backward pass keeps grows with it."""
+
+Direction = Callable[[str, Tensor], Tensor | None]
+"""Name and whole value of a parameter → D, of its shape; None where it is not thought to have moved. ``HEAD``
+is asked too."""
+
+
+def scale(_: str, parameter: Tensor) -> Tensor:
+    """The parameter itself: θ is how much it is scaled by, less 1."""
+    return parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Pulls:
+    """Of each direction, by (family, parameter)."""
+
+    names: tuple[tuple[str, str], ...]
+    sums: np.ndarray
+    """N_s: float64 [K, S]."""
+    slopes: Mapping[str, np.ndarray]
+    """∂ log p_i / ∂θ of what acts on the distribution alone, by name: float32 [T]."""
+    uncovered: tuple[str, ...]
+    """Parameters in modules that are not known to be linear in them."""
+
+
+def pulls(
+    policy: Policy,
+    groups: Sequence[Group],
+    weights: np.ndarray,
+    temperature: float,
+    families: Mapping[str, Direction],
+) -> Pulls:
+    """The pull of each sequence towards each direction of each parameter.
+
+    Args:
+        groups: one completion each.
+        weights: a_i, float [T] over all completions' tokens in order.
+        families: name → direction; ``scale`` costs nothing beside the backward pass.
+    """
+    taken = _Taken(policy, families, len(groups))
+    starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
+    slopes: dict[str, np.ndarray] = {}
+    for row in pack(groups, MAX_ROW if policy.share_prompts else 0, share_prompts=False):
+        here = row.to(policy.device)
+        order = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in row.completions])
+        at = torch.from_numpy(weights[order]).float().to(policy.device)
+        with torch.enable_grad(), taken.tapping(row):
+            hidden = policy.hidden(here)
+            end = hidden.detach().requires_grad_()
+            total = (policy.project(end, here.targets, temperature).logprobs * at).sum()
+            (slope,) = torch.autograd.grad(total, end)
+            torch.autograd.grad(hidden, taken.start, slope)  # every tap is told its δ on the way
+        for name, values in taken.head(end.detach(), here, at, temperature).items():
+            slopes.setdefault(name, np.empty(int(starts[-1]), np.float32))[order] = values.numpy(force=True)
+    names = tuple(taken.sums)
+    sums = np.stack([taken.sums[name] for name in names]) if names else np.empty((0, len(groups)))
+    return Pulls(names, sums, slopes, tuple(sorted(taken.uncovered)))
+
+
+class _Taken:
+    """What the taps of one pass after another have added up to."""
+
+    def __init__(self, policy: Policy, families: Mapping[str, Direction], n_sequences: int) -> None:
+        self.policy, self.families, self.n = policy, families, n_sequences
+        self.sums: dict[tuple[str, str], np.ndarray] = {}
+        self.uncovered: set[str] = set()
+        self.start: Tensor
+        """The embedding's output: where the backward pass ends."""
+        self._sequences: Tensor
+        """Of each position of the row, the sequence that it is of."""
+        self._blocks: list[tuple[int, slice]]
+        """Of each sequence in the row, its positions."""
+
+    @contextmanager
+    def tapping(self, row: Packed) -> Iterator[None]:
+        """While the model computes ``row``: every module with parameters of its own is tapped."""
+        self._blocks = [(n, slice(b.start, b.stop)) for n, b in zip(row.completions, row.blocks, strict=True)]
+        lengths = [block.stop - block.start for block in row.blocks]
+        self._sequences = torch.repeat_interleave(torch.tensor(row.completions), torch.tensor(lengths))
+        embedding = self.policy.model.get_input_embeddings()
+        handles = []
+        for name, module in self.policy.model.base_model.named_modules(prefix=_prefix(self.policy)):
+            own = dict(module.named_parameters(name, recurse=False))
+            if own and not _linear(module):
+                self.uncovered |= own.keys()
+            elif own:
+                handles.append(module.register_forward_hook(self._tap(own, module is embedding)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _tap(self, own: Mapping[str, Tensor], first: bool) -> Callable[..., Tensor | None]:
+        def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None  # asked by _moved
+            if first:
+                output = output.detach().requires_grad_() + 0.0 if not output.requires_grad else output
+                self.start = output
+            output.register_hook(
+                lambda slope: self._take(module, own, args[0].detach(), output.detach(), slope)
+            )
+            return output if first else None
+
+        return tap
+
+    @torch.no_grad()
+    def _take(
+        self, module: nn.Module, own: Mapping[str, Tensor], x: Tensor, y: Tensor, slope: Tensor
+    ) -> None:
+        for name, parameter in own.items():
+            value = whole(parameter.detach())
+            towards = {f: d for f, way in self.families.items() if (d := way(name, value)) is not None}
+            others = {f: d for f, d in towards.items() if d is not value}
+            if isinstance(module, nn.Linear) and not name.endswith("bias") and others:
+                self._matrix(name, others, x.flatten(0, -2), slope.flatten(0, -2))
+                towards = {f: d for f, d in towards.items() if d is value}
+            for family, direction in towards.items():
+                moved = _moved(module, name.rpartition(".")[2], value, direction, x, y)
+                self._add(family, name, (slope.float() * moved.float()).sum(-1).reshape(-1))
+
+    def _matrix(self, name: str, towards: Mapping[str, Tensor], x: Tensor, slope: Tensor) -> None:
+        directions = torch.stack([direction.float().flatten() for direction in towards.values()])
+        for sequence, block in self._blocks:
+            gradient = slope[block].float().T @ x[block].float()
+            along = (directions @ gradient.flatten()).double().cpu().numpy()
+            for family, value in zip(towards, along, strict=True):
+                self.sums.setdefault((family, name), np.zeros(self.n))[sequence] += value
+
+    def _add(self, family: str, name: str, by_position: Tensor) -> None:
+        by_sequence = torch.zeros(self.n, dtype=torch.float64)
+        by_sequence.index_add_(0, self._sequences, by_position.double().cpu())
+        so_far = self.sums.setdefault((family, name), np.zeros(self.n))
+        so_far += by_sequence.numpy()
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor, row: Packed, at: Tensor, temperature: float) -> dict[str, Tensor]:
+        """The head's pulls, and the slopes of what acts on the distribution alone: float32 [T] each."""
+        head, owners = whole(self.policy.head.detach()), torch.empty(len(row.targets), dtype=torch.int64)
+        for number, span in zip(row.completions, row.spans, strict=True):
+            owners[span] = number
+        families = {family: direction(HEAD, head) for family, direction in self.families.items()}
+        slopes: dict[str, list[Tensor]] = {}
+        for first in range(0, len(hidden), CHUNK):
+            rows = slice(first, first + CHUNK)
+            logits = self.policy.logits(hidden[rows]) / temperature
+            p, targets = logits.softmax(-1), row.targets[rows, None]
+
+            def slope_of(moved: Tensor, p: Tensor = p, targets: Tensor = targets) -> Tensor:
+                return moved.gather(1, targets)[:, 0] - (p * moved).sum(-1)
+
+            slopes.setdefault("temperature", []).append(-slope_of(logits))
+            for family, towards in families.items():
+                if towards is not None:
+                    moved = hidden[rows].float() @ towards.float().T / temperature
+                    if self.policy.softcap is not None:
+                        moved *= 1.0 - (logits * temperature / self.policy.softcap).square()
+                    slopes.setdefault(f"{HEAD} {family}", []).append(slope_of(moved))
+        joined = {name: torch.cat(parts) for name, parts in slopes.items()}
+        for family in families:
+            own = joined.pop(f"{HEAD} {family}", None)
+            if own is not None:
+                by_sequence = torch.zeros(self.n, dtype=torch.float64)
+                by_sequence.index_add_(0, owners, (own * at).double().cpu())
+                so_far = self.sums.setdefault((family, HEAD), np.zeros(self.n))
+                so_far += by_sequence.numpy()
+        return joined
+
+
+def _prefix(policy: Policy) -> str:
+    """Of the names of the base model's modules within the whole model."""
+    (name,) = [name for name, module in policy.model.named_modules() if module is policy.model.base_model]
+    return name
+
+
+def _linear(module: nn.Module) -> bool:
+    """True for a module that is linear in its parameters: a matrix, a table, or one scale for each
+    feature."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return True
+    own = list(module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and all(parameter.dim() == 1 for parameter in own)
+
+
+def _moved(module: nn.Module, name: str, value: Tensor, towards: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """f(x; W + D) − f(x; W) of what is not a matrix's own direction."""
+    if isinstance(module, nn.Linear):
+        if name == "bias":
+            return towards.expand_as(y)
+        return y if module.bias is None else y - module.bias
+    if isinstance(module, nn.Embedding):
+        return y if towards is value else functional.embedding(x, towards)
+    return functional_call(module, {name: value + towards}, x) - y

@@ -1,0 +1,69 @@
+"""The pulls of every direction, from one backward pass, are those that a gradient for each sequence gives."""
+
+import numpy as np
+import pytest
+import torch
+
+from lockstep.policy.model import load_policy
+from lockstep.policy.parameters import parameters_of
+from lockstep.policy.pulls import HEAD, pulls, scale
+from lockstep.records.samples import Group
+
+T = 0.8
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_dir):
+    return load_policy(tiny_model_dir, "float32", "float32")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 97, rng.integers(2, 9)).astype(np.int32) for _ in range(7)]
+    return [Group(prompt, [rng.integers(3, 97, rng.integers(1, 12)).astype(np.int32)]) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def weights(groups):
+    return np.random.default_rng(1).normal(size=sum(len(g.completions[0]) for g in groups))
+
+
+def wave(_, parameter):
+    return torch.sin(torch.arange(parameter.numel(), dtype=parameter.dtype).view_as(parameter))
+
+
+def by_gradients(policy, groups, weights, direction):
+    """N_s the slow way: one backward pass into the parameters for each sequence."""
+    found, start = {}, 0
+    for group in groups:
+        (row,) = policy.rows([group], 1 << 20)
+        n = len(group.completions[0])
+        at = torch.from_numpy(weights[start : start + n]).float()
+        start += n
+        parameters = parameters_of(policy.model)
+        total = (policy.scores(row, T).logprobs * at).sum()
+        grads = torch.autograd.grad(total, list(parameters.values()))
+        for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+            found.setdefault(name, []).append(float((grad * direction(name, parameter.detach())).sum()))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("direction", [scale, wave])
+def test_pulls_are_those_of_a_gradient_for_each_sequence(policy, groups, weights, direction):
+    pulled = pulls(policy, groups, weights, T, {"d": direction})
+    found = dict(zip(pulled.names, pulled.sums, strict=True))
+    embedding = "model.embed_tokens.weight"  # tied: a gradient has both uses in one
+    found["d", embedding] = found["d", embedding] + found.pop(("d", HEAD))
+    wanted = by_gradients(policy, groups, weights, direction)
+    assert {name for _, name in found} == set(wanted)
+    assert pulled.uncovered == ()
+    for name, values in wanted.items():
+        assert found["d", name] == pytest.approx(values, rel=2e-3, abs=2e-4 * np.abs(values).max()), name
+
+
+def test_the_slope_of_the_temperature_is_that_of_its_scores(policy, groups, weights):
+    pulled = pulls(policy, groups, weights, T, {})
+    step = 1e-3
+    high, low = (np.concatenate(policy.score(groups, T * np.exp(sign * step))) for sign in (1, -1))
+    assert pulled.slopes["temperature"] == pytest.approx((high - low) / (2 * step), rel=1e-2, abs=2e-3)
