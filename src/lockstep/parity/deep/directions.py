@@ -45,8 +45,12 @@ def deepen(pair: Pair, numerics: Verdict) -> Verdict:
         "direction_again_t": t,
     }
     text = f"{found.told()}; on {len(fresh)} sequences drawn anew t = {t:+.1f}"
-    if t < SCORE_AGAIN_T or found.size < SYSTEMATIC_NATS:
-        return replace(numerics, summary=f"{numerics.summary}; no direction proven ({text})", figures=figures)
+    if t < SCORE_AGAIN_T:
+        chance = f"a direction that was found did not show again ({text})"
+        return replace(numerics, summary=f"{numerics.summary}; {chance}", figures=figures)
+    if found.size < SYSTEMATIC_NATS:
+        small = f"a direction of {found.size:.1e} nats moves no ratio by {SYSTEMATIC_NATS:.1%} ({text})"
+        return replace(numerics, summary=f"{numerics.summary}; {small}", figures=figures)
     named = abs(found.left) <= SYSTEMATIC_LEFT
     said = text if named else f"systematic, and unexplained by what comes nearest: {text}"
     return Verdict(
