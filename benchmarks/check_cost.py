@@ -20,10 +20,10 @@ from pathlib import Path
 
 from lockstep.api import QUICK
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
+from lockstep.deep.full import deeper
 from lockstep.loop.open import Session, open_engine, open_session
 from lockstep.loop.stages import Run, sync
 from lockstep.loop.sync import run_steps
-from lockstep.parity.deep.full import deeper
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run
 from lockstep.runs.manifest import processor, write_manifest

@@ -83,9 +83,9 @@ def check(
 
 
 def _climb(session: "Session", directory: Path, depth: str, key: bytes, say: Say) -> "LadderResult":
+    from lockstep.deep.full import deeper
     from lockstep.loop.open import open_engine
     from lockstep.parity.certificate import issue
-    from lockstep.parity.deep.full import deeper
     from lockstep.parity.ladder import climb
     from lockstep.records.verdicts import OfCheck
     from lockstep.runs.certificate import void

@@ -15,10 +15,10 @@ from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, log
 
 from lockstep.config.recipe import Model, Recipe, Training, load_recipe
 from lockstep.config.recipe import Task as TaskConfig
+from lockstep.deep.replay import replay
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
 from lockstep.faults.at_load import AtLoad
-from lockstep.parity.deep.replay import replay
 from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from transformers import FalconH1Config
 
 from lockstep.config.recipe import load_recipe, with_sets
+from lockstep.deep import factors
 from lockstep.errors import RewardError, RunError, WeightSyncError
 from lockstep.faults.at_load import AtLoad
 from lockstep.faults.campaign import planted
@@ -21,7 +22,6 @@ from lockstep.faults.proxies import Withheld, edits, numbers_of, with_numbers
 from lockstep.loop.open import open_engine, open_session
 from lockstep.parity import certificate, ladder
 from lockstep.parity.canary import Canary
-from lockstep.parity.deep import factors
 from lockstep.parity.evidence import gather
 from lockstep.parity.ladder import climb
 from lockstep.parity.layers import numerics as layer4_numerics

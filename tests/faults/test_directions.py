@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
-from lockstep.parity.deep import directions
+from lockstep.deep import directions
 from lockstep.policy.variants import InDtype, Scaled
 from lockstep.records.verdicts import Verdict
 

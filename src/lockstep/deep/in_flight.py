@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from lockstep.deep.replay import Replayed, replay
 from lockstep.parity.causes import finding
-from lockstep.parity.deep.replay import Replayed, replay
 from lockstep.parity.evidence import within
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import REPLAY_WRONG_MULTIPLE

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from lockstep.parity.deep import directions, factors, in_flight
-from lockstep.parity.deep.factors import Opener
+from lockstep.deep import directions, factors, in_flight
+from lockstep.deep.factors import Opener
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LayerName, Verdict
 
