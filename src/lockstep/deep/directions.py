@@ -33,9 +33,10 @@ def deepen(pair: Pair, numerics: Verdict) -> Verdict:
     trainer = sample.scored(pair.trainer)
     tested = systematic(pair, sample, trainer)
     found = tested.found
-    figures: dict[str, Any] = numerics.figures | _figures(tested) | {"directions_n_tokens": trainer.size}
+    known = _figures(tested)
+    figures: dict[str, Any] = numerics.figures | known | {"directions_n_tokens": trainer.size}
     if found is None:
-        return replace(numerics, summary=f"{numerics.summary}; {_clean(tested)}", figures=figures)
+        return replace(numerics, summary=f"{numerics.summary}; {_clean(known)}", figures=figures)
     fresh = _drawn(pair, 2)
     t = again(pair, fresh, fresh.scored(pair.trainer), found)
     figures |= {
@@ -77,8 +78,7 @@ def _figures(tested: Tested) -> dict[str, float]:
     }
 
 
-def _clean(tested: Tested) -> str:
-    known = _figures(tested)
+def _clean(known: dict[str, float]) -> str:
     largest, noise = known["directions_largest_t"], known["directions_noise_t"]
     temperature, constant = known["directions_see_temperature"], known["directions_see_constant_nats"]
     half, every = known["directions_see_scale_p50"], known["directions_see_scale_max"]

@@ -154,7 +154,8 @@ class _Taken:
                 towards = {f: d for f, d in towards.items() if d is value}
             for family, direction in towards.items():
                 moved = _moved(module, name.rpartition(".")[2], value, direction, x, y)
-                self._add(family, name, (slope.float() * moved.float()).sum(-1).reshape(-1))
+                pulled = (slope.float() * moved.float()).sum(-1).reshape(-1)
+                self._add(family, name, pulled, self._sequences)
 
     def _matrix(self, name: str, towards: Mapping[str, Tensor], x: Tensor, slope: Tensor) -> None:
         directions = torch.stack([direction.float().flatten() for direction in towards.values()])
@@ -164,9 +165,9 @@ class _Taken:
             for family, value in zip(towards, along, strict=True):
                 self.sums.setdefault((family, name), np.zeros(self.n))[sequence] += value
 
-    def _add(self, family: str, name: str, by_position: Tensor) -> None:
+    def _add(self, family: str, name: str, values: Tensor, sequences: Tensor) -> None:
         by_sequence = torch.zeros(self.n, dtype=torch.float64)
-        by_sequence.index_add_(0, self._sequences, by_position.double().cpu())
+        by_sequence.index_add_(0, sequences, values.double().cpu())
         so_far = self.sums.setdefault((family, name), np.zeros(self.n))
         so_far += by_sequence.numpy()
 
@@ -197,10 +198,7 @@ class _Taken:
         for family in families:
             own = joined.pop(f"{HEAD} {family}", None)
             if own is not None:
-                by_sequence = torch.zeros(self.n, dtype=torch.float64)
-                by_sequence.index_add_(0, owners, (own * at).double().cpu())
-                so_far = self.sums.setdefault((family, HEAD), np.zeros(self.n))
-                so_far += by_sequence.numpy()
+                self._add(family, HEAD, own * at, owners)
         return joined
 
 
