@@ -12,7 +12,10 @@ READY := .venv/.ready-$(KEY)
 BENCH_READY := $(READY)-bench-$(shell cksum < requirements-bench.lock | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile
 # Proves the environment before it is called ready, and compiles once what every run imports.
-FIRST_IMPORT := import accelerate, gguf, pyarrow.parquet, pytest, reasoning_gym, torch, transformers.models.llama.modeling_llama
+FIRST_IMPORT := import accelerate, beartype.claw, gguf, hypothesis, pyarrow.parquet, pytest, reasoning_gym, torch, \
+	transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama, typer
+# Many a container image sets it; then each process would compile again what it imports (a test worker: 12 s).
+unexport PYTHONDONTWRITEBYTECODE
 
 ENGINE := vllm==0.32.0
 MODEL := smollm2-135m-instruct
@@ -87,7 +90,7 @@ $(LIGHT):
 
 $(READY): $(LIGHT)
 	@.ci/quietly ".venv, trainer and tools" build/pip.log $(PIP) -r requirements.lock
-	@.ci/quietly ".venv, first import" build/import.log env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "$(FIRST_IMPORT)"
+	@.ci/quietly ".venv, first import" build/import.log $(BIN)/python -c "$(FIRST_IMPORT)"
 	@touch $@
 
 $(BENCH_READY): $(READY)

@@ -4,6 +4,7 @@ On simulated draws.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -27,15 +28,22 @@ def contexts():
     return (-1.1 * ranks + torch.randn(SINGLES, 1000, generator=generator)).log_softmax(-1)
 
 
+@cache
+def ladder(logprobs, temperature):
+    """The rows' cumulative distributions one above the other, row r from r to r + 1: float64 [L · V]."""
+    cumulative = (logprobs / temperature).double().softmax(-1).numpy().cumsum(-1)
+    return (cumulative / cumulative[:, -1:] + np.arange(len(logprobs))[:, None]).ravel()
+
+
 def drawn(logprobs, n, rng, temperature=1.0, best_of=1):
     """``n`` draws of each row: rows and ids, [L · n]."""
-    cumulative = (logprobs / temperature).double().softmax(-1).numpy().cumsum(-1)
-    # [L, n] each
-    tries = [
-        np.stack([np.searchsorted(c, rng.random(n) * c[-1]) for c in cumulative]) for _ in range(best_of)
-    ]
+    rows = np.arange(len(logprobs))[:, None]
+    size = logprobs.shape[1]
+    uniform = rng.random((best_of, len(logprobs), n))
+    tries = np.searchsorted(ladder(logprobs, temperature), uniform + rows) - rows * size
+    tries = tries.clip(0, size - 1)  # [best_of, L, n]
     scores = np.stack([np.take_along_axis(logprobs.numpy(), t, 1) for t in tries])
-    ids = np.take_along_axis(np.stack(tries), scores.argmax(0)[None], 0)[0]
+    ids = np.take_along_axis(tries, scores.argmax(0)[None], 0)[0]
     return torch.arange(len(logprobs)).repeat_interleave(n), torch.from_numpy(ids.reshape(-1))
 
 

@@ -130,8 +130,8 @@ def drawn(trainer, sampling, n=40, seed=0):
             z = trainer.logits(torch.cat(trainer.hidden(groups))) * SHARP / sampling.temperature
         if sampling.truncates:
             z = z.masked_fill(~kept(z.log_softmax(-1), sampling), float("-inf"))
-        p = z.double().softmax(-1).numpy()
-        new = [rng.choice(97, p=row / row.sum()) for row in p]
+        cumulative = z.double().softmax(-1).numpy().cumsum(-1)
+        new = (cumulative < rng.random((n, 1)) * cumulative[:, -1:]).sum(-1)
         tokens = np.c_[tokens, new].astype(np.int32)
     return [Group(prompt, [ids]) for prompt, ids in zip(prompts, tokens, strict=True)]
 

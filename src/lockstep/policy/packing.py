@@ -71,12 +71,16 @@ def pack(groups: Sequence[Group], max_tokens: int, *, share_prompts: bool = True
     Args:
         share_prompts: False computes every completion's prompt anew, each in a block of its own.
     """
-    rows: list[list[_Tree]] = [[]]
+    rows: list[list[_Tree]] = []
+    room = 0
     for tree in _trees(groups, min(MAX_BLOCK_TOKENS, max_tokens) if share_prompts else 0):
-        if rows[-1] and sum(t.length for t in rows[-1]) + tree.length > max_tokens:
+        length = tree.length
+        if not rows or length > room:
             rows.append([])
+            room = max_tokens
         rows[-1].append(tree)
-    return [_lay_out(trees) for trees in rows if trees]
+        room -= length
+    return [_lay_out(trees) for trees in rows]
 
 
 @dataclass(eq=False)

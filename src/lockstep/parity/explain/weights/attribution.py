@@ -224,13 +224,15 @@ def _rescored(
     """
     names, factor = hypothesis.names, hypothesis.factor
     tried = []
+    last, last_left = 1.0, gap
     for _ in range(1 if factor == 1.0 else REFINED):
         keep_looking()
         with pair.trainer.holding(variant(names, factor)):
             left = engine - canary.trainer_scores(pair)
         tried.append(Hypothesis(names, factor, float(np.abs(left).mean())))
-        # What the factor did to each token; the line through it meets the gap at the next factor.
-        factor = 1.0 + (factor - 1.0) * _projected(gap, gap - left)
+        # The line through the last two factors meets the engine's scores at the next one.
+        ahead = factor + (factor - last) * _projected(left, last_left - left)
+        last, last_left, factor = factor, left, ahead
     return min(tried, key=lambda at: (at.miss, at.factor))
 
 
