@@ -5,7 +5,7 @@ from statistics import fmean
 
 from msgspec import Struct, structs
 
-from lockstep.records.verdicts import AfterSync
+from lockstep.records.verdicts import AfterSync, OfRollouts, Status
 from lockstep.runs.read import RunRecord, Steps
 
 
@@ -57,7 +57,7 @@ def summarise(run: RunRecord) -> RunSummary:
     quarter = max(1, len(steps) // 4)
     first = _mean(Steps(steps.records[:quarter]), "reward_mean")
     last = _mean(Steps(steps.records[-quarter:]), "reward_mean")
-    syncs = [record.verdict.status for record in run.verdicts if isinstance(record.when, AfterSync)]
+    syncs = _syncs(run)
     seconds = steps.column("step_s")[steps.measured("step_s")].tolist()
     entropy = steps.column("entropy_mean_nats").tolist()
     return structs.replace(
@@ -79,9 +79,19 @@ def summarise(run: RunRecord) -> RunSummary:
         training_s=sum(seconds),
         steps_timed=len(seconds),
         syncs=len(syncs),
-        syncs_proven=syncs.count("PASS"),
-        syncs_too_small_to_prove=syncs.count("NOT_RUN"),
+        syncs_proven=list(syncs.values()).count("PASS"),
+        syncs_too_small_to_prove=list(syncs.values()).count("NOT_RUN"),
     )
+
+
+def _syncs(run: RunRecord) -> dict[int, Status]:
+    """Each version's, by the canary or by the rollouts that it drew, whichever proves it."""
+    syncs: dict[int, Status] = {}
+    for record in run.verdicts:
+        when, status = record.when, record.verdict.status
+        if isinstance(when, AfterSync | OfRollouts) and syncs.get(when.version) != "PASS":
+            syncs[when.version] = status
+    return syncs
 
 
 def _mean(steps: Steps, name: str) -> float:

@@ -11,12 +11,14 @@ import torch
 from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
-from lockstep.errors import ParityError, RewardError, RunError
+from lockstep.errors import ParityError, RewardError, RunError, WeightSyncError
+from lockstep.faults.at_load import AtLoad
+from lockstep.faults.relay import Relay
 from lockstep.loop.open import open_session
 from lockstep.loop.stages import Run
 from lockstep.loop.sync import run_steps
 from lockstep.records.tokens import FLOAT32
-from lockstep.records.verdicts import BeforeCheckpoint
+from lockstep.records.verdicts import AfterSync, OfRollouts
 from lockstep.rollout import store
 from lockstep.runs.certificate import read_certificate
 from lockstep.runs.layout import new_run
@@ -202,16 +204,80 @@ def test_a_step_says_what_is_proven_and_for_how_long_it_was_not(recipe, tmp_path
     small.start()
     lines = [text for text in small.said if text.startswith("step ")]
     assert [text.partition("weights ")[2].partition("  ")[0] for text in lines] == [
-        "not proven for 1 step",
-        "not proven for 2 steps",
-        "not proven for 3 steps",
+        "proven by the ladder to version 0, 1 sync not yet",
+        "proven by the ladder to version 0, 2 syncs not yet",
+        "proven by layer 3",
     ]
-    assert read_steps(small.layout.metrics).column("unproven_syncs").tolist() == [1.0, 2.0, 3.0]
+    assert read_steps(small.layout.metrics).column("unproven_syncs").tolist() == [1.0, 2.0, 0.0]
     proven = open_run(small.layout.root).verdicts[-1]
-    assert (proven.when, proven.verdict.status) == (BeforeCheckpoint(3), "PASS")
+    assert (proven.when, proven.verdict.status) == (AfterSync(3), "PASS")
     large = Loop(with_sets(recipe, SETS), tmp_path / "large")
     large.start()
     assert all("weights proven by the canary" in text for text in large.said if text.startswith("step "))
+
+
+class Rounds(Relay):
+    """An engine whose numbers are as wide as bf16 kernels of other shapes make them; loses some updates."""
+
+    def __init__(self, inner, lost=()):
+        super().__init__(inner)
+        self.lost, self.rng = lost, np.random.default_rng(0)
+
+    def rounded(self, logprobs):
+        values = np.frombuffer(logprobs, FLOAT32) if isinstance(logprobs, bytes) else logprobs
+        return (values + 0.012 * self.rng.standard_normal(values.shape)).astype(np.float32)
+
+    def sample(self, prompts, params):
+        made = self.inner.sample(prompts, params)
+        return [replace(one, logprobs=self.rounded(one.logprobs).tobytes()) for one in made]
+
+    def _score(self, sequences, temperature):
+        return [self.rounded(scores) for scores in self.inner.score(sequences, temperature)]
+
+    def load(self, update, mode="wait"):
+        engine = AtLoad(self.inner, ("not_delivered",)) if update.version in self.lost else self.inner
+        return engine.load(update, mode)
+
+
+WIDE = [
+    "model.dtype=bfloat16",
+    "training.prompts_per_step=48",
+    "training.group_size=4",
+    "sampling.max_tokens=8",
+    "optimizer.lr=3e-4",
+]
+
+
+def rounding(lost=()):
+    def edit(pair):
+        pair.engine = Rounds(pair.engine, lost)
+
+    return edit
+
+
+def test_under_rounding_that_hides_an_update_from_the_canary_its_rollouts_prove_it(recipe, tmp_path):
+    loop = Loop(with_sets(recipe, [*SETS, *WIDE]), tmp_path)
+    loop.start(before=rounding())
+    verdicts = open_run(loop.layout.root).verdicts
+    canary = [v.verdict.status for v in verdicts if isinstance(v.when, AfterSync)]
+    rollouts = [v.verdict.status for v in verdicts if isinstance(v.when, OfRollouts)]
+    assert set(canary) == {"NOT_RUN"}
+    assert rollouts == ["PASS", "PASS"], [v.verdict.summary for v in verdicts]
+    steps = read_steps(loop.layout.metrics)
+    assert steps.column("unproven_syncs").tolist() == [1.0, 1.0, 1.0]
+    assert np.abs(steps.column("update_missing_share")[1:]).max() < 0.3
+
+
+def test_an_update_that_is_lost_under_rounding_is_refused_by_its_rollouts(recipe, tmp_path):
+    loop = Loop(with_sets(recipe, [*SETS, *WIDE]), tmp_path)
+    with pytest.raises(WeightSyncError, match="not delivered") as raised:
+        loop.start(before=rounding(lost=(2,)))
+    assert "weight sync 2" in raised.value.boundary
+    assert [record.step for record in read_steps(loop.layout.metrics)] == [0, 1]
+    assert loop.layout.refusals(2)
+    assert not loop.layout.rollouts(2).exists()
+    with pytest.raises(ParityError, match="void"):
+        read_certificate(loop.layout.certificate)
 
 
 def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(loop):

@@ -146,12 +146,12 @@ class Parity(_Section, frozen=True):
     """Sampled per probe prompt and pass."""
     canary_tokens: Annotated[int, Meta(ge=8)] = 8
     """Known tokens that engine and trainer score after every weight sync."""
+    prove_within: Annotated[int, Meta(ge=1)] = 2
+    """Steps trained on at most after a sync that canary and rollouts have not proven; then layer 3 does."""
     draw_tokens: NonNegative = 3072
-    """Drawn at first, one each after prompts of one token, to tell whether tokens are drawn from what their
-    numbers are of; 0 leaves it out."""
+    """Drawn at first, one each after prompts of one token, to see what tokens are drawn from; 0: not."""
     draws_see: PositiveFloat = 0.05
-    """How far a temperature may be off, relatively, and still be seen in the draws. Where ``draw_tokens`` do
-    not show so little, up to four times as many are drawn: peaked distributions tell less of theirs."""
+    """A temperature off by this share is to be seen; up to four times ``draw_tokens`` are drawn for that."""
     direction_sequences: Annotated[int, Meta(ge=16)] = 32
     """Drawn at full depth, to test every direction of the gap; the verdict says what would have shown."""
     search_s: PositiveFloat = 60.0

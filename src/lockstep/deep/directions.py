@@ -54,14 +54,9 @@ def deepen(pair: Pair, numerics: Verdict) -> Verdict:
         return replace(numerics, summary=f"{numerics.summary}; {small}", figures=figures)
     named = abs(found.left) <= SYSTEMATIC_LEFT
     said = text if named else f"systematic, and unexplained by what comes nearest: {text}"
-    return Verdict(
-        layer="numerics",
-        status="FAIL",
-        summary=f"the gap has a direction of {found.size:.1e} nats, hidden in its width",
-        n_tokens=trainer.size,
-        findings=(finding(CAUSE, np.abs(found.effect), sample.owners, said, pair.engine.fix(CAUSE)),),
-        figures=figures,
-    )
+    summary = f"the gap has a direction of {found.size:.1e} nats, hidden in its width"
+    cause = finding(CAUSE, np.abs(found.effect), sample.owners, said, pair.engine.fix(CAUSE))
+    return Verdict.failed("numerics", summary, cause, figures)
 
 
 def _figures(tested: Tested) -> dict[str, float]:

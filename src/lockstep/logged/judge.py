@@ -271,14 +271,7 @@ class Part:
         mend = MENDS_OF_A_LOG.get(cause, CAUSES[cause].mend)
         named = finding(cause, size, owners, evidence, mend, self.n)
         summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sampling.temperature:g}"
-        return Verdict(
-            layer=layer,
-            status="FAIL",
-            summary=summary,
-            n_tokens=self.n,
-            findings=(named,),
-            figures=figures,
-        )
+        return Verdict.failed(layer, summary, named, figures)
 
 
 def judge(

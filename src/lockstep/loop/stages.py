@@ -14,12 +14,13 @@ not.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lockstep.config.recipe import Recipe
 from lockstep.errors import ParityError, RewardError, WeightSyncError
+from lockstep.loop.delivery import CANARY, Deliveries
 from lockstep.loop.open import Session
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.causes import finding
@@ -31,7 +32,7 @@ from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, Verdict, When
+from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, OfRollouts, Verdict, When
 from lockstep.rollout import collect, store
 from lockstep.runs.certificate import void
 from lockstep.runs.layout import RunLayout
@@ -54,7 +55,9 @@ class Run:
     gate: Gate | None = None
     """What rollouts are held to; from the ladder that passed last."""
     unproven: int = 0
-    """Syncs since the last proof whose update was too small for the canary to miss."""
+    """Syncs since the last proof, tensor by tensor, whose update was too small for the canary to miss."""
+    deliveries: Deliveries = field(default_factory=Deliveries)
+    """Which version is proven, by the canary, by rollouts or by layer 3."""
     sign_key: bytes = b""
     """Signs the certificate where the user gave one (``parity/signature.py``)."""
 
@@ -93,6 +96,7 @@ def prove(run: Run, when: When) -> LadderResult:
         raise refusal(result)
     issue(run.pair, result.verdicts, run.layout.certificate, key=run.sign_key)
     run.canary, run.unproven = result.canary, 0
+    run.deliveries.settle(run.pair.version, "the ladder")
     run.gate = Gate.of(run.pair, next(v.figures for v in result.verdicts if v.layer == "numerics"))
     return result
 
@@ -160,9 +164,13 @@ def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = Fals
         replayed: they were admitted by an earlier start, and are judged again.
 
     Raises:
-        ParityError: when the gate refuses them; no weight has changed.
+        ParityError: when the gate refuses them, or they were drawn from other weights than those that were
+            sent; no weight has changed.
         DivergenceError: for a non-finite loss or gradient.
     """
+
+    version = step  # the loop publishes once a step: before step k the trainer holds version k
+    said: dict[str, float] = {}
 
     def admit(tokens: AtSampling) -> None:
         assert run.gate is not None, "the ladder comes before the first step"
@@ -170,10 +178,29 @@ def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = Fals
         if reasons:
             raise refuse(run, step, reasons, replayed=replayed)
         if not replayed:
+            said.update(delivered(run, version, rollouts, tokens))
             store.admit(run.layout, step)
 
-    version = step  # the loop publishes once a step: before step k the trainer holds version k
-    return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit)
+    return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit) | said
+
+
+def delivered(run: Run, version: int, rollouts: Samples, tokens: AtSampling) -> dict[str, float]:
+    """Where the canary could not prove the sync of ``version``: what the rollouts that it drew say of it.
+
+    Returns figures by catalog name.
+
+    Raises:
+        WeightSyncError: when they were drawn from other weights; they are put where nothing trains on them.
+    """
+    verdict = run.deliveries.judge(run.pair, version, rollouts, tokens)
+    spent = {"delivery_s": run.deliveries.spent_s}
+    if verdict is None:
+        return spent
+    run.recorder.verdict(OfRollouts(version), verdict)
+    if verdict.status == "FAIL":
+        store.refuse(run.layout, version)
+    _refuse_sync(verdict, version)
+    return spent | verdict.figures
 
 
 def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -> ParityError:
@@ -207,10 +234,14 @@ def sync(run: Run, version: int) -> dict[str, float]:
     run.recorder.verdict(AfterSync(version), verdict)
     _refuse_sync(verdict, version)
     run.unproven = 0 if verdict.status == "PASS" else run.unproven + 1
+    if verdict.status == "PASS":
+        run.deliveries.settle(version, CANARY)
+    elif version - run.deliveries.proven > run.recipe.parity.prove_within:
+        prove_transport(run, version, AfterSync(version))
     return {
         "canary_gap_abs_max_nats": result.gap_abs_max_nats,
         "canary_shift_abs_mean_nats": result.shift_abs_mean_nats,
-        "unproven_syncs": float(run.unproven),
+        "unproven_syncs": float(version - run.deliveries.proven),
         "sync_s": loaded - began,
         "canary_s": time.perf_counter() - loaded,
     }
@@ -224,7 +255,7 @@ def record(run: Run, step: int, figures: dict[str, float], spent_s: float) -> No
         "samples_per_s": figures["n_samples"] / spent_s,
     }
     run.recorder.step(step, step + 1, figures)
-    run.say(_line(step, run.recipe.training.steps, figures))
+    run.say(_line(step, run.recipe.training.steps, figures, run.deliveries))
 
 
 def checkpoint(run: Run, version: int) -> None:
@@ -233,11 +264,11 @@ def checkpoint(run: Run, version: int) -> None:
     Raises:
         WeightSyncError: when it is refuted.
     """
-    prove_transport(run, version)
+    prove_transport(run, version, BeforeCheckpoint(version))
     run.pair.trainer.save(run.layout.checkpoints, version, run.session.model_path)
 
 
-def prove_transport(run: Run, version: int) -> None:
+def prove_transport(run: Run, version: int, when: When) -> None:
     """Where updates were too small for the canary, layer 3's perturbation proves their way into the engine.
 
     Raises:
@@ -245,9 +276,11 @@ def prove_transport(run: Run, version: int) -> None:
     """
     if run.unproven:
         verdict = _perturbed(run)
-        run.recorder.verdict(BeforeCheckpoint(version), verdict)
+        run.recorder.verdict(when, verdict)
         _refuse_sync(verdict, version)
-        run.unproven = 0 if verdict.status == "PASS" else run.unproven
+        if verdict.status == "PASS":
+            run.unproven = 0
+            run.deliveries.settle(version, "layer 3")
 
 
 def _refuse_sync(verdict: Verdict, version: int) -> None:
@@ -256,7 +289,7 @@ def _refuse_sync(verdict: Verdict, version: int) -> None:
         raise WeightSyncError(
             f"weight sync {version}, cause {first.cause.replace('_', ' ')}",
             got=first.evidence,
-            expected="engine and trainer to agree on the canary",
+            expected="the engine to serve the weights that it was sent",
             hint=first.fix,
         )
 
@@ -334,16 +367,10 @@ def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
     }
 
 
-def _line(step: int, steps: int, figures: dict[str, float]) -> str:
-    unproven = int(figures["unproven_syncs"])
-    proof = (
-        f"weights not proven for {unproven} step{'s' * (unproven > 1)}"
-        if unproven
-        else "weights proven by the canary"
-    )
+def _line(step: int, steps: int, figures: dict[str, float], deliveries: Deliveries) -> str:
     return (
         f"step {step + 1:>3}/{steps}  reward {figures['reward_mean']:.3f}  "
         f"entropy {figures['entropy_mean_nats']:.2f}  "
         f"|gap| max {figures['gap_abs_max_nats']:.0e}  canary {figures['canary_gap_abs_max_nats']:.0e}  "
-        f"{proof}  {figures['step_s']:.1f} s"
+        f"weights {deliveries.told(step + 1)}  {figures['step_s']:.1f} s"
     )

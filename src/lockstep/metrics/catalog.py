@@ -133,6 +133,21 @@ METRICS: tuple[Metric, ...] = (
         _NONE,
     ),
     Metric(
+        "update_missing_share",
+        "1",
+        "share of the update since the last proven version that the engine lacks, as the step's tokens say",
+        "absent where the canary proves",
+    ),
+    Metric(
+        "update_missing_error",
+        "1",
+        "how far chance may have moved that share (4 standard errors, by prompt)",
+        "absent where the canary proves",
+    ),
+    Metric(
+        "delivery_s", "s", "wall time of that proof: the trainer's scores under the version before", _NONE
+    ),
+    Metric(
         "lag_steps",
         "steps",
         "optimizer steps between sampling and training, mean over tokens",

@@ -97,6 +97,11 @@ CAUSES |= _of(
             "After a perturbation of every tensor the engine still agrees with the old weights.",
             "Look for the worker that swallows the error; check the path that the weights take.",
         ),
+        "partly_delivered": (
+            "Part of an update is served: some of its tensors, or some of the syncs since the last proof.",
+            "The run's tokens have moved by less than the trainer's scores of them, beyond chance.",
+            "Look for a load that ends early or is skipped now and then; check --depth full names tensors.",
+        ),
         "one_version_behind": (
             "Each sync delivers the weights of the sync before it.",
             (

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 from lockstep.parity.search import Search
 from lockstep.parity.tolerances import NOISE, Tolerance, noise_of
+from lockstep.policy.variants import InDtype
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt
@@ -96,6 +97,13 @@ class Pair:
     def seed(self) -> int:
         """Of the probes: what they are, how tokens are drawn after them, and the noise of layer 3."""
         return self.recipe.parity.seed
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """The trainer in fp32: a difference of two scores says what differs only where neither is rounded
+        more than it is long."""
+        if self.trainer.dtype == "torch.float32":
+            return nullcontext()
+        return self.trainer.holding(InDtype("float32", "float32"))
 
     def sync(self, version: int, mode: LoadMode = "wait") -> None:
         """Publish the trainer's weights and have the engine load them."""

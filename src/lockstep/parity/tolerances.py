@@ -334,3 +334,17 @@ per cent, and bf16 weights, rounded to .4 %, still carry it."""
 SCORE_ALIKE = 0.9
 """Cosine between the pulls of two directions from which they are told as one: the second's share of the
 first's evidence is then its square, .81, and which of the two is larger is chance."""
+
+DELIVERED_Z = 4.0
+"""Standard errors within which a sync is neither proven nor refuted by its rollouts: of noise one step in
+30,000 is beyond, and a run has hundreds."""
+
+DELIVERED_MISSING = 0.1
+"""Least share of an update that is called missing. Below it lies what rounding itself does to an update: the
+trainer's rounding is not the engine's, and both change with the weights."""
+
+DELIVERED_SETTLED = 1e-3
+"""Of a share: where the descent ends. A proof leaves an error of up to .125."""
+
+DELIVERED_STEPS = 12
+"""Of the descent at most; four or five do where the noise is wider than the update."""

@@ -45,6 +45,20 @@ class Verdict(Struct, frozen=True, kw_only=True):
     figures: dict[str, Any] = field(default_factory=dict)
     """Every measured figure by its catalog name or a name of the layer's own."""
 
+    @classmethod
+    def failed(
+        cls, layer: LayerName, summary: str, found: Finding, figures: dict[str, Any] | None = None
+    ) -> "Verdict":
+        """A FAIL with one cause, over the tokens that it rests on."""
+        return cls(
+            layer=layer,
+            status="FAIL",
+            summary=summary,
+            n_tokens=found.n_tokens,
+            findings=(found,),
+            figures=figures or {},
+        )
+
     def __bool__(self) -> bool:
         raise TypeError("a Verdict is three-valued: compare .status with 'PASS', 'FAIL' or 'NOT_RUN'")
 
@@ -75,6 +89,15 @@ class AfterSync(Struct, frozen=True):
         return f"after sync {self.version}"
 
 
+class OfRollouts(Struct, frozen=True):
+    """What the rollouts that a version drew say of its way to the engine, before they are trained on."""
+
+    version: int
+
+    def __str__(self) -> str:
+        return f"rollouts of version {self.version}"
+
+
 class BeforeCheckpoint(Struct, frozen=True):
     """The perturbation that proves how updates too small for the canary arrive, before they are saved."""
 
@@ -91,11 +114,12 @@ class OfCheck(Struct, frozen=True):
         return "check"
 
 
-When = BeforeStep | AfterSync | BeforeCheckpoint | OfCheck
+When = BeforeStep | AfterSync | OfRollouts | BeforeCheckpoint | OfCheck
 """What a verdict is about; its text is how it stands on disk, and :func:`when_of` reads it."""
-NUMBERED: dict[str, type[BeforeStep] | type[AfterSync] | type[BeforeCheckpoint]] = {
+NUMBERED: dict[str, type[BeforeStep | AfterSync | OfRollouts | BeforeCheckpoint]] = {
     "before step": BeforeStep,
     "after sync": AfterSync,
+    "rollouts of version": OfRollouts,
     "before checkpoint": BeforeCheckpoint,
 }
 

@@ -53,14 +53,7 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
         if not within(pair.trainer_noise, size):
             text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
             found = finding(cause, np.abs(size), owners, text)
-            return Verdict(
-                layer="numerics",
-                status="FAIL",
-                summary=text,
-                n_tokens=size.size,
-                findings=(found,),
-                figures=figures,
-            )
+            return Verdict.failed("numerics", text, found, figures)
     if pair.trainer.dtype != "torch.float32":
         figures |= _against_reference(pair, sample, trainer)
     figures["note"] = _note(pair)
@@ -110,14 +103,7 @@ def judge_gap(
         cause, evidence, fix = cause_of()
         found = finding(cause, np.abs(gap), owners, "; ".join([*exceeded, evidence]), fix)
         summary = f"the gap exceeds what the arithmetic and the objective bear ({cause.replace('_', ' ')})"
-        return Verdict(
-            layer="numerics",
-            status="FAIL",
-            summary=summary,
-            n_tokens=gap.size,
-            findings=(found,),
-            figures=figures,
-        )
+        return Verdict.failed("numerics", summary, found, figures)
     summary = (
         f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats "
         f"over {gap.size} tokens; phantom clips {phantom.mean():.2%}{figures.get('note', '')}"

@@ -37,7 +37,7 @@ def judge(pair: Pair, seed: int) -> Verdict:
             text,
             pair.engine.fix("task_tokens_differ"),
         )
-        return Verdict(layer="objective", status="FAIL", summary=text, n_tokens=1, findings=(named,))
+        return Verdict.failed("objective", text, named)
     clip = pair.recipe.objective.clip_low, pair.recipe.objective.clip_high
     figures: dict[str, Any] = mismatch_figures(found.gap, *clip) | policy_figures(found.log_ratio, *clip)
     figures |= {
@@ -78,14 +78,7 @@ def _verdict(pair: Pair, found: Rehearsal, figures: dict[str, Any]) -> Verdict:
         evidence = f"the loss moves by {moved:.1e}, the gaps allow {figures['loss_bound']:.1e}"
     if cause:
         named = finding(cause, size, found.owners, evidence, pair.engine.fix(cause))
-        return Verdict(
-            layer="objective",
-            status="FAIL",
-            summary=evidence,
-            n_tokens=size.size,
-            findings=(named,),
-            figures=figures,
-        )
+        return Verdict.failed("objective", evidence, named, figures)
     summary = (
         f"at lag 0 the policy ratio is 1, {found.clip_fraction:.2%} clipped, "
         f"mismatch ESS {figures['mismatch_ess']:.6f}; "

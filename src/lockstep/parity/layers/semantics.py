@@ -131,14 +131,7 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
     }
     failed = _distribution(pair, evidence, identified, hidden) or _draws(pair, evidence, identified, figures)
     if failed is not None:
-        return Verdict(
-            layer="semantics",
-            status="FAIL",
-            summary=_summary(failed.cause, evidence),
-            n_tokens=n,
-            findings=(failed,),
-            figures=figures,
-        )
+        return Verdict.failed("semantics", _summary(failed.cause, evidence), failed, figures)
     seen = figures.get("draws_would_see", "")
     summary = f"{_passed(pair, evidence, identified)}{f'; {seen}, would have been seen' if seen else ''}"
     return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
@@ -186,14 +179,9 @@ def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, 
     them: one number."""
     of_neutral = size.size == evidence.neutral.engine_logprobs.size
     owners = evidence.neutral.owners if of_neutral else np.zeros(size.size, int)
-    return Verdict(
-        layer="semantics",
-        status="FAIL",
-        summary=_summary(cause, evidence) if cause != "missing_logprobs" else text,
-        n_tokens=evidence.n_tokens,
-        findings=(finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens),),
-        figures=figures,
-    )
+    summary = _summary(cause, evidence) if cause != "missing_logprobs" else text
+    found = finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens)
+    return Verdict.failed("semantics", summary, found, figures)
 
 
 def _summary(cause: str, evidence: Evidence) -> str:

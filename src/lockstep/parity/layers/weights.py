@@ -136,14 +136,7 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     if failed is not None:
         fix = pair.engine.fix(failed.cause)
         named = finding(failed.cause, failed.size, failed.owners, failed.evidence, fix, n_tokens)
-        return Verdict(
-            layer="weights",
-            status="FAIL",
-            summary=failed.summary,
-            n_tokens=n_tokens,
-            findings=(named,),
-            figures=figures,
-        )
+        return Verdict.failed("weights", failed.summary, named, figures)
     canary.clean_gap_nats = restored.gap_abs_mean_nats
     new = figures["residue_all_new_abs_mean_nats"]
     excluded = [] if measured.blurred else ["no stale tensor or head"]

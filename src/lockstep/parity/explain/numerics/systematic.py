@@ -12,7 +12,6 @@ round; the temperature; a constant; the first token of a completion alone; rows 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +29,7 @@ from lockstep.parity.explain.score_test import (
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import SCORE_STEP
 from lockstep.policy.pulls import HEAD, Pulls, scale
-from lockstep.policy.variants import QUANTISED, Along, InDtype
+from lockstep.policy.variants import QUANTISED, Along
 from lockstep.records.samples import Samples
 
 LAYER = re.compile(r"layers\.(\d+)\.")
@@ -119,7 +118,7 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
     weights = token_weights(gap, trainer)
     families = {SCALED: scale, **{form: _rounding(form) for form in QUANTISED}}
-    with _exactly(pair):
+    with pair.exactly():
         pulled = pair.trainer.pulls(sample.apart().groups, weights, sample.temperature, families)
         directions, sums = _rows(sample, weights, pulled)
         scored = score_test(sums, pair.seed)
@@ -161,18 +160,10 @@ def _sees(
     return dict(zip(directions, found.tolist(), strict=True))
 
 
-def _exactly(pair: Pair) -> AbstractContextManager[None]:
-    """The trainer in fp32: a difference of two scores is a slope only where neither is rounded more than it
-    is long."""
-    if pair.trainer.dtype == "torch.float32":
-        return nullcontext()
-    return pair.trainer.holding(InDtype("float32", "float32"))
-
-
 def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -> float:
     """t of one direction on tokens that it was not found on, signed so that the same way is above 0."""
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
-    with _exactly(pair):
+    with pair.exactly():
         slopes = _slopes(pair, sample, found.best, sample.scored(pair.trainer))
     by_sequence = np.bincount(sample.owners, slopes * token_weights(gap, trainer), len(sample))
     return float(statistic(by_sequence[None])[0]) * np.sign(found.theta)

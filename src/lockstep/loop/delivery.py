@@ -1,0 +1,111 @@
+"""Syncs that the canary cannot prove are proven by the rollouts themselves, or refuted before any training.
+
+    sync k ─► canary: too small an update for its noise (bf16) ─► version k draws step k ─► gate
+                ─► trainer scores the tokens under the version proven last, and under k ─► share of the update
+                   that is missing (``parity/delivered.py``):  proven │ not yet, tokens add up │ refuted
+
+The version proven last is kept while the canary sees nothing: one copy of the weights.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.parity.causes import finding
+from lockstep.parity.delivered import Missing, Moves, missing
+from lockstep.parity.pair import Pair
+from lockstep.policy.parameters import Snapshot
+from lockstep.policy.variants import Earlier
+from lockstep.records.samples import Samples
+from lockstep.records.verdicts import Verdict
+from lockstep.training.step import AtSampling
+
+CANARY = "the canary"
+
+
+@dataclass(eq=False)
+class Deliveries:
+    """Which version is proven, by whatever, and what rollouts have said since of the update from it on."""
+
+    proven: int = 0
+    how: str = "the ladder"
+    """What proved it."""
+    spent_s: float = 0.0
+    """On the step under way."""
+    _before: Snapshot | None = None
+    """The weights of the version ``proven``."""
+    _moves: Moves | None = None
+    """Tokens of the versions since."""
+
+    def settle(self, version: int, how: str) -> None:
+        """``version`` is proven."""
+        self.proven, self.how = version, how
+        self._before, self._moves = None, None
+
+    def told(self, version: int) -> str:
+        """Of the last sync, ``version``, for people."""
+        if self.proven == version:
+            return f"proven by {self.how}"
+        syncs = version - self.proven
+        return f"proven by {self.how} to version {self.proven}, {syncs} sync{'s' * (syncs > 1)} not yet"
+
+    def judge(self, pair: Pair, version: int, rollouts: Samples, tokens: AtSampling) -> Verdict | None:
+        """What a step's rollouts say of the version that is to have drawn them, before they are trained on.
+
+        None where nothing is to be proven, or nothing is there to hold it against.
+
+        Args:
+            tokens: those that the model sampled, as both sides score them.
+        """
+        began = time.perf_counter()
+        verdict = None
+        if self.proven < version and self._before is not None:
+            moves = _moved(pair, self._before, rollouts, tokens)
+            self._moves = moves if self._moves is None else self._moves.with_more(moves)
+            verdict = _verdict(pair, missing(self._moves), version, moves)
+            if verdict.status == "PASS":
+                self.settle(version, "their rollouts")
+        if self.proven == version and self._before is None and self.how != CANARY:
+            self._before = pair.trainer.snapshot()
+        self.spent_s = time.perf_counter() - began
+        return verdict
+
+
+def _moved(pair: Pair, before: Snapshot, rollouts: Samples, tokens: AtSampling) -> Moves:
+    """In fp32 on both weights: the trainer's rounding would be in the gap and in the move, and pass for one
+    another."""
+    with pair.exactly():
+        new = rollouts.scored(pair.trainer)[rollouts.loss_mask].astype(np.float64)
+        with pair.trainer.holding(Earlier(before)):
+            old = rollouts.scored(pair.trainer)[rollouts.loss_mask]
+    # Completions of one prompt share what rounding does to it.
+    prompts = tokens.owners // rollouts.group_size
+    return Moves(tokens.engine_logprobs - new, new - old, new, prompts)
+
+
+def _verdict(pair: Pair, found: Missing, version: int, moves: Moves) -> Verdict:
+    figures = {"update_missing_share": found.share, "update_missing_error": found.error}
+    if found.proven:
+        return Verdict(
+            layer="weights",
+            status="PASS",
+            summary=f"version {version} drew its rollouts: {found.told()}",
+            n_tokens=found.n_tokens,
+            figures=figures,
+        )
+    if not found.refuted:
+        return Verdict(
+            layer="weights",
+            status="NOT_RUN",
+            summary=f"version {version} is not refuted by its rollouts: {found.told()}",
+            n_tokens=found.n_tokens,
+            reason=f"not yet: about {found.more_needed} more tokens like these are needed",
+            figures=figures,
+        )
+    cause = "not_delivered" if found.share + found.error >= 1.0 else "partly_delivered"
+    effect, fix = np.abs(found.share * moves.moved), pair.engine.fix(cause)
+    named = finding(cause, effect, moves.owners, found.told(), fix, found.n_tokens)
+    return Verdict.failed(
+        "weights", f"version {version} did not draw its rollouts: {found.told()}", named, figures
+    )
