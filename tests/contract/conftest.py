@@ -119,7 +119,8 @@ SERVER_FLAGS = {
     "0.18.1": [],  # raw log-probabilities, as this version serves them by default
     "0.32.0": ["--logprobs-mode", "processed_logprobs"],
 }
-SERVER_ENV = {"0.18.1": {}, "0.32.0": {"VLLM_SERVER_DEV_MODE": "1"}}
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # as ours: --enforce-eager leaves the sampler's own compiling on
+SERVER_ENV = {"0.18.1": EAGER, "0.32.0": EAGER | {"VLLM_SERVER_DEV_MODE": "1"}}
 
 
 @contextlib.contextmanager

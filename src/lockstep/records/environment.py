@@ -23,6 +23,7 @@ WRITTEN = frozenset(
         "OMP_SCHEDULE",
         "ONEDNN_DEFAULT_FPMATH_MODE",
         "ONEDNN_MAX_CPU_ISA",
+        "TORCHDYNAMO_DISABLE",
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     )
 )

@@ -94,7 +94,7 @@ class VllmEngine(WorkerEngine):
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
         program = WorkerProgram(self.worker, spec.launcher, ENTRY_POINTS, ("VLLM_RPC_BASE_PATH",), CORE_ERROR)
         try:
-            super().__init__(spec, environment, program, config, LOCAL)
+            super().__init__(spec, environment, program, config, LOCAL | _eager(environment, args))
         except BaseException:
             self._forget_scratch()
             raise
@@ -107,6 +107,16 @@ class VllmEngine(WorkerEngine):
     def _forget_scratch(self) -> None:
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _eager(environment: Environment, args: dict[str, Any]) -> dict[str, str]:
+    """Eager means all of it, on a CPU.
+
+    vLLM's sampler compiles how it counts ranks (vllm/v1/sample/ops/logprobs.py) whatever it is asked: 9 s at
+    the first tokens after every start.
+    """
+    eager = environment.flavour == "cpu" and args.get("enforce_eager")
+    return {"TORCHDYNAMO_DISABLE": "1"} if eager else {}
 
 
 def refuse_options(options: dict[str, Any]) -> None:
