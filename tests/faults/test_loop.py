@@ -217,11 +217,14 @@ def test_a_step_says_what_is_proven_and_for_how_long_it_was_not(recipe, tmp_path
 
 
 class Rounds(Relay):
-    """An engine whose numbers are as wide as bf16 kernels of other shapes make them; loses some updates."""
+    """An engine whose numbers are as wide as bf16 kernels of other shapes make them.
 
-    def __init__(self, inner, lost=()):
+    It loses some updates, and of others every tensor of the attention.
+    """
+
+    def __init__(self, inner, lost=(), torn=()):
         super().__init__(inner)
-        self.lost, self.rng = lost, np.random.default_rng(0)
+        self.lost, self.torn, self.rng = lost, torn, np.random.default_rng(0)
 
     def rounded(self, logprobs):
         values = np.frombuffer(logprobs, FLOAT32) if isinstance(logprobs, bytes) else logprobs
@@ -236,7 +239,13 @@ class Rounds(Relay):
 
     def load(self, update, mode="wait"):
         engine = AtLoad(self.inner, ("not_delivered",)) if update.version in self.lost else self.inner
-        return engine.load(update, mode)
+        weights = self.inner.model.state_dict()
+        old = {name: weights[name].clone() for name in weights if "self_attn." in name}
+        receipt = engine.load(update, mode)
+        if update.version in self.torn:
+            for name, tensor in old.items():
+                weights[name].copy_(tensor)
+        return receipt
 
 
 WIDE = [
@@ -248,9 +257,9 @@ WIDE = [
 ]
 
 
-def rounding(lost=()):
+def rounding(**updates):
     def edit(pair):
-        pair.engine = Rounds(pair.engine, lost)
+        pair.engine = Rounds(pair.engine, **updates)
 
     return edit
 
@@ -278,6 +287,14 @@ def test_an_update_that_is_lost_under_rounding_is_refused_by_its_rollouts(recipe
     assert not loop.layout.rollouts(2).exists()
     with pytest.raises(ParityError, match="void"):
         read_certificate(loop.layout.certificate)
+
+
+def test_an_update_part_of_which_arrives_under_rounding_is_refused_by_its_rollouts(recipe, tmp_path):
+    loop = Loop(with_sets(recipe, [*SETS, *WIDE]), tmp_path)
+    with pytest.raises(WeightSyncError, match="partly delivered") as raised:
+        loop.start(before=rounding(torn=(2,)))
+    assert "weight sync 2" in raised.value.boundary
+    assert loop.layout.refusals(2)
 
 
 def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(loop):
