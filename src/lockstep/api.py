@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Depth = Literal["quick", "standard", "full"]
 DEPTHS: tuple[Depth, ...] = ("quick", "standard", "full")
+DEPTHS_OF_A_LOG = DEPTHS[1:]
 QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16", "parity.draw_tokens=768", "parity.draws_see=1.0")
 """What depth ``quick`` sets in the recipe."""
 
@@ -64,10 +65,7 @@ def check(
         UsageError: for what cannot be: a recipe, a fault, a model, an engine that is not installed.
         EngineError: when the engine does not start or answers with an error.
     """
-    if depth not in DEPTHS:
-        raise UsageError(
-            "flag --depth", got=repr(depth), expected=f"one of {', '.join(DEPTHS)}", hint="--depth quick"
-        )
+    _refuse_depth(depth, DEPTHS)
     faults, key, loaded = _planted(plant), _key(sign_key, "--sign-key"), _loaded(recipe)
     if depth == "quick":
         loaded = with_sets(loaded, QUICK)
@@ -224,17 +222,22 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
             raise
 
 
-def check_log(file: Path, recipe: Recipe, *, rows: int | None = None, say: Say = quiet) -> "list[Verdict]":
+def check_log(
+    file: Path, recipe: Recipe, *, rows: int | None = None, depth: str = "standard", say: Say = quiet
+) -> "list[Verdict]":
     """Judge the two layers that need no engine on rollouts that any framework logged; the others are NOT_RUN.
 
     Args:
         file: Parquet or JSONL, one completion a row.
         recipe: its model scores them; its sampling stands where the file has no settings of its own.
         rows: measure the gap on so many completions, spread over the file; None on all.
+        depth: ``full`` also puts every direction of the gap to a score test.
 
     Raises:
         UsageError: for a file or a model that cannot be used.
     """
+    _refuse_depth(depth, DEPTHS_OF_A_LOG)
+    from lockstep.deep.directions import deepen
     from lockstep.logged.file import read_logged
     from lockstep.logged.judge import judge
     from lockstep.policy.pretrained import resolve_model
@@ -245,7 +248,8 @@ def check_log(file: Path, recipe: Recipe, *, rows: int | None = None, say: Say =
     logged = read_logged(file, recipe.sampling)
     size = f"{len(logged.token_ids):,} tokens in {len(logged.spans):,} completions"
     say(f"{size} under {len(logged.samplings)} sampling settings; scoring them with {recipe.model.path}")
-    return judge(logged, Trainer.load(path, recipe), Renderer(path), recipe, say, rows)
+    trainer, deeper = Trainer.load(path, recipe), deepen if depth == "full" else None
+    return judge(logged, trainer, Renderer(path), recipe, say, rows, deeper)
 
 
 @dataclass(frozen=True)
@@ -350,6 +354,12 @@ def audit(recipe: Recipe, before: str, *, api_key_env: str = "", say: Say = quie
 
 def _loaded(recipe: Recipe | Path | str) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+
+
+def _refuse_depth(depth: str, known: Sequence[str]) -> None:
+    if depth not in known:
+        expected = f"one of {', '.join(known)}"
+        raise UsageError("flag --depth", got=repr(depth), expected=expected, hint="--depth full")
 
 
 def _planted(names: Sequence[str]) -> tuple[str, ...]:

@@ -136,6 +136,8 @@ def test_wrong_usage_is_exit_code_2(args):
             "--set engine.name=auto",
         ),
         (["check-log", "absent.parquet"], "check-log", "--model PATH"),
+        (["check-log", "a.parquet", "--model", "m", "--power", ".01"], "check-log", "--depth full"),
+        (["check-log", "a.parquet", "--model", "m", "--depth", "deep"], "flag --depth", "--depth full"),
         (
             ["certificate", "verify", "c.json", "--model", "m"],
             "certificate verify",

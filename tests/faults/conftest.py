@@ -60,14 +60,15 @@ def log(session, recipe):
     """``log(sampling)``: rows as a framework logs them, drawn once for each setting."""
     known = {}
 
+    from lockstep.config.recipe import with_sets
     from lockstep.parity.pair import draw
     from lockstep.parity.probes import probe_prompts
 
-    def rows(sampling=SHARP):
-        key = msgspec.json.encode(sampling)
+    def rows(sampling=SHARP, n=12):
+        key = msgspec.json.encode((sampling, n))
         if key not in known:
-            session.pair.recipe = replace(recipe)
-            sample = draw(session.pair, probe_prompts(session.pair, 12, 0), sampling, 0)
+            session.pair.recipe = with_sets(recipe, [f"parity.probe_tokens={sampling.max_tokens}"])
+            sample = draw(session.pair, probe_prompts(session.pair, n, 0), sampling, 0)
             known[key] = [
                 {
                     "prompt_ids": s.prompt_ids.tolist(),
@@ -81,7 +82,7 @@ def log(session, recipe):
     return rows
 
 
-def verdicts_of(tmp_path, pair, rows, *sets, most_rows=None):
+def verdicts_of(tmp_path, pair, rows, *sets, **judged):
     from lockstep.config.recipe import parse_overrides
     from lockstep.logged.file import read_logged
     from lockstep.logged.judge import judge
@@ -89,7 +90,7 @@ def verdicts_of(tmp_path, pair, rows, *sets, most_rows=None):
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
     recipe = parse_overrides(NEUTRAL, list(sets), "test")
-    return judge(read_logged(path, recipe.sampling), pair.trainer, pair.renderer, recipe, most_rows=most_rows)
+    return judge(read_logged(path, recipe.sampling), pair.trainer, pair.renderer, recipe, **judged)
 
 
 def named(verdicts):

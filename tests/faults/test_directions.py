@@ -7,6 +7,7 @@ from lockstep.config.recipe import with_sets
 from lockstep.deep import directions
 from lockstep.policy.variants import InDtype, Scaled
 from lockstep.records.verdicts import Verdict
+from tests.faults.conftest import SHARP, T, verdicts_of
 
 PASSED = Verdict(layer="numerics", status="PASS", summary="passed", n_tokens=1)
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -47,3 +48,47 @@ def test_a_scaled_tensor_within_the_rounding_is_named(rounded, factor, place):
     assert finding.cause == directions.CAUSE
     assert place in finding.evidence
     assert found.figures["direction_theta"] == pytest.approx(factor - 1, rel=0.35)
+
+
+BF16 = (
+    "model.dtype=bfloat16",
+    "engine.dtype=float32",
+    "parity.probe_tokens=40",
+    "objective.clip_low=0.5",
+    "objective.clip_high=1.0",
+    T,
+)
+
+
+def test_a_log_at_full_depth_names_what_hides_in_its_rounding(rounded, tmp_path, log):
+    rows = log(replace(SHARP, max_tokens=40), 72)
+    clean = verdicts_of(tmp_path, rounded, rows, *BF16, deepen=directions.deepen)
+    assert [v.status for v in clean] == ["PASS", "NOT_RUN", "NOT_RUN", "PASS", "NOT_RUN"]
+    assert "seen 99% of the time" in clean[3].summary
+    with rounded.trainer.holding(Scaled((DOWN,), 1 / 1.04)):
+        hidden = verdicts_of(tmp_path, rounded, rows, *BF16)
+        assert [v.status for v in hidden] == [v.status for v in clean], hidden[3].summary
+        failed = verdicts_of(tmp_path, rounded, rows, *BF16, deepen=directions.deepen)[3]
+    assert failed.status == "FAIL", failed.summary
+    assert "layers.1.mlp.down_proj" in failed.findings[0].evidence
+    assert "of other prompts" in failed.findings[0].evidence
+
+
+def test_a_log_of_few_prompts_or_of_greedy_tokens_says_that_no_direction_was_tested(rounded, tmp_path, log):
+    few = verdicts_of(tmp_path, rounded, log(), *BF16, deepen=directions.deepen)[3]
+    assert (few.status, "6 prompts in one half, 16 are needed" in few.summary) == ("PASS", True)
+    greedy = [row | {"temperature": 0.0} for row in log(replace(SHARP, temperature=0.0), 40)]
+    chosen = verdicts_of(tmp_path, rounded, greedy, *BF16, deepen=directions.deepen)[3]
+    assert "chosen by their own rounding" in chosen.summary
+
+
+def test_as_many_sequences_are_taken_as_the_size_that_is_to_be_seen_needs(pair):
+    said = []
+    pair.say = said.append
+    first = directions.deepen(pair, PASSED).figures
+    asked = 0.7 * max(first["directions_see_temperature"], first["directions_see_scale_p50"])
+    pair.recipe = with_sets(pair.recipe, [f"parity.directions_see={asked}"])
+    found = directions.deepen(pair, PASSED).figures
+    assert max(found["directions_see_temperature"], found["directions_see_scale_p50"]) <= asked
+    assert found["directions_n_tokens"] > 1.5 * first["directions_n_tokens"]
+    assert any(text.startswith("directions: 32 sequences show") for text in said)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli import moved
+from lockstep.cli.check_log import refuse_power
 from lockstep.cli.console import Console, emit
 from lockstep.cli.flags import (
     EXIT_CODES,
@@ -14,6 +15,7 @@ from lockstep.cli.flags import (
     Json,
     KeyEnv,
     Plant,
+    Power,
     SearchS,
     Sets,
     SignKey,
@@ -32,7 +34,8 @@ def check(
     depth: Annotated[
         str,
         typer.Option(
-            help="quick: fewer probes. full: also updates in flight, and engines started for one factor each."
+            help="quick: fewer probes. full: also updates in flight, engines started for one factor each, "
+            "and every direction that the gap may hide."
         ),
     ] = "standard",
     plant: Plant = None,
@@ -41,6 +44,7 @@ def check(
     model: TrainerModel = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the certificate and the verdicts.")] = None,
     sign_key: SignKey = None,
+    power: Power = None,
     search_s: SearchS = None,
     as_json: Json = False,
     rollouts: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -53,19 +57,21 @@ def check(
 
     Exit code: 0 PASS, 1 FAIL, 2 usage or configuration, 3 could not run.
     """
+    from lockstep.cli.common import with_parity
+
+    sets = with_parity(set_, search_s=search_s, directions_see=power)
     if rollouts or certificate or audit_only or verify_key or rows:
         old = moved.OldFlags(rollouts, rows, certificate, verify_key, audit_only=audit_only)
-        pair = moved.PairFlags(
-            recipe, model, engine_url, set_, engine, api_key_env, search_s, plant, sign_key, out
-        )
+        pair = moved.PairFlags(recipe, model, engine_url, sets, engine, api_key_env, plant, sign_key, out)
         raise typer.Exit(moved.run(old, pair, as_json=as_json))
+    refuse_power("check", power, depth)
     if sign_key is not None and out is None:
         expected, hint = "--sign-key with --out DIR", "leave --sign-key out"
         raise UsageError("check", got="--sign-key alone", expected=expected, hint=hint)
     from lockstep import api
     from lockstep.cli.sides import recipe_of_sides
 
-    loaded = recipe_of_sides(recipe, model, engine_url, set_, engine, search_s)
+    loaded = recipe_of_sides(recipe, model, engine_url, sets, engine)
     faults = tuple(plant or ())
     with Console() as console:
         result = api.check(

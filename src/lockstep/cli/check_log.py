@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import EXIT_CODES, Json, SearchS, Sets, TrainerModel
+from lockstep.cli.flags import EXIT_CODES, Json, Power, SearchS, Sets, TrainerModel
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ def check_log(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Measure the gap on so many completions, spread over the file.")
     ] = None,
+    depth: Annotated[
+        str, typer.Option(help="full: also every direction that the gap may hide within its width.")
+    ] = "standard",
+    power: Power = None,
     search_s: SearchS = None,
     as_json: Json = False,
 ) -> None:
@@ -37,7 +41,21 @@ def check_log(
 
     Exit code: 1 FAIL, 2 usage or configuration, 3 when nothing failed, for three layers need an engine.
     """
-    raise typer.Exit(judge_log(file, recipe, model, set_, rows, search_s, as_json=as_json))
+    from lockstep.cli.common import with_parity
+
+    refuse_power("check-log", power, depth)
+    sets = with_parity(set_, search_s=search_s, directions_see=power)
+    raise typer.Exit(judge_log(file, recipe, model, sets, rows, depth, as_json=as_json))
+
+
+def refuse_power(verb: str, power: float | None, depth: str) -> None:
+    """Refuse ``--power`` where no direction is tested.
+
+    Raises:
+        UsageError: there.
+    """
+    if power is not None and depth != "full":
+        raise UsageError(verb, got=f"--power at depth {depth}", expected="--depth full", hint="--depth full")
 
 
 def judge_log(
@@ -46,7 +64,7 @@ def judge_log(
     model: str | None,
     overrides: list[str] | None,
     rows: int | None,
-    search_s: float | None,
+    depth: str = "standard",
     *,
     as_json: bool,
     document: str = "check-log",
@@ -59,9 +77,9 @@ def judge_log(
     from lockstep import api
     from lockstep.cli.common import layers_document, show_ladder
 
-    loaded = _recipe(recipe, model, overrides, search_s)
+    loaded = _recipe(recipe, model, overrides)
     with Console() as console:
-        verdicts = api.check_log(file, loaded, rows=rows, say=console.say)
+        verdicts = api.check_log(file, loaded, rows=rows, depth=depth, say=console.say)
     status = "FAIL" if any(verdict.status == "FAIL" for verdict in verdicts) else "NOT_RUN"
     if as_json:
         emit(document, {"verdict": status, "layers": layers_document(verdicts)})
@@ -70,15 +88,11 @@ def judge_log(
     return EXIT_CODES[status]
 
 
-def _recipe(
-    recipe: Path | None, model: str | None, overrides: list[str] | None, search_s: float | None
-) -> "Recipe":
-    from lockstep.cli.common import recipe_of, with_search_s
+def _recipe(recipe: Path | None, model: str | None, overrides: list[str] | None) -> "Recipe":
+    from lockstep.cli.common import recipe_of
     from lockstep.config.recipe import parse_overrides
 
-    sets = with_search_s(
-        [*([f"model.path={model}"] if model is not None else []), *(overrides or [])], search_s
-    )
+    sets = [*([f"model.path={model}"] if model is not None else []), *(overrides or [])]
     if recipe is not None:
         return recipe_of(recipe, sets, None)
     if model is None:

@@ -20,9 +20,9 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
     return load_recipe(path, overrides, engine)
 
 
-def with_search_s(sets: list[str], seconds: float | None) -> list[str]:
-    """The overrides with ``--search-s`` behind them."""
-    return sets if seconds is None else [*sets, f"parity.search_s={seconds}"]
+def with_parity(sets: list[str] | None, **keys: float | None) -> list[str]:
+    """The overrides, behind them the keys of ``[parity]`` that have a flag of their own and were given."""
+    return [*(sets or []), *(f"parity.{key}={value}" for key, value in keys.items() if value is not None)]
 
 
 def layers_document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -24,6 +24,15 @@ TrainerModel = Annotated[
 SearchS = Annotated[
     float | None, typer.Option(help="Seconds to look for a cause; the recipe's parity.search_s.")
 ]
+Power = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="With --depth full: take as many tokens as show a temperature off by this share, and half of "
+        "the tensors scaled by it, 99 % of the time (.01). How long it takes is said first.",
+    ),
+]
+"""The recipe's ``parity.directions_see``."""
 Plant = Annotated[
     list[str] | None, typer.Option(metavar="FAULT", help="Break the backend on purpose (stale_head, …).")
 ]

@@ -31,7 +31,6 @@ class PairFlags(NamedTuple):
     sets: list[str] | None
     engine: str | None
     api_key_env: str
-    search_s: float | None
     plant: list[str] | None
     sign_key: Path | None
     out: Path | None
@@ -48,17 +47,8 @@ def run(old: OldFlags, given: PairFlags, *, as_json: bool) -> int:
         from lockstep.cli.check_log import judge_log
 
         _tell("--rollouts", ["check-log", old.rollouts, given.recipe])
-        document, sets = "check", given.sets
-        return judge_log(
-            old.rollouts,
-            given.recipe,
-            given.model,
-            sets,
-            old.rows,
-            given.search_s,
-            as_json=as_json,
-            document=document,
-        )
+        sides = given.recipe, given.model, given.sets
+        return judge_log(old.rollouts, *sides, old.rows, as_json=as_json, document="check")
     if old.audit_only:
         from lockstep.cli.audit import run_audit
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lockstep.cli.common import recipe_of, with_search_s
+from lockstep.cli.common import recipe_of
 from lockstep.config.recipe import Recipe, parse_overrides
 from lockstep.errors import UsageError
 
@@ -22,7 +22,6 @@ def recipe_of_sides(
     url: str | None,
     overrides: list[str] | None,
     engine: str | None,
-    search_s: float | None = None,
     *,
     verb: str = "check",
 ) -> Recipe:
@@ -37,7 +36,7 @@ def recipe_of_sides(
     sets = [f"model.path={model}"] if model is not None else []
     if url is not None:
         sets.append(f"engine.options.base_url={url}")
-    sets = with_search_s([*sets, *(overrides or [])], search_s)
+    sets += overrides or []
     if path is not None:
         return recipe_of(path, sets, "openai" if url is not None else engine)
     if url is None or model is None:

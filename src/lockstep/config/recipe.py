@@ -5,9 +5,7 @@ device, an engine's own defaults) goes into the manifest with its reason.
 """
 
 import copy
-import datetime
 import difflib
-import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from lockstep.config.values import refuse_unrepeatable
 from lockstep.errors import RecipeError
 from lockstep.records.tokens import NonNegative, Positive, SamplingParams
 
@@ -25,9 +24,6 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 """What every generator of random numbers takes, numpy's and an engine's among them."""
-
-UNBOUNDED = ("objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm")
-"""Keys where ``inf`` says that there is no bound; elsewhere it is a number that nothing can compute with."""
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -154,6 +150,8 @@ class Parity(_Section, frozen=True):
     """A temperature off by this share is to be seen; up to four times ``draw_tokens`` are drawn for that."""
     direction_sequences: Annotated[int, Meta(ge=16)] = 32
     """Drawn at full depth, to test every direction of the gap; the verdict says what would have shown."""
+    directions_see: NonNegativeFloat = 0.0
+    """So small a share is to show: more are drawn, for as long as is said first. 0: no share is asked for."""
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101
@@ -248,7 +246,7 @@ def with_sets(recipe: Recipe, sets: Sequence[str]) -> Recipe:
 def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     """Build a :class:`Recipe` from a nested dict, naming ``source`` in errors."""
     _refuse_unknown_keys(table, Recipe, source, ())
-    _refuse_unrepeatable(table, source, ())
+    refuse_unrepeatable(table, source)
     try:
         # TOML's and JSON's keys are text, a token's id too.
         recipe = msgspec.convert(table, Recipe, str_keys=True)
@@ -301,39 +299,6 @@ def _refuse_untrainable(recipe: Recipe, source: str) -> None:
             expected=f"a divisor of training.prompts_per_step = {groups}",
             hint="--set training.minibatches=1",
         )
-
-
-def _refuse_unrepeatable(value: Any, source: str, path: tuple[str, ...]) -> None:
-    """Refuse what a manifest cannot hold exactly, for a run is reproduced by what stands there.
-
-    Also what equals nothing (NaN), and ``inf`` where it bounds nothing.
-    """
-    where = ".".join(path)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_unrepeatable(item, source, (*path, str(key)))
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            _refuse_unrepeatable(item, source, (*path, str(number)))
-    elif complaint := _unrepeatable(value, where):
-        raise RecipeError(
-            f"recipe {source}, key {where}", got=complaint[0], expected=complaint[1], hint=f"--set {where}=…"
-        )
-
-
-def _unrepeatable(value: Any, where: str) -> tuple[str, str] | None:
-    """(what was got, what was expected) of a value that cannot be kept."""
-    if (
-        isinstance(value, float)
-        and not math.isfinite(value)
-        and not (value == math.inf and where in UNBOUNDED)
-    ):
-        return str(value), f"a finite number; inf is one for {', '.join(UNBOUNDED)} alone"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return f"a whole number of {value.bit_length()} bits", "one of 64 bits"
-    if isinstance(value, datetime.date | datetime.time):
-        return f"the date or time {value}", "text: put it in quotes"
-    return None
 
 
 def _apply(table: dict[str, Any], override: str) -> None:

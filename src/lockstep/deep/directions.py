@@ -1,9 +1,13 @@
 """Layer 4 at full depth: what the width of the gap hides.
 
 A direction is called where chance explains it neither on the tokens that it was found on, among all that were
-tried, nor on tokens drawn anew.
+tried, nor on tokens of other prompts.
 """
 
+import math
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,19 +29,34 @@ from lockstep.records.samples import Samples
 from lockstep.records.verdicts import Verdict
 
 CAUSE = "systematic_departure"
+FEWEST_PROMPTS = 16
+"""t is at most the root of their number, and noise alone reaches 3.7."""
+MARGIN = 1.1
+"""More sequences than the root law asks for: the size that is seen is itself known to some per cent."""
+MORE = 4
+"""Times as many sequences where so few show nothing of any size."""
+
+Drawn = Callable[[int, int], Samples]
+"""(which, n) → n sequences, or as many as there are; each ``which`` has prompts of its own."""
 
 
-def deepen(pair: Pair, numerics: Verdict) -> Verdict:
-    """Layer 4's verdict with every direction tested besides; one that is proven fails it."""
-    sample = _drawn(pair, 1)
-    trainer = sample.scored(pair.trainer)
-    tested = systematic(pair, sample, trainer)
+def deepen(pair: Pair, numerics: Verdict, drawn: Drawn | None = None) -> Verdict:
+    """Layer 4's verdict with every direction tested besides; one that is proven fails it.
+
+    Args:
+        drawn: where sequences come from; None draws them from the engine.
+    """
+    drawn = drawn or partial(_drawn, pair)
+    sample = drawn(0, pair.recipe.parity.direction_sequences)
+    if reason := _untestable(sample):
+        return replace(numerics, summary=f"{numerics.summary}; no direction was tested: {reason}")
+    sample, tested = _tested(pair, sample, drawn)
     found = tested.found
     known = _figures(tested)
-    figures: dict[str, Any] = numerics.figures | known | {"directions_n_tokens": trainer.size}
+    figures: dict[str, Any] = numerics.figures | known | {"directions_n_tokens": sample.owners.size}
     if found is None:
         return replace(numerics, summary=f"{numerics.summary}; {_clean(known)}", figures=figures)
-    fresh = _drawn(pair, 2)
+    fresh = drawn(1, len(sample))
     t = again(pair, fresh, fresh.scored(pair.trainer), found)
     figures |= {
         "direction": found.best.describe(),
@@ -45,7 +64,7 @@ def deepen(pair: Pair, numerics: Verdict) -> Verdict:
         "direction_nats": found.size,
         "direction_again_t": t,
     }
-    text = f"{found.told()}; on {len(fresh)} sequences drawn anew t = {t:+.1f}"
+    text = f"{found.told()}; on {len(fresh)} sequences of other prompts t = {t:+.1f}"
     if t < SCORE_AGAIN_T:
         chance = f"a direction that was found did not show again ({text})"
         return replace(numerics, summary=f"{numerics.summary}; {chance}", figures=figures)
@@ -57,6 +76,39 @@ def deepen(pair: Pair, numerics: Verdict) -> Verdict:
     summary = f"the gap has a direction of {found.size:.1e} nats, hidden in its width"
     cause = finding(CAUSE, np.abs(found.effect), sample.owners, said, pair.engine.fix(CAUSE))
     return Verdict.failed("numerics", summary, cause, figures)
+
+
+def _untestable(sample: Samples) -> str:
+    """Why directions cannot be tested on it; empty where they can."""
+    if sample.sampling.temperature == 0.0:
+        return "greedy tokens are chosen by their own rounding"
+    n = len({prompt.tobytes() for prompt in sample.prompts})
+    return f"{n} prompts in one half, {FEWEST_PROMPTS} are needed" if n < FEWEST_PROMPTS else ""
+
+
+def _tested(pair: Pair, sample: Samples, drawn: Drawn) -> tuple[Samples, Tested]:
+    """Every direction on enough sequences for the size that is to be seen, or on all that there are."""
+    asked, n, which = pair.recipe.parity.directions_see, len(sample), 0
+    began = time.monotonic()
+    tested = systematic(pair, sample, sample.scored(pair.trainer))
+    while asked and tested.found is None and _seen(tested) > asked and len(sample) == n:
+        took = (time.monotonic() - began) / n
+        seen = _seen(tested)
+        n = math.ceil(n * (seen / asked) ** 2 * MARGIN) if math.isfinite(seen) else n * MORE
+        pair.say(
+            f"directions: {len(sample)} sequences show a departure of {seen:.2%}; "
+            f"{n} are taken to show {asked:.2%}, about {n * took:.0f} s"
+        )
+        which += 2  # others, so that what chance put into these is not there again
+        began = time.monotonic()
+        sample = drawn(which, n)
+        tested = systematic(pair, sample, sample.scored(pair.trainer))
+    return sample, tested
+
+
+def _seen(tested: Tested) -> float:
+    """The share by which a temperature, and half of the tensors' scales, would have to be off."""
+    return float(max(tested.power(TEMPERATURE)[0], np.median(tested.power(SCALED))))
 
 
 def _figures(tested: Tested) -> dict[str, float]:
@@ -84,8 +136,8 @@ def _clean(known: dict[str, float]) -> str:
     )
 
 
-def _drawn(pair: Pair, more: int) -> Samples:
-    seed = pair.seed + 1_000 * more
+def _drawn(pair: Pair, which: int, n: int) -> Samples:
+    seed = pair.seed + 1_000 * (which + 1)
     parity = pair.recipe.parity
     sampling = replace(pair.recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
-    return draw(pair, probe_prompts(pair, parity.direction_sequences, seed), sampling, seed)
+    return draw(pair, probe_prompts(pair, n, seed), sampling, seed)

@@ -71,6 +71,10 @@ MENDS_OF_A_LOG = {
 """Of causes whose general mend speaks of an engine alone."""
 
 
+Deepen = Callable[[Pair, Verdict, Callable[[int, int], Samples]], Verdict]
+"""(pair, verdict of layer 4, completions of (which, how many)) → that verdict anew."""
+
+
 class Part:
     """The completions of a log that were drawn under one setting, and a few of them for hypotheses.
 
@@ -114,6 +118,10 @@ class Part:
                 self.pair.say(f"scoring: {done:,} of {self.n:,} tokens")
                 said = time.monotonic()
         return of_all(self.logged, self.rows, gap)
+
+    def portion(self, which: int, n: int) -> Samples:
+        """Up to ``n`` completions of the prompts that are for ``which``."""
+        return self.logged.portion(self.rows, which, n, self.pair.recipe.parity.probe_tokens)
 
     def semantics(self) -> Verdict:
         """The verdict of layer 1."""
@@ -281,12 +289,14 @@ def judge(
     recipe: Recipe,
     say: Callable[[str], None] = lambda text: None,
     most_rows: int | None = None,
+    deepen: Deepen | None = None,
 ) -> list[Verdict]:
     """All five layers' verdicts; a later one is NOT_RUN once one has failed.
 
     Args:
         say: told where it takes longer.
         most_rows: measure the gap on so many rows, spread over the file; None on all.
+        deepen: what else is measured where layer 4 has passed, on the setting of the most rows.
     """
     engine = LoggedEngine(recipe.engine.dtype or "", recipe.engine.head_dtype or "")
     nothing = cast(Any, None)  # a log takes no weights, and its prompts are its own
@@ -297,7 +307,7 @@ def judge(
     layers: dict[LayerName, Callable[[], Verdict]] = {
         "semantics": lambda: _semantics(parts, logged),
         "path": lambda: _worst([part.path() for part in parts]),
-        "numerics": lambda: _numerics(parts),
+        "numerics": lambda: _deeper(parts[0], _numerics(parts), deepen),
     }
     verdicts: list[Verdict] = []
     for layer in LAYERS:
@@ -361,6 +371,11 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
         if measured == rows
         else replace(verdict, summary=f"{verdict.summary}; {measured:,} of {rows:,} completions")
     )
+
+
+def _deeper(part: Part, verdict: Verdict, deepen: Deepen | None) -> Verdict:
+    wanted = deepen is not None and verdict.status == "PASS"
+    return deepen(part.pair, verdict, part.portion) if wanted else verdict
 
 
 def _not_run(layer: LayerName, reason: str) -> Verdict:

@@ -90,6 +90,22 @@ class Logged:
         portion = np.cumsum(lengths) // SCORED_AT_ONCE
         yield from np.split(rows, np.flatnonzero(np.diff(portion)) + 1)
 
+    def portion(self, rows: np.ndarray, which: int, n: int, most_tokens: int) -> Samples:
+        """:meth:`turns` of up to ``n`` rows of every second prompt: of no prompt two while another has none.
+
+        Args:
+            which: even for the first prompt and every second after it, odd for the others.
+        """
+        known: dict[bytes, tuple[int, int]] = {}
+        order = []
+        for row in rows:
+            prompt = self.prompt(row).tobytes()
+            number, before = known.get(prompt, (len(known), 0))
+            known[prompt] = number, before + 1
+            if number % 2 == which % 2:
+                order.append((before, number, row))
+        return self.turns(np.array([row for *_, row in sorted(order)[:n]], np.int64), most_tokens)
+
     def turns(self, rows: np.ndarray, most_tokens: int) -> Samples:
         """The first tokens of each row sampled one after the other, behind all that stands before them."""
         samples = []
@@ -111,7 +127,7 @@ class Logged:
                 finish_reason="length",
             )
             samples.append(turn)
-        return Samples(samples, self.samplings[self.settings[rows[0]]])
+        return Samples(samples, self.samplings[self.settings[rows[0]] if len(rows) else 0])
 
 
 class Collected:

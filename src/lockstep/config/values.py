@@ -1,0 +1,43 @@
+"""Values that no recipe holds: a run is reproduced by what stands there."""
+
+import datetime
+import math
+from typing import Any
+
+from lockstep.errors import RecipeError
+
+UNBOUNDED = ("objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm")
+"""Keys where ``inf`` says that there is no bound; elsewhere it is a number that nothing can compute with."""
+
+
+def refuse_unrepeatable(value: Any, source: str, path: tuple[str, ...] = ()) -> None:
+    """Refuse what a manifest cannot hold exactly, for a run is reproduced by what stands there.
+
+    Also what equals nothing (NaN), and ``inf`` where it bounds nothing.
+    """
+    where = ".".join(path)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            refuse_unrepeatable(item, source, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            refuse_unrepeatable(item, source, (*path, str(number)))
+    elif complaint := _unrepeatable(value, where):
+        raise RecipeError(
+            f"recipe {source}, key {where}", got=complaint[0], expected=complaint[1], hint=f"--set {where}=…"
+        )
+
+
+def _unrepeatable(value: Any, where: str) -> tuple[str, str] | None:
+    """(what was got, what was expected) of a value that cannot be kept."""
+    if (
+        isinstance(value, float)
+        and not math.isfinite(value)
+        and not (value == math.inf and where in UNBOUNDED)
+    ):
+        return str(value), f"a finite number; inf is one for {', '.join(UNBOUNDED)} alone"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"a whole number of {value.bit_length()} bits", "one of 64 bits"
+    if isinstance(value, datetime.date | datetime.time):
+        return f"the date or time {value}", "text: put it in quotes"
+    return None
