@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,14 @@ def pytest_collection_modifyitems(items):
                 [str(value) for value in params.params.values() if "vllm" in str(value)] if params else []
             )
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {''.join(engines[:1])}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """Refuse to go on where every worker would start every engine: pytest-xdist groups by node id."""
+    if node.config.option.dist == "loadgroup":
+        alone = [name for name in ids if Path(name).parent.name in REAL_MODELS and "@" not in name]
+        assert not alone, f"this pytest-xdist does not fit this pytest: {len(alone)} tests are not grouped"
 
 
 @pytest.fixture(autouse=True, scope="module")
