@@ -34,7 +34,7 @@ quickstart: prepared
 SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: prepared
-	$(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not chaos and not long" $(SIDE_BY_SIDE)
 
 chaos: prepared  # the long form of fuzz and kills
 	$(BIN)/python -m pytest -m chaos $(SIDE_BY_SIDE)

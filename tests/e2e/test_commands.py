@@ -44,11 +44,27 @@ def lockstep(*args, timeout=420, **kwargs):
     )
 
 
-def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
+@pytest.fixture(scope="module")
+def small_model(installed, tmp_path_factory):
+    """Two layers: a command's way is the same, and real weights are judged in test_ladder.py."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
+    )
+    return tiny_checkpoint(config, installed[1], tmp_path_factory.mktemp("small") / "model")
+
+
+def test_raw_logprobs_at_another_temperature_fail_semantics(small_model):
     done = lockstep(
         "check",
         QUICKSTART,
         *SETS,
+        "--set",
+        f"model.path={small_model}",
         "--set",
         "engine.options.logprobs_mode=raw_logprobs",
         "--set",
@@ -68,20 +84,12 @@ def test_raw_logprobs_at_another_temperature_fail_semantics(installed):
 
 
 @pytest.fixture(scope="module")
-def small_run(installed, tmp_path_factory):
+def small_run(small_model, tmp_path_factory):
     """Flags of a training run whose every step moves the weights, and the environment with its reward."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.1,
-    )
-    root = tmp_path_factory.mktemp("small")
+    root = tmp_path_factory.mktemp("reward")
     (root / "varied.py").write_text(REWARD)
     overrides = [
-        f"model.path={tiny_checkpoint(config, installed[1], root / 'model')}",
+        f"model.path={small_model}",
         "task.reward=varied:reward",
         "optimizer.lr=1e-3",
         f"training.steps={STEPS}",
@@ -224,8 +232,15 @@ def test_an_unknown_engine_option_is_refused_with_the_nearest(installed):
     assert "logprobs_mode" in done.stderr
 
 
-def test_the_transformers_engine_passes_the_same_ladder(installed):
-    flags = ["--engine", "transformers", "--set", "sampling.temperature=0.7"]
+def test_the_transformers_engine_passes_the_same_ladder(small_model):
+    flags = [
+        "--engine",
+        "transformers",
+        "--set",
+        "sampling.temperature=0.7",
+        "--set",
+        f"model.path={small_model}",
+    ]
     done = lockstep("check", QUICKSTART, *SETS, *flags, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [layer["verdict"] for layer in json.loads(done.stdout)["layers"]] == ["PASS"] * 5

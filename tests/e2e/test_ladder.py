@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from transformers import FalconH1Config
+from transformers import FalconH1Config, LlamaConfig
 
 from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.deep import factors
@@ -253,12 +253,25 @@ def test_the_resolved_configuration_is_read_back(session):
 
 @pytest.fixture(scope="module")
 def half(installed, tmp_path_factory):
-    """A bf16 engine, slow on a CPU without instructions for bf16, beside an fp32 trainer."""
+    """A bf16 engine beside an fp32 trainer: of few layers, for a CPU without instructions for bf16 is slow.
+
+    ``make faults`` holds clean bf16 pairs of the real model.
+    """
     from lockstep.loop.open import open_session
 
-    few = ["parity.probe_prompts=4", "parity.probe_tokens=8", "parity.draw_tokens=64"]
-    recipe = load_recipe(QUICKSTART, [*SMALL, *few, "engine.dtype=bfloat16"])
-    with open_session(recipe, tmp_path_factory.mktemp("half") / "engine.log", print) as opened:
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
+    root = tmp_path_factory.mktemp("half")
+    model = tiny_checkpoint(config, installed[1], root / "model")
+    recipe = load_recipe(QUICKSTART, [*SMALL, f"model.path={model}", "engine.dtype=bfloat16"])
+    with open_session(recipe, root / "engine.log", print) as opened:
         yield opened.pair
 
 
