@@ -11,14 +11,15 @@ from lockstep.errors import LockstepError, MachineError
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = [
-    "parity.probe_prompts=6",
-    "parity.probe_tokens=12",
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=10",
     "parity.draw_tokens=256",
     "parity.draws_see=1",
     "training.prompts_per_step=4",
     "training.group_size=4",
+    "engine.max_model_len=256",
 ]
-"""A smaller ladder and batch than the quick start's: the same code on fewer tokens."""
+"""A smaller ladder and batch than the quick start's, and shorter prompts: the same code on fewer tokens."""
 
 
 def tiny_checkpoint(config, tokenizer, path):

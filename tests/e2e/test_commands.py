@@ -26,6 +26,7 @@ FEW = [
     "parity.draws_see=1",
     "training.prompts_per_step=4",
     "training.group_size=4",
+    "engine.max_model_len=256",
 ]
 """What is shown here is the command; what the ladder finds is shown in test_ladder.py."""
 SETS = [flag for override in FEW for flag in ("--set", override)]

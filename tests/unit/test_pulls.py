@@ -6,7 +6,7 @@ import torch
 
 from lockstep.policy.model import load_policy
 from lockstep.policy.parameters import parameters_of
-from lockstep.policy.pulls import HEAD, pulls, scale
+from lockstep.policy.pulls import HEAD, Asked, pulls, scale
 from lockstep.records.samples import Group
 
 T = 0.8
@@ -51,7 +51,12 @@ def by_gradients(policy, groups, weights, direction):
 
 @pytest.mark.parametrize("direction", [scale, wave])
 def test_pulls_are_those_of_a_gradient_for_each_sequence(policy, groups, weights, direction):
-    pulled = pulls(policy, groups, weights, T, {"d": direction})
+    halved = Asked(weights / 2, {"d": direction, "more": scale})
+    pulled, half = pulls(policy, groups, [Asked(weights, {"d": direction}), halved], T, 64)
+    at_half = dict(zip(half.names, half.sums, strict=True))
+    assert set(at_half) == {(family, name) for family in ("d", "more") for _, name in pulled.names}
+    for name, sums in zip(pulled.names, pulled.sums, strict=True):
+        np.testing.assert_allclose(at_half[name] * 2, sums, rtol=1e-4, atol=1e-5)
     found = dict(zip(pulled.names, pulled.sums, strict=True))
     embedding = "model.embed_tokens.weight"  # tied: a gradient has both uses in one
     found["d", embedding] = found["d", embedding] + found.pop(("d", HEAD))
@@ -63,7 +68,7 @@ def test_pulls_are_those_of_a_gradient_for_each_sequence(policy, groups, weights
 
 
 def test_the_slope_of_the_temperature_is_that_of_its_scores(policy, groups, weights):
-    pulled = pulls(policy, groups, weights, T, {})
+    (pulled,) = pulls(policy, groups, [Asked(weights, {})], T, 1024)
     step = 1e-3
     high, low = (np.concatenate(policy.score(groups, T * np.exp(sign * step))) for sign in (1, -1))
-    assert pulled.slopes["temperature"] == pytest.approx((high - low) / (2 * step), rel=1e-2, abs=2e-3)
+    assert pulled.temperature == pytest.approx((high - low) / (2 * step), rel=1e-2, abs=2e-3)

@@ -19,9 +19,10 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
     if not capability.supported:
         summary = f"{weights.summary}; updates in flight not run: {capability.how}"
         return _with(weights, summary, [], {"in_flight_not_run": capability.how}, 0)
-    figures, findings, n = {}, [], 0
+    figures, findings, n, undisturbed_s = {}, [], 0, None
     for mode in MODES:
-        found = replay(pair, mode)
+        found = replay(pair, mode, undisturbed_s)
+        undisturbed_s = found.undisturbed_s
         figures |= {
             f"in_flight_{mode}_{name}_abs_max_nats": float(part.max()) if part.size else float("nan")
             for name, part in (

@@ -12,7 +12,7 @@ each sequence lies in a block of its own in the packed row. For a matrix, y = W 
     any other D            G_s = Σ_{t ∈ s} δ_t x_tᵀ, made once, for every D that is asked for, and dropped
 
 No gradient of all parameters ever exists. The head lies behind the last δ: its directions, and those of the
-distribution, are had token by token.
+distribution, are had token by token. Several weightings share the forward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,9 +33,6 @@ from lockstep.records.samples import Group
 
 HEAD = "head"
 """The last matrix product, whose tensor may be the input embedding's too."""
-MAX_ROW = 1024
-"""Tokens of a row: what a backward pass keeps grows with it."""
-
 Direction = Callable[[str, Tensor], Tensor | None]
 """Name and whole value of a parameter → D, of its shape; None where it is not thought to have moved. ``HEAD``
 is asked too."""
@@ -47,14 +44,24 @@ def scale(_: str, parameter: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Asked:
+    """One weighting of the tokens, and the directions that are asked for under it."""
+
+    weights: np.ndarray
+    """a_i, float [T] over all completions' tokens in order."""
+    families: Mapping[str, Direction]
+    """Name → direction; ``scale`` costs nothing beside the backward pass."""
+
+
+@dataclass(frozen=True, eq=False)
 class Pulls:
     """Of each direction, by (family, parameter)."""
 
     names: tuple[tuple[str, str], ...]
     sums: np.ndarray
     """N_s: float64 [K, S]."""
-    slopes: Mapping[str, np.ndarray]
-    """∂ log p_i / ∂θ of what acts on the distribution alone, by name: float32 [T]."""
+    temperature: np.ndarray
+    """∂ log p_i / ∂ log T: float32 [T]."""
     uncovered: tuple[str, ...]
     """Parameters in modules that are not known to be linear in them."""
 
@@ -62,43 +69,45 @@ class Pulls:
 def pulls(
     policy: Policy,
     groups: Sequence[Group],
-    weights: np.ndarray,
+    asked: Sequence[Asked],
     temperature: float,
-    families: Mapping[str, Direction],
-) -> Pulls:
-    """The pull of each sequence towards each direction of each parameter.
+    max_row: int,
+) -> list[Pulls]:
+    """The pull of each sequence towards each direction of each parameter, under each weighting.
 
     Args:
         groups: one completion each.
-        weights: a_i, float [T] over all completions' tokens in order.
-        families: name → direction; ``scale`` costs nothing beside the backward pass.
+        max_row: tokens of a row: what a backward pass keeps grows with it, and the directions are made anew
+            for each.
     """
-    taken = _Taken(policy, families, len(groups))
+    taken = _Taken(policy, asked, len(groups))
     starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
-    slopes: dict[str, np.ndarray] = {}
-    for row in pack(groups, MAX_ROW if policy.share_prompts else 0, share_prompts=False):
+    temperatures = np.empty(int(starts[-1]), np.float32)
+    for row in pack(groups, max_row if policy.share_prompts else 0, share_prompts=False):
         here = row.to(policy.device)
         order = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in row.completions])
-        at = torch.from_numpy(weights[order]).float().to(policy.device)
+        at = [torch.from_numpy(one.weights[order]).float().to(policy.device) for one in asked]
         with torch.enable_grad(), taken.tapping(row):
             hidden = policy.hidden(here)
             end = hidden.detach().requires_grad_()
-            total = (policy.project(end, here.targets, temperature).logprobs * at).sum()
-            (slope,) = torch.autograd.grad(total, end)
-            torch.autograd.grad(hidden, taken.start, slope)  # every tap is told its δ on the way
-        for name, values in taken.head(end.detach(), here, at, temperature).items():
-            slopes.setdefault(name, np.empty(int(starts[-1]), np.float32))[order] = values.numpy(force=True)
-    names = tuple(taken.sums)
-    sums = np.stack([taken.sums[name] for name in names]) if names else np.empty((0, len(groups)))
-    return Pulls(names, sums, slopes, tuple(sorted(taken.uncovered)))
+            for asking, weights in enumerate(at):
+                taken.asking = asking
+                total = (policy.project(end, here.targets, temperature).logprobs * weights).sum()
+                (slope,) = torch.autograd.grad(total, end)
+                # Every tap is told its δ on the way.
+                torch.autograd.grad(hidden, taken.start, slope, retain_graph=asking + 1 < len(at))
+        temperatures[order] = taken.head(end.detach(), here, at, temperature).numpy(force=True)
+    return [taken.pulls(number, temperatures) for number in range(len(asked))]
 
 
 class _Taken:
     """What the taps of one pass after another have added up to."""
 
-    def __init__(self, policy: Policy, families: Mapping[str, Direction], n_sequences: int) -> None:
-        self.policy, self.families, self.n = policy, families, n_sequences
-        self.sums: dict[tuple[str, str], np.ndarray] = {}
+    def __init__(self, policy: Policy, asked: Sequence[Asked], n_sequences: int) -> None:
+        self.policy, self.families, self.n = policy, [one.families for one in asked], n_sequences
+        self.asking = 0
+        """The weighting whose backward pass runs."""
+        self.sums: list[dict[tuple[str, str], np.ndarray]] = [{} for _ in asked]
         self.uncovered: set[str] = set()
         self.start: Tensor
         """The embedding's output: where the backward pass ends."""
@@ -106,6 +115,12 @@ class _Taken:
         """Of each position of the row, the sequence that it is of."""
         self._blocks: list[tuple[int, slice]]
         """Of each sequence in the row, its positions."""
+
+    def pulls(self, asking: int, temperatures: np.ndarray) -> Pulls:
+        """Of one weighting."""
+        found = self.sums[asking]
+        sums = np.stack(list(found.values())) if found else np.empty((0, self.n))
+        return Pulls(tuple(found), sums, temperatures, tuple(sorted(self.uncovered)))
 
     @contextmanager
     def tapping(self, row: Packed) -> Iterator[None]:
@@ -147,7 +162,8 @@ class _Taken:
     ) -> None:
         for name, parameter in own.items():
             value = whole(parameter.detach())
-            towards = {f: d for f, way in self.families.items() if (d := way(name, value)) is not None}
+            ways = self.families[self.asking]
+            towards = {f: d for f, way in ways.items() if (d := way(name, value)) is not None}
             others = {f: d for f, d in towards.items() if d is not value}
             if isinstance(module, nn.Linear) and not name.endswith("bias") and others:
                 self._matrix(name, others, x.flatten(0, -2), slope.flatten(0, -2))
@@ -163,22 +179,24 @@ class _Taken:
             gradient = slope[block].float().T @ x[block].float()
             along = (directions @ gradient.flatten()).double().cpu().numpy()
             for family, value in zip(towards, along, strict=True):
-                self.sums.setdefault((family, name), np.zeros(self.n))[sequence] += value
+                known = self.sums[self.asking].setdefault((family, name), np.zeros(self.n))
+                known[sequence] += value
 
     def _add(self, family: str, name: str, values: Tensor, sequences: Tensor) -> None:
         by_sequence = torch.zeros(self.n, dtype=torch.float64)
         by_sequence.index_add_(0, sequences, values.double().cpu())
-        so_far = self.sums.setdefault((family, name), np.zeros(self.n))
+        so_far = self.sums[self.asking].setdefault((family, name), np.zeros(self.n))
         so_far += by_sequence.numpy()
 
     @torch.no_grad()
-    def head(self, hidden: Tensor, row: Packed, at: Tensor, temperature: float) -> dict[str, Tensor]:
-        """The head's pulls, and the slopes of what acts on the distribution alone: float32 [T] each."""
+    def head(self, hidden: Tensor, row: Packed, at: Sequence[Tensor], temperature: float) -> Tensor:
+        """The head's pulls under each weighting; returns the slopes of the temperature, float32 [T]."""
         head, owners = whole(self.policy.head.detach()), torch.empty(len(row.targets), dtype=torch.int64)
         for number, span in zip(row.completions, row.spans, strict=True):
             owners[span] = number
-        families = {family: direction(HEAD, head) for family, direction in self.families.items()}
-        slopes: dict[str, list[Tensor]] = {}
+        ways = {family: way for families in self.families for family, way in families.items()}
+        towards = {family: moved for family, way in ways.items() if (moved := way(HEAD, head)) is not None}
+        slopes: dict[str, list[Tensor]] = {"": [], **{family: [] for family in towards}}
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
             logits = self.policy.logits(hidden[rows]) / temperature
@@ -187,19 +205,18 @@ class _Taken:
             def slope_of(moved: Tensor, p: Tensor = p, targets: Tensor = targets) -> Tensor:
                 return moved.gather(1, targets)[:, 0] - (p * moved).sum(-1)
 
-            slopes.setdefault("temperature", []).append(-slope_of(logits))
-            for family, towards in families.items():
-                if towards is not None:
-                    moved = hidden[rows].float() @ towards.float().T / temperature
-                    if self.policy.softcap is not None:
-                        moved *= 1.0 - (logits * temperature / self.policy.softcap).square()
-                    slopes.setdefault(f"{HEAD} {family}", []).append(slope_of(moved))
-        joined = {name: torch.cat(parts) for name, parts in slopes.items()}
-        for family in families:
-            own = joined.pop(f"{HEAD} {family}", None)
-            if own is not None:
-                self._add(family, HEAD, own * at, owners)
-        return joined
+            slopes[""].append(-slope_of(logits))
+            for family, direction in towards.items():
+                moved = hidden[rows].float() @ direction.float().T / temperature
+                if self.policy.softcap is not None:
+                    moved *= 1.0 - (logits * temperature / self.policy.softcap).square()
+                slopes[family].append(slope_of(moved))
+        joined = {family: torch.cat(parts) for family, parts in slopes.items()}
+        for asking, weights in enumerate(at):
+            self.asking = asking
+            for family in towards.keys() & self.families[self.asking].keys():
+                self._add(family, HEAD, joined[family] * weights, owners)
+        return joined[""]
 
 
 def _prefix(policy: Policy) -> str:

@@ -10,7 +10,7 @@
 Device, dtypes, head and memory layout hide behind these verbs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from lockstep.policy.fingerprint import config_digest, trainer_environment, weig
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
 from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of, whole
-from lockstep.policy.pulls import Direction, Pulls
+from lockstep.policy.pulls import Asked, Pulls
 from lockstep.policy.replay import Piece
 from lockstep.policy.variant_settings import base_of, rotary_of
 from lockstep.policy.variants import Variant
@@ -245,12 +245,13 @@ class Trainer:
     def pulls(
         self,
         groups: Sequence[Group],
-        weights: Float[np.ndarray, "T"],
+        asked: Sequence[Asked],
         temperature: float,
-        families: Mapping[str, Direction],
-    ) -> Pulls:
+    ) -> list[Pulls]:
         """What would move each sequence's log-probabilities as they have moved (``policy/pulls.py``)."""
-        return pulls.pulls(self._policy, groups, weights, temperature, families)
+        return pulls.pulls(
+            self._policy, groups, asked, temperature, self._recipe.training.tokens_per_microbatch
+        )
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,7 +11,7 @@ round; the temperature; a constant; the first token of a completion alone; rows 
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from lockstep.parity.explain.score_test import (
 )
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import SCORE_STEP
-from lockstep.policy.pulls import HEAD, Pulls, scale
+from lockstep.policy.pulls import HEAD, Asked, Pulls, scale
 from lockstep.policy.variants import QUANTISED, Along
 from lockstep.records.samples import Samples
 
@@ -116,13 +116,20 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         trainer: score C of the sample, float32 [T].
     """
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
-    weights = token_weights(gap, trainer)
     families = {SCALED: scale, **{form: _rounding(form) for form in QUANTISED}}
+    signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), gap.size)
+    asked = [
+        Asked(token_weights(gap, trainer), families),
+        Asked(signs * np.sqrt(curvature(gap, trainer)), {SCALED: scale}),
+    ]
     with pair.exactly():
-        pulled = pair.trainer.pulls(sample.apart().groups, weights, sample.temperature, families)
-        directions, sums = _rows(sample, weights, pulled)
+        pulled, probe = pair.trainer.pulls(sample.apart().groups, asked, sample.temperature)
+        directions, sums = _rows(sample, asked[0].weights, pulled)
         scored = score_test(sums, pair.seed)
-        sees = _sees(pair, sample, gap, trainer, dict(zip(directions, sums, strict=True)), scored.critical)
+        probed, known = _rows(sample, asked[1].weights, probe)
+        noise = sums[[directions.index(direction) for direction in probed]]
+        shown = detectable(noise, known, scored.critical, pair.seed)
+        sees = dict(zip(probed, shown.tolist(), strict=True))
         if not scored.significant:
             return Tested(directions, scored, sees, pulled.uncovered, None)
         best = directions[scored.best]
@@ -140,24 +147,6 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         left=_size(gap - effect, slopes, trainer) / theta,
     )
     return Tested(directions, scored, sees, pulled.uncovered, found)
-
-
-def _sees(
-    pair: Pair,
-    sample: Samples,
-    gap: np.ndarray,
-    trainer: np.ndarray,
-    sums: Mapping[Direction, np.ndarray],
-    critical: float,
-) -> dict[Direction, float]:
-    """What would have been called, by direction; one more backward pass, with signs thrown by a coin."""
-    signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), gap.size)
-    probe = signs * np.sqrt(curvature(gap, trainer))
-    pulled = pair.trainer.pulls(sample.apart().groups, probe, sample.temperature, {SCALED: scale})
-    directions, probed = _rows(sample, probe, pulled)
-    noise = np.stack([sums[direction] for direction in directions])
-    found = detectable(noise, probed, critical, pair.seed)
-    return dict(zip(directions, found.tolist(), strict=True))
 
 
 def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -> float:
@@ -188,7 +177,7 @@ def _rows(sample: Samples, weights: np.ndarray, pulled: Pulls) -> tuple[list[Dir
     """Every direction with its pulls, those of one prompt's samples summed: [K] and float64 [K, prompts]."""
     found = list(_of_tensors(pulled))
     for family in (TEMPERATURE, CONSTANT, FIRST, LONG):
-        slopes = pulled.slopes[TEMPERATURE] if family == TEMPERATURE else _of_rows(sample, family)
+        slopes = pulled.temperature if family == TEMPERATURE else _of_rows(sample, family)
         found.append((Direction(family), np.bincount(sample.owners, slopes * weights, len(sample))))
     prompts = _prompts(sample)
     by_prompt = np.stack([np.bincount(prompts, row) for _, row in found])
