@@ -137,6 +137,8 @@ def served(environment, log) -> Iterator[Server]:
     flags += (
         " --no-enable-chunked-prefill --max-num-batched-tokens 2048"
         f" --max-model-len {MAX_MODEL_LEN} --port {port}"
+        # As ours: a worker in a process of its own would import vLLM a third time.
+        " --distributed-executor-backend vllm.v1.executor.uniproc_executor.UniProcExecutor"
     )
     command = [
         environment.python,

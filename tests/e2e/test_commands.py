@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from transformers import LlamaConfig
 from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import open_run, read_rollouts, read_steps
+from tests.canaries import CANARIES, environment, found_in
 from tests.e2e.conftest import QUICKSTART, tiny_checkpoint
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
@@ -86,7 +88,10 @@ def test_raw_logprobs_at_another_temperature_fail_semantics(small_model):
 
 @pytest.fixture(scope="module")
 def small_run(small_model, tmp_path_factory):
-    """Flags of a training run whose every step moves the weights, and the environment with its reward."""
+    """Flags of a training run whose every step moves the weights, and the environment with its reward.
+
+    A secret is in each variable that is named like one.
+    """
     root = tmp_path_factory.mktemp("reward")
     (root / "varied.py").write_text(REWARD)
     overrides = [
@@ -96,9 +101,7 @@ def small_run(small_model, tmp_path_factory):
         f"training.steps={STEPS}",
         "training.checkpoint_every=2",
     ]
-    return [flag for override in overrides for flag in ("--set", override)], os.environ | {
-        "PYTHONPATH": str(root)
-    }
+    return [flag for override in overrides for flag in ("--set", override)], environment(PYTHONPATH=str(root))
 
 
 def start_training(run, small_run):
@@ -119,6 +122,20 @@ def engine_processes(pid):
     return [p for p in psutil.Process(pid).children(recursive=True) if p.is_running()]
 
 
+@dataclass
+class Interrupted:
+    """What is left of a run whose engine was killed, and of its resumption."""
+
+    layout: RunLayout
+    code: int
+    out: str
+    errors: str
+    spent_s: float
+    alive: list[psutil.Process]
+    environments: list[dict[str, str]]
+    resumed: subprocess.CompletedProcess
+
+
 @pytest.fixture(scope="module")
 def interrupted(small_run, tmp_path_factory):
     """A run whose engine was killed after its third step, and then resumed to its end."""
@@ -126,28 +143,40 @@ def interrupted(small_run, tmp_path_factory):
     process = start_training(layout.root, small_run)
     wait_for_step(process, layout, 3)
     family = engine_processes(process.pid)
+    environments = [child.environ() for child in family]
     worker = next(p for p in family if "VLLM::EngineCore" in " ".join(p.cmdline()) + p.name())
     os.kill(worker.pid, signal.SIGKILL)
     killed = time.monotonic()
-    _, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
     spent = time.monotonic() - killed
     _, alive = psutil.wait_procs(family, timeout=5)
     resumed = lockstep("train", "--resume", layout.root, "--json", env=small_run[1])
-    return layout, process.returncode, errors, spent, alive, resumed
+    return Interrupted(layout, process.returncode, out, errors, spent, alive, environments, resumed)
 
 
 def test_a_killed_engine_ends_the_run_at_once_with_its_log_and_no_orphan(interrupted):
-    layout, code, errors, spent, alive, _ = interrupted
-    assert code == 3
-    assert spent < DEATH_LIMIT_S
-    assert "engine" in errors
-    assert "--resume" in errors or "log" in errors
-    assert alive == []
-    assert layout.engine_log.stat().st_size > 0
+    assert interrupted.code == 3
+    assert interrupted.spent_s < DEATH_LIMIT_S
+    assert "engine" in interrupted.errors
+    assert "--resume" in interrupted.errors or "log" in interrupted.errors
+    assert interrupted.alive == []
+    assert interrupted.layout.engine_log.stat().st_size > 0
+
+
+def test_the_run_holds_no_secret_and_neither_do_its_engines(interrupted):
+    root, resumed = interrupted.layout.root, interrupted.resumed
+    engines = [env for env in interrupted.environments if "VLLM_CPU_KVCACHE_SPACE" in env]
+    assert engines
+    held = [name for env in engines for name, value in env.items() if value in CANARIES.values()]
+    assert held == []
+    written = {path.name for path in root.rglob("*")}
+    assert {"manifest.json", "certificate.json", "verdicts.jsonl", "engine.log"} <= written
+    assert "env.VLLM_CPU_KVCACHE_SPACE" in (root / "manifest.json").read_text()
+    assert found_in(root, interrupted.out, interrupted.errors, resumed.stdout, resumed.stderr) == {}
 
 
 def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
-    layout, _, _, _, _, resumed = interrupted
+    layout, resumed = interrupted.layout, interrupted.resumed
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads(resumed.stdout)
     assert summary["steps"] == STEPS
