@@ -222,9 +222,10 @@ class Rounds(Relay):
     It loses some updates, and of others every tensor of the attention.
     """
 
-    def __init__(self, inner, lost=(), torn=()):
+    def __init__(self, inner, lost=(), torn=(), kept="self_attn."):
         super().__init__(inner)
-        self.lost, self.torn, self.rng = lost, torn, np.random.default_rng(0)
+        self.lost, self.torn, self.kept, self.rng = lost, torn, kept, np.random.default_rng(0)
+        self.trained = False
 
     def rounded(self, logprobs):
         values = np.frombuffer(logprobs, FLOAT32) if isinstance(logprobs, bytes) else logprobs
@@ -240,14 +241,17 @@ class Rounds(Relay):
     def load(self, update, mode="wait"):
         engine = AtLoad(self.inner, ("not_delivered",)) if update.version in self.lost else self.inner
         weights = self.inner.model.state_dict()
-        old = {name: weights[name].clone() for name in weights if "self_attn." in name}
+        old = {name: weights[name].clone() for name in weights if self.kept in name}
         receipt = engine.load(update, mode)
-        if update.version in self.torn:
+        self.trained |= update.version == 1
+        if update.version in self.torn and self.trained:
             for name, tensor in old.items():
                 weights[name].copy_(tensor)
         return receipt
 
 
+ALL = range(1, 2 * 10**9)
+"""Every update from the first step's on, those of an experiment too."""
 WIDE = [
     "model.dtype=bfloat16",
     "training.prompts_per_step=48",
@@ -295,6 +299,19 @@ def test_an_update_part_of_which_arrives_under_rounding_is_refused_by_its_rollou
         loop.start(before=rounding(torn=(2,)))
     assert "weight sync 2" in raised.value.boundary
     assert loop.layout.refusals(2)
+
+
+def test_one_tensor_that_stays_behind_under_rounding_is_named_by_the_rollouts(recipe, tmp_path):
+    """From the first step's sync on; each step tells how many of the tensors it would have seen."""
+    loop = Loop(with_sets(recipe, [*SETS, *WIDE, "training.steps=8"]), tmp_path)
+    with pytest.raises(WeightSyncError, match="stale tensors") as raised:
+        loop.start(before=rounding(torn=ALL, kept="layers.1.mlp.down_proj"))
+    assert "layers.1.mlp.down_proj did not move when it was moved alone" in raised.value.got
+    steps = read_steps(loop.layout.metrics)
+    assert (steps.column("update_tensors")[1:] > 10).all()
+    seen = steps.column("update_tensors_seen")[1:]
+    assert seen[0] < seen[-1], "the longer it is, the more would have shown"
+    assert loop.layout.refusals(len(steps))
 
 
 def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(loop):

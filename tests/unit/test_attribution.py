@@ -16,7 +16,7 @@ from lockstep.parity.evidence import gather
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.explain.weights.attribution import Slopes, label, rounded, scaled, stale
 from lockstep.parity.explain.weights.model_settings import Departure, departures
-from lockstep.parity.layers.weights import perturbed
+from lockstep.parity.perturbation import perturbed
 from lockstep.policy.variants import Earlier, Scaled
 from tests.unit.bag_pair import bag_pair
 

@@ -1,15 +1,21 @@
 """Layer 3 on a pair without a model: what an engine may do to the weights it is sent, each by its name."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace as changed
 
+from lockstep.parity import perturbation
 from lockstep.parity.canary import Canary
+from lockstep.parity.delivered import Missing
 from lockstep.parity.evidence import gather
+from lockstep.parity.explain.numerics.systematic import Direction
 from lockstep.parity.layers import weights
+from lockstep.parity.left_behind import Left
+from lockstep.parity.perturbation import PROBE_VERSION
 from lockstep.records.versions import LoadReceipt, VersionSpan
 from tests.unit.bag_pair import Bag, bag_pair
 
@@ -129,7 +135,7 @@ def test_weights_that_are_neither_old_nor_new_are_left_unexplained(sides):
         assert hypothesis in verdict.findings[0].evidence
 
 
-@pytest.mark.parametrize("tag", [3, weights.PROBE_VERSION])
+@pytest.mark.parametrize("tag", [3, PROBE_VERSION])
 def test_a_wrong_tag_is_found_where_the_numbers_are_right(sides, tag):
     drawn = sides.pair.engine._drawn
     spans = (VersionSpan(0, weights.CACHE_TOKENS, tag),)
@@ -139,7 +145,7 @@ def test_a_wrong_tag_is_found_where_the_numbers_are_right(sides, tag):
 
     sides.pair.engine._drawn = tagged
     # Right after the update; then the sample before it is the one that is wrong.
-    if tag == weights.PROBE_VERSION:
+    if tag == PROBE_VERSION:
         sides.sample.samples = [
             replace(s, version_spans=(VersionSpan(0, len(s.token_ids), tag),)) for s in sides.sample
         ]
@@ -213,21 +219,31 @@ def test_an_engine_started_on_another_checkpoint_is_found_by_the_sync_that_mends
 
 
 def test_a_perturbation_that_nothing_feels_proves_nothing(sides, monkeypatch):
-    real = weights.Perturbed
-    monkeypatch.setattr(weights, "Perturbed", lambda before, scale, seed: real(before, scale * 1e-4, seed))
+    real = perturbation.Perturbed
+    monkeypatch.setattr(
+        perturbation, "Perturbed", lambda before, scale, seed: real(before, scale * 1e-4, seed)
+    )
     verdict = sides.judged()
     assert verdict.status == "NOT_RUN"
     assert "no stale weight could be seen" in verdict.reason
 
 
-def test_sides_that_differ_anyway_are_judged_by_their_moves(sides):
+def test_sides_that_differ_anyway_are_judged_by_their_moves(sides, monkeypatch):
     """An engine whose every score is off by more than the perturbation moves: the move says what arrived."""
+    asked = SimpleNamespace(n_tensors=9, n_seen=7)
+    monkeypatch.setattr(weights, "proven_each", lambda pair: (asked, []))
     sides.canary.clean_gap_nats = 0.0
     sides.pair.engine.scores = lambda scores, n: scores - np.float32(0.3)
     verdict = sides.judged()
     assert verdict.figures["judged_by"] == "moves"
     assert verdict.status == "PASS"
-    assert "lost in what the sides differ by anyway" in verdict.summary
+    assert "no stale tensor, where 7 of 9 would have shown" in verdict.summary
+    assert (verdict.figures["tensors"], verdict.figures["tensors_seen"]) == (9, 7)
+    old = Left(Direction("old", ("a",), "a"), Missing(1.0, 0.1, 4), np.ones(4), np.arange(4), again=False)
+    monkeypatch.setattr(weights, "proven_each", lambda pair: (asked, [old]))
+    named = sides.judged()
+    assert (cause(named), named.summary.endswith("a is old")) == ("stale_tensors", True)
+    assert "a did not move when it was moved alone" in named.findings[0].evidence
     stuck = Sides()
     stuck.canary.clean_gap_nats = 0.0
     stuck.pair.engine.scores = lambda scores, n: scores - np.float32(0.3)

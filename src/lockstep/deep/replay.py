@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lockstep.parity.layers.weights import PROBE_VERSION, perturbed
 from lockstep.parity.pair import Pair, draw
+from lockstep.parity.perturbation import PROBE_VERSION, perturbed
 from lockstep.parity.probes import probe_prompts
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.variants import Earlier

@@ -145,6 +145,24 @@ METRICS: tuple[Metric, ...] = (
         "absent where the canary proves",
     ),
     Metric(
+        "update_tensors",
+        "1",
+        "tensors that were each asked whether they stayed behind since all were proven",
+        "absent where the canary proves",
+    ),
+    Metric(
+        "update_tensors_seen",
+        "1",
+        "of those, how many would have been suspected with a chance of 99 % had they stayed behind",
+        "absent where the canary proves",
+    ),
+    Metric(
+        "update_suspicions",
+        "1",
+        "1 where the step's tokens pointed to a tensor that stayed behind, and an experiment was made",
+        "absent where the canary proves",
+    ),
+    Metric(
         "delivery_s", "s", "wall time of that proof: the trainer's scores under the version before", _NONE
     ),
     Metric(

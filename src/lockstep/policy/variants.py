@@ -99,6 +99,12 @@ class Earlier:
         return _with_values(policy, lambda name, _: chosen.get(name), chosen)
 
 
+def name_of_head(policy: Policy) -> str:
+    """Of the parameter that is the head; tied to the embedding, the embedding's."""
+    (name,) = [name for name, parameter in policy.model.named_parameters() if parameter is policy.head]
+    return name
+
+
 @dataclass(frozen=True, eq=False)
 class EarlierHead:
     """The body as it is under the head of a snapshot."""
@@ -108,8 +114,7 @@ class EarlierHead:
     @contextmanager
     def held(self, policy: Policy) -> Iterator[Policy]:
         """See :class:`Variant`."""
-        (name,) = [name for name, parameter in policy.model.named_parameters() if parameter is policy.head]
-        yield replace(policy, head=self.snapshot.values[name])
+        yield replace(policy, head=self.snapshot.values[name_of_head(policy)])
 
 
 @dataclass(frozen=True)

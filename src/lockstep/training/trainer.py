@@ -31,7 +31,7 @@ from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_
 from lockstep.policy.pulls import Asked, Pulls
 from lockstep.policy.replay import Piece
 from lockstep.policy.variant_settings import base_of, rotary_of
-from lockstep.policy.variants import Variant
+from lockstep.policy.variants import Variant, name_of_head
 from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
 from lockstep.training import checkpoint, rehearsal
@@ -102,6 +102,11 @@ class Trainer:
     def vocabulary(self) -> int:
         """Rows of the head; a tokenizer may have fewer ids."""
         return self._policy.head.shape[0]
+
+    @property
+    def head_name(self) -> str:
+        """Of the parameter that is the last matrix product's, the embedding's own where they are tied."""
+        return name_of_head(self._policy)
 
     @property
     def shares_prompts(self) -> bool:

@@ -5,6 +5,9 @@ sides score known tokens. Where they differ by more than they did before, the re
 hypothesis that fits: nothing delivered; the head old under a new body; one or some tensors old
 (``attribution.py``). Then the weights are put back, exactly, and proven again. Prompts that were in the
 prefix cache before the update are drawn from after it, to show a stale cache.
+
+Where the sides differ by so much anyway that one old tensor would be lost in it (bf16), each tensor is asked
+besides (``left_behind.py``).
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,9 @@ import numpy as np
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.explain.weights import attribution
+from lockstep.parity.left_behind import left_behind, proven_each
 from lockstep.parity.pair import Pair, draw
+from lockstep.parity.perturbation import PROBE_VERSION, perturbed
 from lockstep.parity.tolerances import (
     CANARY_FLOOR,
     CANARY_MULTIPLE,
@@ -23,13 +28,11 @@ from lockstep.parity.tolerances import (
     OTHER_CHECKPOINT,
     PERTURBATION_OVER_NOISE,
 )
-from lockstep.policy.variants import EarlierHead, Perturbed
+from lockstep.policy.variants import EarlierHead
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 
-PROBE_VERSION = 10**9
-"""Version number of perturbed weights: no training run counts as far."""
 CACHE_TOKENS = 2
 CACHE_PROMPTS = 4
 
@@ -84,6 +87,10 @@ class Measured:
         if float(np.abs(self.engine - self.new).mean()) <= self.noise:
             return False
         return self.limit >= self.shift or float(self.ground.mean()) > self.limit
+
+    def hides_a_tensor(self, n_tensors: int) -> bool:
+        """True when one of so many could be old within the limit: it moves a token by their root's part."""
+        return self.limit * n_tensors**0.5 >= self.shift
 
     def residue(self, scores: np.ndarray) -> float:
         """mean |engine − scores|, nats; where the sides are blurred, the same of the moves that led to
@@ -140,9 +147,16 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     canary.clean_gap_nats = restored.gap_abs_mean_nats
     new = figures["residue_all_new_abs_mean_nats"]
     excluded = [] if measured.blurred else ["no stale tensor or head"]
+    if measured.hides_a_tensor(len(pair.trainer.parameter_names())):
+        tensors, left = proven_each(pair)
+        figures |= {"tensors": tensors.n_tensors, "tensors_seen": tensors.n_seen}
+        if left:
+            what = f"{SERVED}{left[0].place.place} is old"
+            return Verdict.failed("weights", what, left_behind(pair, left), figures)
+        excluded = [f"no stale tensor, where {tensors.n_seen} of {tensors.n_tensors} would have shown"]
     if _cache_limit(pair, measured) < measured.shift:
         excluded.append("no stale prefix cache")
-    proven = ", ".join(excluded) or "one stale tensor would be lost in what the sides differ by anyway"
+    proven = ", ".join(excluded)
     summary = f"a change of {measured.shift:.2f} nats arrived to within {new:.1e}, and back again; {proven}"
     return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n_tokens, figures=figures)
 
@@ -322,8 +336,3 @@ def _wrong_version(pair: Pair, sample: Samples, version: int) -> str:
     return (
         "" if said <= {version} else f"completions of version {version} say that they are of {sorted(said)}"
     )
-
-
-def perturbed(pair: Pair) -> Perturbed:
-    """Noise on every parameter of the trainer, large against what arithmetic brings."""
-    return Perturbed(pair.trainer.snapshot(), pair.noise.perturbation, pair.seed)

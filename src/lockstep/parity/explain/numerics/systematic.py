@@ -154,7 +154,7 @@ def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
     with pair.exactly():
         slopes = _slopes(pair, sample, found.best, sample.scored(pair.trainer))
-    by_prompt = np.bincount(_prompts(sample)[sample.owners], slopes * token_weights(gap, trainer))
+    by_prompt = np.bincount(prompts_of(sample)[sample.owners], slopes * token_weights(gap, trainer))
     return float(statistic(by_prompt[None])[0]) * np.sign(found.theta)
 
 
@@ -175,22 +175,23 @@ def _rounding(form: str) -> Callable[[str, Tensor], Tensor | None]:
 
 def _rows(sample: Samples, weights: np.ndarray, pulled: Pulls) -> tuple[list[Direction], np.ndarray]:
     """Every direction with its pulls, those of one prompt's samples summed: [K] and float64 [K, prompts]."""
-    found = list(_of_tensors(pulled))
+    found = list(of_tensors(pulled))
     for family in (TEMPERATURE, CONSTANT, FIRST, LONG):
         slopes = pulled.temperature if family == TEMPERATURE else _of_rows(sample, family)
         found.append((Direction(family), np.bincount(sample.owners, slopes * weights, len(sample))))
-    prompts = _prompts(sample)
+    prompts = prompts_of(sample)
     by_prompt = np.stack([np.bincount(prompts, row) for _, row in found])
     return [direction for direction, _ in found], by_prompt
 
 
-def _prompts(sample: Samples) -> np.ndarray:
+def prompts_of(sample: Samples) -> np.ndarray:
     """The number of each sample's prompt, int [S]: what follows one prompt shares its rounding."""
     known: dict[bytes, int] = {}
     return np.array([known.setdefault(prompt.tobytes(), len(known)) for prompt in sample.prompts])
 
 
-def _of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
+def of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
+    """Of each tensor, each layer's and all layers' tensors together: pulls of every sequence, float64 [S]."""
     layers: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row, (family, name) in enumerate(pulled.names):
         yield (
