@@ -153,7 +153,8 @@ class LeftBehind:
         once = _left(place, Moves(before - served, new - old, new, canary.owners), again=True)
         if once is not None:
             return [once]
-        tried = [_moved_alone(pair, each, canary, served - new) for each in suspect.places]
+        now = pair.trainer.snapshot()
+        tried = [_moved_alone(pair, each, canary, now, served - new) for each in suspect.places]
         return [found for found in tried if found is not None]
 
     def _pulled(self, pair: Pair, asked: Tokens) -> dict[Direction, tuple[np.ndarray, np.ndarray]]:
@@ -245,15 +246,17 @@ def _far(pair: Pair, tensors: Snapshot) -> Perturbed:
     return Perturbed(tensors, FARTHER * pair.noise.perturbation, pair.seed)
 
 
-def _moved_alone(pair: Pair, place: Direction, canary: Canary, start: np.ndarray) -> Left | None:
+def _moved_alone(
+    pair: Pair, place: Direction, canary: Canary, now: Snapshot, start: np.ndarray
+) -> Left | None:
     """One tensor moved far, sent, and put back; None where the move arrived.
 
     Args:
+        now: the weights as they are.
         start: engine − trainer before, nats: both sides' moves are held against each other.
     """
     name = pair.trainer.head_name if place.tensors == (HEAD,) else place.tensors[0]
-    now = Snapshot({name: pair.trainer.snapshot().values[name]})
-    with pair.trainer.holding(_far(pair, now)):
+    with pair.trainer.holding(_far(pair, Snapshot({name: now.values[name]}))):
         pair.sync(PROBE_VERSION)
         engine = canary.engine_scores(pair)
         with pair.exactly():
