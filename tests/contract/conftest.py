@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tests.e2e.conftest import need, tiny_checkpoint
-from transformers import LlamaConfig
 
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.registry import Choice, start
@@ -179,6 +177,7 @@ def _wait_for(process, port, log):
 @pytest.fixture(scope="session")
 def trainer():
     """The trainer's model in fp32, in published memory."""
+    from lockstep.policy.model import load_policy
     from lockstep.policy.pretrained import resolve_model
 
     try:
@@ -187,53 +186,20 @@ def trainer():
         if os.environ.get("CI"):
             raise
         pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
-    yield from _trained(path)
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory):
-    """As wide as SmolLM2 with six of its thirty layers, random; for an engine that computes as the trainer
-    does, so that what it computes on says nothing."""
-    from lockstep.policy.pretrained import resolve_model
-
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        initializer_range=0.04,
-        tie_word_embeddings=True,
-    )
-    return tiny_checkpoint(config, need(resolve_model, MODEL), tmp_path_factory.mktemp("small") / "model")
-
-
-def _trained(path):
-    from lockstep.policy.model import load_policy
-
     policy, directory = load_policy(path, "float32", "float32"), weights_directory()
     yield Trainer(policy, None, lambda model: WeightPublisher(model, directory)), directory
     shutil.rmtree(directory)
 
 
-@pytest.fixture(scope="session")
-def small_trainer(small_model):
-    yield from _trained(small_model)
-
-
 @pytest.fixture(scope="module", params=ENGINES)
-def side(request, tmp_path_factory) -> Iterator[Side]:
+def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
     """One engine, running, with the trainer's weights."""
     os.environ["LOCKSTEP_API_KEY"] = API_KEY
     name, log = request.param, tmp_path_factory.mktemp("engine") / "engine.log"
     choice = choice_of(name.removeprefix("http:"))
-    small = name == "transformers"
-    trainer = request.getfixturevalue("small_trainer" if small else "trainer")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(choice.environment, log)) if name.startswith("http:") else None
         asked = {"options": {"base_url": server.url}} if server else {}
-        asked |= {"model_path": request.getfixturevalue("small_model")} if small else {}
         engine = start(
             Choice("openai", None, "over HTTP") if server else choice, spec_of(trainer[1], log, **asked)
         )

@@ -33,6 +33,7 @@ def start(directory, model_path=None):
     directory.mkdir(exist_ok=True)
     layout, said = RunLayout(directory), []
     run = Run(SimpleNamespace(pair=pair, model_path=model_path), layout, said.append, open_recorder(layout))
+    run.deliveries.judge = lambda *_: None  # the loop's proofs are not what is shown here
     run.said = said
     return run
 
