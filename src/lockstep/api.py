@@ -66,7 +66,9 @@ def check(
         EngineError: when the engine does not start or answers with an error.
     """
     _refuse_depth(depth, DEPTHS)
-    faults, key, loaded = _planted(plant), _key(sign_key, "--sign-key"), _loaded(recipe)
+    faults = _planted(plant)
+    key = _key(sign_key, "--sign-key")
+    loaded = _loaded(recipe)
     if depth == "quick":
         loaded = with_sets(loaded, QUICK)
     from lockstep.loop.open import open_session, preflight
@@ -248,7 +250,8 @@ def check_log(
     logged = read_logged(file, recipe.sampling)
     size = f"{len(logged.token_ids):,} tokens in {len(logged.spans):,} completions"
     say(f"{size} under {len(logged.samplings)} sampling settings; scoring them with {recipe.model.path}")
-    trainer, deeper = Trainer.load(path, recipe), deepen if depth == "full" else None
+    trainer = Trainer.load(path, recipe)
+    deeper = deepen if depth == "full" else None
     return judge(logged, trainer, Renderer(path), recipe, say, rows, deeper)
 
 

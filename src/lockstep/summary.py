@@ -88,7 +88,8 @@ def _syncs(run: RunRecord) -> dict[int, Status]:
     """Each version's, by the canary or by the rollouts that it drew, whichever proves it."""
     syncs: dict[int, Status] = {}
     for record in run.verdicts:
-        when, status = record.when, record.verdict.status
+        when = record.when
+        status = record.verdict.status
         if isinstance(when, AfterSync | OfRollouts) and syncs.get(when.version) != "PASS":
             syncs[when.version] = status
     return syncs

@@ -76,7 +76,8 @@ class Console:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._step = self._text = ""
-        self._mutex, self._end = threading.Lock(), threading.Event()
+        self._mutex = threading.Lock()
+        self._end = threading.Event()
         self._ticker: threading.Thread | None = None
 
     def say(self, text: str) -> None:

@@ -88,7 +88,9 @@ def _untestable(sample: Samples) -> str:
 
 def _tested(pair: Pair, sample: Samples, drawn: Drawn) -> tuple[Samples, Tested]:
     """Every direction on enough sequences for the size that is to be seen, or on all that there are."""
-    asked, n, which = pair.recipe.parity.directions_see, len(sample), 0
+    asked = pair.recipe.parity.directions_see
+    n = len(sample)
+    which = 0
     began = time.monotonic()
     tested = systematic(pair, sample, sample.scored(pair.trainer))
     while asked and tested.found is None and _seen(tested) > asked and len(sample) == n:

@@ -42,8 +42,11 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
 
     A failing factor fails the layer.
     """
-    ready, factors = pair.engine.ready, pair.engine.facts.factors
-    findings, figures, skipped = list(path.findings), dict(path.figures), []
+    ready = pair.engine.ready
+    factors = pair.engine.facts.factors
+    findings = list(path.findings)
+    figures = dict(path.figures)
+    skipped = []
     for factor in factors:
         pair.say(f"ladder: path: {factor.cause.replace('_', ' ')}")
         options = factor.options(ready, LONGEST + ROOM)
@@ -53,7 +56,8 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
             skipped.append(f"{factor.cause}: {error}")
             continue
         except EngineDied as error:
-            size, text = np.full(1, np.nan), f"the engine died with {options}: {error.got}"
+            size = np.full(1, np.nan)
+            text = f"the engine died with {options}: {error.got}"
             findings.append(
                 finding(factor.cause, size, np.zeros(1, int), text, pair.engine.fix(factor.cause))
             )

@@ -19,7 +19,10 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
     if not capability.supported:
         summary = f"{weights.summary}; updates in flight not run: {capability.how}"
         return _with(weights, summary, [], {"in_flight_not_run": capability.how}, 0)
-    figures, findings, n, undisturbed_s = {}, [], 0, None
+    figures = {}
+    findings = []
+    n = 0
+    undisturbed_s = None
     for mode in MODES:
         found = replay(pair, mode, undisturbed_s)
         undisturbed_s = found.undisturbed_s

@@ -143,7 +143,9 @@ def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | Non
         return known[key]
 
     total, interval = measured(recipe, "as it is")
-    at, gap, found = recipe, total, []
+    at = recipe
+    gap = total
+    found = []
     for factor, mend in factors_of(recipe, version):
         alone, _ = measured(mend(recipe), f"{factor.name} mended alone")
         at = mend(at)
@@ -159,7 +161,8 @@ def _measure(recipe: Recipe) -> tuple[float, tuple[float, float]]:
         tempfile.TemporaryDirectory(prefix="lockstep-diagnose-") as scratch,
         open_session(recipe, Path(scratch) / "engine.log", lambda text: None) as session,
     ):
-        pair, parity = session.pair, recipe.parity
+        pair = session.pair
+        parity = recipe.parity
         sampling: SamplingParams = replace(recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
         sample = draw(pair, probe_prompts(pair, parity.probe_prompts, pair.seed), sampling, pair.seed)
         gap = np.abs(sample.scored(pair.trainer) - sample.engine_logprobs)

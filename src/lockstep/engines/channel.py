@@ -49,11 +49,14 @@ class Channel:
     def __init__(
         self, peer: socket.socket, on_end: Callable[[], None], death: Callable[[], EngineDied]
     ) -> None:
-        self._peer, self._on_end, self._death = peer, on_end, death
+        self._peer = peer
+        self._on_end = on_end
+        self._death = death
         self._waiting = {START: _Waiting(None, reply_limit(None))}
         self._start = self._waiting[START].future
         self._next_id = START + 1
-        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._reason: LockstepError | None = None
         self._ended = False
         self._reader = threading.Thread(target=self._read, name="engine-replies", daemon=True)
@@ -189,7 +192,8 @@ class Channel:
 
     def _end(self, reason: LockstepError | None) -> None:
         with self._lock:
-            self._ended, self._reason = True, self._reason or reason
+            self._ended = True
+            self._reason = self._reason or reason
             waiting, self._waiting = list(self._waiting.values()), {}
         try:
             self._on_end()

@@ -81,7 +81,8 @@ class WorkerProcess:
     def __init__(
         self, python: Path, program: WorkerProgram, config: bytes, env: dict[str, str], log_path: Path
     ) -> None:
-        self.program, self.log_path = program, log_path
+        self.program = program
+        self.log_path = log_path
         self.directory = private_directory()
         self._lifeline = -1
         try:

@@ -144,7 +144,8 @@ def check_completions(
 
 
 def _check_spans(where: str, found: str, completion: Completion) -> None:
-    at, n_tokens = 0, len(completion.token_ids) // 4
+    at = 0
+    n_tokens = len(completion.token_ids) // 4
     for span in completion.version_spans:
         if span.start != at or not at < span.stop <= n_tokens or span.version < 0:
             raise _wrong(where, f"{found}: {span}", f"versions that tile its {n_tokens} tokens")
@@ -154,7 +155,8 @@ def _check_spans(where: str, found: str, completion: Completion) -> None:
 
 
 def _check_scores(request: Score, scores: Sequence[Scores]) -> None:
-    where, sizes = describe(request), [max(len(sequence) - 4, 0) for sequence in request.sequences]
+    where = describe(request)
+    sizes = [max(len(sequence) - 4, 0) for sequence in request.sequences]
     if [len(found.logprobs) for found in scores] != sizes:
         raise _wrong(
             where, f"{len(scores)} rows of {[len(s.logprobs) for s in scores][:8]}… bytes", f"{sizes[:8]}…"

@@ -73,7 +73,8 @@ class TransformersEngine(Engine):
 
     def __init__(self, spec: EngineSpec) -> None:
         began = time.perf_counter()
-        options, known = FACTS.defaults | spec.options, ", ".join(FACTS.defaults)
+        options = FACTS.defaults | spec.options
+        known = ", ".join(FACTS.defaults)
         unknown = sorted(options.keys() - FACTS.defaults.keys())
         if unknown:
             raise UsageError(
@@ -90,9 +91,13 @@ class TransformersEngine(Engine):
             _raise_head(self.model, DTYPES[spec.head_dtype])
         # The checkpoint's own would edit every request silently.
         self.model.generation_config = GenerationConfig()
-        self.max_batch_size, self.max_model_len = int(options["max_batch_size"]), spec.max_model_len
-        self.weights_dir, self.version, self.vocabulary = spec.weights_dir, 0, vocabulary_of(spec.model_path)
-        self._busy, self._aborting = threading.Lock(), threading.Event()
+        self.max_batch_size = int(options["max_batch_size"])
+        self.max_model_len = spec.max_model_len
+        self.weights_dir = spec.weights_dir
+        self.version = 0
+        self.vocabulary = vocabulary_of(spec.model_path)
+        self._busy = threading.Lock()
+        self._aborting = threading.Event()
         resolved = {
             "worker.parameter_dtype": str(self.model.dtype),
             "worker.head_dtype": f"torch.{spec.head_dtype}",

@@ -88,7 +88,9 @@ def _kept_cache(llm: Any) -> Iterator[None]:
 
 def main() -> None:
     """Run the worker's module as if it had been run itself."""
-    module, serve, code = sys.argv.pop(1), terms.serve, cast(Any, terms)
+    module = sys.argv.pop(1)
+    serve = terms.serve
+    code = cast(Any, terms)
     code.serve = lambda engine: serve(planted_engine(engine))
     code.EXTENSION = "lockstep.faults.in_worker.PlantedWeights"
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -20,7 +20,8 @@ class Journal:
     """Outcomes of one recipe, appended as they come."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path, self.key = path, _key(recipe)
+        self.path = path
+        self.key = _key(recipe)
 
     def outcomes(self) -> list[Outcome]:
         """Those that an earlier campaign came to."""

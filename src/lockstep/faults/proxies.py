@@ -169,7 +169,8 @@ def token_edited(at: int) -> Callable[..., Any]:
     """A hook: one token of each completion becomes another."""
 
     def edit(self: Proxy, completions: Completions) -> Completions:
-        vocabulary, found = self.pair.trainer.vocabulary, []
+        vocabulary = self.pair.trainer.vocabulary
+        found = []
         for c in completions:
             ids = ids_of(c).copy()
             if len(ids) > at + 1:
@@ -190,11 +191,14 @@ def stop_dropped(self: Proxy, completions: Completions) -> Completions:
 
 def some_corrupted(self: Proxy, completions: Completions) -> Completions:
     """A hook: the last two tokens of one completion in eight are noise that the engine is sure of."""
-    rng, vocabulary, found = np.random.default_rng(0), self.pair.trainer.vocabulary, []
+    rng = np.random.default_rng(0)
+    vocabulary = self.pair.trainer.vocabulary
+    found = []
     for number, c in enumerate(completions):
         ids, numbers = ids_of(c).copy(), numbers_of(c).copy()
         if number % 8 == 3 and len(ids) > 4:
-            ids[-2:], numbers[-2:] = rng.integers(0, vocabulary, 2), -0.01
+            ids[-2:] = rng.integers(0, vocabulary, 2)
+            numbers[-2:] = -0.01
         found.append(with_numbers(with_ids(c, ids), numbers))
     return found
 

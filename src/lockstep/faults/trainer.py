@@ -95,7 +95,8 @@ def with_generation_config(pair: Pair) -> AbstractContextManager[None]:
 def renders_two_bos(pair: Pair) -> Iterator[None]:
     """The template's BOS and the tokenizer's."""
     renderer: Any = pair.renderer
-    original, bos = renderer.prompt, renderer.tokenizer.bos_token_id
+    original = renderer.prompt
+    bos = renderer.tokenizer.bos_token_id
     renderer.prompt = lambda messages: np.r_[bos, original(messages)].astype(np.int32)
     try:
         yield

@@ -63,7 +63,9 @@ class UnusableError(Exception):
     """What stands in one column of a row, and what should."""
 
     def __init__(self, column: str, got: str, expected: str) -> None:
-        self.column, self.got, self.expected = column, got, expected
+        self.column = column
+        self.got = got
+        self.expected = expected
         super().__init__(column, got, expected)
 
 
@@ -89,10 +91,8 @@ def ids_of(name: str, row: Row) -> np.ndarray:
 
 def logprobs_of(names: dict[str, str], row: Row, n_tokens: int) -> np.ndarray:
     """Log-probabilities, float64; NaN for null."""
-    name, expected = (
-        names["logprobs"],
-        "a list of numbers; null, NaN and the infinities are counted as missing",
-    )
+    name = names["logprobs"]
+    expected = "a list of numbers; null, NaN and the infinities are counted as missing"
     values = _list(name, row, expected)
     if len(values) != n_tokens:
         raise UnusableError(

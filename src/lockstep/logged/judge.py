@@ -125,7 +125,8 @@ class Part:
 
     def semantics(self) -> Verdict:
         """The verdict of layer 1."""
-        pair, few = self.pair, self.few
+        pair = self.pair
+        few = self.few
         if self.wrong_mask:
             return self._fail("mask_contradicted", self.wrong_mask, {})
         values = self.logged.logprobs[self.logged.judged(self.every)]
@@ -178,7 +179,8 @@ class Part:
 
     def _drawn(self) -> Mangled | None:
         """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
-        pair, few = self.pair, self.few
+        pair = self.pair
+        few = self.few
         if few.sampling.temperature == 0.0:
             others = not_greedy(pair.trainer, few, pair.noise)
             return Mangled("temperature_altered", others) if others else None
@@ -187,7 +189,8 @@ class Part:
 
     def _in_some(self) -> Mangled | None:
         """What strikes some tokens, or some rows, and leaves the median right."""
-        pair, gaps = self.pair, self.gaps
+        pair = self.pair
+        gaps = self.gaps
         if within(pair.noise, gaps.gap):
             return None
         replaced = placeholders(gaps, pair.noise)
@@ -207,7 +210,9 @@ class Part:
     def _unasked(self, fitting: str) -> Mangled | None:
         """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows
         besides."""
-        pair, few, evidence = self.pair, self.few, self._evidence()
+        pair = self.pair
+        few = self.few
+        evidence = self._evidence()
         mangled = transformed(pair, evidence) or pair.search.first(
             [("ids of another vocabulary", lambda: moved_ids(pair, few))]
         )
@@ -222,7 +227,8 @@ class Part:
 
     def _rarely_felt(self) -> Mangled | None:
         """A setting, or tokens that are others, where the median token feels nothing of it."""
-        pair, few = self.pair, self.few
+        pair = self.pair
+        few = self.few
         gap = few.engine_logprobs - self.trainer
         if within(pair.noise, gap):
             return None
@@ -365,7 +371,8 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
     widest = parts[int(np.argmax([np.median(np.abs(part.gap)) for part in gaps]))]
     gap = np.concatenate([part.gap for part in gaps])
     verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
-    measured, rows = int(starts[-1]), sum(len(part.every) for part in parts)
+    measured = int(starts[-1])
+    rows = sum(len(part.every) for part in parts)
     return (
         verdict
         if measured == rows

@@ -73,7 +73,8 @@ def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
 
 def pads_of(trainer: Trainer, renderer: Renderer) -> set[int]:
     """Ids that sequences are padded with."""
-    tokenizer, config = renderer.tokenizer, trainer.text_config
+    tokenizer = renderer.tokenizer
+    config = trainer.text_config
     known = (
         tokenizer.pad_token_id,
         tokenizer.eos_token_id,
@@ -85,7 +86,8 @@ def pads_of(trainer: Trainer, renderer: Renderer) -> set[int]:
 
 def _refuse(logged: Logged, trainer: Trainer, pads: set[int]) -> None:
     """Ids that the model does not have, but for pads; rows that are longer than its positions."""
-    vocabulary, config = trainer.vocabulary, trainer.text_config
+    vocabulary = trainer.vocabulary
+    config = trainer.text_config
     hint = "is --model the one that drew them?"
     for role, ids, spans in (
         ("prompt", logged.prompt_ids, logged.prompt_spans),
@@ -147,7 +149,8 @@ def _strip_completions(logged: Logged, ids: set[int]) -> None:
     if not ends.any():
         return
     values, counts = np.unique(logged.logprobs[last][ends], return_counts=True)  # NaNs are one
-    value, pad = values[counts.argmax()], _commonest(logged.token_ids[last][ends])
+    value = values[counts.argmax()]
+    pad = _commonest(logged.token_ids[last][ends])
     same = np.isnan(logged.logprobs) if np.isnan(value) else logged.logprobs == value
     pads = same & (logged.token_ids == pad)
     runs = np.array([_run(pads[start:stop][::-1]) for start, stop in logged.spans])

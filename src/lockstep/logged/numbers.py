@@ -87,7 +87,8 @@ def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
     values, counts = np.unique(gaps.engine[off], return_counts=True)
     value = values[counts.argmax()]
     same = gaps.engine == value
-    wrong, rest = off & same, np.abs(gaps.gap[~same])
+    wrong = off & same
+    rest = np.abs(gaps.gap[~same])
     scores = gaps.trainer[wrong]
     # By a floor, which is another cause.
     clipped = value == gaps.engine.min() and value != 0.0 and (scores < value).all()

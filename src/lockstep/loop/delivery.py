@@ -49,7 +49,8 @@ class Deliveries:
     def settle(self, version: int, how: str) -> None:
         """``version`` is proven."""
         self.proven, self.how = version, how
-        self._before, self._moves = None, None
+        self._before = None
+        self._moves = None
         if how != ROLLOUTS:
             self._tensors = None
 
@@ -139,7 +140,8 @@ def _verdict(pair: Pair, found: Missing, version: int, moves: Moves) -> Verdict:
             figures=figures,
         )
     cause = "not_delivered" if found.share + found.error >= 1.0 else "partly_delivered"
-    effect, fix = np.abs(found.share * moves.moved), pair.engine.fix(cause)
+    effect = np.abs(found.share * moves.moved)
+    fix = pair.engine.fix(cause)
     named = finding(cause, effect, moves.owners, found.told(), fix, found.n_tokens)
     return Verdict.failed(
         "weights", f"version {version} did not draw its rollouts: {found.told()}", named, figures

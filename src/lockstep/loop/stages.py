@@ -59,7 +59,7 @@ class Run:
     deliveries: Deliveries = field(default_factory=Deliveries)
     """Which version is proven, by the canary, by rollouts or by layer 3."""
     sign_key: bytes = b""
-    """Signs the certificate where the user gave one (``parity/signature.py``)."""
+    """Signs the certificate where the user gave one (``runs/signature.py``)."""
 
     @property
     def pair(self) -> Pair:
@@ -349,7 +349,8 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
 
 def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
     """What can be said of rollouts before the weights ``version`` are trained on them, by catalog name."""
-    lengths, rewards = rollouts.lengths, rollouts.rewards.reshape(-1, rollouts.group_size)
+    lengths = rollouts.lengths
+    rewards = rollouts.rewards.reshape(-1, rollouts.group_size)
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),

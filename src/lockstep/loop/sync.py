@@ -37,7 +37,8 @@ def run_steps(run: Run, *, resumed: bool) -> None:
 
 
 def _step(run: Run, step: int) -> None:
-    began, training = time.perf_counter(), run.recipe.training
+    began = time.perf_counter()
+    training = run.recipe.training
     rollouts = sample(run, step)
     reward(run, step, rollouts)
     figures = train_gated(run, step, rollouts)

@@ -90,7 +90,8 @@ def bootstrap_mean_ci95(
     """
     _, inverse = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(inverse, values.astype(np.float64)), np.bincount(inverse)
-    random, means = np.random.default_rng(seed), np.empty(draws)
+    random = np.random.default_rng(seed)
+    means = np.empty(draws)
     for draw in range(draws):  # one at a time: a log has 10⁵ groups
         picks = random.integers(0, len(sums), len(sums))
         means[draw] = sums[picks].sum() / counts[picks].sum()

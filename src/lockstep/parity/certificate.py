@@ -17,7 +17,8 @@ from lockstep.runs.strict import plain
 
 def describe_pair(pair: Pair) -> dict[str, Any]:
     """Everything that, when it changes, voids a certificate."""
-    ready, digests = pair.engine.ready, pair.trainer.digests()
+    ready = pair.engine.ready
+    digests = pair.trainer.digests()
     return {
         "lockstep": lockstep.__version__,
         "hardware": {"processor": processor()},

@@ -67,7 +67,8 @@ class Tokens:
     @classmethod
     def of(cls, rollouts: Samples, moves: Moves) -> "Tokens":
         """Those of a step that the model sampled."""
-        groups, prompts = rollouts.apart().groups, prompts_of(rollouts)
+        groups = rollouts.apart().groups
+        prompts = prompts_of(rollouts)
         return cls(groups, prompts, rollouts.temperature, rollouts.loss_mask, moves.gap, moves.logprobs)
 
 
@@ -143,7 +144,8 @@ class LeftBehind:
         Args:
             canary: what both sides score in the experiment.
         """
-        before, place = canary.engine_scores(pair), suspect.places[0]
+        before = canary.engine_scores(pair)
+        place = suspect.places[0]
         pair.sync(pair.version)
         with pair.exactly():
             new = canary.trainer_scores(pair).astype(np.float64)
@@ -207,7 +209,8 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[Left]]:
         pair.sync(PROBE_VERSION)
         with pair.exactly():
             new = canary.trainer_scores(pair).astype(np.float64)
-        every, gap = np.ones(new.size, bool), canary.engine_scores(pair) - new - start
+        every = np.ones(new.size, bool)
+        gap = canary.engine_scores(pair) - new - start
         suspect = tensors.suspect(pair, Tokens(canary.groups, np.arange(n), 1.0, every, gap, new))
     pair.sync(pair.version)
     return tensors, [] if suspect is None else tensors.tried(pair, suspect, canary)
@@ -215,7 +218,8 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[Left]]:
 
 def left_behind(pair: Pair, left: Sequence[Left], found: str = "") -> Finding:
     """The finding that tensors stayed behind, the first with its size."""
-    first, cause = left[0], "stale_tensors"
+    first = left[0]
+    cause = "stale_tensors"
     told = "; ".join(each.told() for each in left) + found
     return finding(cause, first.effect, first.owners, told, pair.engine.fix(cause), first.missing.n_tokens)
 

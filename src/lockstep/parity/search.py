@@ -33,7 +33,8 @@ class Search:
     """
 
     def __init__(self, limit_s: float, say: Callable[[str], None] = lambda text: None) -> None:
-        self.limit_s, self.say = limit_s, say
+        self.limit_s = limit_s
+        self.say = say
         self.spent_s = 0.0
         self.tried: list[str] = []
         self.not_tried: list[str] = []

@@ -96,7 +96,8 @@ class _TokenLogprobs(torch.autograd.Function):
         operand = head.to(head_dtype if wide == torch.float32 else wide)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs) if with_entropy else None
-        blocks, ctx.kept = _blocks(len(hidden), head), []
+        blocks = _blocks(len(hidden), head)
+        ctx.kept = []
         keep_from = (
             len(blocks) - KEPT_BLOCKS if softcap is None and any(ctx.needs_input_grad[:3]) else len(blocks)
         )

@@ -183,7 +183,8 @@ class _Layout:
 
 
 def _lay_out(trees: list[_Tree]) -> Packed:
-    row, blocks = _Layout(), []
+    row = _Layout()
+    blocks = []
     for tree in trees:
         start = row.length
         row.add(tree.branches[0].prompt[: tree.trunk], 0)

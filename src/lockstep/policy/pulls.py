@@ -104,7 +104,9 @@ class _Taken:
     """What the taps of one pass after another have added up to."""
 
     def __init__(self, policy: Policy, asked: Sequence[Asked], n_sequences: int) -> None:
-        self.policy, self.families, self.n = policy, [one.families for one in asked], n_sequences
+        self.policy = policy
+        self.families = [one.families for one in asked]
+        self.n = n_sequences
         self.asking = 0
         """The weighting whose backward pass runs."""
         self.sums: list[dict[tuple[str, str], np.ndarray]] = [{} for _ in asked]
@@ -191,7 +193,8 @@ class _Taken:
     @torch.no_grad()
     def head(self, hidden: Tensor, row: Packed, at: Sequence[Tensor], temperature: float) -> Tensor:
         """The head's pulls under each weighting; returns the slopes of the temperature, float32 [T]."""
-        head, owners = whole(self.policy.head.detach()), torch.empty(len(row.targets), dtype=torch.int64)
+        head = whole(self.policy.head.detach())
+        owners = torch.empty(len(row.targets), dtype=torch.int64)
         for number, span in zip(row.completions, row.spans, strict=True):
             owners[span] = number
         ways = {family: way for families in self.families for family, way in families.items()}
@@ -200,7 +203,8 @@ class _Taken:
         for first in range(0, len(hidden), CHUNK):
             rows = slice(first, first + CHUNK)
             logits = self.policy.logits(hidden[rows]) / temperature
-            p, targets = logits.softmax(-1), row.targets[rows, None]
+            p = logits.softmax(-1)
+            targets = row.targets[rows, None]
 
             def slope_of(moved: Tensor, p: Tensor = p, targets: Tensor = targets) -> Tensor:
                 return moved.gather(1, targets)[:, 0] - (p * moved).sum(-1)

@@ -36,11 +36,13 @@ def kept_cache_logprobs(
     Args:
         old: the weights before the switch.
     """
-    caches, found = [], []
+    caches = []
+    found = []
     with attention_of(policy.model, EAGER):
         with Earlier(old).held(policy):
             for prompt, tokens, n in pieces:
-                cache, ids = DynamicCache(), _ids(policy, np.r_[prompt, tokens[: n - 1]])
+                cache = DynamicCache()
+                ids = _ids(policy, np.r_[prompt, tokens[: n - 1]])
                 policy.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
                 caches.append(cache)
         for cache, (_, tokens, n) in zip(caches, pieces, strict=True):

@@ -41,7 +41,8 @@ class RotaryBase:
     def held(self, policy: Policy) -> AbstractContextManager[Policy]:
         """See :class:`~lockstep.policy.variants.Variant`."""
         module = rotary_of(policy.model)
-        n, before = module.inv_freq.numel(), module.inv_freq
+        n = module.inv_freq.numel()
+        before = module.inv_freq
         frequencies = self.base ** -(torch.arange(n, device=before.device, dtype=torch.float32) / n)
         return _set(policy, [(module, "inv_freq")], frequencies.to(before.dtype))
 

@@ -29,7 +29,8 @@ def deadline(seconds: float) -> Iterator[None]:
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
-    under_way, ended = True, threading.Event()
+    under_way = True
+    ended = threading.Event()
 
     def overdue(number: int, frame: object) -> None:
         if under_way:

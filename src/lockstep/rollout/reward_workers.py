@@ -51,7 +51,8 @@ class RewardWorkers:
     """
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
-        self._config, self._seed = config, seed
+        self._config = config
+        self._seed = seed
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._live: set[_Worker] = set()
         self._closing = threading.Event()

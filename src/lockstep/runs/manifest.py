@@ -170,7 +170,8 @@ def _parts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _code(recipe: Recipe) -> dict[str, str]:
-    task, objective = recipe.task, recipe.objective
+    task = recipe.task
+    objective = recipe.objective
     named = {"task.name": task.name, "task.reward": task.reward, "objective.name": objective.name}
     # A dataset of reasoning-gym's is told by that package's version.
     return {

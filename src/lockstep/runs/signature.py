@@ -20,7 +20,8 @@ def read_key(path: Path, flag: str) -> bytes:
     """
     hint = f"head -c 32 /dev/urandom > {path} && chmod 600 {path}"
     try:
-        mode, key = path.stat().st_mode, path.read_bytes()
+        mode = path.stat().st_mode
+        key = path.read_bytes()
     except OSError as error:
         raise UsageError(
             f"flag {flag} {path}", got=error.strerror or str(error), expected="a key file", hint=hint

@@ -35,7 +35,8 @@ class NcclPublisher:
 
     def __init__(self, model: nn.Module, directory: Path, n_receivers: int = 1) -> None:
         self.directory = directory
-        self._model, tensors = model, checkpoint_weights(model)
+        self._model = model
+        tensors = checkpoint_weights(model)
         elsewhere = next((name for name, tensor in tensors.items() if not tensor.is_cuda), None)
         if elsewhere is not None:
             raise UsageError(

@@ -93,7 +93,8 @@ class WeightPublisher:
     def __init__(self, model: nn.Module, directory: Path, say: Callable[[str], None] = print) -> None:
         self.directory = directory
         self._model = model
-        tensors, own = checkpoint_weights(model), named_weights(model)
+        tensors = checkpoint_weights(model)
+        own = named_weights(model)
         self._file = _File(directory, FILE_NAME, tensors, say)
         self.path = self._file.path
         self.copied: dict[str, Tensor] = {}
@@ -158,7 +159,8 @@ class DoublePublisher:
 def _header(tensors: dict[str, Tensor], version: int) -> tuple[bytes, dict[str, int]]:
     """The safetensors header, padded to whole pages, and each tensor's offset behind it."""
     entries: dict[str, object] = {"__metadata__": {"lockstep_version": f"{version:012d}", "format": "pt"}}
-    offsets, at = {}, 0
+    offsets = {}
+    at = 0
     for name, tensor in tensors.items():
         offsets[name] = at
         entries[name] = {

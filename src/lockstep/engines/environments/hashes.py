@@ -49,7 +49,8 @@ def exactly(report: Path, lock: Path) -> str:
     Raises:
         InstallError: for a file that the lock does not know.
     """
-    known, lines = {(pin.name, pin.version): pin.hashes for pin in read_lock(lock)}, []
+    known = {(pin.name, pin.version): pin.hashes for pin in read_lock(lock)}
+    lines = []
     for item in msgspec.json.decode(report.read_bytes())["install"]:
         name, version = item["metadata"]["name"], item["metadata"]["version"]
         file = item["download_info"]["url"].rpartition("/")[2]

@@ -98,7 +98,9 @@ class _Build:
     """One build of one environment. The lock is held."""
 
     def __init__(self, recipe: EnvironmentRecipe, lock: int, say: Say) -> None:
-        self.recipe, self.lock, self.say = recipe, lock, say
+        self.recipe = recipe
+        self.lock = lock
+        self.say = say
         self.path = path_of(recipe)
         self.log = self.path.with_name(f"{self.path.name}.log")
         self.python = self.path / "bin" / "python"
@@ -132,7 +134,8 @@ class _Build:
         return environment
 
     def _pip(self, number: int, step: Step) -> None:
-        command, lock = [str(self.python), *PIP], step.path
+        command = [str(self.python), *PIP]
+        lock = step.path
         if step.requirements:
             bounds, report, lock = (
                 self.path / f"lockstep-{name}" for name in ("bounds.txt", "report.json", "chosen.txt")

@@ -62,7 +62,8 @@ def main():
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    out, tied = Path(sys.argv[1]), "untied" not in sys.argv[2:]
+    out = Path(sys.argv[1])
+    tied = "untied" not in sys.argv[2:]
     out.mkdir(parents=True)
     tensors = {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * 0.1

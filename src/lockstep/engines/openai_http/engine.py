@@ -195,7 +195,8 @@ class OpenAIHttpEngine(Engine):
             return [Completion(number, sample, b"", b"", "abort", ()) for sample in range(params.n)]
         finally:
             self._in_flight.discard(task)
-        choices, counted = answer.choices, (answer.usage.prompt_tokens if answer.usage else None) or 0
+        choices = answer.choices
+        counted = (answer.usage.prompt_tokens if answer.usage else None) or 0
         if len(choices) != params.n:
             raise self._odd(f"{len(choices)} choices", f"{params.n}, as asked for")
         choices = sorted(choices, key=lambda choice: choice.index)

@@ -80,7 +80,8 @@ def options_of(raw: dict[str, Any], confirmed: str = "") -> Options:
 
 
 def _refuse_url(options: Options) -> None:
-    url, fault = options.base_url, ""
+    url = options.base_url
+    fault = ""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port

@@ -19,7 +19,8 @@ def end_group(pgid: int) -> None:
 
     The caller may be a member.
     """
-    own, trackers = os.getpid(), []
+    own = os.getpid()
+    trackers = []
     with contextlib.suppress(ProcessLookupError, PermissionError):
         members = _members(pgid)
         if members is None:

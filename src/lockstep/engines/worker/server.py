@@ -261,7 +261,8 @@ def _fitting(request: Request, reply: Reply) -> bytes:
     body = encode(reply)
     if len(body) <= MAX_FRAME_BYTES:
         return body
-    what, limit = f"{type(reply).__name__} of {len(body)} bytes", f"at most {MAX_FRAME_BYTES}"
+    what = f"{type(reply).__name__} of {len(body)} bytes"
+    limit = f"at most {MAX_FRAME_BYTES}"
     return encode(
         Failure(request.id, f"a reply too large for a frame: {what}", limit, "ask in portions", usage=True)
     )

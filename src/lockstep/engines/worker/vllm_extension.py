@@ -36,10 +36,8 @@ class WeightsExtension:
         if own_process and os.uname().sysname == "Linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         model = self.model_runner.get_model()
-        head, sampler = (
-            _head(model),
-            getattr(self.model_runner, "sampler", None) or getattr(model, "sampler", None),
-        )
+        head = _head(model)
+        sampler = getattr(self.model_runner, "sampler", None) or getattr(model, "sampler", None)
         return {
             "pid": os.getpid(),
             "model_class": type(model).__name__,

@@ -94,7 +94,8 @@ def _raise_head(name: str) -> None:
     import torch
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    original, dtype = LogitsProcessor._get_logits, getattr(torch, name)
+    original = LogitsProcessor._get_logits
+    dtype = getattr(torch, name)
     if hasattr(original, "lockstep"):
         return
 

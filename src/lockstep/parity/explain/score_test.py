@@ -143,7 +143,8 @@ def detectable(pulls: np.ndarray, probed: np.ndarray, critical: float, seed: int
     first = bisect_left(range(len(shifts)), True, key=lambda n: seen(float(shifts[n])))
     if first == len(shifts):
         return np.full(len(pulls), np.inf)
-    spread, information = shifts[first] * np.sqrt(np.square(pulls).sum(1)), np.square(probed).sum(1)
+    spread = shifts[first] * np.sqrt(np.square(pulls).sum(1))
+    information = np.square(probed).sum(1)
     return np.divide(spread, information, out=np.full(len(pulls), np.inf), where=information > 0.0)
 
 

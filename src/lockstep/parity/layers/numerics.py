@@ -32,7 +32,8 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
     Args:
         path: layer 2's verdict, for the engine's floor.
     """
-    sample, trainer = evidence.own, evidence.own_trainer
+    sample = evidence.own
+    trainer = evidence.own_trainer
     gap = trainer - sample.engine_logprobs
     again, alone = evidence.floors.repeat, evidence.floors.alone
     # Not measured where the engine cannot re-score.

@@ -39,7 +39,8 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
         "decode_vs_prefill": _decode(pair, evidence),
         "prefix_cache": _warm(pair, neutral),
     }
-    figures, findings = {}, _corruption(pair, evidence)
+    figures = {}
+    findings = _corruption(pair, evidence)
     for cause, (gap, owners) in comparisons.items():
         quantiles = quantiles_abs(gap)
         figures |= {f"{cause}_abs_{name}_nats": value for name, value in quantiles.items()} | {

@@ -107,7 +107,8 @@ def _by_the_engine_alone(pair: Pair, evidence: Evidence, identified: Identified)
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
     """The verdict of layer 1."""
     missing = sum(sample.missing for sample in evidence.samples)
-    n, sampling = evidence.n_tokens, evidence.own.sampling
+    n = evidence.n_tokens
+    sampling = evidence.own.sampling
     figures = {"missing_logprobs": missing, "declared": pair.engine.semantics(sampling).describe()}
     if missing:
         evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
@@ -204,8 +205,10 @@ def _distribution(
     pair: Pair, evidence: Evidence, identified: Identified, hidden: Explained | None
 ) -> Finding | None:
     """Is what explains the numbers what was asked for, and what the trainer scores?"""
-    own, asked = evidence.own, evidence.own.sampling
-    size, text = np.abs(evidence.own_trainer - own.engine_logprobs), identified.evidence()
+    own = evidence.own
+    asked = evidence.own.sampling
+    size = np.abs(evidence.own_trainer - own.engine_logprobs)
+    text = identified.evidence()
     if asked.truncates:
         cause = "truncation_unmodelled"
         parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in pair.trainer.hidden(own.groups)]

@@ -44,10 +44,13 @@ class Form:
 
 def precision(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | None:
     """Dtypes read back from both sides differ, and a difference of that kind has the gap's size."""
-    trainer, body, head = pair.trainer, pair.engine_dtype, pair.engine_head_dtype
+    trainer = pair.trainer
+    body = pair.engine_dtype
+    head = pair.engine_head_dtype
     if not body or pair.presumed_dtype:
         return _unsaid(pair, sample, gap)
-    ours, size = sample.scored(trainer), float(np.median(np.abs(gap)))
+    ours = sample.scored(trainer)
+    size = float(np.median(np.abs(gap)))
     if body != trainer.dtype:
         expected = _worth(trainer, sample, ours, InDtype(body))
         if size <= PRECISION_MULTIPLE * expected:
@@ -125,8 +128,10 @@ def forms(pair: Pair, sample: Samples, gap: np.ndarray) -> list[Form]:
     counts = np.bincount(sample.owners, minlength=len(sample))
     order = np.argsort([len(ids) for ids in sample.sequences], kind="stable")
     rows = np.sort(order[: 1 + int(np.searchsorted(counts[order].cumsum(), FEW_TOKENS))])
-    few, told = sample.take(rows), gap[np.isin(sample.owners, rows)]
-    ours, found = few.scored(pair.trainer), []
+    few = sample.take(rows)
+    told = gap[np.isin(sample.owners, rows)]
+    ours = few.scored(pair.trainer)
+    found = []
     for name, variant in _forms(pair.trainer):
         keep_looking()
         with pair.trainer.holding(variant):

@@ -143,7 +143,8 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> Drawn:
     alarm stays what it was.
     """
     one = replace(sampling, max_tokens=1, stop_token_ids=())
-    rng, singles = np.random.default_rng(pair.seed), max(8, n_tokens // SINGLES)
+    rng = np.random.default_rng(pair.seed)
+    singles = max(8, n_tokens // SINGLES)
     prompts = max(4, (n_tokens - singles) // CROWD)
     first = _after_one_id(pair, rng, singles, one, pair.seed + 1)
     second = _after_one_id(pair, rng, prompts, replace(one, n=CROWD), pair.seed + 2 + singles)

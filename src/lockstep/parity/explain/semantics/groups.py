@@ -48,7 +48,9 @@ def _only(sampling: SamplingParams, text: str) -> str:
 
 def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
     """Samples of one prompt that are alike more often than chance makes them."""
-    log_chance, count, at = 0.0, 0, 0
+    log_chance = 0.0
+    count = 0
+    at = 0
     for group in groups:
         known: dict[bytes, int] = {}
         for ids in group.completions:

@@ -36,7 +36,8 @@ class BiasFit:
     """
 
     def __init__(self, logprobs: Tensor, ids: Tensor, engine: Tensor) -> None:
-        self.p, self.ids = logprobs.exp(), ids
+        self.p = logprobs.exp()
+        self.ids = ids
         drawn = logprobs.gather(1, ids[:, None])[:, 0]
         self.gap = (engine - drawn).double()
         self.length = (
@@ -46,7 +47,8 @@ class BiasFit:
 
     def left(self, biases: dict[int, float]) -> Tensor:
         """What the numbers still differ by under the biases, float64 [N]."""
-        shift, mass = torch.zeros_like(self.gap), torch.ones_like(self.gap)
+        shift = torch.zeros_like(self.gap)
+        mass = torch.ones_like(self.gap)
         for token, bias in biases.items():
             shift += bias * (self.ids == token)
             mass += self.p[:, token].double() * np.expm1(bias)
@@ -77,7 +79,8 @@ class BiasFit:
 
 def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     """Biases of a few tokens (``held``) that explain every number of ``sample``; None where none do."""
-    engine, temperature = sample.engine_logprobs, sample.temperature
+    engine = sample.engine_logprobs
+    temperature = sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now, after = np.inf, float(fit.gap.abs().mean())
     while BIAS_ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:

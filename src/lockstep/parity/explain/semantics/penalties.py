@@ -35,7 +35,8 @@ class PenaltyFit:
         self, logits: Tensor, ids: Tensor, seen: list[Tensor], counts: list[Tensor], temperature: float
     ) -> None:
         pad = torch.nn.utils.rnn.pad_sequence
-        self.temperature, device = temperature, logits.device
+        self.temperature = temperature
+        device = logits.device
         self.seen = pad(seen, batch_first=True, padding_value=-1).to(device)
         self.counts = pad(counts, batch_first=True).to(device).float()
         self.z = logits.gather(1, self.seen.clamp(min=0))
@@ -92,7 +93,9 @@ def hidden_penalty(
 
 def seen_before(sample: Samples) -> tuple[list[Tensor], list[Tensor]]:
     """The tokens before each that is fitted, and how often the completion has them."""
-    groups, owners, positions = sample.groups, sample.owners, sample.positions
+    groups = sample.groups
+    owners = sample.owners
+    positions = sample.positions
     seen, counts = [], []
     for token in every_part(len(owners)):
         group = groups[owners[token]]

@@ -62,7 +62,9 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
         owners: the row of each of them, int [N].
         limit: a row is explained when half of its numbers are missed by at most this, nats.
     """
-    ids, rest, told = held.ids[:, None], np.arange(len(sample)), []
+    ids = held.ids[:, None]
+    rest = np.arange(len(sample))
+    told = []
     misses = [
         ((held.logits / t).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs() for t in TEMPERATURES
     ]

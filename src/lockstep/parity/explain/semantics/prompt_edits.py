@@ -95,7 +95,8 @@ def _cuts(
     if not cut:
         return
     n, row = min(cut)
-    numbers, group = ours[row], evidence.neutral.groups[row]
+    numbers = ours[row]
+    group = evidence.neutral.groups[row]
     for end, other, left in (
         ("first", "last", lambda p, k: p[k:]),
         ("last", "first", lambda p, k: p[: len(p) - k]),

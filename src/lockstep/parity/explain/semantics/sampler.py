@@ -199,14 +199,16 @@ def examine_draws(trainer: Trainer, groups: Sequence[Group], sampling: SamplingP
         logprobs = z.log_softmax(-1)
         p = logprobs.exp()
         weighted = p * logprobs.masked_fill(p == 0.0, 0.0)
-        mean, drawn = weighted.sum(-1), logprobs.gather(1, ids[:, None])
+        mean = weighted.sum(-1)
+        drawn = logprobs.gather(1, ids[:, None])
         excess.append((drawn[:, 0] - mean).double())
         variance.append(((weighted * logprobs.masked_fill(p == 0.0, 0.0)).sum(-1) - mean.square()).double())
         likelier = logprobs > drawn
         ranks.append(likelier.sum(-1))
         above.append((p * likelier).sum(-1).double())
     total, spread = torch.cat(excess), torch.cat(variance).clamp(min=0.0)
-    k, mass = int(torch.cat(ranks).max()) + 1, float(torch.cat(above).max())
+    k = int(torch.cat(ranks).max()) + 1
+    mass = float(torch.cat(above).max())
     chance_k, chance_p = _chance_of_truncation(trainer, groups, sampling, k, mass)
     return Draws(
         n_tokens=total.numel(),
@@ -243,10 +245,12 @@ def _chance_of_truncation(
 @torch.no_grad()
 def likeliest_temperature(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> float:
     """The temperature under which the drawn tokens are likeliest, all else as asked."""
-    likelihood, seen = np.zeros(len(TEMPERATURES)), 0
+    likelihood = np.zeros(len(TEMPERATURES))
+    seen = 0
     for z, ids in distributions(trainer, groups, sampling):
         scored = [float((z / t).log_softmax(-1).gather(1, ids[:, None]).sum()) for t in TEMPERATURES]
-        likelihood, seen = likelihood + np.array(scored), seen + len(ids)
+        likelihood += np.array(scored)
+        seen += len(ids)
         if seen >= FITTED_TOKENS:
             break
     return float(TEMPERATURES[int(likelihood.argmax())]) * (sampling.temperature or 1.0)

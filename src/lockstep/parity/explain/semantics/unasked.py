@@ -41,11 +41,15 @@ class _Look:
     """One sample, the passes over it that all hypotheses share, and the hypotheses."""
 
     def __init__(self, pair: Pair, sample: Samples, limit: float) -> None:
-        self.pair, self.sample, self.limit = pair, sample, limit
+        self.pair = pair
+        self.sample = sample
+        self.limit = limit
 
     def settings(self) -> Iterator[Looks[Explained]]:
         """Settings of all of the sample, the cheap ones first."""
-        pair, sample, limit = self.pair, self.sample, self.limit
+        pair = self.pair
+        sample = self.sample
+        limit = self.limit
         numbers = sample.engine_logprobs
         yield from setting_hypotheses(
             pair.trainer, sample.groups, numbers, sample.sampling, limit, lambda: self.held

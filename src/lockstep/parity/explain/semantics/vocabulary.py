@@ -27,7 +27,8 @@ def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
     groups = [Group(group.prompt, [group.completions[0][:TOKENS]]) for group in few.groups[:ROWS]]
     engine = np.concatenate([few.engine_logprobs[few.owners == row][:TOKENS] for row in range(len(groups))])
     every = np.concatenate([part for group in groups for part in (group.prompt, group.completions[0])])
-    used, largest = np.unique(every), pair.trainer.vocabulary
+    used = np.unique(every)
+    largest = pair.trainer.vocabulary
 
     def gap(move: int, at: int) -> np.ndarray:
         """|trainer − engine| when ids from ``used[at]`` on are read as moved."""

@@ -47,7 +47,8 @@ def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: boo
         precision_last: where nothing is known of the engine's precision: one that merely has the gap's size
             comes after what makes it vanish.
     """
-    search, before = pair.search, len(pair.search.tried)
+    search = pair.search
+    before = len(pair.search.tried)
     looks: list[Looks[Explanation]] = []
     if np.median(np.abs(gap)) > pair.noise.p50:  # else there is nothing for a setting to take away
         looks += [*_Settings(pair, sample).looks(), ("a scaled tensor", lambda: _scale(pair, sample))]
@@ -69,11 +70,9 @@ class _Settings:
     engine."""
 
     def __init__(self, pair: Pair, sample: Samples) -> None:
-        self.pair, self.few, self.least = (
-            pair,
-            sample[: max(SETTING_ROWS, len(sample) // 4)],
-            screened(sample),
-        )
+        self.pair = pair
+        self.few = sample[: max(SETTING_ROWS, len(sample) // 4)]
+        self.least = screened(sample)
 
     @cached_property
     def now(self) -> tuple[float, float]:
@@ -136,7 +135,8 @@ class _Settings:
     def _of_head(self, variant: Variant) -> float:
         """What the screened rows miss by under another head alone: the body's pass is shared."""
         keep_looking()
-        least, trainer = self.least, self.pair.trainer
+        least = self.least
+        trainer = self.pair.trainer
         ids = torch.from_numpy(
             np.concatenate([group.completions[0] for group in least.groups]).astype(np.int64)
         )
@@ -148,7 +148,8 @@ class _Settings:
         for name in CACHE_FORMS:
             if not self._miss(self.least, CacheKept(name)) <= SETTING_SCREEN_SLACK * EXPLAINS * self.now[0]:
                 continue
-            left, now = self._miss(self.few, CacheKept(name)), self.now[1]
+            left = self._miss(self.few, CacheKept(name))
+            now = self.now[1]
             if left <= EXPLAINS * now:
                 text = (
                     f"over keys and values kept in {name} the trainer is {left:.1e} nats off, "
@@ -172,7 +173,8 @@ def screened(sample: Samples) -> Samples:
     """A few rows whose contexts come to few tokens, the longest that do: a setting is felt more over a longer
     one."""
     lengths = np.array([len(ids) for ids in sample.sequences])
-    order, rows = np.argsort(-lengths, kind="stable"), []
+    order = np.argsort(-lengths, kind="stable")
+    rows = []
     for row in order.tolist():
         if lengths[row] <= SCREENED_CONTEXT / 2 and sum(lengths[rows]) + lengths[row] <= SCREENED_CONTEXT:
             rows.append(row)
@@ -193,7 +195,8 @@ def _scale(pair: Pair, sample: Samples) -> Explanation | None:
     else:
         rows = 1 + int(np.searchsorted(np.bincount(sample.owners).cumsum(), SCALED_TOKENS))
         few = sample[:rows]
-        canary, engine = Canary(few.groups, few.temperature), few.engine_logprobs
+        canary = Canary(few.groups, few.temperature)
+        engine = few.engine_logprobs
     enough = min(pair.noise.p50, EXPLAINS * float(np.abs(engine - canary.trainer_scores(pair)).mean()))
     named = attribution.scaled(pair, canary, engine, enough)
     if named is None:
