@@ -16,6 +16,7 @@ LockstepError                exit 3   could not run
 ├── MachineError             exit 3   an engine that this machine cannot run
 ├── NoRoomError          exit 3   memory or a disk without the room that is needed
 ├── RunError                 exit 3   a run directory that cannot be read or continued
+├── ScheduleError            exit 3   a token past the staleness bound, or a ledger that does not close
 └── DivergenceError          exit 3   the loss or a gradient is no finite number
 """
 
@@ -104,6 +105,10 @@ class NoRoomError(LockstepError):
 
 
 class RunError(LockstepError):
+    pass
+
+
+class ScheduleError(LockstepError):
     pass
 
 
