@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny random model, made here, so that unit tests need no download."""
 
+import gc
 import json
 import os
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+# What torch and transformers make in being imported lives to the end: a fifth of the time of the unit tests
+# went into looking through it for garbage. Off until it is all there; then left out (gc.freeze).
+gc.disable()
 
 REAL_MODELS = {"contract", "e2e"}
 """Folders whose tests compute on models for which a second thread pays."""
@@ -40,6 +45,13 @@ def pytest_collection_modifyitems(items):
                 [str(value) for value in params.params.values() if "vllm" in str(value)] if params else []
             )
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {''.join(engines[:1])}"))
+
+
+def pytest_collection_finish():
+    """From here on garbage is collected as ever: of what the tests themselves make."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -89,3 +89,13 @@ def test_what_runs_in_production_knows_no_planted_fault(place):
 
 def test_what_the_registry_says_of_an_engine_is_of_one_that_can_be_named():
     assert {registry.PREFERRED, *registry.KEYED, *registry.REFUSALS} <= set(registry.NAMES) - {"auto"}
+
+
+def test_every_shape_that_a_signature_names_is_checked_in_tests(pytestconfig):
+    """And no function without one: the check of each call costs more than many of the calls."""
+    *checked, _ = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    paths = [path for room in ("policy", "objectives") for path in (SOURCE / room).glob("*.py")]
+    naming = {f"lockstep.{p.parent.name}.{p.stem}" for p in paths if "from jaxtyping" in p.read_text()}
+    missed = {name for name in naming if not any(f"{name}.".startswith(f"{each}.") for each in checked)}
+    assert not missed, "add them to --jaxtyping-packages in pyproject.toml"
+    assert all(any(f"{name}.".startswith(f"{each}.") for name in naming) for each in checked)

@@ -16,9 +16,11 @@ from lockstep.config.recipe import Optimizer
 from lockstep.policy.fingerprint import weights_digest
 from lockstep.policy.model import load_policy
 from lockstep.policy.parameters import (
+    InLayer,
     Snapshot,
     assign,
     checkpoint_weights,
+    in_layer,
     named_weights,
     parameters_of,
     whole,
@@ -124,3 +126,17 @@ def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model_dir, sprea
         gradient = parameters_of(sharded.model)[name].grad
         assert hasattr(gradient, "full_tensor"), "each process holds its part"
         assert torch.equal(whole(gradient), parameter.grad), name
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", InLayer("model.layers.", 3, "mlp.up_proj.weight")),
+        ("transformer.h.11.ln_1.bias", InLayer("transformer.h.", 11, "ln_1.bias")),  # GPT-2
+        ("model.layers.0.mlp.experts.7.w1", InLayer("model.layers.", 0, "mlp.experts.7.w1")),
+        ("model.embed_tokens.weight", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_a_tensors_layer_is_read_off_its_name_whatever_its_family_calls_the_stack(name, place):
+    assert in_layer(name) == place

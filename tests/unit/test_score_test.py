@@ -34,15 +34,13 @@ def noise(rng, size=OWNERS.size):
     return wide * rng.standard_t(3, size), logprobs
 
 
-def joined(by_token, owners):
+def joined(by_token):
     """Sums over each sequence's tokens: [K, S]."""
-    found = np.zeros((len(by_token), owners.max() + 1))
-    np.add.at(found.T, owners, by_token.T)
-    return found
+    return by_token.reshape(len(by_token), SEQUENCES, TOKENS).sum(-1)
 
 
 def scored_of(slopes, gap, logprobs):
-    return score_test(joined(slopes * token_weights(gap, logprobs), OWNERS))
+    return score_test(joined(slopes * token_weights(gap, logprobs)))
 
 
 def test_noise_is_called_a_direction_as_often_as_asked_for(slopes):
@@ -66,7 +64,7 @@ def test_two_names_of_one_direction_are_told_together(slopes):
     rng = np.random.default_rng(1)
     gap, logprobs = noise(rng)
     both = np.concatenate([slopes, -2.5 * slopes[3:4] + 0.1 * rng.normal(size=OWNERS.size)])
-    pulls = joined(both * token_weights(gap, logprobs), OWNERS)
+    pulls = joined(both * token_weights(gap, logprobs))
     assert alike(pulls, 3).tolist() == [3, DIRECTIONS]
     assert statistic(pulls)[3] == pytest.approx(-statistic(pulls)[DIRECTIONS], rel=0.1, abs=0.1)
 
@@ -110,9 +108,9 @@ def test_what_a_pass_says_it_would_have_seen_is_seen(slopes, common):
         return own + common * 0.01 * rng.normal(size=SEQUENCES)[OWNERS], logprobs
 
     gap, logprobs = gap_of(0)
-    pulls = joined(slopes * token_weights(gap, logprobs), OWNERS)
+    pulls = joined(slopes * token_weights(gap, logprobs))
     signs = np.random.default_rng(1).choice((-1.0, 1.0), gap.size)
-    probed = joined(slopes * signs * np.sqrt(curvature(gap, logprobs)), OWNERS)
+    probed = joined(slopes * signs * np.sqrt(curvature(gap, logprobs)))
     size = detectable(pulls, probed, score_test(pulls).critical)[7]
 
     def called(share):

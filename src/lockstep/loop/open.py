@@ -6,7 +6,7 @@ torch and transformers, which take 5 s to import, are imported while the engine 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ from lockstep.weights.directory import remove_weights, weights_directory
 
 if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
-    from lockstep.weights.publish import Publisher
 
 Say = Callable[[str], None]
 
@@ -98,8 +97,10 @@ def open_session(
         _refuse_long_prompt(recipe, task, renderer)
         from lockstep.parity.pair import Pair
         from lockstep.training.trainer import Trainer
+        from lockstep.weights.publish import publisher_of
 
-        trainer = Trainer.load(model_path, recipe, lambda model: _publisher(recipe, model, directory, say))
+        publisher = partial(publisher_of, recipe.engine, directory, say)
+        trainer = Trainer.load(model_path, recipe, publisher)
         engine: Engine = starting or stack.enter_context(contextlib.closing(launch(choice, spec)))
         engine.wait_ready()
         if recipe.engine.weights == "nccl":
@@ -138,16 +139,6 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
     """
     refuse_objective(recipe.objective)
     return choose(recipe.engine, api_key_env), resolve_model(recipe.model.path)
-
-
-def _publisher(recipe: Recipe, model, directory: Path, say: Say) -> "Publisher":
-    if recipe.engine.weights == "shared_memory":
-        from lockstep.weights.publish import DoublePublisher, WeightPublisher
-
-        return (DoublePublisher if recipe.engine.double_buffer else WeightPublisher)(model, directory, say)
-    from lockstep.weights.nccl import NcclPublisher
-
-    return NcclPublisher(model, directory)
 
 
 def _named(choice: Choice) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.parity.explain.score_test import curvature, token_weights
+from lockstep.parity.explain.score_test import slant, token_weights
 from lockstep.parity.tolerances import DELIVERED_MISSING, DELIVERED_SETTLED, DELIVERED_STEPS, DELIVERED_Z
 
 
@@ -91,8 +91,9 @@ def missing(moves: Moves) -> Missing:
     left = moves.gap + theta * moves.moved
     if not left.any():
         return Missing(theta, 0.0, moves.gap.size)  # both sides run the same kernels
-    pulls = np.bincount(moves.owners, moves.moved * token_weights(left, moves.logprobs))
-    bent = float((np.square(moves.moved) * curvature(left, moves.logprobs)).sum())
+    weights = token_weights(left, moves.logprobs)
+    pulls = np.bincount(moves.owners, moves.moved * weights)
+    bent = float((np.square(moves.moved) * slant(weights, left)).sum())
     squares = np.square(pulls)
     # As if so many prompts said all of it, each alike; the share itself was fitted to one of them.
     freedom = float(squares.sum() ** 2 / max(np.square(squares).sum(), np.finfo(float).tiny)) - 1.0
@@ -113,8 +114,9 @@ def _student(freedom: float) -> float:
 def _descended(moves: Moves, theta: float) -> float:
     for _ in range(DELIVERED_STEPS):
         left = moves.gap + theta * moves.moved
-        pull = float((moves.moved * token_weights(left, moves.logprobs)).sum())
-        bent = float((np.square(moves.moved) * curvature(left, moves.logprobs)).sum())
+        weights = token_weights(left, moves.logprobs)
+        pull = float((moves.moved * weights).sum())
+        bent = float((np.square(moves.moved) * slant(weights, left)).sum())
         if not bent > 0.0:
             return theta  # nothing is left to explain
         theta -= pull / bent

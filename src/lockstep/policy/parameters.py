@@ -4,10 +4,12 @@
     whole                             one of them in one piece, where FSDP2 has spread it over processes
     checkpoint_weights                all of them, whole, as a checkpoint holds them
     laid_as · assign · Snapshot       the way back
+    in_layer                          which of a stack of layers one is of, by its name
 
 Digests, publishers, checkpoints, the optimizer's state and the variants read and write through these alone.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+
+_IN_LAYER = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -82,3 +86,19 @@ class Snapshot:
     def of(cls, model: nn.Module) -> "Snapshot":
         """The parameters as they are now."""
         return cls({name: whole(p.detach()).clone() for name, p in parameters_of(model).items()})
+
+
+@dataclass(frozen=True)
+class InLayer:
+    """Where in a stack of layers a tensor lies: ``model.layers.`` ``3`` ``mlp.up_proj.weight``."""
+
+    stack: str
+    layer: int
+    kind: str
+    """The rest of its name, which its counterpart in every other layer has too."""
+
+
+def in_layer(name: str) -> InLayer | None:
+    """By the first number in the name: each family has its own word for the stack. None outside of one."""
+    parts = _IN_LAYER.match(name)
+    return None if parts is None else InLayer(parts[1], int(parts[2]), parts[3])

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lockstep.config.recipe import Engine as EngineConfig
 from lockstep.policy.parameters import checkpoint_weights, named_weights
 from lockstep.records.versions import WeightUpdate
 from lockstep.weights.directory import FILE_NAME, reserve
@@ -154,6 +155,22 @@ class DoublePublisher:
 
     def settle(self) -> None:
         """Nothing is under way on the trainer's side."""
+
+
+def publisher_of(
+    engine: EngineConfig, directory: Path, say: Callable[[str], None], model: nn.Module
+) -> Publisher:
+    """What carries a model's weights to the engine of a recipe.
+
+    Raises:
+        NoRoomError: when there is no room for the file.
+        UsageError: for NCCL, where the model is not on a GPU.
+    """
+    if engine.weights == "nccl":
+        from lockstep.weights.nccl import NcclPublisher
+
+        return NcclPublisher(model, directory)
+    return (DoublePublisher if engine.double_buffer else WeightPublisher)(model, directory, say)
 
 
 def _header(tensors: dict[str, Tensor], version: int) -> tuple[bytes, dict[str, int]]:

@@ -156,5 +156,9 @@ def _shares(squares: np.ndarray) -> np.ndarray:
 
 def curvature(gap: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
     """a_i / gap_i, what a gap one nat larger adds to a_i on average: float64 [T]."""
-    weights = token_weights(gap, logprobs)
+    return slant(token_weights(gap, logprobs), gap)
+
+
+def slant(weights: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """:func:`curvature`, where the a_i are at hand: their widths are most of the work."""
     return np.divide(weights, gap, out=np.zeros_like(weights), where=gap != 0.0)

@@ -9,7 +9,6 @@ Directions: each tensor scaled; each layer's, and all layers', tensors together;
 round; the temperature; a constant; the first token of a completion alone; rows of long prompts alone.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,11 +27,11 @@ from lockstep.parity.explain.score_test import (
 )
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import SCORE_STEP
+from lockstep.policy.parameters import in_layer
 from lockstep.policy.pulls import HEAD, Asked, Pulls, scale
 from lockstep.policy.variants import QUANTISED, Along
 from lockstep.records.samples import Samples
 
-LAYER = re.compile(r"layers\.(\d+)\.")
 SCALED = "scaled"
 WHOLE = "every layer"
 TEMPERATURE = "temperature"
@@ -166,7 +165,7 @@ def _size(gap: np.ndarray, slopes: np.ndarray, trainer: np.ndarray) -> float:
 
 def _rounding(form: str) -> Callable[[str, Tensor], Tensor | None]:
     def direction(name: str, parameter: Tensor) -> Tensor | None:
-        if parameter.dim() != 2 or LAYER.search(name) is None:
+        if parameter.dim() != 2 or in_layer(name) is None:
             return None
         return QUANTISED[form](parameter) - parameter
 
@@ -198,8 +197,8 @@ def of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
             Direction(family, (name,), name.removeprefix("model.").removesuffix(".weight")),
             pulled.sums[row],
         )
-        if (layer := LAYER.search(name)) is not None:
-            layers[family, f"layer {layer[1]}"].append(row)
+        if (at := in_layer(name)) is not None:
+            layers[family, f"layer {at.layer}"].append(row)
             layers[family, WHOLE].append(row)
     for (family, place), rows in layers.items():
         names = tuple(pulled.names[row][1] for row in rows)

@@ -6,7 +6,6 @@ of tensors is a hypothesis when its sum fits the gaps. The best few are then hel
 only one whose re-score agrees with the engine is named.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -17,7 +16,7 @@ from lockstep.parity.canary import Canary
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
 from lockstep.parity.tolerances import ALIKE, LIMIT_OVER_ALIKE
-from lockstep.policy.parameters import Snapshot
+from lockstep.policy.parameters import Snapshot, in_layer
 from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Variant
 
 TOKENS = 24
@@ -30,7 +29,6 @@ GREEDY = 4
 """Tensors of the set that is put together one at a time, in case no natural set fits."""
 MANY_KINDS = 4
 """Kinds of tensors beyond which a label names the layers alone."""
-_LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Engines hold these as one tensor, so that they are old together."""
 
@@ -142,16 +140,15 @@ def _sets(names: list[str]) -> Iterator[tuple[str, ...]]:
     it on; a whole layer; those of a layer that engines fuse; a kind over all layers, and two kinds, as an
     adapter has them.
     """
-    layers: dict[str, list[str]] = {}
+    layers: dict[tuple[str, int], list[str]] = {}
     kinds: dict[str, list[str]] = {}
     blocks: dict[str, list[str]] = {}
     for name in names:
         yield (name,)
-        parts = _LAYER.match(name)
-        if parts:
-            layers.setdefault(parts[1] + parts[2], []).append(name)
-            kinds.setdefault(parts[3], []).append(name)
-            blocks.setdefault(parts[3].split(".")[1], []).append(name)
+        if (place := in_layer(name)) is not None:
+            layers.setdefault((place.stack, place.layer), []).append(name)
+            kinds.setdefault(place.kind, []).append(name)
+            blocks.setdefault(place.kind.split(".")[0], []).append(name)
     yield from (tuple(members) for members in blocks.values())
     stacked = list(layers.values())
     for at in range(1, len(stacked)):
@@ -238,10 +235,10 @@ def _rescored(
 
 def label(names: tuple[str, ...]) -> str:
     """A set of tensors for people."""
-    matches = [_LAYER.match(name) for name in names]
-    if len(names) > 1 and all(matches):
-        layers = sorted({int(match[2]) for match in matches if match})
-        kinds = sorted({match[3].strip(".") for match in matches if match})
+    places = [place for name in names if (place := in_layer(name)) is not None]
+    if len(names) > 1 and len(places) == len(names):
+        layers = sorted({place.layer for place in places})
+        kinds = sorted({place.kind for place in places})
         span = f"layers {layers[0]} to {layers[-1]}"
         if len(kinds) > MANY_KINDS and len(layers) > 1:
             return span
