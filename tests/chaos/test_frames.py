@@ -230,7 +230,7 @@ class Engine:
     def counters(self):
         return {}
 
-    async def abort(self):
+    async def abort(self, draws):
         return 0
 
     def ended_by(self, error):

@@ -22,6 +22,7 @@ GENERIC = (
     "worker_engine.py",
     "channel.py",
     "base.py",
+    "streaming.py",
     "replies.py",
     "worker/server.py",
     "worker/group.py",

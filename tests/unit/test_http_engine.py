@@ -32,7 +32,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble = lambda number, body: None
         self.edit = lambda choice: choice
-        self.inserted = 0
+        self.inserted = self.paused = 0
         self.bodies, self.keys_seen, self.busy, self.busiest = [], [], 0, 0
         self.lock = threading.Lock()
 
@@ -73,7 +73,10 @@ class Handler(BaseHTTPRequestHandler):
             server.busiest = max(server.busiest, server.busy)
         try:
             trouble = server.trouble(number, body)
-            if trouble == "drop":
+            if server.paused:
+                server.paused -= 1
+                self.reply({"error": {"message": "Engine is paused", "code": "engine_paused"}}, 503)
+            elif trouble == "drop":
                 self.connection.close()
             elif trouble is not None:
                 self.reply({"error": f"trouble {trouble}"}, trouble)
@@ -148,6 +151,25 @@ def test_each_answer_goes_to_its_prompt_and_sample(engine):
     found = sample(engine, 20, n=2)
     assert [(c.prompt_index, c.sample_index) for c in found] == [(p, s) for p in range(20) for s in range(2)]
     assert firsts(found) == [1000 * (p + 1) + 1 for p in range(20) for _ in range(2)]
+
+
+def test_a_paused_server_is_asked_until_it_goes_on_however_many_tries_that_takes(engine, server, monkeypatch):
+    monkeypatch.setattr("lockstep.engines.openai_http.exchange.FIRST_DELAY_S", 0.001)
+    server.paused = 12
+    assert engine.options.retries < server.paused
+    (handle,) = engine.submit(rows(1), [SamplingParams(max_tokens=3, n=2)])
+    assert firsts(handle.result(30)) == [1001, 1001]
+    assert server.paused == 0
+
+
+def test_a_server_that_stays_paused_is_waited_for_until_the_deadline(server, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_API_KEY", KEY)
+    monkeypatch.setattr("lockstep.engines.openai_http.exchange.FIRST_DELAY_S", 0.001)
+    with contextlib.closing(engine_of(server, timeout_s=1.0)) as engine:
+        server.paused = 10**6
+        (handle,) = engine.submit(rows(1), [SamplingParams(max_tokens=3)])
+        with pytest.raises(EngineError, match="engine_paused"):
+            handle.result(30)
 
 
 @pytest.mark.parametrize("trouble", [503, 429, "drop"])

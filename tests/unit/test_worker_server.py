@@ -60,7 +60,7 @@ class Engine:
             raise RuntimeError("no such version")
         return LoadReceipt(request.update.version, 1, 0.0, (), True)
 
-    async def abort(self):
+    async def abort(self, draws):
         self.log.append("abort")
         for event in self.may_end.values():
             event.set()

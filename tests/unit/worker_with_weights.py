@@ -88,7 +88,7 @@ class Engine(terms.VllmEngine):
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
         raise NotImplementedError
 
-    async def abort(self) -> int:
+    async def abort(self, draws) -> int:
         return 0
 
 

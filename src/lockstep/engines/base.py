@@ -2,14 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from lockstep.engines.replies import check_completions
+from lockstep.engines.streaming import Begun, Handle, Streams
 from lockstep.errors import CapabilityError, EngineError, ProtocolError
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import Ready
@@ -95,6 +97,8 @@ class Engine(ABC):
     """What it was asked for, by the names of its own arguments."""
     vocabulary: int | None = None
     """How many token ids its model has; None where that is not known."""
+    at_once: ClassVar[int] = 1
+    """Submitted requests that are drawn side by side by an adapter without a :meth:`_begin` of its own."""
     altered_by: tuple[str, ...] = ()
     """What breaks it on purpose, by name. With any, manifest and certificate say so; nothing is certified."""
 
@@ -122,7 +126,10 @@ class Engine(ABC):
         Raises:
             EngineError: when what the engine gave is not that, or holds ids that its model has not.
         """
-        completions = self._sample(prompts, params)
+        return self._checked(params, self._sample(prompts, params))
+
+    def _checked(self, params: Sequence[SamplingParams], completions: list[Completion]) -> list[Completion]:
+        """The completions, if they are those asked for. Raises EngineError where they are not."""
         try:
             check_completions("sample", params, completions, self.vocabulary)
         except ProtocolError as broken:
@@ -134,6 +141,43 @@ class Engine(ABC):
     @abstractmethod
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """What :meth:`sample` does; it checks what this returns."""
+
+    def submit(
+        self,
+        prompts: Sequence[np.ndarray],
+        params: Sequence[SamplingParams],
+        ended: Callable[[Handle], object] = lambda handle: None,
+    ) -> list[Handle]:
+        """Begin to draw completions, each prompt a request of its own, and return at once.
+
+        One that comes while weights are loaded waits for them. What of :meth:`sample` is checked is checked.
+
+        Args:
+            ended: called with each handle when it has ended, in a thread of the engine's: it must not wait.
+
+        Raises:
+            EngineError, UsageError: when a request cannot even be begun; later errors are the handle's.
+        """
+        handles = []
+        for prompt, asked in zip(prompts, params, strict=True):
+            handle = Handle(prompt, asked)
+            self.streams.follow(handle, self._begin(prompt, asked), ended)
+            handles.append(handle)
+        return handles
+
+    def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
+        """One request of :meth:`submit`, begun. Here: :meth:`sample` in a thread."""
+        future = self.streams.pool.submit(self.sample, [prompt], [params])
+        return Begun(future, future.cancel)
+
+    def drain(self, timeout_s: float) -> int:
+        """Wait until every submitted request has ended, or for so long; returns how many have not."""
+        return self.streams.drain(timeout_s)
+
+    @cached_property
+    def streams(self) -> Streams:
+        """What was submitted and has not ended."""
+        return Streams(self.at_once)
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float = 1.0) -> list[np.ndarray]:
         """The engine's own log-probabilities of given tokens (score B), with no cache in the way.

@@ -1,7 +1,7 @@
 """The trainer's end of a worker's socket: who waits for which reply, until when, and what becomes of all.
 
-    any thread      ask() ─ waiting[id] ─► [send lock, until the deadline] ──frame──►  worker
-                      │ future, until the deadline                                       │
+    any thread      post() ─ waiting[id] ─► [send lock, until the deadline] ──frame──► worker
+                      │ future; ask() waits for it, until the deadline                   │
     reader thread   waiting[id] ◄── check_reply ◄── decode ◄── length ≤ limit ◄──frame───┘
                       │
                       └─ end of file, or a reply that cannot be: on_end(), and *every* future fails, told why
@@ -35,6 +35,14 @@ class _Waiting:
     request: Request | None
     limit: int
     future: "Future[Reply]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A request that was sent."""
+
+    number: int
+    future: "Future[Reply]"
 
 
 class Channel:
@@ -82,6 +90,17 @@ class Channel:
             EngineDied, ProtocolError: when the worker is gone, or said what it cannot.
         """
         deadline = time.monotonic() + timeout_s
+        return self.post(make, timeout_s).future.result(max(0.0, deadline - time.monotonic()))
+
+    def post(self, make: Callable[[int], Request], timeout_s: float) -> Posted:
+        """Send ``make(id)``; its reply, or the stream's end, is the future's.
+
+        Raises:
+            UsageError: when it is larger than a frame.
+            TimeoutError: when it could not be sent.
+            EngineDied, ProtocolError: when the worker is gone, or said what it cannot.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._lock:
             number, self._next_id = self._next_id, self._next_id + 1
         request = make(number)
@@ -100,7 +119,7 @@ class Channel:
                 raise self._why()
             self._waiting[number] = waiting
         self._send(_LENGTH.pack(len(body)) + body, deadline)
-        return waiting.future.result(max(0.0, deadline - time.monotonic()))
+        return Posted(number, waiting.future)
 
     def give_up(self, reason: LockstepError) -> None:
         """Let the others who wait know why the worker is about to be ended."""

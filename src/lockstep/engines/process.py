@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import lockstep
-from lockstep.engines.channel import Channel
+from lockstep.engines.channel import Channel, Posted
 from lockstep.engines.replies import describe
 from lockstep.engines.worker.group import end_group
 from lockstep.errors import EngineDied, EngineError, UsageError
@@ -177,23 +177,42 @@ class WorkerProcess:
             expected, describe(make(0)), timeout_s, lambda: self._channel.ask(make, timeout_s)
         )
 
-    def _answer(self, expected: type[R], what: str, timeout_s: float, wait: Callable[[], Reply]) -> R:
+    def post(self, kind: type[Request], *args: Any, timeout_s: float = 60.0) -> Posted:
+        """Send ``kind(id, *args)`` and go on. What its future comes to, :meth:`answer` reads.
+
+        Raises:
+            EngineDied, EngineError: when the worker is gone, or does not take it in that time.
+        """
         try:
-            reply = wait()
+            return self._channel.post(lambda number: kind(number, *args), timeout_s)
         except TimeoutError:
-            overdue = EngineError(
-                f"engine, {what}",
-                got=f"no answer in {timeout_s:g} s",
-                expected="a reply",
-                hint=f"the engine was ended; its log is {self.log_path}{self._tail_text()}",
-            )
-            self._channel.give_up(overdue)
-            self.close()
-            raise overdue from None
+            raise self._overdue(f"taking {describe(kind(0, *args))}", timeout_s) from None
+
+    def answer(self, expected: type[R], what: str, reply: Reply) -> R:
+        """A reply as what was expected. Raises EngineError, UsageError where it is a failure."""
         if isinstance(reply, Failure):
             raise self._failure(reply, what)
         assert isinstance(reply, expected)  # the channel has checked it
         return reply
+
+    def _answer(self, expected: type[R], what: str, timeout_s: float, wait: Callable[[], Reply]) -> R:
+        try:
+            reply = wait()
+        except TimeoutError:
+            raise self._overdue(what, timeout_s) from None
+        return self.answer(expected, what, reply)
+
+    def _overdue(self, what: str, timeout_s: float) -> EngineError:
+        """The worker is ended: nobody is left waiting for one that does not answer."""
+        overdue = EngineError(
+            f"engine, {what}",
+            got=f"no answer in {timeout_s:g} s",
+            expected="a reply",
+            hint=f"the engine was ended; its log is {self.log_path}{self._tail_text()}",
+        )
+        self._channel.give_up(overdue)
+        self.close()
+        return overdue
 
     def _failure(self, reply: Failure, what: str) -> EngineError | UsageError:
         if reply.fatal:

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lockstep.engines.base import Engine, EngineFacts, EngineSpec, vocabulary_of
+from lockstep.engines.streaming import Begun
 from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
@@ -97,6 +98,7 @@ class TransformersEngine(Engine):
         self.version = 0
         self.vocabulary = vocabulary_of(spec.model_path)
         self._busy = threading.Lock()
+        self._loading = threading.Lock()
         self._aborting = threading.Event()
         resolved = {
             "worker.parameter_dtype": str(self.model.dtype),
@@ -120,9 +122,13 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """One prompt at a time, its samples as one batch: nothing is padded."""
-        with self._busy:
+        with self._loading:  # a load that waits for the request before this one comes first
+            self._busy.acquire()
+        try:
             self._aborting.clear()
             return self._in_turn(prompts, params)
+        finally:
+            self._busy.release()
 
     def _in_turn(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         found: list[list[Completion]] = [[] for _ in prompts]
@@ -210,12 +216,17 @@ class TransformersEngine(Engine):
                 hint="use the run's publisher",
             )
         weights = self.model.state_dict()
-        with safe_open(update.path, framework="pt") as file:
+        with self._loading, self._busy, safe_open(update.path, framework="pt") as file:
             names = list(file.keys())
             for name in names:
                 weights[name].copy_(file.get_tensor(name))
-        self.version = update.version
+            self.version = update.version
         return LoadReceipt(update.version, len(names), time.perf_counter() - began, (), cache_cleared=True)
+
+    def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
+        """One at a time: what is submitted meanwhile waits, and a load goes first."""
+        begun = super()._begin(prompt, params)
+        return Begun(begun.future, lambda: begun.future.cancel() or begun.future.done() or self.abort())
 
     def abort(self) -> int:
         """See :meth:`Engine.abort`. From another thread: ``sample`` holds its own."""
@@ -226,6 +237,8 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """See :meth:`Engine.close`. There is no process to end."""
+        self.abort()
+        self.streams.close()
 
 
 class _TakeLogprobs(LogitsProcessor):

@@ -16,7 +16,21 @@ import numpy as np
 from lockstep.engines.base import Engine, EngineSpec, vocabulary_of
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.process import WorkerProcess, WorkerProgram
-from lockstep.records.messages import Abort, Aborted, Count, Counted, Draw, Drawn, Load, Loaded, Score, Scored
+from lockstep.engines.replies import describe
+from lockstep.engines.streaming import Begun, then
+from lockstep.records.messages import (
+    Abort,
+    Aborted,
+    Count,
+    Counted,
+    Draw,
+    Drawn,
+    Load,
+    Loaded,
+    Reply,
+    Score,
+    Scored,
+)
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
@@ -58,6 +72,15 @@ class WorkerEngine(Engine):
         return self._process.request(
             Drawn, Draw, [_packed(prompt) for prompt in prompts], list(params)
         ).completions
+
+    def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
+        asked = [_packed(prompt)], [params]
+        posted, what = self._process.post(Draw, *asked), describe(Draw(0, *asked))
+
+        def drawn(reply: Reply) -> list[Completion]:
+            return self._checked(asked[1], self._process.answer(Drawn, what, reply).completions)
+
+        return Begun(then(posted.future, drawn), lambda: self._process.post(Abort, (posted.number,)))
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         reply = self._process.request(

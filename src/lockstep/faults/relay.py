@@ -16,6 +16,8 @@ class Relay(Engine):
         alterations: by name; what alters ``inner`` stands before them.
     """
 
+    at_once = 128
+
     def __init__(self, inner: Engine, *alterations: str) -> None:
         self.inner = inner
         self.facts, self.ready, self.asked = inner.facts, inner.ready, inner.asked

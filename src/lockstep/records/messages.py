@@ -55,9 +55,11 @@ class Load(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Abort(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """End every sample in flight; their completions hold what there is. Answered by :class:`Aborted`."""
+    """End samples in flight; their completions hold what there is. Answered by :class:`Aborted`."""
 
     id: int
+    draws: tuple[int, ...] = ()
+    """Those of these :class:`Draw` requests; none named: every one."""
 
 
 class Count(Struct, frozen=True, tag=True, forbid_unknown_fields=True):

@@ -33,6 +33,7 @@ from lockstep.engines.openai_http.replies import (
     completion_bytes,
     short,
 )
+from lockstep.engines.streaming import Begun, aborted
 from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
@@ -170,19 +171,35 @@ class OpenAIHttpEngine(Engine):
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         for number, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
-            needed = len(prompt) + asked.max_tokens
-            if not len(prompt) or needed > self.max_model_len:
-                raise UsageError(
-                    f"engine, prompt {number}",
-                    got=f"{len(prompt)} tokens and {asked.max_tokens} to come",
-                    expected=f"at least one token, and at most {self.max_model_len} in all",
-                    hint=f"--set engine.max_model_len={needed}",
-                )
+            self._refuse(number, prompt, asked)
         jobs = [
             self._complete(number, prompt, asked)
             for number, (prompt, asked) in enumerate(zip(prompts, params, strict=True))
         ]
         return [completion for group in self._wait(_all(jobs)) for completion in group]
+
+    def _refuse(self, number: int, prompt: np.ndarray, asked: SamplingParams) -> None:
+        needed = len(prompt) + asked.max_tokens
+        if not len(prompt) or needed > self.max_model_len:
+            raise UsageError(
+                f"engine, prompt {number}",
+                got=f"{len(prompt)} tokens and {asked.max_tokens} to come",
+                expected=f"at least one token, and at most {self.max_model_len} in all",
+                hint=f"--set engine.max_model_len={needed}",
+            )
+
+    def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
+        self._refuse(0, prompt, params)
+        begun: list[asyncio.Task[Any]] = []
+
+        async def draw() -> list[Completion]:
+            begun.append(asyncio.ensure_future(self._complete(0, prompt, params)))
+            return self._checked([params], await begun[0])
+
+        future = asyncio.run_coroutine_threadsafe(draw(), self._loop)
+        return Begun(
+            future, lambda: self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in begun])
+        )
 
     async def _complete(self, number: int, prompt: np.ndarray, params: SamplingParams) -> list[Completion]:
         limit = completion_bytes(len(prompt), params.max_tokens, params.n)
@@ -192,7 +209,7 @@ class OpenAIHttpEngine(Engine):
         try:
             answer = await task
         except asyncio.CancelledError:
-            return [Completion(number, sample, b"", b"", "abort", ()) for sample in range(params.n)]
+            return [replace(nothing, prompt_index=number) for nothing in aborted(params)]
         finally:
             self._in_flight.discard(task)
         choices = answer.choices

@@ -1,11 +1,15 @@
 """One request and its whole answer.
 
-A deadline over everything, retries within it, and no more bytes read than were asked for.
+A deadline over everything, retries within it, and no more bytes read than were asked for. A server that says
+that it is paused (weights are being loaded: vLLM from 0.33 on) is asked again until the deadline, and that is
+no failed try.
 """
 
 import asyncio
 import random
+import re
 import ssl
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -19,6 +23,8 @@ from lockstep.errors import EngineDied, EngineError, UsageError
 R = TypeVar("R", bound=Struct)
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FIRST_DELAY_S, LONGEST_DELAY_S, LONGEST_RETRY_AFTER_S = 0.25, 8.0, 60.0
+PAUSED = re.compile(rb"engine[_ ]paused|engine is paused", re.IGNORECASE)
+"""What vLLM's server says with status 503 between a pause and its end (``RetryableRequestError``)."""
 REFUSAL_BYTES, REFUSAL_SHOWN = 1 << 14, 500
 SHORTEST_KEY = 8
 """A shorter value is no key, and would be found in every text."""
@@ -28,6 +34,17 @@ SHORTEST_KEY = 8
 def _certificates() -> ssl.SSLContext:
     """What every connection is verified with; reading the authorities takes tens of milliseconds."""
     return httpx.create_ssl_context(trust_env=False)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """An answer after which another try may be worth it."""
+
+    refusal: EngineError
+    wait_s: float
+    """The least time before that."""
+    paused: bool
+    """The server will take requests again once its weights are loaded."""
 
 
 class Exchange:
@@ -67,7 +84,8 @@ class Exchange:
         async with self._free:
             try:
                 async with asyncio.timeout(self.options.timeout_s):
-                    for attempt in range(self.options.retries + 1):
+                    attempt = 0
+                    while attempt <= self.options.retries:
                         try:
                             found = await self._once(path, limit, body)
                         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
@@ -75,12 +93,13 @@ class Exchange:
                                 f"{type(error).__name__} after {attempt + 1} tries: "
                                 f"{str(error)[:REFUSAL_SHOWN]}"
                             )
-                            failure, least = self._no_answer(path, got), 0.0
+                            failure, least, paused = self._no_answer(path, got), 0.0, False
                         else:
                             if isinstance(found, bytes):
                                 return decode(found, kind, f"engine at {self.options.base_url}{path}")
-                            failure, least = found
-                        if attempt < self.options.retries:
+                            failure, least, paused = found.refusal, found.wait_s, found.paused
+                        attempt += not paused
+                        if attempt <= self.options.retries:
                             most = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt)  # full jitter
                             await asyncio.sleep(max(random.uniform(0.0, most), least))
             except TimeoutError:
@@ -88,16 +107,16 @@ class Exchange:
         assert failure is not None
         raise failure
 
-    async def _once(
-        self, path: str, limit: int, body: dict[str, Any] | None
-    ) -> bytes | tuple[EngineError, float]:
-        """One try: the body, or why another may be worth it and the least wait before that."""
+    async def _once(self, path: str, limit: int, body: dict[str, Any] | None) -> "bytes | _Again":
+        """One try: the body, or why another may be worth it."""
         async with self._http.stream("GET" if body is None else "POST", path, json=body) as response:
             if not response.is_success:
-                refusal = self._refusal(path, response, await self._read(response, REFUSAL_BYTES))
+                said = await self._read(response, REFUSAL_BYTES)
+                refusal = self._refusal(path, response, said)
                 if isinstance(refusal, UsageError) or response.status_code not in RETRIED:
                     raise refusal
-                return refusal, _retry_after(response)
+                paused = response.status_code == 503 and bool(PAUSED.search(said))
+                return _Again(refusal, max(_retry_after(response), FIRST_DELAY_S * paused), paused)
             encoding = response.headers.get("content-encoding", "identity").lower()
             if encoding != "identity":
                 raise self._odd(

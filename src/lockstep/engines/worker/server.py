@@ -75,8 +75,8 @@ class ServedEngine(Protocol):
         """Replace the weights; nothing samples meanwhile."""
         ...
 
-    async def abort(self) -> int:
-        """End every sample in flight; returns how many requests that were."""
+    async def abort(self, draws: Sequence[int]) -> int:
+        """End the samples in flight of these requests, of all where none is named; returns how many."""
         ...
 
     def counters(self) -> dict[str, float]:
@@ -244,7 +244,7 @@ class _Server:
                         await asyncio.wait(self._sampling)
                     return Loaded(request.id, await self.engine.load(request))
             case Abort():
-                return Aborted(request.id, await self.engine.abort())
+                return Aborted(request.id, await self.engine.abort(request.draws))
             case Count():
                 return Counted(request.id, self.engine.counters())
 

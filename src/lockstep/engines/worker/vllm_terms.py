@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class VllmEngine(ABC):
         self.config = config
         self.version = 0
         self._requests = 0
-        self.in_flight: set[str] = set()
+        self.in_flight: dict[str, int] = {}  # vLLM's name of each request → the trainer's that it is of
         self._switches: dict[str, list[tuple[int, VersionSpan]]] = {}
 
     @abstractmethod
@@ -79,10 +79,10 @@ class VllmEngine(ABC):
 
     async def sample(self, request: Draw) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        prompts, version = [unpack_ids(prompt) for prompt in request.prompts], self.version
+        prompts, version, of = [unpack_ids(prompt) for prompt in request.prompts], self.version, request.id
         checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
         asked = [self.params(params) for params in request.params]
-        named = await asyncio.gather(*[self._named(ids, p) for ids, p in zip(prompts, asked, strict=True)])
+        named = await asyncio.gather(*[self._named(i, p, of) for i, p in zip(prompts, asked, strict=True)])
         return [
             completion_of(
                 index, o, spans([s for at, s in switches if at == o.index], version, len(o.token_ids))
@@ -90,6 +90,10 @@ class VllmEngine(ABC):
             for index, (output, switches) in enumerate(named)
             for o in sorted(output.outputs, key=lambda o: o.index)
         ]
+
+    def chosen(self, draws: Sequence[int]) -> list[str]:
+        """vLLM's names of what is in flight of these requests; of all where none is named."""
+        return [name for name, of in self.in_flight.items() if not draws or of in draws]
 
     def switched(self, tokens: dict[str, int]) -> None:
         """The weights are :attr:`version` now; ``tokens``: how many each request has, by its vLLM name."""
@@ -129,32 +133,27 @@ class VllmEngine(ABC):
         sequences = [unpack_ids(sequence) for sequence in request.sequences]
         checked_prompts(sequences, [asked] * len(sequences), self.vllm_config.model_config.max_model_len)
         params = self.params(asked, prompt_logprobs=0, logprobs=None)
-        outputs = await asyncio.gather(*[self._named(ids, params) for ids in sequences])
+        outputs = await asyncio.gather(*[self._named(ids, params, request.id) for ids in sequences])
         return [
             scores_of(ids, output.prompt_logprobs)
             for ids, (output, _) in zip(sequences, outputs, strict=True)
         ]
 
-    async def _named(self, ids: list[int], params: Any) -> tuple[Any, list[tuple[int, VersionSpan]]]:
+    async def _named(self, ids: list[int], params: Any, of: int) -> tuple[Any, list[tuple[int, VersionSpan]]]:
         """The last output of a request, and where the weights changed under it: sample and switch."""
         self._requests += 1
         name = f"r{self._requests}"
-        self.in_flight.add(name)
+        self.in_flight[name] = of
         try:
             return await self.generate(name, ids, params), self._switches.get(name, [])
         finally:
-            self.in_flight.discard(name)
+            self.in_flight.pop(name, None)
             self._switches.pop(name, None)
 
     def receipt(self, loaded: dict[str, Any], cleared: bool, began: float) -> LoadReceipt:
         """What was loaded, as ``version``, since ``began`` on the performance counter."""
-        return LoadReceipt(
-            version=self.version,
-            n_tensors=loaded["n_tensors"],
-            load_s=time.perf_counter() - began,
-            repacked=tuple(loaded["repacked"]),
-            cache_cleared=cleared,
-        )
+        took, repacked = time.perf_counter() - began, tuple(loaded["repacked"])
+        return LoadReceipt(self.version, loaded["n_tensors"], took, repacked, cache_cleared=cleared)
 
 
 def serve(engine: Callable[[Config], Any]) -> None:

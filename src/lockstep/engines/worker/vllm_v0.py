@@ -9,6 +9,7 @@ lockstep.engines.worker.vllm_v0 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -86,9 +87,9 @@ class Engine(terms.VllmEngine):
         self.version = request.update.version
         return self.receipt(loaded, cleared is not False, began)
 
-    async def abort(self) -> int:
+    async def abort(self, draws: Sequence[int]) -> int:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        in_flight = list(self.in_flight)
+        in_flight = self.chosen(draws)
         for name in in_flight:
             await self.llm.abort(name)
         return len(in_flight)

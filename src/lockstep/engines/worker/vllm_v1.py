@@ -9,6 +9,7 @@ environment.
 import inspect
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lockstep.engines.worker import vllm_terms as terms
@@ -22,6 +23,9 @@ from lockstep.records.versions import LoadReceipt
 
 class Engine(terms.VllmEngine):
     """One ``AsyncLLM``."""
+
+    kept = False
+    """True once weights were loaded over caches that stay: what is cached is then of several versions."""
 
     async def start(self) -> "Engine":
         """Build the engine; ends when it can sample."""
@@ -117,16 +121,16 @@ class Engine(terms.VllmEngine):
                 )
             cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
-            self.version = request.update.version
+            self.version, self.kept = request.update.version, self.kept or keep
             # A request that waits to be scheduled is not known to the worker yet: it has no token.
             self.switched(dict.fromkeys(self.llm.output_processor.request_states, 0) | loaded["in_flight"])
         finally:
             await self.llm.resume_generation()
         return self.receipt(loaded, cleared is not False, began)
 
-    async def abort(self) -> int:
+    async def abort(self, draws: Sequence[int]) -> int:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        in_flight = list(self.in_flight)
+        in_flight = self.chosen(draws)
         await self.llm.abort(in_flight)
         return len(in_flight)
 
@@ -140,8 +144,11 @@ class Engine(terms.VllmEngine):
 
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
         """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
-        last = None
-        async for output in self.llm.generate({"prompt_token_ids": ids}, params.clone(), name):
+        last: Any = None
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if self.kept:
+            prompt["cache_salt"] = str(self.version)  # a prefix is found by requests of its own version alone
+        async for output in self.llm.generate(prompt, params.clone(), name):
             last = output
         return last
 
