@@ -105,10 +105,6 @@ def drawn(pair, seed, variant=None):
     return sample, Moves(sample.engine_logprobs - new, np.ones(new.size), new, sample.owners)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight", "model.norm.weight"],
-)
 def asked(*drawn_as):
     return Tokens.of(*drawn(*drawn_as))
 

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.parity.explain.score_test import slant, token_weights
-from lockstep.parity.tolerances import DELIVERED_MISSING, DELIVERED_SETTLED, DELIVERED_STEPS, DELIVERED_Z
+from lockstep.parity.tolerances import (
+    DELIVERED_MISSING,
+    DELIVERED_PROVEN,
+    DELIVERED_SETTLED,
+    DELIVERED_STEPS,
+    DELIVERED_Z,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +59,8 @@ class Missing:
 
     @property
     def proven(self) -> bool:
-        """True where even half of the update, had it been missing, would have shown."""
-        return not self.refuted and self.share + self.error < 1.0 / 2.0
+        """True where a part of the update (``DELIVERED_PROVEN``) would have shown, had it been missing."""
+        return not self.refuted and self.share + self.error < DELIVERED_PROVEN
 
     @property
     def refuted(self) -> bool:

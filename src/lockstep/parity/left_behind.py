@@ -24,7 +24,7 @@ from lockstep.parity.explain.score_test import alike, curvature, detectable, sco
 from lockstep.parity.pair import Pair
 from lockstep.parity.perturbation import PROBE_VERSION
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.tolerances import SCORE_LEVEL
+from lockstep.parity.tolerances import FARTHER, SCORE_LEVEL, SUSPECTED
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.pulls import HEAD, Asked, Pulls
 from lockstep.policy.variants import Earlier, EarlierHead, Perturbed, Variant
@@ -35,17 +35,12 @@ STALE = "old"
 PROMPTS = 64
 """That are held at least, where there have been so many. |t| is at most the root of their number; but the
 older a step, the less of a tensor's change is in its tokens."""
-LEAST = 0.5
-"""Share of a tensor's change that the tokens seem to lack, from which it is suspected."""
 TRIED = 4
 """Tensors that an experiment is made on: the suspect, and what these tokens can least tell from it."""
 TOKENS = 512
 """Of an experiment, where they are a step's."""
 EACH = 8
 """Of each probe, where it is scored alone."""
-FARTHER = 3.0
-"""Times layer 3's noise, of which the whole is to show: here each tensor's part is. On SmolLM2 in bf16, of
-273 tensors 93 would have shown at once, 160 at three times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +124,9 @@ class LeftBehind:
         self.n_seen = int((detectable(pulls, known, scored.critical, pair.seed) <= 1.0).sum())
         share = pulls.sum(1) / np.maximum(np.square(known).sum(1), np.finfo(float).tiny)
         # What an experiment has cleared is not asked again.
-        open_yet = [n for n, place in enumerate(places) if place not in self._cleared and share[n] > LEAST]
+        open_yet = [
+            n for n, place in enumerate(places) if place not in self._cleared and share[n] > SUSPECTED
+        ]
         best = max(open_yet, key=lambda n: scored.t[n], default=0)
         if best not in open_yet or scored.p[best] > SCORE_LEVEL:
             return None

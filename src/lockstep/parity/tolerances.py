@@ -311,6 +311,13 @@ SCORE_FLIPS = 4000
 SCORE_POWER = 0.99
 """Chance with which a departure of the size that a PASS states would have been called."""
 
+SIGMA_OVER_MEDIAN = 1.48
+"""Standard deviation over median |x| of a normal: a width that a few wild tokens do not move."""
+
+NARROWEST = 1e-2
+"""Of the whole gap's width: tokens that agree better than that by chance would each weigh ten thousand times
+what the others do."""
+
 SCORE_WINSOR = 3.0
 """Widths at which a token's gap is clipped: of a normal one .3 % are beyond, and their mean says as much as
 if none were."""
@@ -343,8 +350,20 @@ DELIVERED_MISSING = 0.1
 """Least share of an update that is called missing. Below it lies what rounding itself does to an update: the
 trainer's rounding is not the engine's, and both change with the weights."""
 
+DELIVERED_PROVEN = 0.5
+"""Share of an update that would have shown, had it been missing, where the sync is proven. Halfway between
+all and nothing; what is lost in practice is all, or single tensors, which are asked one by one."""
+
 DELIVERED_SETTLED = 1e-3
 """Of a share: where the descent ends. A proof leaves an error of up to .125."""
 
 DELIVERED_STEPS = 12
 """Of the descent at most; four or five do where the noise is wider than the update."""
+
+SUSPECTED = 0.5
+"""Share of a tensor's change that tokens seem to lack, from which it is suspected: one that stayed behind
+lacks all of it, within the error that the score test allows."""
+
+FARTHER = 3.0
+"""Times layer 3's perturbation, of which the whole is to show, where each tensor's part is to: on SmolLM2 in
+bf16 93 of 273 tensors would have shown at once, 160 at three times."""

@@ -54,7 +54,8 @@ def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tr
     high = grid[min(at + 1, len(grid) - 1)]
     exact = _golden(low, high, miss, tries)
     rounded = [float(f"{exact:.{digits}g}") for digits in ROUNDED_TO]
-    return min(Fitted(miss(value), value) for value in (grid[at], exact, *rounded))
+    known = Fitted(misses[at], grid[at])
+    return min(known, *(Fitted(miss(value), value) for value in {exact, *rounded} - {grid[at]}))
 
 
 def _golden(low: float, high: float, miss: Callable[[float], float], tries: int) -> float:

@@ -26,7 +26,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.parity.tolerances import SCORE_ALIKE, SCORE_FLIPS, SCORE_LEVEL, SCORE_POWER, SCORE_WINSOR
+from lockstep.parity.tolerances import (
+    NARROWEST,
+    SCORE_ALIKE,
+    SCORE_FLIPS,
+    SCORE_LEVEL,
+    SCORE_POWER,
+    SCORE_WINSOR,
+    SIGMA_OVER_MEDIAN,
+)
 
 BINS = 8
 """Of the tokens by their log-probability, within which the gap's width is taken to be one number."""
@@ -67,7 +75,10 @@ def score_test(pulls: np.ndarray, seed: int = 0) -> Scored:
     null = np.zeros(SCORE_FLIPS)
     for first in range(0, len(pulls), 256):
         part = slice(first, first + 256)
-        flipped = np.abs(pulls[part] @ signs) / np.maximum(size[part, None], np.finfo(float).tiny)
+        flipped = pulls[part] @ signs
+        # In place: arrays of this size are given back to the system and zeroed anew each time.
+        np.abs(flipped, out=flipped)
+        flipped /= np.maximum(size[part, None], np.finfo(float).tiny)
         null = np.maximum(null, flipped.max(0, initial=0.0))
     beaten = np.searchsorted(np.sort(null), np.abs(t) - 1e-9)
     p = (1.0 + SCORE_FLIPS - beaten) / (1.0 + SCORE_FLIPS)
@@ -105,17 +116,19 @@ def token_weights(gap: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
 
 
 def widths(gap: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-    """How wide the gap is at each token's probability: 1.48 times the median |gap| of the tokens like it,
-    float64 [T].
+    """How wide the gap is at each token's probability, by the median |gap| of the tokens like it: float64
+    [T].
 
     It is blind to signs, which is all that the flips need of it.
     """
     edges = np.quantile(logprobs, np.linspace(0.0, 1.0, BINS + 1)[1:-1])
     bins = np.searchsorted(edges, logprobs)
     found = np.empty(gap.size)
-    least = max(1.48 * float(np.median(np.abs(gap))) * 1e-2, float(np.finfo(np.float32).eps))
+    least = max(
+        SIGMA_OVER_MEDIAN * float(np.median(np.abs(gap))) * NARROWEST, float(np.finfo(np.float32).eps)
+    )
     for number in np.unique(bins):
-        found[bins == number] = 1.48 * np.median(np.abs(gap[bins == number]))
+        found[bins == number] = SIGMA_OVER_MEDIAN * np.median(np.abs(gap[bins == number]))
     return np.maximum(found, least)
 
 

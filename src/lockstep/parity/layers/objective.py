@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.errors import DivergenceError
-from lockstep.metrics.reduce import mismatch_figures, policy_figures
+from lockstep.metrics.reduce import mismatch_figures, policy_figures, quantiles_abs
 from lockstep.parity.causes import finding
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import LOSS_SLACK, POLICY_RATIO_AT_LAG_0
@@ -70,7 +70,7 @@ def _verdict(pair: Pair, found: Rehearsal, figures: dict[str, Any]) -> Verdict:
     if not np.abs(found.log_ratio).max() <= POLICY_RATIO_AT_LAG_0:
         cause, size = "policy_ratio_at_lag_0", np.abs(found.log_ratio)
         evidence = f"before any optimizer step the policy's log-ratio reaches {size.max():.1e} nats"
-    elif not (np.isfinite(found.gap).all() and np.quantile(size, 0.999) <= pair.noise.p999):
+    elif not quantiles_abs(found.gap)["p999"] <= pair.noise.p999:  # NaN where any token is none
         cause = "task_tokens_differ"
         evidence = f"|gap| reaches {size.max():.1e} nats on the task's own tokens, not on the probes"
     elif not moved <= figures["loss_bound"] + np.finfo(np.float32).eps:
