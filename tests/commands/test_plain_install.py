@@ -28,6 +28,8 @@ VERBS = [
     ["faults"],
     ["engines"],
     ["models"],
+    ["compare"],
+    ["report"],
     ["engines", "install"],
     ["engines", "audit"],
 ]
@@ -152,3 +154,19 @@ def test_the_extras_packages_are_those_that_the_command_knows():
         for line in table["project"]["optional-dependencies"]["trainer"]
     }
     assert declared | {"huggingface_hub"} == set(EXTRA)
+
+
+def test_runs_are_compared_and_reported_without_torch(tmp_path):
+    from tests.report import made
+
+    run = made.run(tmp_path / "run", steps=3).root
+    without = [module for module in HEAVY if module != "pyarrow"]
+    compared = run_without(without, "compare", f"a={run}", f"b={run}", "--json")
+    assert compared.returncode == 0, compared.stderr
+    assert json.loads(compared.stdout)["verdict"] == "PASS"
+    told = run_without(without, "report", run, "--out", tmp_path / "out")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "p99.9" in (tmp_path / "out" / "report.html").read_text()
+    # Without pyarrow the rollouts alone are missing, and the page says so.
+    assert run_without(HEAVY, "report", run, "--out", tmp_path / "bare").returncode == 0
+    assert "lockstep-rl[report]" in (tmp_path / "bare" / "report.html").read_text()

@@ -8,7 +8,6 @@ draws.
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 import threading
@@ -19,21 +18,9 @@ from typing import Any, Self, TextIO
 import msgspec
 
 from lockstep.errors import LockstepError
+from lockstep.records.printable import OBEYED, escaped, printable
 
 TICK_S = 0.2
-OBEYED = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
-)
-"""C0 but tab and newline, DEL, C1, what turns the writing's direction, other line ends, halves of a pair."""
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would obey as its escape."""
-    return OBEYED.sub(lambda found: _escape(found[0], "\\x{:02x}"), text)
-
-
-def _escape(character: str, short: str) -> str:
-    return short.format(ord(character)) if character < "\u0100" else f"\\u{ord(character):04x}"
 
 
 class _Guarded:
@@ -141,7 +128,7 @@ def emit(schema: str, content: dict[str, Any] | msgspec.Struct) -> None:
 
     document = {"schema": f"lockstep.{schema}/1", **plain(content)}
     text = msgspec.json.format(msgspec.json.encode(document), indent=1).decode()
-    sys.stdout.write(OBEYED.sub(lambda found: _escape(found[0], "\\u{:04x}"), text) + "\n")
+    sys.stdout.write(OBEYED.sub(lambda found: escaped(found[0], "\\u{:04x}"), text) + "\n")
 
 
 def fail(error: LockstepError, *, as_json: bool) -> None:

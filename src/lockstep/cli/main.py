@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 import lockstep
-from lockstep.cli import certificate, check, check_log, diagnose, engines, faults, init, models, train
+from lockstep.cli import (
+    certificate,
+    check,
+    check_log,
+    compare,
+    diagnose,
+    engines,
+    faults,
+    init,
+    models,
+    report,
+    train,
+)
 from lockstep.cli.console import fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
 
@@ -74,6 +86,8 @@ app.command("check")(check.check)
 app.command("check-log")(check_log.check_log)
 app.command("diagnose")(diagnose.diagnose)
 app.command("faults")(faults.faults)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.add_typer(certificate.app, name="certificate")
 app.add_typer(engines.app, name="engines")
 app.add_typer(models.app, name="models")

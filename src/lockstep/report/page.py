@@ -1,0 +1,209 @@
+"""One HTML file from a :class:`Report`, and from nothing else: no clock, no file of the run, no request.
+
+What the browser may do is said in the page itself: scripts and styles by their SHA-256, nothing else at all.
+All text is escaped here, whoever wrote it; plots come twice, drawn by uPlot where scripts run, and as SVG for
+print and where they do not.
+"""
+
+import base64
+import hashlib
+import html
+import re
+from functools import cache
+from importlib import resources
+from math import isfinite
+
+import msgspec
+
+from lockstep.records.printable import OBEYED, escaped, printable
+from lockstep.report.document import Plot, Report, Rollout, Section, Table
+from lockstep.report.svg import svg
+from lockstep.runs.strict import plain
+
+MARKS = {"PASS": "✓", "FAIL": "✗", "NOT_RUN": "–"}
+WORST_SHOWN = 8
+"""Tokens of a completion in its table."""
+SHOWN_AS_MARK = re.compile(f"{OBEYED.pattern}|[\\t\\n\\u00ad\\u200b-\\u200d\\u2060\\ufeff]")
+"""On a page also what is invisible: tab, line end, soft hyphen, spaces and joiners without width."""
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    style, script = _asset("vendor/uPlot.min.css") + _asset("assets/page.css"), _script()
+    plots = [plot for section in report.sections for plot in section.plots]
+    numbers = iter(range(len(plots)))
+    sections = "".join(_section(at, section, numbers) for at, section in enumerate(report.sections))
+    links = "".join(f'<a href="#s{at}">{text(s.title)}</a> ' for at, s in enumerate(report.sections))
+    csp = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    words = "".join(f"<p>{text(sentence)}</p>" for sentence in report.words)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{csp}">
+<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer"
+content="no-referrer"> <title>{text(report.title)}: {report.status}</title><link rel="icon" href="data:,">
+<style>{style}</style></head><body>
+<a class="skip" href="#main">Skip to the report</a>
+<header><h1>{text(report.title)} {_status(report.status)}</h1>
+<nav aria-label="Sections">{links}</nav></header>
+<main id="main" tabindex="-1"><section aria-label="In words">{words}</section>
+{sections}{_downloads(report)}</main>
+<footer><p class="dim">Lockstep {text(report.lockstep_version)}, {text(report.schema)}. Plots: uPlot 1.6.32,
+MIT.</p></footer> <script type="application/json" id="plots">{
+        _json([_plot_data(plot) for plot in plots])
+    }</script> <script>{script}</script></body></html>
+"""
+
+
+def text(value: str) -> str:
+    """Anyone's text as HTML: escaped, and what a reader would obey instead of seeing as a marked escape."""
+    parts, end = [], 0
+    for found in SHOWN_AS_MARK.finditer(value):
+        parts += [html.escape(value[end : found.start()]), f'<i class="ctl">{_mark(found[0])}</i>']
+        end = found.end()
+    return "".join([*parts, html.escape(value[end:])])
+
+
+def _mark(character: str) -> str:
+    named = {"\n": "\\n", "\t": "\\t"}
+    return named.get(character) or html.escape(escaped(character, "\\x{:02x}"))
+
+
+def _section(at: int, section: Section, numbers) -> str:
+    words = "".join(f"<p>{text(sentence)}</p>" for sentence in section.text)
+    tables = "".join(_table(table) for table in section.tables)
+    plots = "".join(_plot(plot, next(numbers)) for plot in section.plots)
+    plots = f'<div class="plots">{plots}</div>' if plots else ""
+    rollouts = "".join(map(_rollout, section.rollouts))
+    head = f'<h2 id="s{at}">{text(section.title)}</h2>'
+    return f'<section aria-labelledby="s{at}">{head}{words}{plots}{tables}{rollouts}</section>\n'
+
+
+def _status(status: str) -> str:
+    return f'<span class="status {status}"><span aria-hidden="true">{MARKS[status]} </span>{status}</span>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in table.columns)
+    rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
+    body = rows or f'<tr><td colspan="{len(table.columns)}">none</td></tr>'
+    note = f'<p class="dim">{text(table.note)}</p>' if table.note else ""
+    label = html.escape(printable(table.title), quote=True)
+    inner = (
+        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
+    )
+    if table.folded:
+        return f"<details><summary>{text(table.title)}</summary>{inner}</details>"
+    return f"<h3>{text(table.title)}</h3>{inner}"
+
+
+def _cell(value: str) -> str:
+    return f"<td>{_status(value) if value in MARKS else text(value)}</td>"
+
+
+def _plot(plot: Plot, number: int) -> str:
+    unit = f", {plot.unit}" if plot.unit not in ("", "1") else ""
+    return (
+        f"<figure><figcaption>{text(plot.title)}{text(unit)}</figcaption>"
+        f'<div class="live" data-plot="{number}" aria-hidden="true"></div>'
+        f'<div class="static">{svg(plot, _said(plot))}</div>'
+        f'<p class="dim">{text(_said(plot))}</p></figure>'
+    )
+
+
+def _said(plot: Plot) -> str:
+    """The plot in words: first, last, least and largest of each line."""
+    parts = []
+    for line in plot.lines:
+        values = [value for value in line.ys if isfinite(value)]
+        if values:
+            ends = f"{values[0]:.3g} → {values[-1]:.3g}" if not plot.log_x else f"largest {max(values):.3g}"
+            lost = len(line.ys) - len(values)
+            gone = f", {lost} without a value" if lost else ""
+            parts.append(f"{line.name}: {ends}, between {min(values):.3g} and {max(values):.3g}{gone}")
+        else:
+            parts.append(f"{line.name}: no value")
+    return "; ".join(parts)
+
+
+def _plot_data(plot: Plot) -> dict:
+    def finite(values: tuple[float, ...]) -> list[float | None]:
+        return [value if isfinite(value) else None for value in values]
+
+    lines = [
+        {
+            "name": printable(line.name),
+            "ys": finite(line.ys),
+            "low": finite(line.low),
+            "high": finite(line.high),
+        }
+        for line in plot.lines
+    ]
+    return {"xs": list(plot.xs), "x": plot.x_label, "log": plot.log_x, "lines": lines}
+
+
+def _rollout(rollout: Rollout) -> str:
+    gaps = [abs(token.trainer - token.engine) for token in rollout.tokens]
+    largest = max((gap for gap in gaps if isfinite(gap)), default=0.0)
+    spans = "".join(_token(token.text, gap, largest) for token, gap in zip(rollout.tokens, gaps, strict=True))
+    left = f"{rollout.left_out:,} tokens after these are left out."
+    more = f'<p class="dim">{left}</p>' if rollout.left_out else ""
+    facts = "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in rollout.facts
+    )
+    order = sorted((at for at, gap in enumerate(gaps) if isfinite(gap)), key=lambda at: -gaps[at])
+    rows = tuple(
+        (str(at), t.text, f"{t.engine:.6f}", f"{t.trainer:.6f}", f"{t.trainer - t.engine:+.2e}")
+        for at in order[:WORST_SHOWN]
+        for t in [rollout.tokens[at]]
+    )
+    columns = ("place", "token", "engine", "trainer", "gap, nats")
+    title = f"Tokens with the largest gaps: {rollout.title}"
+    worst = _table(Table(title=title, columns=columns, rows=rows, folded=True))
+    return (
+        f'<article><h3>{text(rollout.title)}</h3><dl class="facts">{facts}</dl>'
+        f'<div class="tokens">{spans}</div>{more}{worst}</article>'
+    )
+
+
+def _token(shown: str, gap: float, largest: float) -> str:
+    marked = text(shown).replace("\\n</i>", "\\n</i>\n")  # a line end is seen, and ends the line
+    if not isfinite(gap):
+        return f'<span class="gx">{marked}</span>'
+    grade = min(5, int(6.0 * gap / largest)) if largest > 0.0 else 0
+    return f'<span class="g{grade}">{marked}</span>' if grade else f"<span>{marked}</span>"
+
+
+def _downloads(report: Report) -> str:
+    own = msgspec.json.format(msgspec.json.encode(plain(report)), indent=1).decode()
+    files = [("report.json", "application/json", own), *((d.name, d.mime, d.text) for d in report.downloads)]
+    links = "".join(f"<li>{_download(*file)}</li>" for file in files)
+    return f'<section aria-labelledby="dl"><h2 id="dl">Downloads</h2><ul>{links}</ul></section>'
+
+
+def _download(name: str, mime: str, content: str) -> str:
+    quoted, data = html.escape(name, quote=True), base64.b64encode(content.encode()).decode()
+    return (
+        f'<a download="{quoted}" href="data:{html.escape(mime, quote=True)};base64,{data}">{text(name)}</a>'
+    )
+
+
+def _json(value: object) -> str:
+    """JSON that ends no script element: ``<`` as its escape."""
+    return msgspec.json.encode(value).decode().replace("<", "\\u003c")
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("lockstep.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    return _asset("vendor/uPlot.iife.min.js") + "\n" + _asset("assets/page.js")
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
