@@ -27,7 +27,7 @@ def compare(
         typer.Option(
             "--map",
             metavar="OURS=THEIRS",
-            help="A column's name in the files: step=, seed=, clip_fraction= … Names of peers that the metric "
+            help="A column's name in the files: step=, seed=, clip_fraction= … Peers' names that the metric "
             "catalogue holds are known.",
         ),
     ] = None,

@@ -26,10 +26,12 @@
           bands.push({ series: [mean, mean + 1], fill: faint(color) });
         }
       });
+      const isBand = series.map((one) => one.stroke === "transparent");
       const width = Math.max(200, place.clientWidth);
       charts.push(new uPlot({ width, height: 220, scales: { x: { time: false, distr: plot.log ? 3 : 1 } },
         axes: [axis, { ...axis, size: 62 }], series, bands,
         cursor: { sync: { key: plot.x } } }, columns, place));
+      place.querySelectorAll(".u-series").forEach((row, at) => row.classList.toggle("band", isBand[at]));
     });
   }
   root.classList.add("js");
