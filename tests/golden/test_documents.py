@@ -175,3 +175,13 @@ def test_of_a_training_run(verb, file, tmp_path):
     code, document = verb("train", file, *sets, "--out", tmp_path / "run")
     assert code == 0
     hold([document])
+
+
+def test_of_a_comparison_and_a_report(verb, tmp_path):
+    from tests.report import made
+
+    runs = [made.run(tmp_path / name / "run", steps=6, seed=seed).root for seed, name in enumerate("ab")]
+    compared = verb("compare", *(f"{run.parent.name}={run}" for run in runs), "--figure", "reward_mean")
+    told = verb("report", runs[0], "--out", tmp_path / "page")
+    assert (compared[0], told[0]) == (3, 0), "one seed each"
+    hold([compared[1], told[1]])

@@ -41,7 +41,7 @@ READY = Ready(
 def vocabulary(directory: Path) -> Path:
     """A ``tokenizer.json`` of hostile words and plain ones."""
     words = {word: at for at, word in enumerate([*HOSTILE, *(f"▁w{n}" for n in range(24))])}
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": words}}))
     return directory
 
