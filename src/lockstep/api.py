@@ -192,13 +192,11 @@ def _run_of(
 
 def _tidy(layout: "RunLayout") -> None:
     """What a kill after the last checkpoint left: older ones, and the parts of one that was being removed."""
+    from lockstep.runs.checkpoints import keep_newest
     from lockstep.runs.layout import forget_partials
 
     forget_partials(layout)
-    if len(list(layout.checkpoints.iterdir())) > 1:
-        from lockstep.training.checkpoint import keep_newest
-
-        keep_newest(layout.checkpoints)
+    keep_newest(layout.checkpoints)
 
 
 def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resumed: bool) -> None:

@@ -15,12 +15,13 @@ import pytest
 from lockstep.errors import RunError
 from lockstep.records.verdicts import BeforeStep
 from lockstep.rollout import store
+from lockstep.runs.checkpoints import checked, newest_checkpoint
 from lockstep.runs.durable import write_atomically
 from lockstep.runs.layout import RunLayout, new_run
 from lockstep.runs.record import open_recorder
 from lockstep.runs.strict import read_lines
 from lockstep.training import checkpoint
-from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from lockstep.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.chaos.small_disk import PAGE, mounted
 from tests.chaos.tiny_run import (
     HOLDS,
@@ -202,7 +203,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, traine
         hit.add(Path(error.boundary).name)
         assert newest_checkpoint(directory) == first
         assert [path.name for path in directory.iterdir()] == [first.name]
-        assert load_checkpoint(first, trainer.policy, trainer.optimizer) == 1
+        assert load_checkpoint(checked(first), trainer.policy, trainer.optimizer) == 1
         small_disk.make_room()
     assert {"model.safetensors", "optimizer.safetensors", "state.json"} <= hit, hit
     assert newest_checkpoint(directory) == directory / "step-000002"

@@ -14,9 +14,10 @@ import pytest
 from lockstep.errors import RunError
 from lockstep.rollout import store
 from lockstep.runs import durable
+from lockstep.runs.checkpoints import checked, newest_checkpoint
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_rollouts, read_steps
-from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from lockstep.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.chaos.lost_flush import recorded
 from tests.chaos.tiny_run import (
     CHECKPOINT_EVERY,
@@ -50,7 +51,7 @@ def assert_in_order(layout: RunLayout, trainer: Trainer) -> None:
     if (layout.root / "rollouts").exists():
         assert msgspec.json.decode(layout.manifest.read_bytes())["schema"] == "lockstep.manifest/1"
     newest = newest_checkpoint(layout.checkpoints)
-    kept = load_checkpoint(newest, trainer.policy, trainer.optimizer) if newest else 0
+    kept = load_checkpoint(checked(newest), trainer.policy, trainer.optimizer) if newest else 0
     for step in admitted:
         assert len(read_rollouts(layout.rollouts(step))) == GROUP_SIZE
         assert store.load(layout.rollouts(step), GROUP_SIZE, SAMPLING).rewarded
@@ -139,7 +140,7 @@ def test_a_checkpoint_that_is_saved_again_is_there_at_every_cut(trainer, tmp_pat
     for number, cut in enumerate(recorder.cuts[disk][before[disk] - 1 :]):
         newest = newest_checkpoint(cut.build(tmp_path / f"{number}") / "checkpoints")
         assert newest is not None, cut.after
-        assert load_checkpoint(newest, trainer.policy, trainer.optimizer) == 1
+        assert load_checkpoint(checked(newest), trainer.policy, trainer.optimizer) == 1
         found.append(trainer.weights())
     n_first = found.count(first)
     assert found == [first] * n_first + [second] * (len(found) - n_first)

@@ -14,12 +14,13 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import AfterSync, BeforeStep, Verdict
 from lockstep.records.versions import VersionSpan
 from lockstep.rollout import store
+from lockstep.runs.checkpoints import checked, keep_newest, newest_checked, newest_checkpoint
 from lockstep.runs.durable import write_atomically
 from lockstep.runs.layout import RunLayout, forget_partials, new_run
 from lockstep.runs.read import read_steps
 from lockstep.runs.record import open_recorder
 from lockstep.runs.strict import drop_partial_line, read_lines
-from lockstep.training.checkpoint import keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
+from lockstep.training.checkpoint import load_checkpoint, save_checkpoint
 from lockstep.training.optimizer import MasterAdamW
 
 STEPS, CHECKPOINT_EVERY, GROUP_SIZE = 3, 2, 2
@@ -104,7 +105,7 @@ def start(root: Path, trainer: Trainer) -> RunLayout:
             write_atomically(layout.manifest, b'{"schema": "lockstep.manifest/1"}')
         for path in (layout.metrics, layout.verdicts):
             drop_partial_line(path)
-        checkpoint = newest_checkpoint(layout.checkpoints)
+        checkpoint = newest_checked(layout.checkpoints, lambda told: None)
         first = load_checkpoint(checkpoint, trainer.policy, trainer.optimizer) if checkpoint else 0
         keep_newest(layout.checkpoints)
         open_recorder(layout).verdict(BeforeStep(first), HOLDS)
@@ -150,7 +151,7 @@ def assert_finished(layout: RunLayout, trainer: Trainer, undisturbed: dict[str, 
     assert last is not None
     assert last.name == f"step-{STEPS:06d}"
     trainer.restart()
-    assert load_checkpoint(last, trainer.policy, trainer.optimizer) == STEPS
+    assert load_checkpoint(checked(last), trainer.policy, trainer.optimizer) == STEPS
     assert trainer.weights() == undisturbed
     assert [path.name for path in layout.checkpoints.iterdir()] == [last.name]
 

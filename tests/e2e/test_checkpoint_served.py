@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from lockstep.config.recipe import Optimizer
 from lockstep.policy.model import load_policy
 from lockstep.records.samples import Group
-from lockstep.training.checkpoint import newest_checkpoint, save_checkpoint
+from lockstep.runs.checkpoints import newest_checkpoint
+from lockstep.training.checkpoint import save_checkpoint
 from lockstep.training.optimizer import MasterAdamW
 from tests.e2e.conftest import tiny_checkpoint
 

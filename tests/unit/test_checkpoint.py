@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from lockstep.config.recipe import Optimizer
 from lockstep.errors import RunError
 from lockstep.policy.model import load_policy
+from lockstep.runs import checkpoints
+from lockstep.runs.checkpoints import checked, newest_checkpoint, read_state, seal
 from lockstep.training import checkpoint
-from lockstep.training.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint
+from lockstep.training.checkpoint import load_checkpoint, save_checkpoint
 from lockstep.training.optimizer import MasterAdamW
 
 CONFIG = Optimizer(lr=1e-2)
@@ -107,12 +109,12 @@ def test_a_mixture_of_experts_is_kept_as_other_tools_read_it_and_goes_on_bit_for
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
     policy, optimizer = trained(source)
     path = save_checkpoint(tmp_path / "checkpoints", 1, policy, optimizer, source)
-    stored = load_file(path / checkpoint.MODEL)
+    stored = load_file(path / checkpoints.MODEL)
     assert "model.layers.1.mlp.experts.2.up_proj.weight" in stored
-    assert stored.keys() == load_file(source / checkpoint.MODEL).keys() != policy.model.state_dict().keys()
+    assert stored.keys() == load_file(source / checkpoints.MODEL).keys() != policy.model.state_dict().keys()
     assert_equal(dict(AutoModelForCausalLM.from_pretrained(path).state_dict()), tensors(policy))
     other, its = trained(source, seed=9)
-    assert load_checkpoint(path, other, its) == 1
+    assert load_checkpoint(checked(path), other, its) == 1
     assert_equal(tensors(other), tensors(policy))
     assert_equal(its.state(), optimizer.state())
 
@@ -148,7 +150,7 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(source, tmp_path, dtype):
     policy, optimizer = trained(source, steps=2, dtype=dtype)
     path = save_checkpoint(tmp_path, 2, policy, optimizer, source)
     other, its = trained(source, steps=1, dtype=dtype, seed=9)
-    assert load_checkpoint(path, other, its) == 2
+    assert load_checkpoint(checked(path), other, its) == 2
     assert read_state(path).step == 2
     for side in ((policy, optimizer), (other, its)):
         for parameter in side[1].parameters:
@@ -162,7 +164,7 @@ def test_the_newest_whole_checkpoint_counts(source, tmp_path):
     policy, optimizer = trained(source)
     whole = save_checkpoint(tmp_path, 1, policy, optimizer, source)
     assert newest_checkpoint(tmp_path / "nowhere") is None
-    for number, part in enumerate(checkpoint.PARTS, 2):
+    for number, part in enumerate(checkpoints.PARTS, 2):
         later = tmp_path / f"step-{number:06d}"
         shutil.copytree(whole, later)
         assert newest_checkpoint(tmp_path) == later
@@ -173,8 +175,8 @@ def test_the_newest_whole_checkpoint_counts(source, tmp_path):
                 assert newest_checkpoint(tmp_path) == whole, f"{part} cut at {cut}"
         (later / part).unlink()
         assert newest_checkpoint(tmp_path) == whole
-        assert later in checkpoint.damaged_checkpoints(tmp_path)
-    assert whole not in checkpoint.damaged_checkpoints(tmp_path)
+        assert later in checkpoints.damaged_checkpoints(tmp_path)
+    assert whole not in checkpoints.damaged_checkpoints(tmp_path)
 
 
 def test_older_ones_go_only_when_the_new_one_is_there(source, tmp_path):
@@ -203,7 +205,7 @@ def test_a_checkpoint_that_is_saved_again_is_never_missing(source, tmp_path, mon
     assert moves == ["step-000003.older", "step-000003"]
     left = newest_checkpoint(directory)
     assert left is not None
-    assert load_checkpoint(left, second, its) == 3
+    assert load_checkpoint(checked(left), second, its) == 3
     assert_equal(tensors(second), tensors(first))
     monkeypatch.undo()
     last, its = trained(source, seed=2)
@@ -211,7 +213,7 @@ def test_a_checkpoint_that_is_saved_again_is_never_missing(source, tmp_path, mon
     assert [entry.name for entry in directory.iterdir()] == ["step-000003"]
 
 
-@pytest.mark.parametrize("part", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
+@pytest.mark.parametrize("part", [checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.STATE])
 @pytest.mark.parametrize("left", [0.0, 0.5, 1.0])
 def test_a_cut_file_is_an_error_and_nothing_is_loaded(source, tmp_path, part, left):
     path = save_checkpoint(tmp_path, 1, *trained(source), source)
@@ -220,7 +222,7 @@ def test_a_cut_file_is_an_error_and_nothing_is_loaded(source, tmp_path, part, le
     policy, optimizer = trained(source, seed=4)
     before, its = tensors(policy), {name: tensor.clone() for name, tensor in optimizer.state().items()}
     with pytest.raises(RunError, match=Path(part).name) as raised:
-        load_checkpoint(path, policy, optimizer)
+        load_checkpoint(checked(path), policy, optimizer)
     assert str(path) in raised.value.hint
     assert_equal(tensors(policy), before)
     assert_equal(optimizer.state(), its)
@@ -230,7 +232,7 @@ def test_another_models_checkpoint_is_refused(source, tmp_path):
     path = save_checkpoint(tmp_path, 1, *trained(source), source)
     policy, optimizer = trained(source, seed=4)
     before = tensors(policy)
-    stored = load_file(path / checkpoint.MODEL)
+    stored = load_file(path / checkpoints.MODEL)
     name = next(iter(stored))
     for changed in (
         {key: value for key, value in stored.items() if key != name},
@@ -238,12 +240,66 @@ def test_another_models_checkpoint_is_refused(source, tmp_path):
         stored | {name: torch.zeros(1)},  # which would broadcast
         stored | {name: stored[name].to(torch.float64)},
     ):
-        save_file(changed, path / checkpoint.MODEL)
+        save_file(changed, path / checkpoints.MODEL)
+        seal(path, 1)
         with pytest.raises(RunError, match=r"(?s)model\.safetensors.*same model\.path"):
-            load_checkpoint(path, policy, optimizer)
-    save_file(stored, path / checkpoint.MODEL)
-    state = load_file(path / checkpoint.OPTIMIZER)
-    save_file({f"{key}x": value for key, value in state.items()}, path / checkpoint.OPTIMIZER)
+            load_checkpoint(checked(path), policy, optimizer)
+    save_file(stored, path / checkpoints.MODEL)
+    state = load_file(path / checkpoints.OPTIMIZER)
+    save_file({f"{key}x": value for key, value in state.items()}, path / checkpoints.OPTIMIZER)
+    seal(path, 1)
     with pytest.raises(RunError, match=r"optimizer\.safetensors"):
-        load_checkpoint(path, policy, optimizer)
+        load_checkpoint(checked(path), policy, optimizer)
     assert_equal(tensors(policy), before)
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "trainer/optimizer.safetensors", "tokenizer.model"])
+def test_a_byte_that_changed_is_found_before_anything_is_loaded(source, tmp_path, part):
+    path = save_checkpoint(tmp_path / "checkpoints", 1, *trained(source), source)
+    assert checked(path).step == 1
+    content = bytearray((path / part).read_bytes())
+    content[-1] ^= 1
+    (path / part).write_bytes(content)
+    with pytest.raises(RunError, match=f"{part}: got other bytes than were written"):
+        checked(path)
+    (path / part).unlink()
+    with pytest.raises(RunError, match=f"{part}: got (?i:no such file)"):
+        checked(path)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(source, tmp_path):
+    path = save_checkpoint(tmp_path / "checkpoints", 1, *trained(source), source)
+    with pytest.raises(RunError, match="got step 1"):
+        checked(path.rename(path.with_name("step-000002")))
+
+
+def test_one_from_before_digests_were_kept_is_taken(source, tmp_path):
+    path = save_checkpoint(tmp_path / "checkpoints", 1, *trained(source), source)
+    (path / checkpoints.STATE).write_text('{"step": 1}')
+    assert checked(path).step == 1
+
+
+def test_of_several_the_newest_that_is_as_written_counts_and_no_other_is_removed(source, tmp_path):
+    first = save_checkpoint(tmp_path / "checkpoints", 1, *trained(source), source)
+    for step in (2, 3, 4):
+        shutil.copytree(first, later := first.with_name(f"step-{step:06d}"))
+        seal(later, step)
+    for step in (3, 4):
+        with (first.with_name(f"step-{step:06d}") / checkpoints.MODEL).open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x55")
+    said = []
+    newest = checkpoints.newest_checked(first.parent, said.append)
+    assert newest is not None
+    assert newest.step == 2
+    assert said == [
+        f"step-00000{step} is damaged (model.safetensors: other bytes than were written) and is passed over; "
+        f"it is kept as step-00000{step}.damaged"
+        for step in (4, 3)
+    ]
+    checkpoints.keep_newest(first.parent)
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        "step-000002",
+        "step-000003.damaged",
+        "step-000004.damaged",
+    ]

@@ -115,7 +115,21 @@ def test_a_checkpoint_that_is_cut_is_passed_over_and_said(killed):
     resumed = again(killed)
     assert catch_up(resumed) == 2
     assert same(resumed, killed)
-    assert resumed.said[0] == "resume: checkpoint step-000002 is not whole and is passed over"
+    told = "resume: checkpoint step-000002 is not whole and is passed over; it is kept as step-000002.damaged"
+    assert resumed.said[0] == told
+
+
+def test_weights_of_which_a_byte_changed_are_never_gone_on_with(killed):
+    """No length changes, and no step comes after it whose figures would show it."""
+    path = killed.pair.trainer.save(killed.layout.checkpoints, 2, killed.session.model_path)
+    model = next(path.glob("*.safetensors"))
+    content = bytearray(model.read_bytes())
+    content[-2] ^= 0x40
+    model.write_bytes(content)
+    resumed = again(killed)
+    assert catch_up(resumed) == 2
+    assert same(resumed, killed)
+    assert "step-000002 is damaged (model.safetensors: other bytes" in resumed.said[0]
 
 
 def test_a_step_that_was_trained_and_not_recorded_is_recorded(killed):

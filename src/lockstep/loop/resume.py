@@ -14,10 +14,10 @@ from lockstep.loop.stages import Run, train_gated
 from lockstep.parity.gate import Gate
 from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
 from lockstep.rollout import store
+from lockstep.runs.checkpoints import keep_newest, newest_checked
 from lockstep.runs.layout import forget_partials
 from lockstep.runs.read import read_steps, read_verdicts
 from lockstep.runs.strict import drop_partial_line
-from lockstep.training.checkpoint import damaged_checkpoints, keep_newest, newest_checkpoint
 
 REPLAYED = ("loss", "entropy_mean_nats", "grad_norm")
 """Figures that a replayed step must give again. The loss alone says nothing of the weights where the policy
@@ -35,12 +35,10 @@ def catch_up(run: Run) -> int:
     drop_partial_line(run.layout.metrics)
     drop_partial_line(run.layout.verdicts)
     recorded = {row.step: row.metrics for row in read_steps(run.layout.metrics)}
-    for damaged in damaged_checkpoints(run.layout.checkpoints):
-        run.say(f"resume: checkpoint {damaged.name} is not whole and is passed over")
-    keep_newest(run.layout.checkpoints)  # the kill may have come before older ones went
-    newest = newest_checkpoint(run.layout.checkpoints)
+    newest = newest_checked(run.layout.checkpoints, lambda told: run.say(f"resume: checkpoint {told}"))
     step = run.pair.trainer.restore(newest) if newest else 0
-    run.say(f"resume: {newest.name if newest else 'no whole checkpoint, from the start'}")
+    keep_newest(run.layout.checkpoints)  # the kill may have come before older ones went
+    run.say(f"resume: {newest.path.name if newest else 'no whole checkpoint, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = run.gate or _recorded_gate(run)
         rollouts = store.load(run.layout.rollouts(step), run.recipe.training.group_size, run.recipe.sampling)

@@ -22,6 +22,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
 from lockstep.records.messages import Ready
+from lockstep.runs.checkpoints import checked
 from lockstep.runs.durable import write_atomically
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.strict import exact, plain, read_document
@@ -210,8 +211,11 @@ def unfinished_run(recipe: Recipe, runs: Path) -> RunLayout | None:
 
 
 def finished(layout: RunLayout, recipe: Recipe) -> bool:
-    """True when the checkpoint of the last step is there: it is what a run writes last."""
-    return layout.checkpoint(recipe.training.steps).is_dir()
+    """True when the checkpoint of the last step is there, as it was written: it is what a run writes last."""
+    try:
+        return checked(layout.checkpoint(recipe.training.steps)).step == recipe.training.steps
+    except RunError:
+        return False
 
 
 def _digest(recipe: Recipe) -> str:

@@ -1,14 +1,10 @@
 """Checkpoints: whole or absent. Each is also a Hugging Face directory that any tool can load.
 
-    step-000012/
-      model.safetensors, config.json, tokenizer.json, …    the weights alone: engines load every
-                                                           safetensors file of the top level
-      trainer/optimizer.safetensors, state.json            what a resume needs besides
+    .partial-step-000012/ ─ write, digest, fsync ─► step-000012.older ◄─ a step-000012 that is there
+                                                    ─► rename ─► fsync ─► older ones go
 
-    .partial-step-000012/ ─ write, fsync ─► step-000012.older ◄─ a step-000012 that is there
-                                            ─► rename ─► fsync ─► older ones go
-
-At each moment one whole checkpoint lies under a name that :func:`newest_checkpoint` finds, on the disk.
+At each moment one whole checkpoint lies under a name that ``runs/checkpoints.py`` finds, on the disk; what
+lies in it is told there.
 """
 
 import errno
@@ -20,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import MsgspecError, Struct, json
+from msgspec import json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,6 +24,18 @@ from torch import Tensor
 from lockstep.errors import RunError
 from lockstep.policy.model import Policy
 from lockstep.policy.parameters import assign, checkpoint_weights, named_weights
+from lockstep.runs.checkpoints import (
+    MODEL,
+    OLDER,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    is_whole,
+    keep_newest,
+    not_whole,
+    remove,
+    seal,
+)
 from lockstep.runs.durable import (
     PARTIAL,
     PRIVATE_FILE,
@@ -39,10 +47,6 @@ from lockstep.runs.durable import (
 )
 from lockstep.training.optimizer import MasterAdamW
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"
-PARTS = ("config.json", MODEL, OPTIMIZER, STATE)
-OLDER = ".older"
-NAME = re.compile(rf"step-(\d+)({re.escape(OLDER)})?")
 WEIGHTS = {
     *(
         ".safetensors",
@@ -64,12 +68,6 @@ WEIGHTS = {
 model as much as to its next version: tokenizer, templates, code, licence."""
 
 
-class CheckpointState(Struct, frozen=True):
-    """What is no tensor. ``step`` training steps are inside the weights."""
-
-    step: int
-
-
 def save_checkpoint(
     directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path
 ) -> Path:
@@ -82,7 +80,7 @@ def save_checkpoint(
     partial = directory / f"{PARTIAL}{target.name}"
     with writing(target):
         try:
-            _remove(partial)
+            remove(partial)
             make_directory(partial / "trainer")
             _copy_companions(model_path, partial, policy.model.dtype)
             with writing(target / MODEL):
@@ -90,7 +88,7 @@ def save_checkpoint(
             with writing(target / OPTIMIZER):
                 _save_tensors(optimizer.state(), partial / OPTIMIZER)
             with writing(target / STATE):
-                (partial / STATE).write_bytes(json.encode(CheckpointState(step)))
+                seal(partial, step)
             _flush_tree(partial)
             _put_in_place(partial, target)
         except BaseException:
@@ -100,52 +98,13 @@ def save_checkpoint(
     return target
 
 
-def keep_newest(directory: Path) -> None:
-    """Remove every checkpoint but the newest whole one; a half-removed one has no name that looks whole.
-
-    Raises:
-        RunError: when one cannot be removed.
-    """
-    newest = newest_checkpoint(directory)
-    for older in _named(directory) if newest is not None else ():
-        if older != newest:
-            going = directory / f"{PARTIAL}{older.name}"
-            with writing(older):
-                _remove(going)
-                os.replace(older, going)
-                shutil.rmtree(going)
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The last whole checkpoint, or None. One that is not whole, whatever cut it short, is passed over."""
-    return max(filter(_whole, _named(directory)), default=None, key=_age)
-
-
-def damaged_checkpoints(directory: Path) -> list[Path]:
-    """Those that have a checkpoint's name and are not whole."""
-    return sorted(path for path in _named(directory) if not _whole(path))
-
-
-def read_state(path: Path) -> CheckpointState:
-    """What a checkpoint says of itself.
-
-    Raises:
-        RunError: when it does not.
-    """
-    try:
-        return json.decode((path / STATE).read_bytes(), type=CheckpointState)
-    except (OSError, MsgspecError, UnicodeDecodeError) as error:
-        raise _not_whole(path, STATE, error) from error
-
-
-def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> int:
+def load_checkpoint(checkpoint: Checkpoint, policy: Policy, optimizer: MasterAdamW) -> int:
     """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.
 
     Raises:
-        RunError: when it is not whole, or its tensors are not this model's; model and optimizer are then as
-            they were.
+        RunError: when its tensors are not this model's; model and optimizer are then as they were.
     """
-    step = read_state(path).step
+    path = checkpoint.path
     stored, state = _load_tensors(path, MODEL), _load_tensors(path, OPTIMIZER)
     weights, as_stored = named_weights(policy.model), checkpoint_weights(policy.model)
     _refuse_other(path, MODEL, stored, as_stored)
@@ -155,7 +114,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: MasterAdamW) -> int:
         stored = named_weights(type(policy.model).from_pretrained(path, dtype=policy.model.dtype))
     assign(weights, {name: stored[name] for name in weights})
     optimizer.restore(state)
-    return step
+    return checkpoint.step
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,55 +167,12 @@ def _flush_tree(directory: Path) -> None:
 def _put_in_place(partial: Path, target: Path) -> None:
     """The target, if it is there, keeps a name under which it is found until the new one is on the disk."""
     older = target.with_name(target.name + OLDER)
-    if _whole(target):
-        _remove(older)
+    if is_whole(target):
+        remove(older)
         rename(target, older)
     else:
-        _remove(target)
+        remove(target)
     rename(partial, target)
-
-
-def _remove(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-
-
-def _named(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("step-*") if NAME.fullmatch(path.name)]
-
-
-def _age(path: Path) -> tuple[int, bool]:
-    name = NAME.fullmatch(path.name)
-    assert name is not None
-    return int(name[1]), name[2] is None
-
-
-def _whole(path: Path) -> bool:
-    """All parts are there, and each tensor file is as long as its header says."""
-    try:
-        return (
-            all((path / part).is_file() for part in PARTS)
-            and read_state(path).step >= 0
-            and all(_full_length(path / part) for part in (MODEL, OPTIMIZER))
-        )
-    except (OSError, RunError):
-        return False
-
-
-def _full_length(path: Path) -> bool:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.decode(file.read(head) if head < size else b"", type=dict[str, dict[str, Any]])
-        except (MsgspecError, UnicodeDecodeError):
-            return False
-    return (
-        8
-        + head
-        + max((entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry), default=0)
-        == size
-    )
 
 
 def _load_tensors(path: Path, part: str) -> dict[str, Tensor]:
@@ -265,19 +181,7 @@ def _load_tensors(path: Path, part: str) -> dict[str, Tensor]:
         # gone.
         return {name: tensor.clone() for name, tensor in load_file(path / part).items()}
     except (OSError, SafetensorError) as error:
-        raise _not_whole(path, part, error) from error
-
-
-def _not_whole(path: Path, part: str, error: Exception) -> RunError:
-    return RunError(
-        f"checkpoint {path}, {part}",
-        got=str(error) or type(error).__name__,
-        expected="a whole file",
-        hint=(
-            f"mv {path} {path}.damaged, then resume: "
-            "the run goes on from an older checkpoint or from its rollouts"
-        ),
-    )
+        raise not_whole(path, part, str(error) or type(error).__name__) from error
 
 
 def _expected_state(optimizer: MasterAdamW, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from lockstep.policy.variant_settings import base_of, rotary_of
 from lockstep.policy.variants import Variant, name_of_head
 from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
+from lockstep.runs.checkpoints import Checkpoint
 from lockstep.training import checkpoint, rehearsal
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.rehearsal import Rehearsal
@@ -313,13 +314,13 @@ class Trainer:
         """
         return checkpoint.save_checkpoint(directory, step, self._policy, self._optimizer, model_path)
 
-    def restore(self, path: Path) -> int:
+    def restore(self, stored: Checkpoint) -> int:
         """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.
 
         Raises:
-            RunError: when it is not whole or not this model's; all is then as it was.
+            RunError: when it is not this model's; all is then as it was.
         """
-        return checkpoint.load_checkpoint(path, self._policy, self._optimizer)
+        return checkpoint.load_checkpoint(stored, self._policy, self._optimizer)
 
 
 @contextmanager
