@@ -62,6 +62,21 @@ def pytest_xdist_node_collection_finished(node, ids):
         assert not alone, f"this pytest-xdist does not fit this pytest: {len(alone)} tests are not grouped"
 
 
+def need(function, *args):
+    """What ``function`` finds; a skip with its reason where it is not installed, which under CI is an error.
+
+    What the machine cannot run is skipped there too.
+    """
+    from lockstep.errors import LockstepError, MachineError
+
+    try:
+        return function(*args)
+    except LockstepError as error:
+        if os.environ.get("CI") and not isinstance(error, MachineError):
+            raise
+        pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def threads_that_pay(request, monkeypatch_module):
     """One thread for tiny models, here and in the processes that a test starts.

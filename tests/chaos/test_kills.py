@@ -184,7 +184,7 @@ ENGINE_POINTS = {
 def served(zygote, tiny_checkpoint):
     """The same on the real vLLM."""
     from lockstep.engines.environments.locate import find
-    from tests.e2e.conftest import need
+    from tests.conftest import need
 
     need(find, "vllm", "0.32.0")
     recipe = zygote.root / "served.toml"

@@ -1,13 +1,12 @@
 """End to end on the real vLLM and the real model. One engine serves every test that can share it."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from lockstep.config.recipe import load_recipe
-from lockstep.errors import LockstepError, MachineError
+from tests.conftest import need
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = [
@@ -32,19 +31,6 @@ def tiny_checkpoint(config, tokenizer, path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / name, path)
     return path
-
-
-def need(function, *args):
-    """What ``function`` finds; a skip with its reason where it is not installed, which under CI is an error.
-
-    What the machine cannot run is skipped there too.
-    """
-    try:
-        return function(*args)
-    except LockstepError as error:
-        if os.environ.get("CI") and not isinstance(error, MachineError):
-            raise
-        pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
 
 
 @pytest.fixture(scope="session")
