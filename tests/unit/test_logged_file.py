@@ -3,6 +3,7 @@
 What cannot be used is one error that names where.
 """
 
+import gzip
 import json
 
 import numpy as np
@@ -101,6 +102,8 @@ def test_lockstep_own_parquet_is_read(tmp_path):
         (GOOD | {"completion_ids": [3, 4.0]}, "row 2, column completion_ids: got 4.0 at place 1"),
         (GOOD | {"completion_ids": [3, None]}, "row 2, column completion_ids: got None at place 1"),
         (GOOD | {"completion_ids": [3, [4]]}, "row 2, column completion_ids: got an array at place 1"),
+        (GOOD | {"completion_ids": [3, True]}, "row 2, column completion_ids: got True at place 1"),
+        (GOOD | {"logprobs": [-0.5, False]}, "row 2, column logprobs: got False at place 1"),
         (GOOD | {"completion_ids": {"3": 4}}, "row 2, column completion_ids: got dict"),
         (GOOD | {"logprobs": [-0.5, {}]}, "row 2, column logprobs: got an object at place 1"),
         (GOOD | {"logprobs": None}, "row 2, column logprobs: got nothing"),
@@ -124,7 +127,7 @@ def test_a_row_that_cannot_be_used_is_named_with_its_column(tmp_path, row, says)
 
 def test_a_directory_is_called_one(tmp_path):
     (tmp_path / "rollouts.parquet").mkdir()
-    with pytest.raises(UsageError, match=r"got a directory, expected one \.parquet or \.jsonl file"):
+    with pytest.raises(UsageError, match=r"got a directory, expected a \.parquet or \.jsonl file"):
         read_logged(tmp_path / "rollouts.parquet", SHARP)
 
 
@@ -173,7 +176,7 @@ def test_parquet_lists_of_every_kind_are_read_alike(tmp_path, kind):
     [
         ({"token_ids": [["a"]]}, "column token_ids: got values of type list<"),
         ({"token_ids": [["a"]]}, "expected a list of numbers"),
-        ({"token_ids": [[3, None]]}, "row 1, column token_ids: got"),
+        ({"token_ids": [[3, None]]}, "row 1, column token_ids: got np.float64(nan) at place 1"),
         ({"token_ids": [[-1, 4]]}, "row 1, column token_ids: got"),
         ({"token_ids": pa.array([None], pa.list_(pa.int32()))}, "row 1, column token_ids: got nothing"),
         ({"temperature": ["hot"]}, "column temperature: got values of type string, expected a number"),
@@ -184,6 +187,38 @@ def test_parquet_columns_that_cannot_be_used_are_named(tmp_path, columns, says):
     with pytest.raises(UsageError) as raised:
         read_parquet(tmp_path, **whole)
     assert says in str(raised.value)
+
+
+def test_a_null_is_told_of_its_own_row(tmp_path):
+    """One in a list of integers makes floats of the whole column."""
+    rows = {
+        "prompt_ids": [[1, 2]] * 3,
+        "token_ids": [[3, 4], [5, None], [6, 7]],
+        "logprobs": [[-0.5, -1.0]] * 3,
+    }
+    with pytest.raises(UsageError, match=r"row 2, column token_ids: got np.float64\(nan\) at place 1"):
+        read_parquet(tmp_path, **rows)
+    logged = read_parquet(tmp_path, **rows | {"token_ids": [[3, 4]] * 3, "logprobs": [[-0.5, None]] * 3})
+    assert np.isnan(logged.logprobs).tolist() == [False, True] * 3
+
+
+def test_a_row_of_billions_of_values_in_a_few_bytes_is_refused_before_it_is_read(tmp_path):
+    n = (1 << 20) + 1
+    zeros = pa.array([np.zeros(n, np.int8)])
+    with pytest.raises(UsageError, match="rows of 1,048,577 values"):
+        read_parquet(tmp_path, prompt_ids=[[1]], token_ids=zeros, logprobs=zeros)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("a" * 300, "File name too long"), ("a\0b", "no such file"), ("x.jsonl.gz", "a file packed by gzip")],
+)
+def test_a_path_that_is_none_and_a_packed_file_are_usage(tmp_path, name, says):
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    with pytest.raises(UsageError, match=says) as raised:
+        read_logged(tmp_path / name, SHARP)
+    assert raised.value.hint
 
 
 @pytest.mark.parametrize("mask", [[0, 1], [False, True], [0.0, 1.0], [1, 1, 0, 1]])

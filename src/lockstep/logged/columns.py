@@ -77,13 +77,13 @@ def ids_of(name: str, row: Row) -> np.ndarray:
         ids = values if values.dtype.kind in "iu" or not len(values) else None
     else:
         try:
-            ids = np.asarray(array("q", values), np.int64)
+            ids = np.asarray(array("q", values), np.int64) if bool not in map(type, values) else None
         except (TypeError, OverflowError):
             ids = None
     if ids is None or (len(ids) and not 0 <= ids.min() <= ids.max() <= LARGEST_ID):
         raise UnusableError(
             name,
-            _culprit(values, lambda v: isinstance(v, int | np.integer) and 0 <= v <= LARGEST_ID),
+            _culprit(values, _is_id),
             expected,
         )
     return ids.astype(np.int32)
@@ -103,9 +103,11 @@ def logprobs_of(names: dict[str, str], row: Row, n_tokens: int) -> np.ndarray:
     if isinstance(values, np.ndarray) and values.dtype.kind != "b":
         return values.astype(np.float64)
     try:
+        if bool in map(type, values):
+            raise TypeError
         return np.asarray(array("d", [np.nan if v is None else v for v in values]), np.float64)
     except (TypeError, OverflowError):
-        culprit = _culprit(values, lambda v: v is None or (isinstance(v, int | float) and abs(v) < 1e300))
+        culprit = _culprit(values, lambda v: v is None or (_is_number(v) and abs(v) < 1e300))
         raise UnusableError(name, culprit, expected) from None
 
 
@@ -183,6 +185,17 @@ def sampling_of(default: SamplingParams, told: tuple) -> SamplingParams:
     except msgspec.ValidationError as error:
         column = next((name for name in SETTINGS if f"$.{name}" in str(error)), "of settings")
         raise UnusableError(column, str(error)[:200], f"numbers in {', '.join(SETTINGS)}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    """Of a column of floats too, whose fault is another value: the null that made it one."""
+    whole = isinstance(value, np.floating) and value.is_integer()
+    is_id = whole or isinstance(value, np.integer) or type(value) is int
+    return is_id and bool(0 <= value <= LARGEST_ID)
 
 
 def _bits(name: str, row: Row) -> np.ndarray:

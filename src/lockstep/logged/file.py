@@ -7,6 +7,7 @@ what should.
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,16 @@ from lockstep.records.tokens import SamplingParams
 
 LONGEST_LINE = 32 << 20
 """Bytes of one JSON row: a million tokens. Its values are Python objects until they are packed."""
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE, VALUES_AT_ONCE = 256, 1 << 22
+LONGEST_ROW = 1 << 20
+"""Values of one row of a Parquet column, on average: a few bytes there may stand for billions."""
+PACKED = {
+    "gzip": (b"\x1f\x8b", "gunzip -k"),
+    "zstd": (b"\x28\xb5\x2f\xfd", "zstd -d"),
+    "bzip2": (b"BZh", "bunzip2 -k"),
+    "xz": (b"\xfd7zX", "unxz -k"),
+}
+"""By its program: how a packed file begins, and what unpacks it."""
 WHOLE_SEQUENCE = 4
 """Tokens of a completion that must end ``input_ids`` for these to be read as prompt and completion."""
 HINT = "token ids and log-probabilities of each completion"
@@ -101,20 +111,22 @@ def _take(found: Collected, names: dict[str, str], number: int, row: Row, settin
 
 def _opened(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
     """Column by role (and by its own name where it has no role), and the rows with their numbers."""
-    if path.is_dir():
-        raise _unusable(
-            path, "a directory", "one .parquet or .jsonl file", hint=f"name a file in it: ls {path}"
-        )
-    if not path.exists():
-        raise _unusable(path, "no such file", "a .parquet or .jsonl file")
-    if not path.is_file():
-        raise _unusable(path, "no regular file", "a .parquet or .jsonl file")
+    wanted = "a .parquet or .jsonl file"
     try:
+        if path.is_dir():
+            raise _unusable(path, "a directory", wanted, hint=f"name a file in it: ls {path}")
+        if not path.exists():
+            raise _unusable(path, "no such file", wanted)
+        if not path.is_file():
+            raise _unusable(path, "no regular file", wanted)
         with path.open("rb") as file:
-            parquet = file.read(4) == b"PAR1" or path.suffix == ".parquet"
-    except OSError as error:
-        raise _unusable(path, str(error), "a file that can be read") from error
-    return _parquet(path) if parquet else _jsonl(path)
+            head = file.read(4)
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it, a missing permission
+        raise _unusable(path, _first_line(error), "a file that can be read") from error
+    for form, (magic, unpack) in PACKED.items():
+        if head.startswith(magic):
+            raise _unusable(path, f"a file packed by {form}", wanted, hint=f"{unpack} {path}")
+    return _parquet(path) if head == b"PAR1" or path.suffix == ".parquet" else _jsonl(path)
 
 
 def _named(path: Path, lists: dict[str, bool]) -> dict[str, str]:
@@ -208,11 +220,12 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
     columns = list(dict.fromkeys(names.values()))
     for name in columns:
         _refuse_type(pa, path, name, schema.field(name).type)
+    at_once = _rows_at_once(path, file.metadata)
 
     def rows() -> Iterator[tuple[int, Row]]:
         number = 0
         try:
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+            for batch in file.iter_batches(at_once, columns=columns):
                 parts = {name: _values(pa, batch.column(name)) for name in batch.schema.names}
                 for at in range(batch.num_rows):
                     number += 1
@@ -221,6 +234,22 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
             raise _unusable(path, _first_line(error), expected, f", after row {number}") from None
 
     return names, rows()
+
+
+def _rows_at_once(path: Path, about: Any) -> int:
+    """How many rows are read together, by how long they are; ``about``: a Parquet file's metadata."""
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    longest = max(
+        (
+            group.column(at).num_values / max(group.num_rows, 1)
+            for group in groups
+            for at in range(group.num_columns)
+        ),
+        default=0,
+    )
+    if longest > LONGEST_ROW:
+        raise _unusable(path, f"rows of {longest:,.0f} values", f"at most {LONGEST_ROW:,} a row")
+    return max(1, min(ROWS_AT_ONCE, int(VALUES_AT_ONCE / max(longest, 1.0))))
 
 
 def _first_line(error: BaseException) -> str:
@@ -259,9 +288,15 @@ def _values(pa: Any, column: Any) -> list:
     values = (
         flat.to_numpy(zero_copy_only=False) if not pa.types.is_null(flat.type) else np.full(len(flat), np.nan)
     )
-    if holes is not None:  # integers with a null among them come as floats, which a list of ids is not
-        values = np.where(holes, np.nan, values.astype(np.float64))
-    return [values[ends[row] : ends[row + 1]] if there[row] else None for row in range(len(column))]
+    found = [values[ends[row] : ends[row + 1]] if there[row] else None for row in range(len(column))]
+    if holes is not None:  # a null in a list of ids makes it a list of floats, which ids are not: in its row
+        whole = flat.fill_null(0).to_numpy(zero_copy_only=False)
+        for row, (start, stop) in enumerate(pairwise(ends)):
+            if there[row] and not holes[start:stop].any():
+                found[row] = whole[start:stop]
+            elif there[row]:
+                found[row] = np.where(holes[start:stop], np.nan, whole[start:stop].astype(np.float64))
+    return found
 
 
 def _unusable(path: Path, got: str, expected: str, where: str = "", hint: str = HINT) -> UsageError:

@@ -27,6 +27,7 @@ from lockstep.logged.numbers import (
     of_all,
     of_few,
     placeholders,
+    rows_off,
     some_rows,
 )
 from lockstep.logged.rows import Logged
@@ -371,6 +372,10 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
     widest = parts[int(np.argmax([np.median(np.abs(part.gap)) for part in gaps]))]
     gap = np.concatenate([part.gap for part in gaps])
     verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
+    if verdict.status == "FAIL":
+        looked_at = [(part.logged, part.rows, gaps) for part, gaps in zip(parts, gaps, strict=True)]
+        found, told = verdict.findings[0], rows_off(looked_at, pair.noise)
+        verdict = replace(verdict, findings=(replace(found, evidence=f"{found.evidence}{told}"),))
     measured = int(starts[-1])
     rows = sum(len(part.every) for part in parts)
     return (

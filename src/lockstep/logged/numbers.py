@@ -6,6 +6,7 @@ what the tokens that are off have in common: one and the same value, where they 
 numbers know nothing of their rows' tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ from lockstep.parity.tolerances import (
 from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
+SHOWN_ROWS = 8
 LOOKED_AT = 64
 """Rows that are off."""
 HEAD = 8
@@ -167,6 +169,19 @@ def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeR
     )
     told = examine_draws(pair.trainer, turns.groups, turns.sampling)
     return SomeRows(off, told.excess_nats > PLAUSIBLE_NATS, bool(related))
+
+
+def rows_off(parts: Sequence[tuple[Logged, np.ndarray, Gaps]], noise: Tolerance) -> str:
+    """Where a minority of the rows holds all that is off: which they are, for people; else empty."""
+    off = [logged.numbers[rows[gaps.shares_off(noise.p999) > 0.0]] for logged, rows, gaps in parts]
+    found, n = np.sort(np.concatenate(off)), sum(len(rows) for _, rows, _ in parts)
+    if not 0 < found.size <= MOST_ROWS * n:
+        return ""
+    shown = ", ".join(map(str, found[:SHOWN_ROWS])) + (", …" if found.size > SHOWN_ROWS else "")
+    return (
+        f"; every token that is off by more than {noise.p999:g} lies in {found.size:,} of {n:,} completions, "
+        f"in the file's row {shown}"
+    )
 
 
 def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
