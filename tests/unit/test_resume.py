@@ -1,8 +1,10 @@
 """A killed run's trainer is brought to where it was, or refuses to go on, from constructed directories."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +14,12 @@ from lockstep.loop.resume import REPLAYED, _recorded_gate, _refuse_other_figures
 from lockstep.loop.stages import Run
 from lockstep.parity.gate import Gate, Measured
 from lockstep.records.verdicts import BeforeStep, Finding, Verdict
+from lockstep.records.versions import VersionSpan
 from lockstep.rollout import store
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps
 from lockstep.runs.record import open_recorder
-from tests.unit.bag_pair import TASK, bag_pair
+from tests.unit.bag_pair import TASK, VOCABULARY, bag_pair
 
 STEPS = 4
 FIGURES = {"gap_abs_p50_nats": 1e-6, "gap_mean_nats": 0.0, "gap_mean_se_nats": 1e-7}
@@ -175,6 +178,41 @@ def test_weights_that_are_not_those_that_drew_the_rollouts_are_refused_by_the_ga
         catch_up(resumed)
     assert str(killed.layout.rollouts(0)) in refused.value.hint, "they stay: they were trained on"
     assert killed.layout.rollouts(0).is_file()
+
+
+def test_rollouts_that_are_another_steps_are_not_trained_on(killed):
+    """A copy made by hand: under small updates the gate would take it, and a step be trained on twice."""
+    killed.layout.rollouts(1).write_bytes(killed.layout.rollouts(0).read_bytes())
+    with pytest.raises(RunError, match=r"step-000001\.parquet: got those of step 0"):
+        catch_up(again(killed))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"token_ids": np.array([3, VOCABULARY], np.int32)}, f"token id {VOCABULARY}, of {VOCABULARY}"),
+        ({"prompt_ids": np.array([-1], np.int32)}, f"token id -1, of {VOCABULARY}"),
+        ({"prompt_ids": np.array([], np.int32)}, "no prompt"),
+        ({"loss_mask": np.array([True])}, "1 loss_mask for 2 tokens"),
+        ({"advantages": np.zeros(3, np.float32)}, "3 advantages for 2 tokens"),
+        ({"version_spans": ()}, "no version of 2 tokens"),
+        ({"version_spans": (VersionSpan(0, 1, 0),)}, "of 2 tokens"),
+        ({"version_spans": (VersionSpan(0, 2, 5),)}, "version=5"),
+    ],
+)
+def test_drawn_rollouts_that_cannot_be_are_named_before_they_are_scored(killed, change, says):
+    rollouts = stages.sample(killed, 2)
+    whole = {
+        "token_ids": np.array([3, 4], np.int32),
+        "loss_mask": np.ones(2, bool),
+        "engine_logprobs": np.full(2, -1, np.float32),
+        "version_spans": (VersionSpan(0, 2, 2),),
+    }
+    rollouts.samples[1] = replace(rollouts[1], **whole | change)
+    store.save(killed.layout.drawn(2), rollouts)
+    with pytest.raises(RunError, match=rf"drawn/step-000002\.parquet: got sample 1: .*{says}") as raised:
+        stages.sample(killed, 2)
+    assert raised.value.hint.startswith("rm "), "they are drawn again"
 
 
 @pytest.mark.parametrize("lost", [0, 1])

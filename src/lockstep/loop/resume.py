@@ -41,7 +41,7 @@ def catch_up(run: Run) -> int:
     run.say(f"resume: {newest.path.name if newest else 'no whole checkpoint, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = run.gate or _recorded_gate(run)
-        rollouts = store.load(run.layout.rollouts(step), run.recipe.training.group_size, run.recipe.sampling)
+        rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
         figures = train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:
             run.recorder.step(step, step + 1, figures)

@@ -127,7 +127,7 @@ def sample(run: Run, step: int) -> Samples:
     drawn = run.layout.drawn(step)
     if drawn.is_file():
         run.say(f"step {step + 1}: its samples were drawn before the interruption")
-        rollouts = store.load(drawn, run.recipe.training.group_size, run.recipe.sampling)
+        rollouts = store.load_step(drawn, step, run.recipe, run.pair.trainer.vocabulary)
     else:
         rollouts = collect.sample(run.pair.engine, run.pair.task, run.pair.renderer, run.recipe, step)
         store.save(drawn, rollouts)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lockstep.config.recipe import Recipe
 from lockstep.errors import RunError
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import VersionSpan
 from lockstep.runs.durable import make_directory, rename
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.rollouts import About, read_table, write_rollouts
+from lockstep.runs.rollouts import About, damaged_rollouts, read_table, write_rollouts
 
 if TYPE_CHECKING:
     import pyarrow
@@ -89,6 +90,47 @@ def load(path: Path, group_size: int, sampling: SamplingParams) -> Samples:
         values["version_spans"] = tuple(VersionSpan(**span) for span in values["version_spans"])
         samples.append(Sample(**values))
     return Samples(samples, sampling, step=about.step, sample_s=about.sample_s, reward_s=about.reward_s)
+
+
+def load_step(path: Path, step: int, recipe: Recipe, vocabulary: int) -> Samples:
+    """What a step drew, fit to be judged: the file may have been copied, edited, or be another run's.
+
+    Args:
+        vocabulary: token ids that the model has.
+
+    Raises:
+        RunError: names what cannot be.
+    """
+    rollouts = load(path, recipe.training.group_size, recipe.sampling)
+    wanted = recipe.training.prompts_per_step * recipe.training.group_size
+    if rollouts.step != step:
+        raise damaged_rollouts(path, f"those of step {rollouts.step}")
+    if len(rollouts) != wanted:
+        raise damaged_rollouts(path, f"{len(rollouts)} samples of {wanted}")
+    for row, sample in enumerate(rollouts):
+        if fault := _fault(sample, step, vocabulary):
+            raise damaged_rollouts(path, f"sample {row}: {fault}")
+    return rollouts
+
+
+def _fault(sample: Sample, step: int, vocabulary: int) -> str:
+    """What no sample of a step can be; empty where nothing is."""
+    n = len(sample.token_ids)
+    for name in PER_TOKEN[1:]:
+        values = getattr(sample, name)
+        if values is not None and len(values) != n:
+            return f"{len(values)} {name} for {n} tokens"
+    if not n or not len(sample.prompt_ids):
+        return "no token" if not n else "no prompt"
+    ids = np.concatenate([sample.prompt_ids, sample.token_ids])
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        return f"token id {ids.min() if ids.min() < 0 else ids.max()}, of {vocabulary}"
+    spans = sample.version_spans
+    ends = [0, *(span.stop for span in spans)]
+    tiled = [span.start for span in spans] == ends[:-1] and ends[-1] == n and sorted(set(ends)) == ends
+    if not tiled or any(not 0 <= span.version <= step for span in spans):
+        return f"{', '.join(map(str, spans)) or 'no version'} of {n} tokens"
+    return ""
 
 
 def admit(layout: RunLayout, step: int) -> Path:

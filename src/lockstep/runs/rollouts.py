@@ -132,11 +132,13 @@ def read_table(path: Path) -> "tuple[pyarrow.Table, About]":
         table = parquet.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
         about = msgspec.json.decode((table.schema.metadata or {}).get(ABOUT, b""), type=About)
     except (OSError, pa.ArrowException, msgspec.MsgspecError) as error:
-        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise damaged_rollouts(
+            path, str(error).splitlines()[0] if str(error) else type(error).__name__
+        ) from error
     if about.schema == SCHEMA_BEFORE and table.schema.equals(_columns_before()):
         return _brought_up(table, about.group_size), about
     if about.schema != SCHEMA_ROLLOUTS or not table.schema.equals(columns()):
-        raise _damaged(path, f"schema {about.schema}, columns {', '.join(table.column_names[:4])} …")
+        raise damaged_rollouts(path, f"schema {about.schema}, columns {', '.join(table.column_names[:4])} …")
     return table, about
 
 
@@ -162,7 +164,8 @@ def _brought_up(table: "pyarrow.Table", group_size: int) -> "pyarrow.Table":
     return pa.table(made, schema=columns())
 
 
-def _damaged(path: Path, got: str) -> RunError:
+def damaged_rollouts(path: Path, got: str) -> RunError:
+    """The error of a file that does not hold what the run wrote there."""
     run = next((parent for parent in path.parents if (parent / "manifest.json").is_file()), path.parents[1])
     again = f"rm {path} && lockstep train --resume {run}   (they are drawn again)"
     gone = f"put a copy of it back, then: lockstep train --resume {run}; without one, start a new run"
