@@ -116,6 +116,10 @@ def test_a_void_one_says_why_to_every_reader(issued, path):
     with pytest.raises(ParityError, match=r"void since .*before step 12") as raised:
         read_certificate(path)
     assert raised.value.exit_code == 1
+    with pytest.raises(ParityError, match="before step 12"):
+        read_certificate(
+            path, b"k" * 32
+        )  # voiding takes the signature off, which is not what is wrong with it
     void(path, "another reason")
     with pytest.raises(ParityError, match="before step 12"):
         read_certificate(path)

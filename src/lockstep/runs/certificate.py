@@ -95,6 +95,13 @@ def read_certificate(path: Path, key: bytes = b"") -> Certificate:
     """
     certificate = whole_certificate(path)
     boundary = f"certificate {path}"
+    if certificate.void:  # first: voiding takes the signature off
+        raise ParityError(
+            boundary,
+            got=f"void since {certificate.void}",
+            expected="one that no later ladder refuted",
+            hint=HINT,
+        )
     if key and not is_signed_by(certificate.signature, certificate.digest, key):
         got = "another key's signature" if certificate.signature else "no signature"
         raise RunError(
@@ -102,13 +109,6 @@ def read_certificate(path: Path, key: bytes = b"") -> Certificate:
             got=got,
             expected="a signature by the key of --verify-key",
             hint=f"{HINT}, with --sign-key FILE",
-        )
-    if certificate.void:
-        raise ParityError(
-            boundary,
-            got=f"void since {certificate.void}",
-            expected="one that no later ladder refuted",
-            hint=HINT,
         )
     if certificate.planted:
         got = f"planted faults: {', '.join(certificate.planted)}"
