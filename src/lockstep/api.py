@@ -73,10 +73,12 @@ def check(
         loaded = with_sets(loaded, QUICK)
     from lockstep.loop.open import open_session, preflight
     from lockstep.runs.durable import make_directory
+    from lockstep.runs.layout import refuse_no_directory
 
-    preflight(loaded, api_key_env)
     with tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
         directory = Path(out or scratch)
+        refuse_no_directory(directory)
+        preflight(loaded, api_key_env)
         make_directory(directory)
         with open_session(loaded, directory / "engine.log", say, _plants(faults), api_key_env) as session:
             return _climb(session, directory, depth, key, say)

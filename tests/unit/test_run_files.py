@@ -2,20 +2,24 @@
 
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lockstep import api
 from lockstep.errors import RunError, UsageError
 from lockstep.records.verdicts import OfCheck, Verdict
 from lockstep.rollout import store
 from lockstep.runs import durable
 from lockstep.runs.certificate import read_certificate
 from lockstep.runs.durable import write_atomically
-from lockstep.runs.layout import forget_partials, new_run
+from lockstep.runs.layout import existing_run, forget_partials, new_run
 from lockstep.runs.manifest import read_recipe
 from lockstep.runs.record import open_recorder
+from lockstep.runs.signature import read_key
 from lockstep.runs.strict import append, drop_partial_line, read_lines
+from tests.unit.bag_pair import recipe_of
 from tests.unit.test_store import rollouts
 
 
@@ -70,6 +74,25 @@ def test_files_of_others_are_not_mixed_with_a_runs(tmp_path):
     with pytest.raises(UsageError, match="a file"):
         new_run(tmp_path / "notes.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run"]
+
+
+@pytest.mark.parametrize("opened", [new_run, existing_run], ids=["--out", "--resume"])
+def test_a_name_that_the_system_refuses_is_usage(tmp_path, opened):
+    with pytest.raises(UsageError, match="File name too long"):
+        opened(tmp_path / ("a" * 300))
+
+
+def test_a_check_into_a_file_is_refused_before_anything_is_looked_for(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"--out .*notes\.txt: got a file"):
+        api.check(recipe_of(), out=tmp_path / "notes.txt")
+
+
+def test_a_key_that_may_have_no_end_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("this would wait for ever"))
+    with pytest.raises(UsageError, match="got 0 bytes"):
+        read_key(tmp_path / "pipe", "--sign-key")
 
 
 def test_a_start_that_wrote_no_manifest_may_be_made_again_in_its_place(tmp_path):

@@ -100,6 +100,10 @@ def test_what_killed_trainers_left_is_removed_and_what_is_held_stays():
         other = weights_directory()
         assert (mine.exists(), new.exists(), abandoned.exists()) == (True, True, False)
         other.rmdir()
+        abandoned.mkdir()  # and before the clock was set back
+        os.utime(abandoned, (0, new.stat().st_mtime + SETTLED_S + 60))
+        weights_directory().rmdir()
+        assert not abandoned.exists()
     finally:
         mine.rmdir()
         new.rmdir()

@@ -26,7 +26,7 @@ class Journal:
     def outcomes(self) -> list[Outcome]:
         """Those that an earlier campaign came to."""
         drop_partial_line(self.path)
-        rows = [row["outcome"] for row in read_lines(self.path) if row["key"] == self.key]
+        rows = [row["outcome"] for row in read_lines(self.path) if row.get("key") == self.key]
         return [msgspec.convert(exact(row), Outcome) for row in rows]
 
     def add(self, outcome: Outcome) -> None:

@@ -373,7 +373,7 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
     gap = np.concatenate([part.gap for part in gaps])
     verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
     if verdict.status == "FAIL":
-        looked_at = [(part.logged, part.rows, gaps) for part, gaps in zip(parts, gaps, strict=True)]
+        looked_at = [(part.logged, part.rows, own) for part, own in zip(parts, gaps, strict=True)]
         found, told = verdict.findings[0], rows_off(looked_at, pair.noise)
         verdict = replace(verdict, findings=(replace(found, evidence=f"{found.evidence}{told}"),))
     measured = int(starts[-1])

@@ -54,7 +54,13 @@ def resolve_model(name: str) -> Path:
         ModelError: when it is not there; says how to get it.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        there = path.is_dir()
+    except OSError as error:  # a name too long, a directory that may not be read
+        wanted = "a checkpoint's directory"
+        got = error.strerror or str(error)
+        raise ModelError(f"model {name}", got=got, expected=wanted, hint="lockstep models list") from error
+    if there:
         if not (path / "config.json").is_file():
             got, wanted = "a directory without config.json", "a Hugging Face checkpoint"
             raise ModelError(f"model {name}", got=got, expected=wanted, hint=f"ls {name}")

@@ -130,6 +130,7 @@ def new_run(out: Path | None) -> RunLayout:
         RunError: when it cannot be made.
     """
     root = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    refuse_no_directory(root)
     if (root / "manifest.json").exists():
         raise UsageError(
             f"run directory {root}",
@@ -145,14 +146,23 @@ def new_run(out: Path | None) -> RunLayout:
     return RunLayout(root)
 
 
-def _refuse_foreign(root: Path) -> None:
-    if not root.is_dir():
+def refuse_no_directory(out: Path) -> None:
+    """What can be wrong with ``--out`` before anything is started for it.
+
+    Raises:
+        UsageError: for a file, and for a name that the system refuses.
+    """
+    try:
+        fault = "a file" if out.exists() and not out.is_dir() else ""
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
         raise UsageError(
-            f"flag --out {root}",
-            got="a file",
-            expected="an empty directory, or none yet",
-            hint="give another",
+            f"flag --out {out}", got=fault, expected="a directory, or none yet", hint="give another"
         )
+
+
+def _refuse_foreign(root: Path) -> None:
     own = {path.name for path in root.glob(f"{PARTIAL}*")} | LEFT
     foreign = sorted(path.name for path in root.iterdir() if path.name not in own)
     if foreign or any(path.is_file() for path in (root / "rollouts").rglob("*")):
@@ -173,8 +183,12 @@ def existing_run(root: Path) -> RunLayout:
     Raises:
         UsageError: when there is no run in it.
     """
-    if not (root / "manifest.json").is_file():
-        raise UsageError(f"run directory {root}", got="no manifest.json", expected="a run", hint="ls runs/")
+    try:
+        fault = "" if (root / "manifest.json").is_file() else "no manifest.json"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
+        raise UsageError(f"run directory {root}", got=fault, expected="a run", hint="ls runs/")
     return RunLayout(root)
 
 

@@ -21,7 +21,7 @@ def read_key(path: Path, flag: str) -> bytes:
     hint = f"head -c 32 /dev/urandom > {path} && chmod 600 {path}"
     try:
         mode = path.stat().st_mode
-        key = path.read_bytes()
+        key = path.read_bytes() if stat.S_ISREG(mode) else b""  # a device may have no end
     except OSError as error:
         raise UsageError(
             f"flag {flag} {path}", got=error.strerror or str(error), expected="a key file", hint=hint

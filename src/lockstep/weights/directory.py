@@ -149,7 +149,7 @@ def _no_room(size: int, found: str) -> NoRoomError:
 
 def _remove_if_abandoned(directory: Path) -> None:
     """Raises OSError while it is another process's, or another user's."""
-    if time.time() - directory.stat().st_mtime < SETTLED_S:
+    if abs(time.time() - directory.stat().st_mtime) < SETTLED_S:  # a clock may have been set back
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
