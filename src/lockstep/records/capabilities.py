@@ -16,8 +16,6 @@ CAPABILITIES = {
     "resolved_config": "read back what it resolved to",
     "per_request_seed": "a seed for each request",
     "native_fp32_head": "compute the last matrix product in fp32 under a bf16 body",
-    "trace_replay": "force given tokens through decoding, with real log-probabilities",
-    "sampling_mask": "return the ids that top-k, top-p and min-p kept",
     "logit_bias": "add to chosen logits",
     "penalties": "repetition, presence and frequency penalties",
     "nccl_weights": "take new weights over NCCL",

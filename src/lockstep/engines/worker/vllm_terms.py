@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,9 @@ def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def common_capabilities(sampling_fields: Iterable[str]) -> dict[str, Capability]:
+def common_capabilities() -> dict[str, Capability]:
     """What can be seen without a running engine."""
-    fields, native = set(sampling_fields), has_native_head_dtype()
+    native = has_native_head_dtype()
     plugin = (
         "not in this version: "
         "Lockstep's plugin computes the last product in the dtype asked for, and is probed"
@@ -247,18 +247,7 @@ def common_capabilities(sampling_fields: Iterable[str]) -> dict[str, Capability]
             native, 'hf_overrides = {"head_dtype": "float32"}' if native else plugin
         ),
         "per_request_seed": Capability(True, "each request and sample has a generator of its own"),
-        "trace_replay": _field(
-            "trace_decode_token_ids", fields, "forces given tokens; needs the V2 model runner, hence a GPU"
-        ),
-        "sampling_mask": _field(
-            "return_sampling_mask", fields, "returns the kept ids; needs the V2 model runner, hence a GPU"
-        ),
     }
-
-
-def _field(name: str, fields: set[str], how: str) -> Capability:
-    runs = name in fields and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-    return Capability(runs, how if name in fields else f"this version's SamplingParams has no {name}")
 
 
 def sampling_params(params: SamplingParams, **extra: Any) -> Any:

@@ -57,10 +57,8 @@ class Engine(terms.VllmEngine):
         )
 
     def _capabilities(self) -> dict[str, Capability]:
-        from vllm import SamplingParams as VllmParams
-
         drains = "requests drain before a load, so that each completion has one version"
-        return terms.common_capabilities(VllmParams.__struct_fields__) | {
+        return terms.common_capabilities() | {
             "rescore": Capability(True, "prompt log-probabilities of a request that no prefix cache serves"),
             "rescore_at_temperature": Capability(
                 True, "prompt log-probabilities are of the request's temperature, as V1's are not"

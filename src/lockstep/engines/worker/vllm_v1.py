@@ -62,11 +62,9 @@ class Engine(terms.VllmEngine):
         )
 
     def _capabilities(self) -> dict[str, Capability]:
-        from vllm import SamplingParams as VllmParams
-
         pauses = "mode" in inspect.signature(self.llm.pause_generation).parameters
         transfer = hasattr(self.llm, "init_weight_transfer_engine")
-        return terms.common_capabilities(VllmParams.__struct_fields__) | {
+        return terms.common_capabilities() | {
             "rescore": Capability(True, "prompt log-probabilities; such requests read no prefix cache"),
             "rescore_at_temperature": Capability(
                 False, "prompt log-probabilities are of the raw logits, T = 1, in every mode"
