@@ -1,7 +1,9 @@
 """Who knows what: engines by name in their adapters alone, planted faults in the floor that plants them."""
 
 import ast
+import configparser
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -100,3 +102,48 @@ def test_every_shape_that_a_signature_names_is_checked_in_tests(pytestconfig):
     missed = {name for name in naming if not any(f"{name}.".startswith(f"{each}.") for each in checked)}
     assert not missed, "add them to --jaxtyping-packages in pyproject.toml"
     assert all(any(f"{name}.".startswith(f"{each}.") for name in naming) for each in checked)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def contract(name):
+    """A contract of .importlinter: key → the modules that it names."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / ".importlinter")
+    return {key: value.split() for key, value in parser[f"importlinter:contract:{name}"].items()}
+
+
+def modules(folder):
+    """The modules and packages of a folder of the source, by dotted name."""
+    files = (p for p in folder.glob("*.py") if not p.stem.startswith("__"))
+    packages = (p.parent for p in folder.glob("*/__init__.py"))
+    return {".".join(p.relative_to(SOURCE.parent).with_suffix("").parts) for p in (*files, *packages)}
+
+
+def test_every_module_that_owns_no_model_is_held_off_it():
+    owners = {f"lockstep.{name}" for name in ("policy", "training", "weights", "engines")}
+    assert set(contract("owner")["source_modules"]) == modules(SOURCE) - owners
+
+
+def test_every_module_of_the_engines_is_an_adapter_or_serves_all():
+    folder = SOURCE / "engines"
+    every = modules(folder) | modules(folder / "worker")
+    serves, adapters = contract("generic"), set(contract("adapters")["modules"])
+    placed = {*serves["source_modules"], *serves["forbidden_modules"]}
+    assert placed == every - {"lockstep.engines.worker"}
+    assert adapters == {name for name in serves["forbidden_modules"] if ".worker." not in name}
+
+
+def test_what_the_architecture_sends_people_to_is_there():
+    """Its table of where to change what; the next one names files that a change would make."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text[text.index("## I want to change X") : text.index("## What a change of each kind touches")]
+    named = {name for name in re.findall(r"`([\w./]+\.(?:py|toml))`", table) if "NAME" not in name}
+    assert len(named) > 60
+    known = [
+        *ROOT.glob("*.*"),
+        *(p for at in ("src", "docs", "tests", "examples", "benchmarks") for p in (ROOT / at).rglob("*")),
+    ]
+    there = {str(path.relative_to(ROOT)) for path in known}
+    assert [name for name in sorted(named) if not any(f"/{p}".endswith(f"/{name}") for p in there)] == []
