@@ -180,8 +180,7 @@ def test_decode_and_prefill_agree(side):
 
 def test_a_seed_repeats_its_completion(side):
     side.engine.need("per_request_seed")
-    prompts = prompts_of(3, seed=5)
-    first, second = (draw(side, prompts, max_tokens=8) for _ in range(2))
+    first, second = (draw(side, prompts_of(3, seed=5), max_tokens=8) for _ in range(2))
     assert [c.token_ids for c in first] == [c.token_ids for c in second]
 
 
