@@ -58,6 +58,7 @@ def pair(tiny_model_dir):
         seed=0,
         noise=noise_of("torch.float32"),
         exactly=nullcontext,
+        drawn={},
     )
 
 
@@ -75,6 +76,7 @@ def since(pair):
         for parameter in parameters_of(pair.trainer._policy.model).values():
             size = 0.02 * parameter.square().mean().sqrt()
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    pair.drawn.clear()
     return before
 
 
@@ -96,13 +98,22 @@ def samples(seed):
 
 
 def drawn(pair, seed, variant=None):
-    """Samples whose engine's numbers are those of the trainer, as a variant, and noise. With their moves."""
-    rng, sample = np.random.default_rng(seed), samples(seed)
-    new = sample.scored(pair.trainer).astype(np.float64)
-    with pair.trainer.holding(variant) if variant else nullcontext():
-        served = sample.scored(pair.trainer)
-    sample.fill(engine_logprobs=rounded(served, rng))
-    return sample, Moves(sample.engine_logprobs - new, np.ones(new.size), new, sample.owners)
+    """Samples whose engine's numbers are those of the trainer, as a variant, and noise. With their moves.
+
+    Each is drawn once.
+    """
+    which = seed, type(variant), getattr(variant, "names", None)
+    if which not in pair.drawn:
+        rng, sample = np.random.default_rng(seed), samples(seed)
+        served = here = sample.scored(pair.trainer)
+        if variant is not None:
+            with pair.trainer.holding(variant):
+                served = sample.scored(pair.trainer)
+        new = here.astype(np.float64)
+        sample.fill(engine_logprobs=rounded(served, rng))
+        moves = Moves(sample.engine_logprobs - new, np.ones(new.size), new, sample.owners)
+        pair.drawn[which] = sample, moves
+    return pair.drawn[which]
 
 
 def asked(*drawn_as):
