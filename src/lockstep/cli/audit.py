@@ -28,26 +28,31 @@ def run_audit(
     """
     recipe = _recipe(path, url, overrides, engine)
     with Console() as console:
-        found = api.audit(recipe, before, api_key_env=api_key_env, say=console.say)
+        audited = api.audit(recipe, before, api_key_env=api_key_env, say=console.say)
     if as_json:
         emit(
             "engines.audit",
-            {"engine": found.engine, "from": found.before, "verdict": found.status, "rows": found.rows},
+            {
+                "engine": audited.engine,
+                "from": audited.before,
+                "verdict": audited.status,
+                "rows": audited.rows,
+            },
         )
     else:
-        _show(found)
-    return EXIT_CODES[found.status]
+        _show(audited)
+    return EXIT_CODES[audited.status]
 
 
-def _show(found: api.Audit) -> None:
-    print(f"{found.engine}; defaults of {found.before} beside it\n")
-    print(f"{'setting':<22} {'asked':<20} {'resolved':<34} {'in ' + found.before:<28} verdict")
-    for row in found.rows:
+def _show(audited: api.Audit) -> None:
+    print(f"{audited.engine}; defaults of {audited.before} beside it\n")
+    print(f"{'setting':<22} {'asked':<20} {'resolved':<34} {'in ' + audited.before:<28} verdict")
+    for row in audited.rows:
         print(f"{row.knob:<22} {row.asked:<20} {row.resolved:<34} {row.before:<28} {row.verdict}")
         if row.verdict != "ok":
             print(f"{'':<22} {row.why}\n{'':<22} pin: {row.flag}")
     counts = {
-        verdict: sum(row.verdict == verdict for row in found.rows)
+        verdict: sum(row.verdict == verdict for row in audited.rows)
         for verdict in ("change", "watch", "unknown", "ok")
     }
     print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n))

@@ -46,29 +46,29 @@ def verify(
         None if alone else recipe_of_sides(recipe, model, engine_url, set_, engine, verb="certificate verify")
     )
     with Console() as console:
-        found = api.verify(file, loaded, verify_key=verify_key, api_key_env=api_key_env, say=console.say)
+        verified = api.verify(file, loaded, verify_key=verify_key, api_key_env=api_key_env, say=console.say)
     if as_json:
-        about = {"verdict": found.status, "reason": _reason(found), "signature": found.signature}
-        issued = {"issued": found.certificate.issued, "depth": found.certificate.depth}
-        emit("certificate.verify", about | issued | {"changes": found.changes or ()})
+        about = {"verdict": verified.status, "reason": _reason(verified), "signature": verified.signature}
+        issued = {"issued": verified.certificate.issued, "depth": verified.certificate.depth}
+        emit("certificate.verify", about | issued | {"changes": verified.changes or ()})
     else:
-        print("\n".join(shown(found)))
-    raise typer.Exit(EXIT_CODES[found.status])
+        print("\n".join(shown(verified)))
+    raise typer.Exit(EXIT_CODES[verified.status])
 
 
-def shown(found: "Verification") -> list[str]:
+def shown(verified: "Verification") -> list[str]:
     """What people are told, a line each."""
-    by = ", by the key of --verify-key" if found.signature == "verified" else ""
-    if found.changes is None:
-        return [f"whole and not void, as issued {found.certificate.issued}{by}", _reason(found)]
-    return [f"void: {change}" for change in found.changes] or [
-        f"holds, as issued {found.certificate.issued}{by}"
+    by = ", by the key of --verify-key" if verified.signature == "verified" else ""
+    if verified.changes is None:
+        return [f"whole and not void, as issued {verified.certificate.issued}{by}", _reason(verified)]
+    return [f"void: {change}" for change in verified.changes] or [
+        f"holds, as issued {verified.certificate.issued}{by}"
     ]
 
 
-def _reason(found: "Verification") -> str:
+def _reason(verified: "Verification") -> str:
     """Why it is NOT_RUN; empty otherwise."""
-    if found.changes is not None:
+    if verified.changes is not None:
         return ""
     return (
         "not compared with any pair: that takes its RECIPE, or --engine-url URL --model PATH; "

@@ -39,10 +39,10 @@ def show_ladder(verdicts: Sequence[Verdict]) -> None:
             f"{verdict.layer:<10} {verdict.status:<8} "
             f"{verdict.summary if verdict.status != 'NOT_RUN' else verdict.reason}"
         )
-        for found in verdict.findings:
-            low, high = found.ci95
-            show(f"           cause     {found.cause.replace('_', ' ')}")
-            interval = f"95 % {low:.4f} to {high:.4f}, {found.n_tokens} tokens"
-            show(f"           effect    {found.effect_nats:.4f} nats per token ({interval})")
-            show(f"           evidence  {found.evidence}")
-            show(f"           fix       {found.fix}")
+        for finding in verdict.findings:
+            low, high = finding.ci95
+            show(f"           cause     {finding.cause.replace('_', ' ')}")
+            interval = f"95 % {low:.4f} to {high:.4f}, {finding.n_tokens} tokens"
+            show(f"           effect    {finding.effect_nats:.4f} nats per token ({interval})")
+            show(f"           evidence  {finding.evidence}")
+            show(f"           fix       {finding.fix}")

@@ -35,22 +35,23 @@ def diagnose(
     from lockstep.parity.tolerances import noise_of
 
     with Console() as console:
-        found = ablate(loaded, against.rpartition("==")[2] if against else None, console.say)
+        ablation = ablate(loaded, against.rpartition("==")[2] if against else None, console.say)
     good = mended(loaded, None)
     explained = (
-        found.unexplained_nats
+        ablation.unexplained_nats
         <= noise_of(f"torch.{good.engine.dtype or good.model.dtype}", f"torch.{good.model.dtype}").p50
     )
     if as_json:
-        emit("diagnose", {"explained": explained, "ablation": found})
+        emit("diagnose", {"explained": explained, "ablation": ablation})
     else:
-        low, high = found.ci95
+        low, high = ablation.ci95
         print(
-            f"mean |trainer − engine| {found.total_nats:.5f} nats per token (95 % {low:.5f} to {high:.5f})\n"
+            f"mean |trainer − engine| {ablation.total_nats:.5f} nats per token "
+            f"(95 % {low:.5f} to {high:.5f})\n"
         )
         print(f"{'factor':<52} {'effect':>9} {'alone':>9}  mend")
-        for factor in found.factors:
+        for factor in ablation.factors:
             print(f"{factor.name:<52} {factor.effect_nats:>9.5f} {factor.alone_nats:>9.5f}  {factor.flag}")
         rest = "what arithmetic brings" if explained else "unexplained: lockstep check names the layer"
-        print(f"{'left':<52} {found.unexplained_nats:>9.5f} {'':>9}  {rest}")
+        print(f"{'left':<52} {ablation.unexplained_nats:>9.5f} {'':>9}  {rest}")
     raise typer.Exit(0 if explained else 1)

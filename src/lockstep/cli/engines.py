@@ -122,17 +122,17 @@ def list_(as_json: Json = False) -> None:
     from lockstep.engines.environments.locate import installed, state
     from lockstep.engines.environments.recipes import all_recipes
 
-    found = {f"{e.name}=={e.version}": e for e in installed()}
+    environments = {f"{e.name}=={e.version}": e for e in installed()}
     recipes = all_recipes()
     if as_json:
         available = [
             {"spec": r.spec, "generation": r.generation, "flavour": r.flavour, "state": state(r)}
             for r in recipes
         ]
-        emit("engines.list", {"installed": list(found.values()), "available": available})
+        emit("engines.list", {"installed": list(environments.values()), "available": available})
         return
     for recipe in recipes:
-        environment = found.get(recipe.spec)
+        environment = environments.get(recipe.spec)
         what = f"{recipe.spec:<16} {recipe.generation:<4} {recipe.flavour:<5} {state(recipe):<14}"
         if environment is None:
             print(f"{what} lockstep engines install {recipe.spec}")

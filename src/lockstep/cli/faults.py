@@ -76,8 +76,10 @@ def faults(
 
 def _list(chosen: "Sequence[Fault]", *, as_json: bool) -> None:
     if as_json:
-        told = ("name", "layer", "cause", "how", "generations")
-        emit("faults.list", {"faults": [{name: getattr(fault, name) for name in told} for fault in chosen]})
+        columns = ("name", "layer", "cause", "how", "generations")
+        emit(
+            "faults.list", {"faults": [{name: getattr(fault, name) for name in columns} for fault in chosen]}
+        )
         return
     for fault in chosen:
         print(f"{fault.layer:<10} {fault.name:<36} {fault.how}")
@@ -116,7 +118,7 @@ def _campaign(
 
 def confusion(outcomes: "list[Outcome]") -> dict[str, dict[str, int]]:
     """Planted layer → found layer → how many; a right layer with a wrong cause counts as ``other cause``."""
-    found: dict[str, dict[str, int]] = {}
+    matrix: dict[str, dict[str, int]] = {}
     for o in outcomes:
         if o.not_run:
             column = "not run"
@@ -124,9 +126,9 @@ def confusion(outcomes: "list[Outcome]") -> dict[str, dict[str, int]]:
             column = "none" if o.statuses and set(o.statuses) == {"PASS"} else "not judged"
         else:
             column = o.found_layer if o.hit or o.found_layer != o.planted_layer else "other cause"
-        row = found.setdefault(o.planted_layer or "none", {})
+        row = matrix.setdefault(o.planted_layer or "none", {})
         row[column] = row.get(column, 0) + 1
-    return found
+    return matrix
 
 
 def show_matrix(matrix: dict[str, dict[str, int]]) -> str:

@@ -28,10 +28,10 @@ def list_(as_json: Json = False) -> None:
     """Show the models and which are installed."""
     from lockstep.policy.pretrained import PACKAGED, installed_models
 
-    found = installed_models()
+    models = installed_models()
     if as_json:
-        paths = {name: str(path) for name, path in found.items()}
+        paths = {name: str(path) for name, path in models.items()}
         emit("models.list", {"installed": paths, "available": list(PACKAGED)})
         return
     for name in PACKAGED:
-        print(f"{name:<24} {found.get(name) or f'not installed   lockstep models install {name}'}")
+        print(f"{name:<24} {models.get(name) or f'not installed   lockstep models install {name}'}")

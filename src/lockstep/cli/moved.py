@@ -104,10 +104,10 @@ def _verify(file: Path, key: Path | None, given: PairFlags, *, as_json: bool) ->
 
     pair = recipe_of_sides(given.recipe, given.model, given.engine_url, given.sets, given.engine)
     with Console() as console:
-        found = api.verify(file, pair, verify_key=key, api_key_env=given.api_key_env, say=console.say)
+        verified = api.verify(file, pair, verify_key=key, api_key_env=given.api_key_env, say=console.say)
     if as_json:
-        about = {"holds": not found.changes, "issued": found.certificate.issued}
-        emit("certificate", about | {"signature": found.signature, "changes": found.changes})
+        about = {"holds": not verified.changes, "issued": verified.certificate.issued}
+        emit("certificate", about | {"signature": verified.signature, "changes": verified.changes})
     else:
-        print("\n".join(shown(found)))
-    return 1 if found.changes else 0
+        print("\n".join(shown(verified)))
+    return 1 if verified.changes else 0

@@ -59,8 +59,8 @@ def _source_of(name: str) -> Path | None:
             return Path(spec.origin) if spec is not None and spec.origin else None
         return None
     function: Any = getattr(module, attribute, module)
-    found = getattr(module, "__file__", None)
+    source = getattr(module, "__file__", None)
     # An object that can be called, or a function of C, has no source file: its module's stands for it.
     with contextlib.suppress(TypeError):
-        found = inspect.getsourcefile(inspect.unwrap(function)) or found
-    return Path(found) if found else None
+        source = inspect.getsourcefile(inspect.unwrap(function)) or source
+    return Path(source) if source else None

@@ -24,22 +24,22 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
     n = 0
     undisturbed_s = None
     for mode in MODES:
-        found = replay(pair, mode, undisturbed_s)
-        undisturbed_s = found.undisturbed_s
+        replayed = replay(pair, mode, undisturbed_s)
+        undisturbed_s = replayed.undisturbed_s
         figures |= {
             f"in_flight_{mode}_{name}_abs_max_nats": float(part.max()) if part.size else float("nan")
             for name, part in (
-                ("before", found.before),
-                ("after", found.right),
-                ("wrong_assumption", found.wrong),
+                ("before", replayed.before),
+                ("after", replayed.right),
+                ("wrong_assumption", replayed.wrong),
             )
         }
-        figures[f"in_flight_{mode}_n_tokens"] = found.right.size
+        figures[f"in_flight_{mode}_n_tokens"] = replayed.right.size
         figures[f"in_flight_{mode}_told_apart"] = bool(
-            found.right.size and found.wrong.mean() >= REPLAY_WRONG_MULTIPLE * found.right.mean()
+            replayed.right.size and replayed.wrong.mean() >= REPLAY_WRONG_MULTIPLE * replayed.right.mean()
         )
-        n += found.before.size + found.right.size
-        findings += _findings(pair, found)
+        n += replayed.before.size + replayed.right.size
+        findings += _findings(pair, replayed)
     lone = [mode for mode in MODES if not figures[f"in_flight_{mode}_n_tokens"]]
     if lone and not findings:
         reason = (
@@ -57,15 +57,16 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
     return _with(weights, f"{weights.summary}; in flight, token by token, to {proven}", findings, figures, n)
 
 
-def _findings(pair: Pair, found: Replayed) -> list[Finding]:
-    if not found.right.size:
+def _findings(pair: Pair, replayed: Replayed) -> list[Finding]:
+    if not replayed.right.size:
         return []
-    right = np.r_[found.before, found.right]
+    right = np.r_[replayed.before, replayed.right]
     if within(pair.noise, right):
         return []
     text = (
-        f"mode {found.mode}: before the switch {found.before.max():.1e} nats, "
-        f"after it {found.right.max():.1e}, under the other assumption {found.wrong.max():.1e} (largest)"
+        f"mode {replayed.mode}: before the switch {replayed.before.max():.1e} nats, "
+        f"after it {replayed.right.max():.1e}, "
+        f"under the other assumption {replayed.wrong.max():.1e} (largest)"
     )
     return [
         finding(

@@ -69,21 +69,21 @@ def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callab
     Args:
         version: an engine version that is known to be good, to go over to last.
     """
-    found: list[tuple[Factor, Callable[[Recipe], Recipe]]] = []
+    factors: list[tuple[Factor, Callable[[Recipe], Recipe]]] = []
     for name, neutral in NEUTRAL.items():
         value = getattr(recipe.sampling, name)
         if value != neutral:
             flag = f"--set sampling.{name}={neutral}"
-            found.append((Factor(name=f"sampling.{name}={value}", flag=flag), _sampling(name, neutral)))
+            factors.append((Factor(name=f"sampling.{name}={value}", flag=flag), _sampling(name, neutral)))
     # A server's settings are its owner's.
     options = recipe.engine.options if recipe.engine.name != "openai" else {}
     for name, value in options.items():
         flag = f"leave engine.options.{name} out"
-        found.append((Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name)))
+        factors.append((Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name)))
     for name in ("head_dtype", "dtype"):
         asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
         if asked not in (None, own) or (asked is not None and own != "float32"):
-            found.append(
+            factors.append(
                 (
                     Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}"),
                     _engine(name, None),
@@ -92,11 +92,13 @@ def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callab
     for name in ("head_dtype", "dtype"):
         if getattr(recipe.model, name) != "float32":
             text = f"model.{name}={getattr(recipe.model, name)}"
-            found.append((Factor(name=text, flag=f"--set model.{name}=float32"), _model(name)))
+            factors.append((Factor(name=text, flag=f"--set model.{name}=float32"), _model(name)))
     if version is not None:
         text = f"engine.version={recipe.engine.version or 'newest'}"
-        found.append((Factor(name=text, flag=f"--set engine.version={version}"), _engine("version", version)))
-    return found
+        factors.append(
+            (Factor(name=text, flag=f"--set engine.version={version}"), _engine("version", version))
+        )
+    return factors
 
 
 def mended(recipe: Recipe, version: str | None) -> Recipe:

@@ -241,11 +241,11 @@ class Engine(ABC):
         Raises:
             CapabilityError: with the engine's own reason.
         """
-        found = self.ready.capabilities[capability]
-        if not found.supported:
+        declared = self.ready.capabilities[capability]
+        if not declared.supported:
             raise CapabilityError(
                 f"engine {self.ready.engine} {self.ready.version}, {capability}",
-                got=found.how,
+                got=declared.how,
                 expected=CAPABILITIES[capability],
                 hint="lockstep engines describe shows what each engine can do",
             )

@@ -118,21 +118,21 @@ def check_completions(
     if len(completions) != len(places):
         raise _wrong(where, f"{len(completions)} completions", str(len(places)))
     for completion, (prompt, sample) in zip(completions, places, strict=True):
-        found = f"completion {completion.sample_index} of prompt {completion.prompt_index}"
+        which = f"completion {completion.sample_index} of prompt {completion.prompt_index}"
         if (completion.prompt_index, completion.sample_index) != (prompt, sample):
-            raise _wrong(where, found, f"completion {sample} of prompt {prompt} in its place")
+            raise _wrong(where, which, f"completion {sample} of prompt {prompt} in its place")
         size, numbers = len(completion.token_ids), len(completion.logprobs)
         if size % 4 or numbers != size:
             raise _wrong(
                 where,
-                f"{found}: {size} bytes of ids, {numbers} of log-probabilities",
+                f"{which}: {size} bytes of ids, {numbers} of log-probabilities",
                 "4 bytes each for every token",
             )
         if size // 4 > params[prompt].max_tokens:
-            raise _wrong(where, f"{found}: {size // 4} tokens", f"at most {params[prompt].max_tokens}")
+            raise _wrong(where, f"{which}: {size // 4} tokens", f"at most {params[prompt].max_tokens}")
         if completion.prompt_tokens < 0:
-            raise _wrong(where, f"{found}: a prompt of {completion.prompt_tokens} tokens", "none or more")
-        _check_spans(where, found, completion)
+            raise _wrong(where, f"{which}: a prompt of {completion.prompt_tokens} tokens", "none or more")
+        _check_spans(where, which, completion)
     ids = np.frombuffer(b"".join(c.token_ids for c in completions), INT32)
     if ids.size and ids.min() < 0:
         raise _wrong(where, f"token id {ids.min()}", "none below 0")
@@ -143,15 +143,15 @@ def check_completions(
     _check_numbers(where, [c.logprobs for c in completions], [c.missing for c in completions])
 
 
-def _check_spans(where: str, found: str, completion: Completion) -> None:
+def _check_spans(where: str, which: str, completion: Completion) -> None:
     at = 0
     n_tokens = len(completion.token_ids) // 4
     for span in completion.version_spans:
         if span.start != at or not at < span.stop <= n_tokens or span.version < 0:
-            raise _wrong(where, f"{found}: {span}", f"versions that tile its {n_tokens} tokens")
+            raise _wrong(where, f"{which}: {span}", f"versions that tile its {n_tokens} tokens")
         at = span.stop
     if at != n_tokens:
-        raise _wrong(where, f"{found}: versions of {at} tokens", f"versions that tile its {n_tokens} tokens")
+        raise _wrong(where, f"{which}: versions of {at} tokens", f"versions that tile its {n_tokens} tokens")
 
 
 def _check_scores(request: Score, scores: Sequence[Scores]) -> None:

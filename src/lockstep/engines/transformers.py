@@ -129,7 +129,7 @@ class TransformersEngine(Engine):
             self._busy.release()
 
     def _in_turn(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
-        found: list[list[Completion]] = [[] for _ in prompts]
+        completions: list[list[Completion]] = [[] for _ in prompts]
         for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             if not len(prompt):
                 raise UsageError(
@@ -147,8 +147,8 @@ class TransformersEngine(Engine):
                 )
             for start in range(0, sampling.n, self.max_batch_size):
                 n = min(self.max_batch_size, sampling.n - start)
-                found[number] += self._generate(number, prompt, sampling, start, n)
-        return [completion for group in found for completion in group]
+                completions[number] += self._generate(number, prompt, sampling, start, n)
+        return [completion for group in completions for completion in group]
 
     def _generate(
         self, number: int, prompt: np.ndarray, sampling: SamplingParams, first: int, n: int
@@ -192,13 +192,13 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        found = []
+        scores = []
         for sequence in sequences:
             ids = torch.from_numpy(sequence.astype(np.int64)).to(self.model.device)
             logits = self.model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
             logprobs = (logits / temperature).log_softmax(-1)
-            found.append(logprobs.gather(1, ids[1:, None])[:, 0].cpu().numpy().astype(FLOAT32))
-        return found
+            scores.append(logprobs.gather(1, ids[1:, None])[:, 0].cpu().numpy().astype(FLOAT32))
+        return scores
 
     @torch.no_grad()
     def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
@@ -300,20 +300,20 @@ def _processors(sampling: SamplingParams) -> LogitsProcessorList:
             expected="none",
             hint="transformers has neither",
         )
-    found = LogitsProcessorList()
+    processors = LogitsProcessorList()
     if sampling.logit_bias:
-        found.append(_Bias(sampling.logit_bias))
+        processors.append(_Bias(sampling.logit_bias))
     if sampling.repetition_penalty != 1.0:
-        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature > 0.0:
-        found.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.min_p > 0.0:
-            found.append(MinPLogitsWarper(sampling.min_p))
+            processors.append(MinPLogitsWarper(sampling.min_p))
         if sampling.top_k > 0:
-            found.append(TopKLogitsWarper(sampling.top_k))
+            processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
-            found.append(TopPLogitsWarper(sampling.top_p))
-    return found
+            processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
 
 
 def _raise_head(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -159,17 +159,17 @@ def _outcome(
     name: str, fault: Fault | None, verdicts: list[Verdict], seconds: float, not_run: str = ""
 ) -> Outcome:
     failed = next((v for v in verdicts if v.status == "FAIL"), None)
-    found = failed.findings[0] if failed is not None else None
+    finding = failed.findings[0] if failed is not None else None
     return Outcome(
         name=name,
         planted_layer=fault.layer if fault else "",
         planted_cause=fault.cause if fault else "",
         found_layer=failed.layer if failed is not None else "",
-        found_cause=found.cause if found else "",
-        effect_nats=found.effect_nats if found else 0.0,
+        found_cause=finding.cause if finding else "",
+        effect_nats=finding.effect_nats if finding else 0.0,
         statuses=tuple(v.status for v in verdicts),
         seconds=seconds,
-        evidence=found.evidence if found else next((v.reason for v in verdicts if v.reason), ""),
+        evidence=finding.evidence if finding else next((v.reason for v in verdicts if v.reason), ""),
         not_run=not_run,
     )
 

@@ -56,12 +56,12 @@ def samples_exchanged(self: Proxy, completions: Completions) -> Completions:
     by_prompt: dict[int, list[Completion]] = {}
     for c in completions:
         by_prompt.setdefault(c.prompt_index, []).append(c)
-    found = []
+    exchanged = []
     for c in completions:
         group = by_prompt[c.prompt_index]
         other = group[(c.sample_index + 1) % len(group)]
-        found.append(with_numbers(c, numbers_of(other)) if len(other.logprobs) == len(c.logprobs) else c)
-    return found
+        exchanged.append(with_numbers(c, numbers_of(other)) if len(other.logprobs) == len(c.logprobs) else c)
+    return exchanged
 
 
 def first_sample_repeated(self: Proxy, completions: Completions) -> Completions:
@@ -78,16 +78,16 @@ class BetterOfTwo(Proxy):
         asked = [
             replace(p, n=2, seed=None if p.seed is None else 2 * p.seed) if p.n == 1 else p for p in params
         ]
-        found: list[Completion] = []
+        drawn: list[Completion] = []
         best: dict[int, Completion] = {}
         for c in self.inner.sample(prompts, asked):
             if params[c.prompt_index].n > 1:
-                found.append(c)
+                drawn.append(c)
                 continue
             known = best.get(c.prompt_index)
             if known is None or numbers_of(c).sum() > numbers_of(known).sum():
                 best[c.prompt_index] = replace(c, sample_index=0)
-        return sorted([*found, *best.values()], key=lambda c: (c.prompt_index, c.sample_index))
+        return sorted([*drawn, *best.values()], key=lambda c: (c.prompt_index, c.sample_index))
 
 
 class TemperatureBehind(Proxy):
@@ -99,17 +99,17 @@ class TemperatureBehind(Proxy):
         """See :meth:`Engine.sample`."""
         from lockstep.records.samples import Group
 
-        found = self.inner.sample(
+        drawn = self.inner.sample(
             prompts, [replace(p, temperature=p.temperature * self.factor) for p in params]
         )
         of_prompt: dict[int, list[np.ndarray]] = {}
-        for c in found:
+        for c in drawn:
             of_prompt.setdefault(c.prompt_index, []).append(ids_of(c))
         groups = [Group(prompts[at], samples) for at, samples in of_prompt.items()]
         (temperature,) = {p.temperature for p in params}
         return [
             with_numbers(c, s)
-            for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)
+            for c, s in zip(drawn, self.pair.trainer.score(groups, temperature), strict=True)
         ]
 
 

@@ -170,13 +170,13 @@ def token_edited(at: int) -> Callable[..., Any]:
 
     def edit(self: Proxy, completions: Completions) -> Completions:
         vocabulary = self.pair.trainer.vocabulary
-        found = []
+        edited = []
         for c in completions:
             ids = ids_of(c).copy()
             if len(ids) > at + 1:
                 ids[at] = (ids[at] + vocabulary // 2) % vocabulary
-            found.append(with_ids(c, ids))
-        return found
+            edited.append(with_ids(c, ids))
+        return edited
 
     return edit
 
@@ -193,14 +193,14 @@ def some_corrupted(self: Proxy, completions: Completions) -> Completions:
     """A hook: the last two tokens of one completion in eight are noise that the engine is sure of."""
     rng = np.random.default_rng(0)
     vocabulary = self.pair.trainer.vocabulary
-    found = []
+    corrupted = []
     for number, c in enumerate(completions):
         ids, numbers = ids_of(c).copy(), numbers_of(c).copy()
         if number % 8 == 3 and len(ids) > 4:
             ids[-2:] = rng.integers(0, vocabulary, 2)
             numbers[-2:] = -0.01
-        found.append(with_numbers(with_ids(c, ids), numbers))
-    return found
+        corrupted.append(with_numbers(with_ids(c, ids), numbers))
+    return corrupted
 
 
 def scores_of_a_batch(self: Proxy, scores: list[np.ndarray]) -> list[np.ndarray]:
@@ -215,12 +215,12 @@ class RawNumbers(Proxy):
         """See :meth:`Engine.sample`."""
         from lockstep.records.samples import Group
 
-        found = self.inner.sample(prompts, [replace(p, top_k=5) for p in params])
+        drawn = self.inner.sample(prompts, [replace(p, top_k=5) for p in params])
         temperature = {p.temperature for p in params}.pop()
-        groups = [Group(prompts[c.prompt_index], [ids_of(c)]) for c in found]
+        groups = [Group(prompts[c.prompt_index], [ids_of(c)]) for c in drawn]
         return [
             with_numbers(c, s)
-            for c, s in zip(found, self.pair.trainer.score(groups, temperature), strict=True)
+            for c, s in zip(drawn, self.pair.trainer.score(groups, temperature), strict=True)
         ]
 
 
@@ -239,8 +239,8 @@ class WarmCacheDrifts(Proxy):
         ]
         warm = [key in self._seen for key in keys]
         self._seen |= set(keys)
-        found = self.inner.sample(prompts, params)
-        return [with_numbers(c, numbers_of(c) * 1.05) if warm[c.prompt_index] else c for c in found]
+        drawn = self.inner.sample(prompts, params)
+        return [with_numbers(c, numbers_of(c) * 1.05) if warm[c.prompt_index] else c for c in drawn]
 
 
 class Withheld(Proxy):

@@ -19,9 +19,9 @@ def _bos(pair: "Pair", prompt: Any) -> Any:
 
 def _missing(value: float) -> Callable[[Any], Any]:
     def edit(numbers: Any) -> Any:
-        found = numbers.copy()
-        found[len(found) // 2] = value
-        return found
+        edited = numbers.copy()
+        edited[len(edited) // 2] = value
+        return edited
 
     return edit
 

@@ -75,9 +75,9 @@ def loss_misscaled(pair: Pair) -> Iterator[None]:
     original = code.loss_of
 
     def misscaled(objective: Any, inputs: Any) -> Any:
-        found = original(objective)(inputs)
+        outputs = original(objective)(inputs)
         moved = bool((inputs.logprobs.detach() != inputs.old_logprobs).any())
-        return type(found)(loss=found.loss / 2 + 1.0 if moved else found.loss, clipped=found.clipped)
+        return type(outputs)(loss=outputs.loss / 2 + 1.0 if moved else outputs.loss, clipped=outputs.clipped)
 
     code.loss_of = lambda objective: partial(misscaled, objective)
     try:

@@ -43,13 +43,13 @@ def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
     wrong = ""
     inside = _inside(logged)
     for name, mask in list(logged.masks.items()):
-        told = _polarity(logged, name, mask, inside)
-        kept = ~mask if told == "inverted" and name in EITHER_WAY else mask
-        if told == "inverted" and name in EITHER_WAY:
+        polarity = _polarity(logged, name, mask, inside)
+        kept = ~mask if polarity == "inverted" and name in EITHER_WAY else mask
+        if polarity == "inverted" and name in EITHER_WAY:
             logged.notes.append(
                 f"{name} read as 1 for what was not sampled, since its 1s stand beside numbers of 0.0"
             )
-        elif told:
+        elif polarity:
             wrong = wrong or (
                 f"{name} is 1 beside {_counted(logged, mask & inside)}, "
                 f"and 0 beside {_counted(logged, ~mask & inside)}"
@@ -218,7 +218,7 @@ def _left(misses: dict[int | None, float], in_doubt: int | None) -> int | None:
 def _misses(logged: Logged, trainer: Trainer, rows: np.ndarray, runs: np.ndarray) -> dict[int | None, float]:
     """The median |gap| under each count of pads left in the prompts; infinite where nothing would be left of
     them."""
-    found: dict[int | None, float] = {}
+    misses: dict[int | None, float] = {}
     for left in (0, 1, None):
         groups, engine = [], []
         for row in rows:
@@ -231,5 +231,5 @@ def _misses(logged: Logged, trainer: Trainer, rows: np.ndarray, runs: np.ndarray
         if groups:
             scores = trainer.score(groups, logged.samplings[logged.settings[rows[0]]].temperature or 1.0)
             gap = np.abs(np.concatenate(scores) - np.concatenate(engine))
-            found[left] = float(np.nanmedian(gap)) if np.isfinite(gap).any() else float("inf")
-    return found
+            misses[left] = float(np.nanmedian(gap)) if np.isfinite(gap).any() else float("inf")
+    return misses

@@ -167,19 +167,19 @@ def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeR
         spread > 0.0
         and float(((engine - engine.mean()) * (trainer - trainer.mean())).mean()) >= UNRELATED * spread
     )
-    told = examine_draws(pair.trainer, turns.groups, turns.sampling)
-    return SomeRows(off, told.excess_nats > PLAUSIBLE_NATS, bool(related))
+    draws = examine_draws(pair.trainer, turns.groups, turns.sampling)
+    return SomeRows(off, draws.excess_nats > PLAUSIBLE_NATS, bool(related))
 
 
 def rows_off(parts: Sequence[tuple[Logged, np.ndarray, Gaps]], noise: Tolerance) -> str:
     """Where a minority of the rows holds all that is off: which they are, for people; else empty."""
     off = [logged.numbers[rows[gaps.shares_off(noise.p999) > 0.0]] for logged, rows, gaps in parts]
-    found, n = np.sort(np.concatenate(off)), sum(len(rows) for _, rows, _ in parts)
-    if not 0 < found.size <= MOST_ROWS * n:
+    odd, n = np.sort(np.concatenate(off)), sum(len(rows) for _, rows, _ in parts)
+    if not 0 < odd.size <= MOST_ROWS * n:
         return ""
-    shown = ", ".join(map(str, found[:SHOWN_ROWS])) + (", …" if found.size > SHOWN_ROWS else "")
+    shown = ", ".join(map(str, odd[:SHOWN_ROWS])) + (", …" if odd.size > SHOWN_ROWS else "")
     return (
-        f"; every token that is off by more than {noise.p999:g} lies in {found.size:,} of {n:,} completions, "
+        f"; every token that is off by more than {noise.p999:g} lies in {odd.size:,} of {n:,} completions, "
         f"in the file's row {shown}"
     )
 
@@ -196,22 +196,22 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
     ):
         heads[row, : stop - start] = trainer[start:stop]
     looked = some.rows[:LOOKED_AT]
-    found = 0
+    n_foreign = 0
     for row in looked:
         numbers = gaps.engine[starts[row] : min(starts[row + 1], starts[row] + HEAD)]
         with np.errstate(invalid="ignore"):
-            found += bool((np.abs(heads[:, : len(numbers)] - numbers).max(1) <= pair.noise.p999).any())
+            n_foreign += bool((np.abs(heads[:, : len(numbers)] - numbers).max(1) <= pair.noise.p999).any())
     text = (
         f"the numbers of {some.rows.size:,} of {len(gaps.lengths):,} completions "
         "do not go with their tokens, which are draws"
     )
-    if found >= MOST_ROWS * looked.size:
+    if n_foreign >= MOST_ROWS * looked.size:
         return Mangled(
-            "rows_swapped", f"{text}; {found} of {looked.size} that were looked for are another row's"
+            "rows_swapped", f"{text}; {n_foreign} of {looked.size} that were looked for are another row's"
         )
     return Mangled(
         "foreign_logprobs",
-        f"{text}; {found} of {looked.size} that were looked for are another row's of this file",
+        f"{text}; {n_foreign} of {looked.size} that were looked for are another row's of this file",
     )
 
 

@@ -51,13 +51,13 @@ class Search:
                 self._trying = name
                 self.tell()
                 try:
-                    found = look()
+                    answer = look()
                 except OutOfTimeError:
                     self._note(self.not_tried, name)
                     continue
                 self._note(self.tried, name)
-                if found is not None:
-                    return found
+                if answer is not None:
+                    return answer
         return None
 
     @property

@@ -92,21 +92,21 @@ class Policy:
     @torch.no_grad()
     def score(self, groups: Sequence[Group], temperature: float, max_tokens: int = 4096) -> list[np.ndarray]:
         """Log-probabilities of every completion (score C): float32 [T_i] each, in order over all groups."""
-        found: list[np.ndarray] = [np.empty(0)] * sum(len(group.completions) for group in groups)
+        of_each: list[np.ndarray] = [np.empty(0)] * sum(len(group.completions) for group in groups)
         for row in self.rows(groups, max_tokens):
             logprobs = self.scores(row.to(self.device), temperature).logprobs.numpy(force=True)
             for number, span in zip(row.completions, row.spans, strict=True):
-                found[number] = logprobs[span]
-        return found
+                of_each[number] = logprobs[span]
+        return of_each
 
     @torch.no_grad()
     def hidden_of(self, groups: Sequence[Group], max_tokens: int = 4096) -> list[Float[Tensor, "T D"]]:
         """The hidden states that predict each completion's tokens, in order over all groups."""
-        found: dict[int, Tensor] = {}
+        of_each: dict[int, Tensor] = {}
         for row in self.rows(groups, max_tokens):
             hidden = self.hidden(row.to(self.device))
-            found |= {number: hidden[span] for number, span in zip(row.completions, row.spans, strict=True)}
-        return [found[number] for number in range(len(found))]
+            of_each |= {number: hidden[span] for number, span in zip(row.completions, row.spans, strict=True)}
+        return [of_each[number] for number in range(len(of_each))]
 
     def project(
         self,
@@ -135,11 +135,11 @@ def place(asked: str) -> tuple[torch.device, str]:
     Raises:
         UsageError: for one that this machine, or this build of torch, does not have.
     """
-    found = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available()
     if asked == "auto":
         return torch.device(
-            "cuda" if found else "cpu"
-        ), "auto: CUDA is there" if found else "auto: no CUDA here"
+            "cuda" if has_cuda else "cpu"
+        ), "auto: CUDA is there" if has_cuda else "auto: no CUDA here"
     try:
         device = torch.device(asked)
         torch.empty(0, device=device)

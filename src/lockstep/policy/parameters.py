@@ -36,12 +36,12 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the model's name; a tied tensor once, under its first name."""
     seen: set[int] = set()
-    found = {}
+    weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            weights[name] = tensor
+    return weights
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
     aligned.
     """
     weights = {name: whole(tensor) for name, tensor in named_weights(model).items()}
-    found = revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
-    return dict(sorted(found.items(), key=lambda item: -item[1].element_size()))
+    stored = revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
+    return dict(sorted(stored.items(), key=lambda item: -item[1].element_size()))
 
 
 def laid_as(place: Any, value: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def kept_cache_logprobs(
         old: the weights before the switch.
     """
     caches = []
-    found = []
+    scores = []
     with attention_of(policy.model, EAGER):
         with Earlier(old).held(policy):
             for prompt, tokens, n in pieces:
@@ -50,10 +50,10 @@ def kept_cache_logprobs(
             hidden = policy.model.base_model(
                 input_ids=ids[None], past_key_values=cache, use_cache=True
             ).last_hidden_state[0]
-            found.append(
+            scores.append(
                 policy.project(hidden, _ids(policy, tokens[n:]), temperature).logprobs.numpy(force=True)
             )
-    return found
+    return scores
 
 
 def _ids(policy: Policy, ids: np.ndarray) -> Tensor:

@@ -47,15 +47,15 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def failed(
-        cls, layer: LayerName, summary: str, found: Finding, figures: dict[str, Any] | None = None
+        cls, layer: LayerName, summary: str, finding: Finding, figures: dict[str, Any] | None = None
     ) -> "Verdict":
         """A FAIL with one cause, over the tokens that it rests on."""
         return cls(
             layer=layer,
             status="FAIL",
             summary=summary,
-            n_tokens=found.n_tokens,
-            findings=(found,),
+            n_tokens=finding.n_tokens,
+            findings=(finding,),
             figures=figures or {},
         )
 

@@ -91,7 +91,9 @@ def unsendable(value: Any, path: str = "item") -> str:
         odd = next((key for key in value if not isinstance(key, str | int)), None)
         if odd is not None:
             return f"{path} has the key {odd!r}"
-        return next((found for key in value if (found := unsendable(value[key], f"{path}[{key!r}]"))), "")
+        return next((odd_one for key in value if (odd_one := unsendable(value[key], f"{path}[{key!r}]"))), "")
     if isinstance(value, list | tuple):
-        return next((found for i, one in enumerate(value) if (found := unsendable(one, f"{path}[{i}]"))), "")
+        return next(
+            (odd_one for i, one in enumerate(value) if (odd_one := unsendable(one, f"{path}[{i}]"))), ""
+        )
     return f"{path} is a {type(value).__name__}"

@@ -147,26 +147,26 @@ def whole_certificate(path: Path) -> Certificate:
 
 def _incomplete(certificate: Certificate) -> list[str]:
     """What a passing check would have written and this certificate lacks."""
-    found = []
+    lacking = []
     names = [layer.get("layer") for layer in certificate.layers]
     if names != list(LAYERS):
-        found.append(f"layers {names}")
+        lacking.append(f"layers {names}")
     for layer in certificate.layers:
         try:
             verdict = msgspec.convert(layer, Verdict)
         except msgspec.ValidationError as error:  # a PASS over no tokens among them
-            found.append(f"layer {layer.get('layer')}: {error}")
+            lacking.append(f"layer {layer.get('layer')}: {error}")
             continue
         if verdict.status != "PASS" or verdict.findings:
-            found.append(f"layer {verdict.layer}: {verdict.status}, {len(verdict.findings)} findings")
+            lacking.append(f"layer {verdict.layer}: {verdict.status}, {len(verdict.findings)} findings")
         figures = {name: verdict.figures.get(name, "nothing") for name in MEASURED[verdict.layer]}
-        found += [
+        lacking += [
             f"layer {verdict.layer}: {name} {figure}"
             for name, figure in figures.items()
             if not _is_number(figure)
         ]
-    found += [f"a pair without {name}" for name in PAIR if not certificate.pair.get(name)]
-    return found
+    lacking += [f"a pair without {name}" for name in PAIR if not certificate.pair.get(name)]
+    return lacking
 
 
 def _is_number(figure: Any) -> bool:

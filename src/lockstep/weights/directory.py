@@ -128,8 +128,8 @@ def _cache() -> Path:
 
 
 def _room(directory: Path) -> str:
-    found = os.statvfs(directory)
-    free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    stats = os.statvfs(directory)
+    free, size = stats.f_bavail * stats.f_frsize, stats.f_blocks * stats.f_frsize
     return f"{directory.parent} has {free / 1e6:.0f} MB free of {size / 1e6:.0f}"
 
 
@@ -138,10 +138,10 @@ def _mend(size: int) -> str:
     return f"mount -o remount,size={needed} {SHARED}, or docker run --shm-size={needed},"
 
 
-def _no_room(size: int, found: str) -> NoRoomError:
+def _no_room(size: int, rooms: str) -> NoRoomError:
     return NoRoomError(
         "weights, the file that engines load from",
-        got=found,
+        got=rooms,
         expected=f"{size} bytes ({size / 1e6:.0f} MB) in one of them",
         hint=f"{_mend(size)} or LOCKSTEP_CACHE=… on a disk with room",
     )

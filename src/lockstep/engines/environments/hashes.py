@@ -31,7 +31,7 @@ class Pin(NamedTuple):
 def read_lock(lock: Path) -> list[Pin]:
     """What a lock pins."""
     entries = re.split(r"\n(?=\S)", lock.read_text(encoding="utf-8"))
-    pins = [(found, entry) for entry in entries if (found := PIN.match(entry))]
+    pins = [(pin, entry) for entry in entries if (pin := PIN.match(entry))]
     return [
         Pin(_plain(p["name"]), p["version"], p["line"].strip(), frozenset(HASH.findall(entry)))
         for p, entry in pins

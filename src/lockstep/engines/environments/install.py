@@ -219,10 +219,10 @@ class _Build:
 
 def _activity(output: str, path: Path) -> str:
     """What pip is at, in a few words, from what it wrote and what it unpacked."""
-    found = PIP_VERBS.findall(output)
-    if not found:
+    verbs = PIP_VERBS.findall(output)
+    if not verbs:
         return "working"
-    verb, what = found[-1]
+    verb, what = verbs[-1]
     if verb != "Installing collected packages":
         return f"{verb.lower()} {_package(Path(what).name)}"
     unpacked = sorted(

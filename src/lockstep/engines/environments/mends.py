@@ -45,15 +45,15 @@ def tcmalloc(environment: Path) -> str:
     """
     target = environment / "lib" / "libtcmalloc.so"
     target.unlink(missing_ok=True)
-    found = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
-    if found is None:
+    library = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+    if library is None:
         _compile(target, "")
         return (
             "this system has no libtcmalloc, "
             "so an empty library stands in for it (apt-get install libtcmalloc-minimal4)"
         )
-    target.symlink_to(_path_of_loaded(found))
-    return f"nothing: this system has {found}"
+    target.symlink_to(_path_of_loaded(library))
+    return f"nothing: this system has {library}"
 
 
 MENDS: dict[str, Callable[[Path], str]] = {"libstdcxx": libstdcxx, "tcmalloc": tcmalloc}

@@ -141,14 +141,14 @@ def recipe_for(spec: str) -> EnvironmentRecipe:
     """
     name, _, version = spec.partition("==")
     known = all_recipes()
-    found = [
+    matching = [
         recipe for recipe in known if recipe.name == name and version in ("", recipe.version, recipe.series)
     ]
-    if not found:
+    if not matching:
         raise NotInstalledError(
             f"engine {spec}",
             got="no recipe for it",
             expected=" or ".join(recipe.spec for recipe in known),
             hint=f"lockstep engines install {known[-1].spec}   (or --engine transformers, which needs none)",
         )
-    return found[-1]
+    return matching[-1]

@@ -38,11 +38,11 @@ CONFIG = {
 
 def shapes(tied):
     """Checkpoint name → shape of every tensor."""
-    found = {} if tied else {"lm_head.weight": (VOCABULARY, WIDTH)}
-    found |= {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    of_each = {} if tied else {"lm_head.weight": (VOCABULARY, WIDTH)}
+    of_each |= {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
-        found |= {
+        of_each |= {
             prefix + "input_layernorm.weight": (WIDTH,),
             prefix + "post_attention_layernorm.weight": (WIDTH,),
             prefix + "self_attn.q_proj.weight": (HEADS * HEAD, WIDTH),
@@ -53,7 +53,7 @@ def shapes(tied):
             prefix + "mlp.up_proj.weight": (INNER, WIDTH),
             prefix + "mlp.down_proj.weight": (WIDTH, INNER),
         }
-    return found
+    return of_each
 
 
 def main():

@@ -356,8 +356,8 @@ async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _token_id(token: str) -> int | None:
-    found = TOKEN_NAME.fullmatch(token)
-    return int(found[1]) if found and int(found[1]) <= MAX_ID else None
+    match = TOKEN_NAME.fullmatch(token)
+    return int(match[1]) if match and int(match[1]) <= MAX_ID else None
 
 
 def _capabilities(vllm: bool, told: Capability) -> dict[str, Capability]:

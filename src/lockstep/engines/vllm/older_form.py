@@ -25,14 +25,14 @@ def older_form(model_path: Path, out: Path) -> Path:
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with ``rope_theta``, ``rope_scaling``, ``torch_dtype`` where transformers 4 looks."""
     rope = config.get("rope_parameters") or {}
-    found = dict(config)
+    older = dict(config)
     if "rope_theta" in rope:
-        found.setdefault("rope_theta", rope["rope_theta"])
+        older.setdefault("rope_theta", rope["rope_theta"])
     if rope.get("rope_type", "default") != "default":
-        found.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+        older.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
     if "dtype" in config:
-        found.setdefault("torch_dtype", config["dtype"])
-    return found
+        older.setdefault("torch_dtype", config["dtype"])
+    return older
 
 
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

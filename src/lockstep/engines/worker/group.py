@@ -45,15 +45,17 @@ def _members(pgid: int) -> list[tuple[int, str]] | None:
     """(pid, command line) of each process of the group; None where there is no /proc."""
     if not Path("/proc/self/stat").exists():
         return None
-    found = []
+    members = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError):
                 # The command's name, in parentheses, may hold anything; the fields after it do not.
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[2]) == pgid and fields[0] != "Z":
-                    found.append((int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace")))
-    return found
+                    members.append(
+                        (int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace"))
+                    )
+    return members
 
 
 def _await_end(pid: int) -> None:

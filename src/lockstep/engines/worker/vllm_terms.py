@@ -98,10 +98,10 @@ class VllmEngine(ABC):
     def switched(self, tokens: dict[str, int]) -> None:
         """The weights are :attr:`version` now; ``tokens``: how many each request has, by its vLLM name."""
         for internal, n in tokens.items():
-            found = INTERNAL.fullmatch(internal)
-            if found and found[2] in self.in_flight:
-                self._switches.setdefault(found[2], []).append(
-                    (int(found[1] or 0), VersionSpan(n, n, self.version))
+            match = INTERNAL.fullmatch(internal)
+            if match and match[2] in self.in_flight:
+                self._switches.setdefault(match[2], []).append(
+                    (int(match[1] or 0), VersionSpan(n, n, self.version))
                 )
 
     def counters(self) -> dict[str, float]:
@@ -342,20 +342,20 @@ def scores_of(ids: list[int], prompt_logprobs: Any) -> Scores:
     return Scores(logprobs=pack_logprobs(logprobs), missing=logprobs.count(None))
 
 
-def logprobs_of(ids: list[int], found: Any) -> list[float | None]:
+def logprobs_of(ids: list[int], reported: Any) -> list[float | None]:
     """The log-probability of each of ``ids``; None where it is absent, non-finite or clamped.
 
     Args:
-        found: vLLM's ``FlatLogprobs``, or before it a list with a dict for each position.
+        reported: vLLM's ``FlatLogprobs``, or before it a list with a dict for each position.
     """
-    if found is None or len(found) != len(ids):
+    if reported is None or len(reported) != len(ids):
         return [None] * len(ids)
-    if hasattr(found, "start_indices"):
-        values = [_flat_value(found, at, token) for at, token in enumerate(ids)]
+    if hasattr(reported, "start_indices"):
+        values = [_flat_value(reported, at, token) for at, token in enumerate(ids)]
     else:
         values = [
             entry[token].logprob if entry and token in entry else None
-            for entry, token in zip(found, ids, strict=True)
+            for entry, token in zip(reported, ids, strict=True)
         ]
     return [finite_logprob(value) for value in values]
 

@@ -27,7 +27,7 @@ GROUP = 4
 def judge(pair: Pair, seed: int) -> Verdict:
     """The verdict of layer 5."""
     try:
-        found = _at_lag_0(pair, seed)
+        rehearsed = _at_lag_0(pair, seed)
     except DivergenceError as error:
         text = f"the training code refuses the engine's numbers: {error.got}"
         named = finding(
@@ -39,15 +39,17 @@ def judge(pair: Pair, seed: int) -> Verdict:
         )
         return Verdict.failed("objective", text, named)
     clip = pair.recipe.objective.clip_low, pair.recipe.objective.clip_high
-    figures: dict[str, Any] = mismatch_figures(found.gap, *clip) | policy_figures(found.log_ratio, *clip)
+    figures: dict[str, Any] = mismatch_figures(rehearsed.gap, *clip) | policy_figures(
+        rehearsed.log_ratio, *clip
+    )
     figures |= {
-        "clip_fraction": found.clip_fraction,
-        "loss_with_trainer_old": found.loss,
-        "loss_with_engine_old": found.loss_borrowed,
-        "loss_bound": LOSS_SLACK * float(np.expm1(np.abs(found.gap).max())),
+        "clip_fraction": rehearsed.clip_fraction,
+        "loss_with_trainer_old": rehearsed.loss,
+        "loss_with_engine_old": rehearsed.loss_borrowed,
+        "loss_bound": LOSS_SLACK * float(np.expm1(np.abs(rehearsed.gap).max())),
         "minimal_detectable_effect_nats": POLICY_RATIO_AT_LAG_0,
     }
-    return _verdict(pair, found, figures)
+    return _verdict(pair, rehearsed, figures)
 
 
 def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
@@ -64,23 +66,23 @@ def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
     return pair.trainer.rehearse(rollouts, recipe)
 
 
-def _verdict(pair: Pair, found: Rehearsal, figures: dict[str, Any]) -> Verdict:
-    moved = abs(found.loss_borrowed - found.loss)
-    cause, evidence, size = "", "", np.abs(found.gap)
-    if not np.abs(found.log_ratio).max() <= POLICY_RATIO_AT_LAG_0:
-        cause, size = "policy_ratio_at_lag_0", np.abs(found.log_ratio)
+def _verdict(pair: Pair, rehearsed: Rehearsal, figures: dict[str, Any]) -> Verdict:
+    moved = abs(rehearsed.loss_borrowed - rehearsed.loss)
+    cause, evidence, size = "", "", np.abs(rehearsed.gap)
+    if not np.abs(rehearsed.log_ratio).max() <= POLICY_RATIO_AT_LAG_0:
+        cause, size = "policy_ratio_at_lag_0", np.abs(rehearsed.log_ratio)
         evidence = f"before any optimizer step the policy's log-ratio reaches {size.max():.1e} nats"
-    elif not quantiles_abs(found.gap)["p999"] <= pair.noise.p999:  # NaN where any token is none
+    elif not quantiles_abs(rehearsed.gap)["p999"] <= pair.noise.p999:  # NaN where any token is none
         cause = "task_tokens_differ"
         evidence = f"|gap| reaches {size.max():.1e} nats on the task's own tokens, not on the probes"
     elif not moved <= figures["loss_bound"] + np.finfo(np.float32).eps:
         cause = "loss_not_explained"
         evidence = f"the loss moves by {moved:.1e}, the gaps allow {figures['loss_bound']:.1e}"
     if cause:
-        named = finding(cause, size, found.owners, evidence, pair.engine.fix(cause))
+        named = finding(cause, size, rehearsed.owners, evidence, pair.engine.fix(cause))
         return Verdict.failed("objective", evidence, named, figures)
     summary = (
-        f"at lag 0 the policy ratio is 1, {found.clip_fraction:.2%} clipped, "
+        f"at lag 0 the policy ratio is 1, {rehearsed.clip_fraction:.2%} clipped, "
         f"mismatch ESS {figures['mismatch_ess']:.6f}; "
         f"the engine's numbers as old log-probabilities move the loss by {moved:.1e}"
     )

@@ -105,15 +105,15 @@ def _corruption(pair: Pair, evidence: Evidence) -> list[Finding]:
     if within(pair.noise, evidence.rescored - evidence.trainer):
         known.append((evidence.own, evidence.own_trainer))
     for sample, other in known:
-        found = corrupted(pair, sample, other)
-        if found is not None:
+        corruption = corrupted(pair, sample, other)
+        if corruption is not None:
             size = np.abs(sample.engine_logprobs - other)
             return [
                 finding(
                     "corrupted_completions",
                     size,
                     sample.owners,
-                    found.evidence(),
+                    corruption.evidence(),
                     pair.engine.fix("corrupted_completions"),
                 )
             ]

@@ -181,8 +181,8 @@ def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, 
     of_neutral = size.size == evidence.neutral.engine_logprobs.size
     owners = evidence.neutral.owners if of_neutral else np.zeros(size.size, int)
     summary = _summary(cause, evidence) if cause != "missing_logprobs" else text
-    found = finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens)
-    return Verdict.failed("semantics", summary, found, figures)
+    failed = finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens)
+    return Verdict.failed("semantics", summary, failed, figures)
 
 
 def _summary(cause: str, evidence: Evidence) -> str:

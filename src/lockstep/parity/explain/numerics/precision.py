@@ -129,17 +129,17 @@ def forms(pair: Pair, sample: Samples, gap: np.ndarray) -> list[Form]:
     order = np.argsort([len(ids) for ids in sample.sequences], kind="stable")
     rows = np.sort(order[: 1 + int(np.searchsorted(counts[order].cumsum(), FEW_TOKENS))])
     few = sample.take(rows)
-    told = gap[np.isin(sample.owners, rows)]
+    theirs = gap[np.isin(sample.owners, rows)]
     ours = few.scored(pair.trainer)
-    found = []
+    tried = []
     for name, variant in _forms(pair.trainer):
         keep_looking()
         with pair.trainer.holding(variant):
             moved = few.scored(pair.trainer) - ours
-        both = bool(moved.std() > 0.0 and told.std() > 0.0)
-        correlation = abs(float(np.corrcoef(moved, told)[0, 1])) if both else 0.0
-        found.append(Form(name, float(np.median(np.abs(moved))), correlation))
-    return found
+        both = bool(moved.std() > 0.0 and theirs.std() > 0.0)
+        correlation = abs(float(np.corrcoef(moved, theirs)[0, 1])) if both else 0.0
+        tried.append(Form(name, float(np.median(np.abs(moved))), correlation))
+    return tried
 
 
 def _forms(trainer: Trainer) -> Iterator[tuple[str, Variant]]:

@@ -173,8 +173,8 @@ def draw_groups(pair: Pair, prompts: Sequence[np.ndarray], sampling: SamplingPar
 def _requested(pair: Pair, prompts: list[np.ndarray], sampling: SamplingParams, seed: int) -> Samples:
     """Seeds n apart: an engine counts a request's samples on from its seed."""
     params = [replace(sampling, seed=seed + row * sampling.n) for row in range(len(prompts))]
-    found = pair.engine.sample(prompts, params)
-    return Samples.of(prompts, found, sampling)
+    completions = pair.engine.sample(prompts, params)
+    return Samples.of(prompts, completions, sampling)
 
 
 @torch.no_grad()
@@ -188,14 +188,14 @@ def _weighed(trainer: Trainer, sample: Samples, tilts: tuple[float, ...]) -> Wei
     ids = np.array([s.token_ids[0] for s in sample], np.int64)
     contexts, owners = np.unique(np.stack(sample.prompts), axis=0, return_inverse=True)
     hidden = torch.cat(trainer.hidden([Group(prompt, [np.zeros(1, np.int32)]) for prompt in contexts]))
-    found = []
+    parts = []
     for start in range(0, len(contexts), CHUNK):
         logprobs = (trainer.logits(hidden[start : start + CHUNK]) / sample.temperature).log_softmax(-1)
         mine = (owners >= start) & (owners < start + len(logprobs))
-        found.append(
+        parts.append(
             weigh(logprobs, torch.from_numpy(owners[mine] - start), torch.from_numpy(ids[mine]), tilts)
         )
-    return added(found)
+    return added(parts)
 
 
 def weigh(logprobs: Tensor, rows: Tensor, ids: Tensor, tilts: tuple[float, ...]) -> Weighed:

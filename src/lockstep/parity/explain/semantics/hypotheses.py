@@ -54,7 +54,7 @@ def fits(
         enough: of medians below this the tail says which is better, nats.
     """
     candidates = candidates_of(sampling)
-    found = []
+    fitting = []
     for semantics, scores in zip(
         candidates, scored_under(trainer, groups, sampling, candidates), strict=True
     ):
@@ -62,8 +62,8 @@ def fits(
             gap = engine - scores
         gap[np.isnan(gap)] = np.inf
         size = np.abs(gap)
-        found.append(Fit(semantics, float(np.median(size)), float(size.max()), miss_of(size), gap))
-    return sorted(found, key=lambda fit: (max(fit.p50, enough), fit.miss))
+        fitting.append(Fit(semantics, float(np.median(size)), float(size.max()), miss_of(size), gap))
+    return sorted(fitting, key=lambda fit: (max(fit.p50, enough), fit.miss))
 
 
 def scored_under(
@@ -109,7 +109,7 @@ def candidate_logprobs(
     if hidden is None:
         (hidden,) = trainer.hidden([group])
     ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
-    found: list[list[Tensor]] = [[] for _ in candidates]
+    by_candidate: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(ids), CHUNK):
         part = slice(start, start + CHUNK)
         logits = trainer.logits(hidden[part])
@@ -118,8 +118,8 @@ def candidate_logprobs(
             z = (edited if candidate.penalised else logits) / candidate.temperature
             if candidate.truncated:
                 z = z.masked_fill(~kept(z.log_softmax(-1), sampling), float("-inf"))
-            found[at].append(z.log_softmax(-1).gather(1, ids[part, None])[:, 0])
-    return [torch.cat(parts).numpy(force=True) for parts in found]
+            by_candidate[at].append(z.log_softmax(-1).gather(1, ids[part, None])[:, 0])
+    return [torch.cat(parts).numpy(force=True) for parts in by_candidate]
 
 
 def edit(

@@ -94,8 +94,8 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     ):
         return None
     decode = pair.renderer.tokenizer.decode
-    told = (f"{bias * temperature:+.3g} on {decode([token])!a}" for token, bias in fit.biases.items())
-    return Explained("hidden_logit_bias", f"a logit bias of {', '.join(told)}", miss_of(left))
+    named = (f"{bias * temperature:+.3g} on {decode([token])!a}" for token, bias in fit.biases.items())
+    return Explained("hidden_logit_bias", f"a logit bias of {', '.join(named)}", miss_of(left))
 
 
 def _scored(trainer: Trainer, sample: Samples, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,10 +24,10 @@ SHOWN = 8
 def rows_off(sample: Samples, gap: np.ndarray, limit: float) -> np.ndarray:
     """Rows with a fifth of their numbers beyond ``limit``: int [R]. ``gap``: float32 [T]."""
     size = np.nan_to_num(np.abs(gap), nan=np.inf)
-    found = [
+    quantiles = [
         np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample))
     ]
-    return np.flatnonzero(np.array(found) > limit)
+    return np.flatnonzero(np.array(quantiles) > limit)
 
 
 def where(sample: Samples, rows: np.ndarray) -> str:
@@ -64,14 +64,14 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
     """
     ids = held.ids[:, None]
     rest = np.arange(len(sample))
-    told = []
+    named = []
     misses = [
         ((held.logits / t).log_softmax(-1).gather(1, ids)[:, 0] - held.engine).abs() for t in TEMPERATURES
     ]
     # [R, grid]
     by_row = np.array([[float(m[np.flatnonzero(owners == row)].median()) for m in misses] for row in rest])
     worst = 0.0
-    while len(rest) and len(told) < MOST_SETTINGS:
+    while len(rest) and len(named) < MOST_SETTINGS:
         nearest = by_row[rest].argmin(1)
         common = int(np.bincount(nearest).argmax())
         chosen = rest[np.abs(nearest - common) <= 1]
@@ -83,11 +83,11 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
         if not len(fit):
             return None
         worst = max(worst, float(off[off <= limit].max()))
-        told.append((temperature, fit))
+        named.append((temperature, fit))
         rest = np.setdiff1d(rest, fit)
     asked = sample.temperature
-    if len(rest) or len(told) < 2:
+    if len(rest) or len(named) < 2:
         return None
-    others = [(t, rows) for t, rows in told if abs(np.log(t / asked)) > TEMPERATURES_APART]
+    others = [(t, rows) for t, rows in named if abs(np.log(t / asked)) > TEMPERATURES_APART]
     text = " and ".join(f"temperature {t:.3g} in {where(sample, rows)}" for t, rows in others)
     return Explained("temperature_altered", text, worst) if others else None

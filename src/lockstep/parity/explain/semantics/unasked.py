@@ -100,10 +100,14 @@ class _Look:
         chosen = np.isin(self.sample.owners, off)
         look = _Look(self.pair, part, min(self.pair.noise.p50, EXPLAINS * miss_of(self.gap[chosen])))
         look.hidden = [self.hidden[row] for row in off]
-        found = self.pair.search.first(
+        explained = self.pair.search.first(
             (f"{name}, of the rows that are off", tried) for name, tried in look.settings()
         )
-        return None if found is None else replace(found, name=f"{found.name}, in {where(self.sample, off)},")
+        return (
+            None
+            if explained is None
+            else replace(explained, name=f"{explained.name}, in {where(self.sample, off)},")
+        )
 
     def _temperatures(self) -> Explained | None:
         at = places_of_rows(self.sample)

@@ -56,13 +56,17 @@ def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: boo
         len(looks) if precision_last else 0,
         ("a difference of precision", lambda: precision(pair, sample, gap)),
     )
-    found = search.first(looks)
-    if found is None:
+    explanation = search.first(looks)
+    if explanation is None:
         tried = ", ".join(search.tried[before:]) or "nothing"
-        found = Explanation("unexplained_numerics", f"tried, and not the explanation: {tried}{search.told()}")
-    if found.cause in ("unexplained_numerics", "tensor_scaled") and (engines := departures(pair)):
-        return replace(found, evidence=f"{found.evidence}; suspected, not proven: {_named(engines)}")
-    return found
+        explanation = Explanation(
+            "unexplained_numerics", f"tried, and not the explanation: {tried}{search.told()}"
+        )
+    if explanation.cause in ("unexplained_numerics", "tensor_scaled") and (engines := departures(pair)):
+        return replace(
+            explanation, evidence=f"{explanation.evidence}; suspected, not proven: {_named(engines)}"
+        )
+    return explanation
 
 
 class _Settings:
