@@ -142,6 +142,13 @@ def test_honest_draws_are_not_odd(trainer, seed):
     assert examine_draws(trainer, groups, replace(PLAIN, temperature=1 / SHARP)).oddity() == ""
 
 
+def test_the_model_is_asked_once_what_tokens_were_drawn_from(trainer, monkeypatch):
+    groups, asked, once = drawn(trainer, PLAIN), [], trainer.hidden
+    monkeypatch.setattr(trainer, "hidden", lambda groups: asked.append(groups) or once(groups))
+    examine_draws(trainer, groups, PLAIN)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("hidden", [{"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.4}])
 def test_draws_from_another_distribution_are_odd(trainer, hidden):
     groups = drawn(trainer, replace(PLAIN, **hidden))

@@ -195,21 +195,25 @@ class Draws:
 def examine_draws(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Draws:
     """Hold each drawn token against the entropy, the ranks and the mass of its distribution."""
     excess, variance, ranks, above = [], [], [], []
-    for z, ids in distributions(trainer, groups, sampling):
+    hidden = trainer.hidden(groups)
+    for z, ids in distributions(trainer, groups, sampling, hidden):
         logprobs = z.log_softmax(-1)
         p = logprobs.exp()
-        weighted = p * logprobs.masked_fill(p == 0.0, 0.0)
+        finite = logprobs.masked_fill(p == 0.0, 0.0)
+        weighted = p * finite
         mean = weighted.sum(-1)
         drawn = logprobs.gather(1, ids[:, None])
         excess.append((drawn[:, 0] - mean).double())
-        variance.append(((weighted * logprobs.masked_fill(p == 0.0, 0.0)).sum(-1) - mean.square()).double())
+        variance.append(((weighted * finite).sum(-1) - mean.square()).double())
         likelier = logprobs > drawn
         ranks.append(likelier.sum(-1))
         above.append((p * likelier).sum(-1).double())
     total, spread = torch.cat(excess), torch.cat(variance).clamp(min=0.0)
     k = int(torch.cat(ranks).max()) + 1
     mass = float(torch.cat(above).max())
-    chance_k, chance_p = _chance_of_truncation(trainer, groups, sampling, k, mass)
+    # What a rank's chance is needs the largest one first: the logits are made again, the model is not asked.
+    again = distributions(trainer, groups, sampling, hidden)
+    chance_k, chance_p = _chance_of_truncation(again, k, mass)
     return Draws(
         n_tokens=total.numel(),
         excess_nats=float(total.mean()),
@@ -223,13 +227,17 @@ def examine_draws(trainer: Trainer, groups: Sequence[Group], sampling: SamplingP
 
 
 def _chance_of_truncation(
-    trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams, k: int, mass: float
+    drawn_from: Iterator[tuple[Tensor, Tensor]], k: int, mass: float
 ) -> tuple[float, float]:
-    """Log-probability that no draw ranks past ``k``, and that none has more than ``mass`` above it."""
+    """Log-probability that no draw ranks past ``k``, and that none has more than ``mass`` above it.
+
+    Args:
+        drawn_from: :func:`distributions`.
+    """
     if k > LARGEST_TOP_K:
         return 0.0, 0.0
     by_rank, by_mass = 0.0, 0.0
-    for z, _ in distributions(trainer, groups, sampling):
+    for z, _ in drawn_from:
         held = z.log_softmax(-1).exp().double().topk(min(k, z.shape[1])).values.cumsum(-1)  # [L, k]
         by_rank += float(held[:, -1].clamp(max=1.0).log().sum())
         # The token that crosses the mass is kept too; where the first k tokens do not reach it, nothing is
@@ -257,13 +265,19 @@ def likeliest_temperature(trainer: Trainer, groups: Sequence[Group], sampling: S
 
 
 def distributions(
-    trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams
+    trainer: Trainer,
+    groups: Sequence[Group],
+    sampling: SamplingParams,
+    states: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What a sampler with these settings draws from, in portions.
 
     Processed logits [L, V], and the ids drawn [L].
+
+    Args:
+        states: the groups' hidden states, where they are at hand.
     """
-    for group, hidden in zip(groups, trainer.hidden(groups), strict=True):
+    for group, hidden in zip(groups, states or trainer.hidden(groups), strict=True):
         ids = torch.as_tensor(np.asarray(group.completions[0], np.int64), device=hidden.device)
         for start in range(0, len(ids), CHUNK):
             part = slice(start, start + CHUNK)
