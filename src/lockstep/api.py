@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from msgspec.structs import replace
+
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.errors import LockstepError, UsageError
 
@@ -76,7 +78,7 @@ def check(
     from lockstep.runs.layout import refuse_no_directory
 
     with tempfile.TemporaryDirectory(prefix="lockstep-check-") as scratch:
-        directory = Path(out or scratch)
+        directory = Path(out or scratch).absolute()
         refuse_no_directory(directory)
         preflight(loaded, api_key_env)
         make_directory(directory)
@@ -148,14 +150,15 @@ def train(
     preflight(loaded, api_key_env)
     resumed = layout is not None
     layout = layout or new_run(Path(out) if out is not None else None)
+    named, layout = layout.root, layout.absolute()  # somebody's reward may change the working directory
     with layout.held():
-        say(f"run directory {layout.root}{', which goes on' if resumed else ''}")
+        say(f"run directory {named}{', which goes on' if resumed else ''}")
         if resumed and finished(layout, loaded):
             _tidy(layout)
             say("its last step is trained and saved: nothing is left to do")
         else:
             _train(loaded, layout, say, start, resumed=resumed)
-    return summarise(open_run(layout.root))
+    return replace(summarise(open_run(layout.root)), run=str(named))
 
 
 @dataclass(frozen=True)

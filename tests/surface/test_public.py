@@ -57,10 +57,17 @@ def test_check_and_train_do_what_the_commands_do(recipe, tmp_path, monkeypatch):
     assert result.status == "PASS"
     assert "ladder: semantics" in said
     assert list(tmp_path.iterdir()) == [], "nothing is kept without out"
-    small = with_sets(
-        recipe, ["training.prompts_per_step=2", "training.group_size=2", "parity.probe_prompts=4"]
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (tmp_path / "sandbox.py").write_text(
+        f"import os\ndef reward(completion, item):\n    os.chdir({str(elsewhere)!r})\n    return 0.0\n"
     )
+    monkeypatch.syspath_prepend(tmp_path)
+    sets = ["training.prompts_per_step=2", "training.group_size=2", "parity.probe_prompts=4"]
+    small = with_sets(recipe, [*sets, "task.reward=sandbox:reward"])
     summary = lockstep.train(small, out="run")
+    assert Path.cwd() == elsewhere
+    assert not list(elsewhere.iterdir()), "a reward may go where it likes: the run's files stay"
+    monkeypatch.chdir(tmp_path)
     run = open_run(tmp_path / "run")
     assert (summary.steps, len(run.steps), summary.run) == (1, 1, "run")
     assert [record.verdict.status for record in run.verdicts[:5]] == ["PASS"] * 5

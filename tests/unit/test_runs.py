@@ -11,6 +11,7 @@ from lockstep.config.imported import imported, source_digest
 from lockstep.config.recipe import load_recipe, with_sets
 from lockstep.errors import RunError, UsageError
 from lockstep.records.messages import Ready
+from lockstep.runs import checkpoints
 from lockstep.runs.layout import existing_run, new_run
 from lockstep.runs.manifest import (
     build_manifest,
@@ -61,8 +62,16 @@ def test_an_interrupted_run_is_found_and_a_finished_or_other_one_is_not(tmp_path
     assert unfinished_run(other, tmp_path) is None
     open_recorder(layout).step(1, 2, {"loss": 0.0})
     assert unfinished_run(RECIPE, tmp_path) == layout  # its last step is trained, and not saved yet
-    layout.checkpoint(2).mkdir(parents=True)
+    last = layout.checkpoint(2)
+    for part in (checkpoints.MODEL, checkpoints.OPTIMIZER, "config.json"):
+        (last / part).parent.mkdir(parents=True, exist_ok=True)
+        (last / part).write_bytes(b"0")
+        assert unfinished_run(RECIPE, tmp_path) == layout, "a checkpoint is whole or it is none"
+    checkpoints.seal(last, 2)
     assert unfinished_run(RECIPE, tmp_path) is None
+    (last / checkpoints.MODEL).write_bytes(b"1")
+    assert unfinished_run(RECIPE, tmp_path) == layout, "its last checkpoint is not what was written"
+    checkpoints.seal(last, 2)
 
 
 def test_a_run_is_held_by_one_process_and_not_taken_up_meanwhile(tmp_path):

@@ -32,6 +32,10 @@ class RunLayout:
 
     root: Path
 
+    def absolute(self) -> "RunLayout":
+        """The same from any working directory."""
+        return RunLayout(self.root.absolute())
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from going on with this run at the same time; the lock ends with its process.
