@@ -24,7 +24,7 @@ ifeq ($(filter $(PLATFORM),Linux-x86_64 Linux-aarch64),)
 TRAIN_FLAGS := --engine transformers
 endif
 
-.PHONY: quickstart test test-unit chaos check faults bench setup prepared engine engines model lock clean
+.PHONY: quickstart test test-unit chaos check faults bench peers setup prepared engine engines model lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: prepared
@@ -54,6 +54,16 @@ check: setup
 
 bench: prepared $(BENCH_READY)
 	@for file in benchmarks/*.py; do echo "$$ python $$file"; $(BIN)/python "$$file" || exit 1; done
+
+PEERS_READY := .venv-peers/.ready-$(shell cksum < requirements-peers.lock | cut -d ' ' -f 1)
+
+peers: $(PEERS_READY)  # Lockstep's objectives beside TRL's and verl's own code; writes docs/reference/peers.md
+	PYTHONPATH=src:. .venv-peers/bin/python -m tests.peers.compare
+
+$(PEERS_READY):  # verl pins an older transformers than TRL's: what is compared needs neither's trainer
+	@rm -rf .venv-peers && $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check --no-input install -qq --no-deps -r requirements-peers.lock
+	@touch $@
 
 setup: $(READY)
 

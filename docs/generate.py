@@ -1,14 +1,21 @@
 """Write docs/reference/ from the code: ``python docs/generate.py``; ``--check``: say whether it is fresh."""
 
+import ast
 import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import typer
 
 from lockstep.cli.main import app
+from lockstep.config.imported import imported
 from lockstep.faults.catalogue import FAULTS
+from lockstep.metrics.aliases import ALIASES
+from lockstep.metrics.catalog import METRICS
+from lockstep.objectives import advantages, aggregation
+from lockstep.objectives.registry import OBJECTIVES
 from lockstep.parity.causes import CAUSES
 from lockstep.records.verdicts import LAYERS
 
@@ -33,6 +40,66 @@ def causes() -> str:
                     + (f"\n\n*Planted as:* {', '.join(planted)}" if planted else "")
                 )
     return "\n\n".join(parts) + "\n"
+
+
+def metrics() -> str:
+    """Every figure of the catalog, and what other systems call it."""
+    lines = [
+        "# Figures",
+        "",
+        "What stands in `metrics.jsonl`, and what `lockstep metrics` prints. ℓ is the log-probability of a "
+        "sampled token, n how many there are; ratios are taken before anything bounds them, unless it says "
+        "*after*. Made by `docs/generate.py`.",
+        "",
+        "| figure | unit | formula | estimator | over | bounds | denominator | non-finite |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for m in METRICS:
+        cells = (m.unit, f"`{m.formula}`", m.estimator, m.mask, m.clipping, m.denominator, m.nan_rule)
+        lines.append(f"| `{m.name}` | {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    lines += ["", "## Other systems' names", ""]
+    lines += ["| system | its name | ours | |", "|---|---|---|---|"]
+    lines += [
+        f"| {a.system} | `{a.name}` | `{a.ours}` | {f'refused: {a.differs}' if a.differs else 'exported'} |"
+        for a in ALIASES
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def objectives() -> str:
+    """Every objective that comes with Lockstep, its options, and what several share."""
+    parts = [
+        "# Objectives",
+        "`objective.name`, and the options of each: `[objective.options]`. "
+        "Papers are cited in each file of `src/lockstep/objectives/`. Made by `docs/generate.py`.",
+    ]
+    for name, known in OBJECTIVES.items():
+        function = imported(known.function, "objective.name")
+        module = known.function.partition(":")[0].rpartition(".")[2]
+        said = inspect.cleandoc(function.__doc__).partition("\n\nArgs:")[0].replace("``", "`")
+        rows = [f"| `{key}` | of `[objective]` | the range that ratios are held in |" for key in known.keys]
+        for field in msgspec.structs.fields(known.options):
+            default = field.default if isinstance(field.default, str) else f"{field.default:g}"
+            rows.append(f"| `options.{field.name}` | {default} | {_said_of(known.options, field.name)} |")
+        table = "\n".join(["| | default | |", "|---|---|---|", *rows])
+        own = f"Advantages: `{known.advantage}`. `objectives/{module}.py`."
+        parts.append(f"## {name}\n\n{said}\n\n{own}\n\n{table}")
+    for title, module in (("Advantages", advantages), ("Aggregations", aggregation)):
+        text = inspect.cleandoc(module.__doc__).replace("``", "`")
+        parts.append(f"## {title}: `objective.{title.lower().removesuffix('s')}`\n\n{text}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _said_of(options: type, field: str) -> str:
+    """What stands under a field in the source; under the field before where that is said of both."""
+    body = ast.parse(inspect.getsource(options)).body[0].body
+    said, name = {}, ""
+    for line in body:
+        if isinstance(line, ast.AnnAssign):
+            name = line.target.id
+        elif name:
+            said[name] = " ".join(line.value.value.split()).replace("``", "`")
+    return said.get(field, "")
 
 
 def faults() -> str:
@@ -85,7 +152,13 @@ def _row(parameter) -> str:
     return f"| `{name}{takes}`{other} | {said.replace('|', chr(92) + '|')} |"
 
 
-PAGES = {"causes.md": causes, "commands.md": commands, "faults.md": faults}
+PAGES = {
+    "causes.md": causes,
+    "commands.md": commands,
+    "faults.md": faults,
+    "metrics.md": metrics,
+    "objectives.md": objectives,
+}
 
 
 def main() -> int:

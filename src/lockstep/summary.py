@@ -17,6 +17,10 @@ class RunSummary(Struct, frozen=True, kw_only=True):
 
     run: str
     """The run directory."""
+    override: str = ""
+    """Of a run that trained although the ladder did not pass: which layer, and the recipe's reason."""
+    alarms: int = 0
+    """How many were given."""
     planted: tuple[str, ...] = ()
     """Faults that were planted on purpose; with any, the run certifies nothing."""
     steps: int = 0
@@ -50,8 +54,13 @@ def summarise(run: RunRecord) -> RunSummary:
     Raises:
         RunError: for a damaged file.
     """
-    bare = RunSummary(run=str(run.layout.root), planted=run.manifest.planted)
     steps = run.steps
+    bare = RunSummary(
+        run=str(run.layout.root),
+        planted=run.manifest.planted,
+        override=next((record.override for record in reversed(steps.records) if record.override), ""),
+        alarms=len(run.alarms),
+    )
     if not len(steps):
         return bare
     quarter = max(1, len(steps) // 4)
@@ -120,6 +129,8 @@ def summary_table(summary: RunSummary) -> str:
         ("speed", _speed(s)),
         ("training time", f"{s.training_s:.0f} s for {s.steps_timed} of {s.steps} steps"),
         ("weight syncs proven", f"{s.syncs_proven} of {s.syncs}{_too_small(s.syncs_too_small_to_prove)}"),
+        *([("not proven", s.override)] if s.override else []),
+        *([("alarms", f"{s.alarms}, in alarms.jsonl")] if s.alarms else []),
         *(
             [("planted on purpose", f"{', '.join(s.planted)}: this run certifies nothing")]
             if s.planted

@@ -40,11 +40,16 @@ def _keys(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
 
 
 def metric_names() -> list[str]:
-    """``name [unit]  aliases``."""
+    """``name [unit]  system:alias`` of aliases that are exported."""
+    from lockstep.metrics.aliases import ALIASES
     from lockstep.metrics.catalog import METRICS
 
+    also = {
+        m.name: sorted(f"{a.system}:{a.name}" for a in ALIASES if a.ours == m.name and not a.differs)
+        for m in METRICS
+    }
     return sorted(
-        f"{m.name} [{m.unit}]" + (f"  also {', '.join(sorted(m.aliases))}" if m.aliases else "")
+        f"{m.name} [{m.unit}]" + (f"  also {', '.join(also[m.name])}" if also[m.name] else "")
         for m in METRICS
     )
 

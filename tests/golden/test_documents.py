@@ -120,6 +120,7 @@ def test_of_the_verbs_that_only_look(verb, tmp_path, monkeypatch, recipe):
         ["models", "install", "smollm2-135m-instruct"],
         ["models", "list"],
         ["faults", "--list"],
+        ["metrics"],
     ]
     found = [verb(*order) for order in orders]
     assert [code for code, _ in found] == [0] * len(orders)

@@ -12,9 +12,10 @@ from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import VersionSpan
 from lockstep.training.batch import minibatches
+from lockstep.training.beside import score_under_sampling_weights
 from lockstep.training.rehearsal import rehearse
-from lockstep.training.step import Tokens as StepTokens
-from lockstep.training.step import accumulate, score_under_sampling_weights
+from lockstep.training.step import accumulate
+from lockstep.training.tokens import Tokens as StepTokens
 from tests.unit.bag_pair import VOCABULARY, Bag, BagPolicy, recipe_of
 
 
@@ -76,14 +77,14 @@ shapes = st.tuples(
     shape=shapes,
     minibatch=st.sampled_from([1, 2]),
     seed=st.integers(0, 1000),
-    scale=st.sampled_from(["token", "sequence"]),
+    scale=st.sampled_from(["token-mean", "seq-mean-token-mean"]),
 )
 def test_every_token_is_in_one_row_with_its_own_values_and_weights_sum_to_1(shape, minibatch, seed, scale):
     (groups, size), microbatch, masked = shape
     n_parts = minibatch if groups % minibatch == 0 else 1
     lengths = np.random.default_rng(seed).integers(1, 20, groups * size)
     rollouts = rollouts_of(lengths, size, seed, masked)
-    parts = minibatches(rollouts, POLICY, recipe(groups, size, n_parts, microbatch, loss_scale=scale))
+    parts = minibatches(rollouts, POLICY, recipe(groups, size, n_parts, microbatch, aggregation=scale))
     assert len(parts) == n_parts
     targets = np.concatenate([micro.row.targets.numpy() for part in parts for micro in part])
     np.testing.assert_array_equal(targets, rollouts.token_ids)
@@ -108,9 +109,11 @@ def test_every_token_is_in_one_row_with_its_own_values_and_weights_sum_to_1(shap
 
 def test_by_token_each_counts_alike_and_by_sequence_each_sample_does():
     rollouts = rollouts_of([2, 8, 5, 5], 2)
-    by_token = joined(minibatches(rollouts, POLICY, recipe(2, 2, loss_scale="token")), "token_weights")
+    by_token = joined(minibatches(rollouts, POLICY, recipe(2, 2, aggregation="token-mean")), "token_weights")
     np.testing.assert_allclose(by_token, 1 / 20, rtol=1e-6)
-    by_sequence = joined(minibatches(rollouts, POLICY, recipe(2, 2, loss_scale="sequence")), "token_weights")
+    by_sequence = joined(
+        minibatches(rollouts, POLICY, recipe(2, 2, aggregation="seq-mean-token-mean")), "token_weights"
+    )
     for sample, length in enumerate([2, 8, 5, 5]):
         np.testing.assert_allclose(by_sequence[rollouts.owners == sample], 1 / 4 / length, rtol=1e-6)
 

@@ -102,7 +102,7 @@ def test_a_logit_bias_is_set_by_token_ids_which_toml_writes_as_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm"]
+    "key", ["objective.clip_high", "objective.correction_high", "optimizer.max_grad_norm"]
 )
 def test_no_bound_is_inf_and_is_resumed_as_inf(key, tmp_path):
     from lockstep.runs.manifest import read_recipe, write_manifest

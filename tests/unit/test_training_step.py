@@ -231,7 +231,7 @@ def test_minibatches_and_microbatches_train_as_the_plain_reference_does(
         ({}, -40.0),
         ({"old": "engine"}, np.nan),
         ({"correction": "tis"}, -np.inf),
-        ({"loss_scale": "sequence"}, np.nan),
+        ({"aggregation": "seq-mean-token-mean"}, np.nan),
     ],
 )
 def test_what_stands_where_the_model_did_not_sample_changes_nothing(

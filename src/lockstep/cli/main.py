@@ -20,6 +20,7 @@ from lockstep.cli import (
     engines,
     faults,
     init,
+    metrics,
     models,
     report,
     train,
@@ -88,6 +89,7 @@ app.command("diagnose")(diagnose.diagnose)
 app.command("faults")(faults.faults)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("metrics")(metrics.metrics)
 app.add_typer(certificate.app, name="certificate")
 app.add_typer(engines.app, name="engines")
 app.add_typer(models.app, name="models")

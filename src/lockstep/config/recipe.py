@@ -14,14 +14,22 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from lockstep.config.objective import NonNegativeFloat, Objective, PositiveFloat, ValueHead
 from lockstep.config.values import refuse_unrepeatable
 from lockstep.errors import RecipeError
 from lockstep.records.tokens import NonNegative, Positive, SamplingParams
 
 Dtype = Literal["float32", "bfloat16"]
 EngineDtype = Literal["float32", "bfloat16", "float16"]
-PositiveFloat = Annotated[float, Meta(gt=0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Schedule = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "constant_with_warmup",
+]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 """What every generator of random numbers takes, numpy's and an engine's among them."""
 
@@ -84,31 +92,13 @@ class Task(_Section, frozen=True):
     C ends in an error. 0: the trainer's own. The dataset's items are sent to them, tuples as lists."""
 
 
-class Objective(_Section, frozen=True):
-    """The loss as a function of log-probabilities and advantages."""
-
-    name: str = "grpo"
-    """One of ``objectives/registry.py``, or ``module:function``: docs/guides/your-own-objective.md."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of an objective named as ``module:function``."""
-    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    clip_high: PositiveFloat = 0.2
-    """The ratio is held in [1 − clip_low, 1 + clip_high]; ``inf``: no upper bound."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """``std`` divides advantages by the group's standard deviation (GRPO); ``none`` does not (Dr. GRPO)."""
-    loss_scale: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of the batch (DAPO), or over each sequence first (GRPO)."""
-    old_logprobs: Literal["trainer", "engine"] = "trainer"
-    """Denominator of the policy ratio. ``engine`` skips a pass of the trainer: the certificate's dividend."""
-    correction: Literal["none", "tis"] = "none"
-    """Token weights for a proven backend's mismatch. ``tis``: its ratio, truncated at ``correction_cap``."""
-    correction_cap: PositiveFloat = 2.0
-
-
 class Optimizer(_Section, frozen=True):
     """AdamW over fp32 weights."""
 
     lr: PositiveFloat = 1e-6
+    schedule: Schedule = "constant"
+    """Over all optimizer steps of the run, as transformers has it by that name; ``constant``: warm-up, then
+    ``lr``."""
     warmup_steps: NonNegative = 0
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
@@ -152,6 +142,12 @@ class Parity(_Section, frozen=True):
     """Drawn at full depth, to test every direction of the gap; the verdict says what would have shown."""
     directions_see: NonNegativeFloat = 0.0
     """So small a share is to show: more are drawn, for as long as is said first. 0: no share is asked for."""
+    missing_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Of a step's tokens: so many without a log-probability of the engine's may be left out of the loss and
+    of its denominator; more, and the step is refused."""
+    override: str = ""
+    """Train although the ladder does not pass, for the reason that this sentence gives. It is stamped on the
+    manifest, on every step and on the summary; no certificate is issued."""
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101
@@ -175,6 +171,7 @@ class Recipe(_Section, frozen=True):
     engine: Engine = Engine()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
+    value_head: ValueHead = ValueHead()
     parity: Parity = Parity()
     recording: Recording = Recording()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lockstep.errors import RecipeError
 
-UNBOUNDED = ("objective.clip_high", "objective.correction_cap", "optimizer.max_grad_norm")
+UNBOUNDED = ("objective.clip_high", "objective.correction_high", "optimizer.max_grad_norm")
 """Keys where ``inf`` says that there is no bound; elsewhere it is a number that nothing can compute with."""
 
 

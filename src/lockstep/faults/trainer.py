@@ -10,7 +10,7 @@ import torch
 
 from lockstep.parity.pair import Pair
 from lockstep.policy.variant_settings import DropoutLeftOn, Generating, NormEpsilon, OneBlockRows, RotaryBase
-from lockstep.training import batch, step
+from lockstep.training import batch, beside, step
 
 DROPOUT = 0.1
 
@@ -38,14 +38,15 @@ def other_norm_epsilon(pair: Pair) -> AbstractContextManager[None]:
 @contextmanager
 def old_logprobs_at_another_temperature(pair: Pair) -> Iterator[None]:
     """The old-logprob pass takes 1.1 times the temperature, and the forward pass does not."""
-    original = step.score_under_sampling_weights
-    step.score_under_sampling_weights = lambda parts, policy, temperature: original(
-        parts, policy, 1.1 * temperature
+    code: Any = beside
+    original = code.score_under_sampling_weights
+    code.score_under_sampling_weights = lambda parts, policy, temperature, *others: original(
+        parts, policy, 1.1 * temperature, *others
     )
     try:
         yield
     finally:
-        step.score_under_sampling_weights = original
+        code.score_under_sampling_weights = original
 
 
 @contextmanager

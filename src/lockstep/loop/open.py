@@ -14,6 +14,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.registry import Choice, choose, launch, start
 from lockstep.errors import RecipeError
+from lockstep.objectives.corrections.registry import refuse_correction
 from lockstep.objectives.registry import refuse_objective
 from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
@@ -138,6 +139,7 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
         UsageError: when one is not there; says how to get it.
     """
     refuse_objective(recipe.objective)
+    refuse_correction(recipe.objective)
     return choose(recipe.engine, api_key_env), resolve_model(recipe.model.path)
 
 

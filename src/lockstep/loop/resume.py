@@ -40,7 +40,7 @@ def catch_up(run: Run) -> int:
     keep_newest(run.layout.checkpoints)  # the kill may have come before older ones went
     run.say(f"resume: {newest.path.name if newest else 'no whole checkpoint, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
-        run.gate = run.gate or _recorded_gate(run)
+        run.gate = run.gate or (None if run.recipe.parity.override else _recorded_gate(run))
         rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
         figures = train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:

@@ -22,14 +22,17 @@ from lockstep.config.recipe import Recipe
 from lockstep.errors import ParityError, RewardError, WeightSyncError
 from lockstep.loop.delivery import CANARY, Deliveries
 from lockstep.loop.open import Session
+from lockstep.loop.unproven import go_on
+from lockstep.parity.alarms import Watch
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.causes import finding
 from lockstep.parity.certificate import issue
-from lockstep.parity.gate import Gate
+from lockstep.parity.gate import Gate, unscored
 from lockstep.parity.ladder import PROOF_TOKENS, LadderResult, climb
 from lockstep.parity.layers import weights as layer3_weights
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
+from lockstep.records.alarms import Override
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, OfRollouts, Verdict, When
@@ -58,6 +61,10 @@ class Run:
     """Syncs since the last proof, tensor by tensor, whose update was too small for the canary to miss."""
     deliveries: Deliveries = field(default_factory=Deliveries)
     """Which version is proven, by the canary, by rollouts or by layer 3."""
+    watch: Watch = field(default_factory=Watch)
+    """Looks at each step's figures."""
+    override: Override | None = None
+    """Where the ladder did not pass and the recipe goes on all the same."""
     sign_key: bytes = b""
     """Signs the certificate where the user gave one (``runs/signature.py``)."""
 
@@ -93,29 +100,15 @@ def prove(run: Run, when: When) -> LadderResult:
         run.recorder.verdict(when, verdict)
         run.say(f"  {verdict.layer:<10} {verdict.status:<8} {verdict.summary}")
     if not result.passed:
-        raise refusal(result)
+        go_on(run, result)
+        return result
     issue(run.pair, result.verdicts, run.layout.certificate, key=run.sign_key)
     run.canary, run.unproven = result.canary, 0
     run.deliveries.settle(run.pair.version, "the ladder")
-    run.gate = Gate.of(run.pair, next(v.figures for v in result.verdicts if v.layer == "numerics"))
+    numerics = next(v.figures for v in result.verdicts if v.layer == "numerics")
+    run.gate = Gate.of(run.pair, numerics)
+    run.watch = Watch(gap_p50=numerics["gap_abs_p50_nats"])
     return result
-
-
-def refusal(result: LadderResult) -> ParityError:
-    """The error that a ladder without a PASS ends in."""
-    verdict = next(v for v in result.verdicts if v.status != "PASS")
-    if verdict.status == "NOT_RUN":
-        return ParityError(f"layer {verdict.layer}", got="NOT_RUN", expected="PASS", hint=verdict.reason)
-    first = verdict.findings[0]
-    return ParityError(
-        f"layer {verdict.layer}, cause {first.cause.replace('_', ' ')}",
-        got=(
-            f"{verdict.summary}; effect {first.effect_nats:.3g} nats per token "
-            f"(95 % {first.ci95[0]:.3g} to {first.ci95[1]:.3g})"
-        ),
-        expected="PASS before the first step",
-        hint=first.fix,
-    )
 
 
 def sample(run: Run, step: int) -> Samples:
@@ -131,6 +124,8 @@ def sample(run: Run, step: int) -> Samples:
     else:
         rollouts = collect.sample(run.pair.engine, run.pair.task, run.pair.renderer, run.recipe, step)
         store.save(drawn, rollouts)
+    if 0 < rollouts.missing <= run.recipe.parity.missing_share * rollouts.loss_mask.sum():
+        rollouts.leave_out_missing()
     if rollouts.missing:
         raise refuse(run, step, [f"{rollouts.missing} tokens without a finite log-probability"])
     return rollouts
@@ -173,12 +168,13 @@ def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = Fals
     said: dict[str, float] = {}
 
     def admit(tokens: AtSampling) -> None:
-        assert run.gate is not None, "the ladder comes before the first step"
-        reasons = run.gate.refusals(tokens)
+        assert run.gate is not None or run.recipe.parity.override, "the ladder comes before the first step"
+        reasons = run.gate.refusals(tokens) if run.gate is not None else unscored(tokens)
         if reasons:
             raise refuse(run, step, reasons, replayed=replayed)
         if not replayed:
-            said.update(delivered(run, version, rollouts, tokens))
+            if run.override is None:
+                said.update(delivered(run, version, rollouts, tokens))
             store.admit(run.layout, step)
 
     return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit) | said
@@ -223,8 +219,12 @@ def sync(run: Run, version: int) -> dict[str, float]:
     Raises:
         WeightSyncError: when it does not; the cause is named.
     """
-    assert run.canary is not None
     began = time.perf_counter()
+    if run.canary is None:
+        assert run.override is not None
+        run.pair.sync(version)
+        run.pair.version, run.unproven = version, run.unproven + 1
+        return {"unproven_syncs": float(run.unproven), "sync_s": time.perf_counter() - began}
     with run.pair.loading(version):
         trainer = run.canary.trainer_scores(run.pair)
     run.pair.version = version
@@ -255,7 +255,11 @@ def record(run: Run, step: int, figures: dict[str, float], spent_s: float) -> No
         "samples_per_s": figures["n_samples"] / spent_s,
     }
     run.recorder.step(step, step + 1, figures)
-    run.say(_line(step, run.recipe.training.steps, figures, run.deliveries))
+    run.say(_line(run, step, figures))
+    alarm = run.watch.look(step, figures)
+    if alarm is not None:
+        run.recorder.alarm(alarm)
+        run.say(f"ALARM {alarm}")
 
 
 def checkpoint(run: Run, version: int) -> None:
@@ -274,7 +278,7 @@ def prove_transport(run: Run, version: int, when: When) -> None:
     Raises:
         WeightSyncError: when it is refuted.
     """
-    if run.unproven:
+    if run.unproven and run.override is None:
         verdict = _perturbed(run)
         run.recorder.verdict(when, verdict)
         _refuse_sync(verdict, version)
@@ -359,7 +363,7 @@ def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
         "truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in rollouts])),
         "n_tokens": float(lengths.sum()),
         "n_samples": float(len(lengths)),
-        "missing_logprobs": float(rollouts.missing),
+        "missing_logprobs": float(rollouts.missing + rollouts.left_out),
         "lag_steps": float(
             np.mean([version - span.version for sample in rollouts for span in sample.version_spans])
         ),
@@ -368,10 +372,15 @@ def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
     }
 
 
-def _line(step: int, steps: int, figures: dict[str, float], deliveries: Deliveries) -> str:
+def _line(run: Run, step: int, figures: dict[str, float]) -> str:
+    canary = figures.get("canary_gap_abs_max_nats")
+    proven = (
+        f"canary {canary:.0e}  weights {run.deliveries.told(step + 1)}"
+        if canary is not None
+        else str(run.override)
+    )
     return (
-        f"step {step + 1:>3}/{steps}  reward {figures['reward_mean']:.3f}  "
+        f"step {step + 1:>3}/{run.recipe.training.steps}  reward {figures['reward_mean']:.3f}  "
         f"entropy {figures['entropy_mean_nats']:.2f}  "
-        f"|gap| max {figures['gap_abs_max_nats']:.0e}  canary {figures['canary_gap_abs_max_nats']:.0e}  "
-        f"weights {deliveries.told(step + 1)}  {figures['step_s']:.1f} s"
+        f"|gap| max {figures['gap_abs_max_nats']:.0e}  {proven}  {figures['step_s']:.1f} s"
     )

@@ -7,6 +7,7 @@ are.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -20,33 +21,79 @@ class LossInputs:
     """
 
     logprobs: Float[Tensor, "T"]
-    """The trainer's, under the weights now; the one field with a gradient; nats."""
+    """The trainer's, under the weights now; with ``entropy`` and ``values`` what has a gradient; nats."""
     old_logprobs: Float[Tensor, "T"]
     """Denominator of the policy ratio: one of the next two, as ``objective.old_logprobs`` says."""
     engine_logprobs: Float[Tensor, "T"]
     """As the engine reported them, under the weights that sampled; nats."""
     sampling_logprobs: Float[Tensor, "T"]
     """The trainer's, under the weights that sampled; nats."""
+    step_logprobs: Float[Tensor, "T"]
+    """The trainer's, under the weights that the step began with; at lag 0 those of ``sampling_logprobs``."""
     advantages: Float[Tensor, "T"]
     token_weights: Float[Tensor, "T"]
-    """Sum to 1 over the *whole* minibatch, so that the losses of its microbatches add up."""
+    """The share of each token in the loss of the *whole* minibatch, as ``objective.aggregation`` says, so
+    that the losses of its microbatches add up. Of the two that are means they sum to 1."""
     corrections: Float[Tensor, "T"]
     """What ``objective.correction`` makes of each token for the mismatch of engine and trainer; else 1."""
     loss_mask: Bool[Tensor, "T"]
     """True where the model sampled the token."""
     sequence_ids: Int[Tensor, "T"]
     """The minibatch's sequence that each token is of. Ascending; a microbatch holds some of them whole."""
+    entropy: Float[Tensor, "T"] | None = None
+    """Of the tempered distribution over the whole vocabulary, differentiable, nats."""
     reference_logprobs: Float[Tensor, "T"] | None = None
-    """A frozen reference model's, nats; there for objectives that need them."""
+    """A frozen reference model's, at the same temperature, nats; there for objectives that need them."""
     values: Float[Tensor, "T"] | None = None
     """A value head's, differentiable; there for objectives that need them."""
+    old_values: Float[Tensor, "T"] | None = None
+    """The value head's when the step began."""
+    returns: Float[Tensor, "T"] | None = None
+    """What ``values`` are to become: advantage plus old value."""
+    pairs: Int[Tensor, "P 2"] | None = None
+    """Chosen and rejected sequence of each pair, by ``sequence_ids``; both are in this microbatch."""
+    pair_weight: float = 0.0
+    """A pair's share in the loss of the minibatch: 1 over how many pairs that has."""
+
+    @property
+    def log_mismatch(self) -> Float[Tensor, "T"]:
+        """The gap, trainer − engine, under the weights that sampled; 0 where none was sampled; nats."""
+        return self.sampling_logprobs - self.engine_logprobs
 
     def mean(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, ""]:
         """The mean over the minibatch's tokens, by weight and correction; this microbatch's share of it."""
         return (self.token_weights * self.corrections * per_token).sum()
 
+    def uncorrected_mean(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, ""]:
+        """The same by weight alone: for what is no expectation under the policy that sampled."""
+        return (self.token_weights * per_token).sum()
 
-@dataclass(frozen=True, eq=False)
+    def sum_of_sequences(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
+        """The sum over each sequence's sampled tokens, at every token of it."""
+        return self.of_each_sequence(per_token)[self._places]
+
+    def mean_of_sequences(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
+        """The mean over each sequence's sampled tokens, at every token of it."""
+        counts = self.sum_of_sequences(torch.ones_like(per_token))
+        return self.sum_of_sequences(per_token) / counts.clamp(min=1.0)
+
+    def of_each_sequence(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, "S"]:
+        """The sum over each sequence's sampled tokens, one number a sequence of this microbatch."""
+        places = self._places
+        sums = per_token.new_zeros(int(places[-1]) + 1 if places.numel() else 0)
+        return sums.index_add(0, places, per_token * self.loss_mask)
+
+    def places_of(self, sequences: Int[Tensor, "P 2"]) -> Int[Tensor, "P 2"]:
+        """Where each of these ``sequence_ids`` stands in :meth:`of_each_sequence`."""
+        return torch.searchsorted(torch.unique_consecutive(self.sequence_ids), sequences)
+
+    @property
+    def _places(self) -> Int[Tensor, "T"]:
+        """The microbatch's own number of each token's sequence, from 0."""
+        return torch.unique_consecutive(self.sequence_ids, return_inverse=True)[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LossOutputs:
     """The loss and what it did to each token."""
 
@@ -54,3 +101,10 @@ class LossOutputs:
     """This microbatch's share; those of a minibatch are added up."""
     clipped: Bool[Tensor, "T"]
     """Tokens whose gradient the objective removed."""
+    value_loss: Float[Tensor, ""] | None = None
+    """Of it, what is the value head's; for the figures."""
+
+
+def truncated(weight: Float[Tensor, "T"], low: float, high: float) -> Float[Tensor, "T"]:
+    """A ratio as a weight: held in [low, high], without a gradient."""
+    return weight.detach().clamp(low, high)

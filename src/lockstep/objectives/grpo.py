@@ -1,68 +1,32 @@
-"""GRPO: clipped policy ratio times group-relative advantage.
+"""GRPO, and with it PPO's clipped surrogate: the policy ratio times an advantage, held near 1.
 
-Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, eq. 3.
+Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, eq. 3; Schulman et al., "Proximal Policy Optimization",
+2017, arXiv:1707.06347, eq. 7. The published variants are settings of it:
 
-No KL term to a reference model: with verifiable rewards it is commonly left out (DAPO, arXiv:2503.14476).
+    GRPO      advantage_scale = "std"   aggregation = "seq-mean-token-mean"
+    Dr. GRPO  advantage_scale = "none"  aggregation = "seq-mean-token-sum-norm"    arXiv:2503.20783
+    DAPO      clip_high = 0.28          aggregation = "token-mean"                 arXiv:2503.14476
+    dual clip options.dual_clip = 3                                                arXiv:1912.09729
 """
 
-from typing import Literal
-
-import numpy as np
 import torch
 
 from lockstep.objectives.base import LossInputs, LossOutputs
 
-STD_EPS = 1e-6
-"""Keeps a group whose rewards are all equal at advantage 0 instead of 0/0."""
 
+def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float, dual_clip: float) -> LossOutputs:
+    """``−Σ w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)`` with r = exp(now − old).
 
-def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> LossOutputs:
-    """``−Σ w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)`` with r = exp(now − old)."""
+    Args:
+        dual_clip: for A < 0 the term is at most ``−dual_clip · A``, so that a token that has become far more
+            likely cannot outweigh all others. ``inf``: no such bound.
+    """
     ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
     free = ratio * inputs.advantages
     held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * inputs.advantages
-    loss = -inputs.mean(torch.minimum(free, held))
-    return LossOutputs(loss=loss, clipped=(held < free).detach())
-
-
-def group_advantages(rewards: np.ndarray, scale: Literal["std", "none"]) -> np.ndarray:
-    """Rewards relative to their group: ``(r − mean) / std`` or, undivided, Dr. GRPO's (arXiv:2503.20783).
-
-    Args:
-        rewards: float [groups, G].
-
-    Returns:
-        float32 [groups, G]; each row has mean 0.
-    """
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale == "std":
-        centred = centred / (rewards.std(axis=1, keepdims=True) + STD_EPS)
-    return centred.astype(np.float32)
-
-
-def token_weights(
-    loss_mask: np.ndarray, lengths: np.ndarray, scale: Literal["token", "sequence"]
-) -> np.ndarray:
-    """The weight of each token so that those in the loss sum to 1: alike over all, or over sequences first.
-
-    Args:
-        loss_mask: bool [T]; where it is False the weight is 0. A sequence without a token in the loss has no
-            share in it.
-        lengths: int [S], tokens of each sequence, those outside the loss among them; they sum to T.
-
-    Returns:
-        float32 [T].
-
-    Raises:
-        ValueError: when no token is in the loss.
-    """
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    counts = np.bincount(owners, loss_mask, minlength=len(lengths))
-    if not counts.any():
-        raise ValueError("token weights: got no token in the loss, expected at least one")
-    alike = 1.0 / counts.sum()
-    n_sequences = np.count_nonzero(counts)
-    per_sequence = (
-        np.full(len(counts), alike) if scale == "token" else 1.0 / (np.maximum(counts, 1) * n_sequences)
-    )
-    return np.where(loss_mask, per_sequence[owners], 0.0).astype(np.float32)
+    kept, clipped = torch.minimum(free, held), held < free
+    if dual_clip != float("inf"):
+        bound = dual_clip * inputs.advantages
+        beyond = (inputs.advantages < 0) & (kept < bound)
+        kept, clipped = torch.where(beyond, bound, kept), clipped | beyond
+    return LossOutputs(loss=-inputs.mean(kept), clipped=clipped.detach())

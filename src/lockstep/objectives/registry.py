@@ -1,20 +1,34 @@
 """Which objectives there are, what each needs, and what the loop can give. No torch until one is asked for.
 
-A new objective is a function in a file of its own, beside ``grpo.py``, and a line in :data:`OBJECTIVES`. One
-of the user's is named in the recipe as ``module:function``, takes ``[objective.options]`` as keyword
-arguments, and says what it needs by :func:`needs`.
+A new objective is a function in a file of its own, beside ``grpo.py``, a line in :data:`OBJECTIVES`, and its
+options in ``options.py``. One of the user's is named in the recipe as ``module:function`` and says what it
+needs by :func:`needs`. ``[objective.options]`` are either's keyword arguments.
 """
 
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from lockstep.config.imported import imported
 from lockstep.config.recipe import Objective
 from lockstep.errors import RecipeError, Stopped
+from lockstep.objectives.options import (
+    CispoOptions,
+    DecoupledOptions,
+    DpoOptions,
+    DppoOptions,
+    GrpoOptions,
+    GspoOptions,
+    Options,
+    PpoOptions,
+    ReinforceOptions,
+    ToprOptions,
+)
 
 if TYPE_CHECKING:
     from lockstep.objectives.base import LossInputs, LossOutputs
@@ -34,29 +48,42 @@ class Needs:
     """Which sequence each token belongs to."""
 
 
-GIVEN = Needs(sequence_ids=True)
-"""What the loop can give."""
-WITHOUT = {
-    "values": "no value head is trained",
-    "reference": "no reference model is kept",
-    "pairs": "samples come in groups with rewards, not in pairs",
-}
-"""Why it cannot give the rest."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Known:
     """An objective that comes with Lockstep."""
 
     function: str
     """``module:function``."""
+    options: type[Options] = Options
     keys: tuple[str, ...] = ()
     """The keys of ``[objective]`` that it takes, as keyword arguments of the same names."""
+    advantage: str = "group"
+    """What ``objective.advantage = "auto"`` is with it."""
     needs: Needs = Needs()
 
 
+CLIP = ("clip_low", "clip_high")
+OURS = "lockstep.objectives."
 OBJECTIVES = {
-    "grpo": Known("lockstep.objectives.grpo:grpo", ("clip_low", "clip_high")),
+    "grpo": Known(function=f"{OURS}grpo:grpo", options=GrpoOptions, keys=CLIP),
+    "gspo": Known(function=f"{OURS}gspo:gspo", options=GspoOptions),
+    "cispo": Known(function=f"{OURS}cispo:cispo", options=CispoOptions),
+    "reinforce": Known(function=f"{OURS}reinforce:reinforce", options=ReinforceOptions),
+    "rloo": Known(function=f"{OURS}reinforce:reinforce", options=ReinforceOptions, advantage="leave_one_out"),
+    "reinforce++": Known(function=f"{OURS}grpo:grpo", options=GrpoOptions, keys=CLIP, advantage="batch"),
+    "ppo": Known(
+        function=f"{OURS}ppo:ppo",
+        options=PpoOptions,
+        keys=CLIP,
+        advantage="gae",
+        needs=Needs(values=True),
+    ),
+    "dpo": Known(function=f"{OURS}dpo:dpo", options=DpoOptions, needs=Needs(reference=True, pairs=True)),
+    "topr": Known(function=f"{OURS}topr:topr", options=ToprOptions),
+    "dppo_tv": Known(function=f"{OURS}dppo:dppo_tv", options=DppoOptions),
+    "decoupled_ppo": Known(
+        function=f"{OURS}decoupled_ppo:decoupled_ppo", options=DecoupledOptions, keys=CLIP
+    ),
 }
 
 Loss = Callable[["LossInputs"], "LossOutputs"]
@@ -79,17 +106,62 @@ def loss_of(objective: Objective) -> Loss:
     """The recipe's objective, its options bound to it.
 
     Raises:
-        RecipeError: for a name that is none, options that it does not take, or a need that the loop cannot
-            meet.
+        RecipeError: for a name that is none, or options that it does not take.
     """
     name = objective.name
     if ":" in name:
         function, options = imported(name, "objective.name"), objective.options
-        _refuse_unmet(name, getattr(function, "needs", Needs()))
         _refuse_options(name, function, options)
         return partial(_checked, name, function, options)
-    known = OBJECTIVES.get(name)
-    if known is None:
+    known = _known(name)
+    return partial(imported(known.function, "objective.name"), **_arguments(objective, known))
+
+
+def needs_of(objective: Objective) -> Needs:
+    """What the recipe's objective must be given; its KL term, where it has one, a reference.
+
+    Raises:
+        RecipeError: for a name that is none.
+    """
+    own = (
+        getattr(imported(objective.name, "objective.name"), "needs", Needs())
+        if ":" in objective.name
+        else _known(objective.name).needs
+    )
+    return replace(own, reference=own.reference or objective.kl.coef > 0.0)
+
+
+def advantage_of(objective: Objective) -> str:
+    """What ``objective.advantage`` comes to: the objective's own where it is ``auto``."""
+    if objective.advantage != "auto":
+        return objective.advantage
+    if ":" in objective.name:
+        return "gae" if needs_of(objective).values else "group"
+    return _known(objective.name).advantage
+
+
+def refuse_objective(objective: Objective) -> None:
+    """What can be wrong with an objective before a start; without importing torch for Lockstep's own.
+
+    Raises:
+        RecipeError: as :func:`loss_of`.
+    """
+    if ":" in objective.name:
+        loss_of(objective)
+    else:
+        _arguments(objective, _known(objective.name))
+    estimator, values = advantage_of(objective), needs_of(objective).values
+    if values != (estimator == "gae"):
+        raise RecipeError(
+            "recipe, key objective.advantage",
+            got=f"{estimator!r} with {objective.name!r}, which has {'a' if values else 'no'} value head",
+            expected="gae, which is made of a value head's estimates" if values else "any but gae",
+            hint="--set objective.advantage=auto",
+        )
+
+
+def _known(name: str) -> Known:
+    if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
         raise RecipeError(
             "recipe, key objective.name",
@@ -99,44 +171,35 @@ def loss_of(objective: Objective) -> Loss:
             else f"{', '.join(sorted(OBJECTIVES))}, or module:function",
             hint=f"--set objective.name={near[0] if near else 'grpo'}",
         )
-    if objective.options:
+    return OBJECTIVES[name]
+
+
+def _arguments(objective: Objective, known: Known) -> dict[str, Any]:
+    """The keyword arguments of one of Lockstep's own: its shared keys and its options."""
+    names = known.options.__struct_fields__
+    for key in objective.options:
+        if key not in names:
+            near = difflib.get_close_matches(key, [*names, *known.keys], n=1, cutoff=0.5)
+            home = "objective" if near and near[0] in known.keys else "objective.options"
+            shared = f"; {', '.join(f'objective.{key}' for key in known.keys)}" if known.keys else ""
+            raise RecipeError(
+                f"recipe, key objective.options.{key}",
+                got=f"an option that {objective.name} does not have",
+                expected=f"'{home}.{near[0]}' perhaps" if near else f"{', '.join(names) or 'none'}{shared}",
+                hint="docs/reference/objectives.md has each objective's options",
+            )
+    try:
+        options = msgspec.convert(objective.options, known.options)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`")
         raise RecipeError(
-            "recipe, key objective.options",
-            got=", ".join(objective.options),
-            expected=(
-                f"none: {name} is set by {', '.join(f'objective.{key}' for key in known.keys) or 'nothing'}"
-            ),
-            hint="objective.options are for an objective of your own, module:function",
-        )
-    _refuse_unmet(name, known.needs)
-    return partial(
-        imported(known.function, "objective.name"), **{key: getattr(objective, key) for key in known.keys}
-    )
-
-
-def refuse_objective(objective: Objective) -> None:
-    """What can be wrong with an objective before a start; without importing torch for Lockstep's own.
-
-    Raises:
-        RecipeError: as :func:`loss_of`.
-    """
-    known = OBJECTIVES.get(objective.name)
-    if known is None or objective.options:
-        loss_of(objective)
-    else:
-        _refuse_unmet(objective.name, known.needs)
-
-
-def _refuse_unmet(name: str, wanted: Needs) -> None:
-    given = asdict(GIVEN)
-    unmet = [what for what, needed in asdict(wanted).items() if needed and not given[what]]
-    if unmet:
-        raise RecipeError(
-            "recipe, key objective.name",
-            got=f"{name!r}, which needs {' and '.join(unmet)}",
-            expected="an objective that needs no more than this loop gives",
-            hint="; ".join(WITHOUT[what] for what in unmet),
-        )
+            f"recipe, key objective.options.{key}",
+            got=repr(objective.options.get(key)),
+            expected=message.removeprefix("Expected "),
+            hint=f"--set objective.options.{key}=…",
+        ) from error
+    return {key: getattr(objective, key) for key in known.keys} | msgspec.structs.asdict(options)
 
 
 def _refuse_options(name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:

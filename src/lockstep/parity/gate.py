@@ -39,6 +39,15 @@ class Measured:
         return cls(figures["gap_abs_p50_nats"], figures["gap_mean_nats"], figures["gap_mean_se_nats"])
 
 
+def unscored(tokens: AtSampling) -> list[str]:
+    """What no override lets through: tokens that have no numbers."""
+    gap = tokens.sampling_logprobs.astype(np.float64) - tokens.engine_logprobs
+    if not gap.size:
+        return ["no token was scored"]
+    missing = int((~np.isfinite(gap)).sum())
+    return [f"{missing} of {gap.size} tokens without a finite log-probability on both sides"] * bool(missing)
+
+
 @dataclass(frozen=True)
 class Gate:
     """What a step's tokens are held to."""
@@ -56,12 +65,9 @@ class Gate:
 
     def refusals(self, tokens: AtSampling) -> list[str]:
         """Why ``tokens`` must not be trained on, a sentence each; empty when they may be."""
+        if reasons := unscored(tokens):
+            return reasons
         gap = tokens.sampling_logprobs.astype(np.float64) - tokens.engine_logprobs
-        if not gap.size:
-            return ["no token was scored"]
-        unscored = int((~np.isfinite(gap)).sum())
-        if unscored:
-            return [f"{unscored} of {gap.size} tokens without a finite log-probability on both sides"]
         found = (self._bulk(gap), self._bias(gap, tokens.owners), self._tail(gap, tokens), self._clips(gap))
         return [reason for reason in found if reason]
 

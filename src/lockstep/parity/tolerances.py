@@ -367,3 +367,22 @@ lacks all of it, within the error that the score test allows."""
 FARTHER = 3.0
 """Times layer 3's perturbation, of which the whole is to show, where each tensor's part is to: on SmolLM2 in
 bf16 93 of 273 tensors would have shown at once, 160 at three times."""
+
+# Of the alarms that training gives (alarms.py); what refuses tokens is the gate's.
+
+ALARM_ESS = 0.99
+"""Mismatch ESS. For a small gap it is 1 less the gap's variance: 1 − 1e-9 of the fp32 pairs in the README,
+and .9975 of a bf16 body, whose mean |gap| is .05; at .99 the gap is twice as wide as that."""
+
+ALARM_DRIFT_MULTIPLE = 2.0
+"""Median |gap| over the ladder's from which it drifts; the gate refuses at ``GATE_MEDIAN_MULTIPLE``, 3."""
+
+ALARM_FLAT_GROUPS = 0.9
+"""Share of flat groups. A tenth of the batch is what is left to learn from, at ten times the price."""
+
+ALARM_ENTROPY_LEFT = 0.05
+"""Of the first step's entropy. The quick start, which learns as it should, ends at .11 of it."""
+
+ALARM_LENGTH_LEFT = 0.25
+"""Of the first step's mean length. An answer with the reasoning gone is shorter than that; one that has
+learned to be brief is not, of the tasks that are run here."""

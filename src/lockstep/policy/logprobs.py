@@ -30,7 +30,7 @@ class TokenScores:
     logprobs: Float[Tensor, "T"]
     """Differentiable; nats."""
     entropy: Float[Tensor, "T"] | None
-    """Of the tempered distribution over the whole vocabulary, nats. Carries no gradient."""
+    """Of the tempered distribution over the whole vocabulary; differentiable; nats."""
 
 
 def token_logprobs(
@@ -111,15 +111,16 @@ class _TokenLogprobs(torch.autograd.Function):
             if at >= keep_from:
                 ctx.kept.append(logits if entropy is not None else logits.sub_(normaliser[rows, None]))
             del logits  # before the next block is made
-        ctx.save_for_backward(hidden, head, bias, targets, normaliser)
+        ctx.save_for_backward(hidden, head, bias, targets, normaliser, entropy)
         ctx.settings = temperature, softcap, operand.dtype
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # of an output that no loss uses: None, and no work
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _):  # type: ignore[override]
-        hidden, head, bias, targets, normaliser = ctx.saved_tensors
+    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
+        hidden, head, bias, targets, normaliser, entropy = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(normaliser)
         temperature, softcap, dtype = ctx.settings
         operand = head.to(dtype)
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
@@ -135,9 +136,16 @@ class _TokenLogprobs(torch.autograd.Function):
                 slope = None if softcap is None else 1.0 - (grad * (temperature / softcap)).square_()
                 grad.sub_(normaliser[rows, None])
             scale = grad_logprobs[rows, None] / temperature
+            # d entropy / d logits = −softmax · (log softmax + entropy) / temperature.
+            flatter = None
+            if grad_entropy is not None:
+                flatter = (grad + entropy[rows, None]).mul_(-grad_entropy[rows, None] / temperature)
+                flatter.mul_(grad.exp())
             # d logprob / d logits = (onehot(target) − softmax) / temperature, written over the logits.
             grad.exp_().mul_(-scale)
             grad.scatter_add_(1, targets[rows, None], scale)
+            if flatter is not None:
+                grad.add_(flatter)
             if slope is not None:
                 grad.mul_(slope)
             if grad_hidden is not None:

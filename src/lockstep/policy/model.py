@@ -84,9 +84,25 @@ class Policy:
         z = z.float() if self.head_bias is None else z.float() + self.head_bias
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def rows(self, groups: Sequence[Group], max_tokens: int) -> list[Packed]:
-        """Pack groups the way this model can take them."""
+    def rows(self, groups: Sequence[Group], max_tokens: int, *, whole_groups: bool = False) -> list[Packed]:
+        """Pack groups the way this model can take them.
+
+        Args:
+            whole_groups: keep the completions of a group in one row.
+
+        Raises:
+            ModelError: where they are to stay together and this model takes one sequence at a time.
+        """
         share = self.share_prompts and not self.alone
+        if whole_groups:
+            if not share:
+                raise ModelError(
+                    "recipe, key objective.name",
+                    got="an objective over pairs",
+                    expected=f"one over single completions: {self.reason}",
+                    hint="--set objective.name=grpo",
+                )
+            return pack(groups, max_tokens, whole_groups=True)
         return pack(groups, max_tokens if share else 0, share_prompts=share)
 
     @torch.no_grad()

@@ -65,15 +65,18 @@ class Packed:
         return Packed(moved[0], moved[1], blocks, moved[2], moved[3], self.completions, self.spans)
 
 
-def pack(groups: Sequence[Group], max_tokens: int, *, share_prompts: bool = True) -> list[Packed]:
+def pack(
+    groups: Sequence[Group], max_tokens: int, *, share_prompts: bool = True, whole_groups: bool = False
+) -> list[Packed]:
     """Lay groups out in rows of at most ``max_tokens`` (a longer block gets a row of its own), in order.
 
     Args:
         share_prompts: False computes every completion's prompt anew, each in a block of its own.
+        whole_groups: a group is never split, however long its block gets.
     """
     rows: list[list[_Tree]] = []
     room = 0
-    for tree in _trees(groups, min(MAX_BLOCK_TOKENS, max_tokens) if share_prompts else 0):
+    for tree in _trees(groups, min(MAX_BLOCK_TOKENS, max_tokens) if share_prompts else 0, whole_groups):
         length = tree.length
         if not rows or length > room:
             rows.append([])
@@ -123,9 +126,9 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if differ.size else n
 
 
-def _trees(groups: Sequence[Group], max_block: int) -> Iterator[_Tree]:
+def _trees(groups: Sequence[Group], max_block: int, whole_groups: bool) -> Iterator[_Tree]:
     tree = _Tree(0)
-    for branch in _branches(groups, max_block):
+    for branch in _branches(groups, max_block, whole_groups):
         if not tree.grown(branch, max_block):
             yield tree
             tree = _Tree(0)
@@ -134,7 +137,7 @@ def _trees(groups: Sequence[Group], max_block: int) -> Iterator[_Tree]:
         yield tree
 
 
-def _branches(groups: Sequence[Group], max_block: int) -> Iterator[_Branch]:
+def _branches(groups: Sequence[Group], max_block: int, whole_groups: bool) -> Iterator[_Branch]:
     """Each group's completions, split where prompt and completions together would exceed a block."""
     index = 0
     for group in groups:
@@ -142,7 +145,7 @@ def _branches(groups: Sequence[Group], max_block: int) -> Iterator[_Branch]:
             raise ValueError("a group has an empty prompt or completion: nothing predicts its first token")
         branch, length = _Branch(group.prompt, []), len(group.prompt)
         for ids in group.completions:
-            if branch.completions and length + len(ids) - 1 > max_block:
+            if branch.completions and not whole_groups and length + len(ids) - 1 > max_block:
                 yield branch
                 branch, length = _Branch(group.prompt, []), len(group.prompt)
             branch.completions.append((index, ids))

@@ -95,8 +95,12 @@ class Sample:
     @property
     def missing(self) -> int:
         """Tokens of the loss without a log-probability of the engine's: NaN, infinite, or a clamped −inf."""
-        known = np.isfinite(self.engine_logprobs) & (self.engine_logprobs > CLAMPED_LOGPROB)
-        return int(np.count_nonzero(self.loss_mask & ~known))
+        return int(np.count_nonzero(self.loss_mask & ~self.known))
+
+    @property
+    def known(self) -> np.ndarray:
+        """bool [T]: the engine gave a log-probability, one that is none of NaN, infinite, a clamped −inf."""
+        return np.isfinite(self.engine_logprobs) & (self.engine_logprobs > CLAMPED_LOGPROB)
 
 
 class Scorer(Protocol):
@@ -127,6 +131,8 @@ class Samples(Sequence[Sample]):
     sample_s: float = 0.0
     """What drawing them took."""
     reward_s: float = 0.0
+    left_out: int = 0
+    """Tokens that were taken out of the loss, for the engine gave no log-probability of them."""
 
     @classmethod
     def of(
@@ -169,6 +175,17 @@ class Samples(Sequence[Sample]):
             self.samples = [
                 replace(sample, **change) for sample, change in zip(self.samples, changes, strict=True)
             ]
+
+    def leave_out_missing(self) -> None:
+        """Take tokens without a log-probability of the engine's out of the loss, and count them.
+
+        They leave its denominator too. What stands in their place is conditioned on and never learned.
+        """
+        self.left_out += self.missing
+        self.samples = [
+            replace(sample, loss_mask=sample.loss_mask & sample.known) if sample.missing else sample
+            for sample in self.samples
+        ]
 
     @property
     def temperature(self) -> float:

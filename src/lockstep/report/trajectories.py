@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lockstep.errors import UsageError
-from lockstep.metrics.catalog import ALIASES, BY_NAME
+from lockstep.metrics.aliases import nearest_to
+from lockstep.metrics.catalog import BY_NAME
 
 STEP_NAMES = (
     "step",
@@ -99,6 +100,6 @@ def catalogued(name: str) -> str:
     if name in BY_NAME:
         return name
     for prefix in ("", *PREFIXES):
-        if name.startswith(prefix) and (ours := ALIASES.get(name.removeprefix(prefix))):
+        if name.startswith(prefix) and (ours := nearest_to(name.removeprefix(prefix))):
             return ours
     return name

@@ -11,7 +11,8 @@ import numpy as np
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 from lockstep.errors import EngineError
-from lockstep.objectives.grpo import group_advantages
+from lockstep.objectives.advantages import ESTIMATORS, Rewards
+from lockstep.objectives.registry import advantage_of
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import INT32, Completion, SamplingParams
 from lockstep.rendering import Renderer
@@ -56,7 +57,7 @@ def request(recipe: Recipe, renderer: Renderer, seed: int, **changes: Any) -> Sa
 
 
 def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
-    """Fill in rewards and group-relative advantages.
+    """Fill in rewards and the advantages that the recipe's objective makes of them.
 
     Raises:
         RewardError: at the first reward that is none; the rewards before it stay filled in.
@@ -66,9 +67,15 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
     texts = [sample.text for sample in rollouts]
     for at, reward in enumerate(task.rewards(texts, items)):
         rollouts.samples[at] = replace(rollouts[at], reward=reward)
-    grouped = rollouts.rewards.reshape(-1, rollouts.group_size)
-    advantages = group_advantages(grouped, recipe.objective.advantage_scale).reshape(-1)
-    rollouts.fill(advantages=np.repeat(advantages, rollouts.lengths))
+    rewards = Rewards(rollouts.rewards, rollouts.group_size, rollouts.owners, rollouts.loss_mask)
+    estimator, scale = advantage_of(recipe.objective), recipe.objective.advantage_scale
+    # What a value head is to say the trainer fills in, before its first update.
+    estimate = (
+        np.zeros(len(rewards.owners), np.float32)
+        if estimator == "gae"
+        else ESTIMATORS[estimator](rewards, scale)
+    )
+    rollouts.fill(advantages=estimate)
     rollouts.reward_s = time.perf_counter() - began
 
 

@@ -61,6 +61,7 @@ def save(path: Path, rollouts: Samples) -> None:
         group_size=rollouts.group_size,
         sample_s=rollouts.sample_s,
         reward_s=rollouts.reward_s,
+        left_out=rollouts.left_out,
     )
     write_rollouts(path, columns, about)
 
@@ -89,7 +90,14 @@ def load(path: Path, group_size: int, sampling: SamplingParams) -> Samples:
         values = {name: column[row] for name, column in columns.items()}
         values["version_spans"] = tuple(VersionSpan(**span) for span in values["version_spans"])
         samples.append(Sample(**values))
-    return Samples(samples, sampling, step=about.step, sample_s=about.sample_s, reward_s=about.reward_s)
+    return Samples(
+        samples,
+        sampling,
+        step=about.step,
+        sample_s=about.sample_s,
+        reward_s=about.reward_s,
+        left_out=about.left_out,
+    )
 
 
 def load_step(path: Path, step: int, recipe: Recipe, vocabulary: int) -> Samples:

@@ -5,6 +5,7 @@ runs/<id>/
   certificate.json    which pair passed which layers; written only on PASS
   verdicts.jsonl      every verdict, in order, over all starts of the run
   metrics.jsonl       one line a training step; metrics.csv and the like: where the recipe asks for such sinks
+  alarms.jsonl        figures that left what is predicted of them, a sentence each
   rollouts/           step-000007.parquet: admitted by the gate, trained on or about to be; a row a completion
     drawn/            step-000007.parquet: sampled; not yet judged, perhaps not yet scored
     refused/          step-000007.parquet: refused by the gate, never trained on;
@@ -76,6 +77,11 @@ class RunLayout:
     def metrics(self) -> Path:
         """One line a step."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def alarms(self) -> Path:
+        """One line an alarm; not there without one."""
+        return self.root / "alarms.jsonl"
 
     @property
     def checkpoints(self) -> Path:

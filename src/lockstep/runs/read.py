@@ -15,13 +15,14 @@ import numpy as np
 from msgspec import convert
 
 from lockstep.metrics.catalog import BY_NAME
+from lockstep.records.alarms import Alarm
 from lockstep.records.verdicts import Verdict, when_of
 from lockstep.runs.certificate import Certificate, whole_certificate
 from lockstep.runs.layout import RunLayout, existing_run
 from lockstep.runs.manifest import Manifest, read_manifest
 from lockstep.runs.rollouts import read_table
 from lockstep.runs.sinks.base import StepRecord, VerdictRecord
-from lockstep.runs.sinks.jsonl import SCHEMA_METRICS, SCHEMA_VERDICT
+from lockstep.runs.sinks.jsonl import SCHEMA_ALARM, SCHEMA_METRICS, SCHEMA_VERDICT
 from lockstep.runs.strict import bad_line, exact, read_lines
 
 Record = TypeVar("Record")
@@ -70,6 +71,11 @@ class RunRecord:
     def verdicts(self) -> tuple[VerdictRecord, ...]:
         """What ``verdicts.jsonl`` holds, over all starts of the run."""
         return read_verdicts(self.layout.verdicts)
+
+    @cached_property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """What ``alarms.jsonl`` holds; a run without alarms has no such file."""
+        return tuple(_of_lines(self.layout.alarms, SCHEMA_ALARM, lambda row: convert(row, Alarm)))
 
     @cached_property
     def certificate(self) -> Certificate | None:

@@ -1,7 +1,7 @@
-"""The recorder: what the loop says of a step or a verdict goes to every sink of the run.
+"""The recorder: what the loop says of a step, a verdict or an alarm goes to every sink of the run.
 
-loop ── step, verdict ──► Recorder ──┬──► sinks/jsonl.py   metrics.jsonl, verdicts.jsonl: always, and first
-                                     └──► …                another is a file in sinks/, named in the recipe
+loop ── step, verdict, alarm ──► Recorder ──┬──► sinks/jsonl.py   the run's own files: always, and first
+                                            └──► …                a file in sinks/, named in the recipe
 """
 
 import difflib
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from lockstep.errors import RecipeError
 from lockstep.metrics.catalog import BY_NAME
+from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import Verdict, When
 from lockstep.runs import sinks
 from lockstep.runs.layout import RunLayout
@@ -24,6 +25,8 @@ class Recorder:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = tuple(sinks)
+        self.override: Override | None = None
+        """Of a run whose ladder did not pass; stamped on each step."""
 
     def step(self, step: int, weight_version: int, metrics: Mapping[str, float]) -> None:
         """Record a step's figures. Every one must be in the catalog.
@@ -35,7 +38,8 @@ class Recorder:
         unknown = sorted(metrics.keys() - BY_NAME.keys())
         if unknown:
             raise KeyError(f"figures {unknown} are not in metrics/catalog.py")
-        record = StepRecord(step=step, weight_version=weight_version, metrics=dict(metrics))
+        stamp = str(self.override) if self.override is not None else ""
+        record = StepRecord(step=step, weight_version=weight_version, override=stamp, metrics=dict(metrics))
         for sink in self.sinks:
             sink.step(record)
 
@@ -47,6 +51,15 @@ class Recorder:
         """
         for sink in self.sinks:
             sink.verdict(VerdictRecord(when=when, verdict=verdict))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Record an alarm.
+
+        Raises:
+            RunError: when a sink cannot write.
+        """
+        for sink in self.sinks:
+            sink.alarm(alarm)
 
 
 def sink_names() -> list[str]:

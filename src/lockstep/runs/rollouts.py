@@ -34,6 +34,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     group_size: int
     sample_s: float = 0.0
     reward_s: float = 0.0
+    left_out: int = 0
 
 
 def columns() -> "pyarrow.Schema":

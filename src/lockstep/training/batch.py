@@ -1,6 +1,7 @@
 """Rollouts as packed rows, with the per-token values that the objective needs beside them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lockstep.config.recipe import Recipe
-from lockstep.objectives.grpo import token_weights
+from lockstep.objectives.aggregation import token_weights
+from lockstep.objectives.dpo import pairs_of
+from lockstep.objectives.registry import needs_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Packed
 from lockstep.records.samples import Samples
@@ -22,11 +25,21 @@ class Microbatch:
     engine_logprobs: Float[Tensor, "T"]
     advantages: Float[Tensor, "T"]
     token_weights: Float[Tensor, "T"]
-    """Those of a whole minibatch sum to 1; 0 outside the loss."""
+    """As ``objective.aggregation`` says, over the whole minibatch; 0 outside the loss."""
     loss_mask: Bool[Tensor, "T"]
     """True where the model sampled the token. The rest is conditioned on, neither judged nor learned."""
     sequence_ids: Int[Tensor, "T"]
     """Which of the minibatch's samples each token belongs to, from 0."""
+    pairs: Int[Tensor, "P 2"] | None = None
+    """Chosen and rejected sample of each pair that lies in this microbatch; None where none are asked for."""
+    pair_weight: float = 0.0
+    """1 over the pairs of the whole minibatch."""
+    reference_logprobs: Float[Tensor, "T"] | None = None
+    """A frozen reference's; None until they are computed, or where there is none."""
+    old_values: Float[Tensor, "T"] | None = None
+    """A value head's when the step began; None as above."""
+    returns: Float[Tensor, "T"] | None = None
+    """What the head is to learn; None as above."""
     sampling_logprobs: Float[Tensor, "T"] | None = None
     """The trainer's own log-probabilities under the weights that sampled; None until they are computed."""
 
@@ -49,16 +62,26 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe) -> Minibatch:
     per_token = {
         "engine_logprobs": samples.engine_logprobs,
         "advantages": np.where(loss_mask, samples.advantages, np.float32(0.0)),
-        "token_weights": token_weights(loss_mask, samples.lengths, recipe.objective.loss_scale),
+        "token_weights": token_weights(
+            loss_mask, samples.lengths, recipe.objective.aggregation, recipe.sampling.max_tokens
+        ),
         "loss_mask": loss_mask,
         "sequence_ids": samples.owners,
     }
     starts = np.r_[0, np.cumsum(samples.lengths)]
     parts = []
-    for row in policy.rows(samples.groups, recipe.training.tokens_per_microbatch):
+    in_pairs = needs_of(recipe.objective).pairs
+    pairs = pairs_of(samples.rewards, samples.group_size) if in_pairs else None
+    for row in policy.rows(samples.groups, recipe.training.tokens_per_microbatch, whole_groups=in_pairs):
         # Rows keep the order of completions, so each row's tokens are one slice of the flat arrays.
         tokens = slice(starts[row.completions[0]], starts[row.completions[-1] + 1])
         device = policy.head.device
-        flat = {name: torch.tensor(values[tokens], device=device) for name, values in per_token.items()}
-        parts.append(Microbatch(row.to(device), **flat))
+        flat: dict[str, Any] = {
+            name: torch.tensor(values[tokens], device=device) for name, values in per_token.items()
+        }
+        micro = Microbatch(row.to(device), **flat)
+        if pairs is not None:
+            own = pairs[np.isin(pairs[:, 0], row.completions)]
+            micro.pairs, micro.pair_weight = torch.tensor(own, device=device), 1.0 / max(1, len(pairs))
+        parts.append(micro)
     return parts

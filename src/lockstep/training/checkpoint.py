@@ -188,7 +188,7 @@ def _expected_state(optimizer: MasterAdamW, state: Mapping[str, Tensor]) -> dict
     """What the optimizer would store, had it made the steps that ``state`` is of."""
     expected = {}
     for name, master, parameter in zip(optimizer.names, optimizer.masters, optimizer.parameters, strict=True):
-        if master is not parameter:
+        if optimizer.keeps(name, master, parameter):
             expected[f"master.{name}"] = master
         if f"exp_avg.{name}" in state:  # a parameter that no step has touched has no moments
             expected |= {

@@ -1,11 +1,28 @@
 """AdamW over fp32 weights, whatever the model's own dtype."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from lockstep.config.recipe import Optimizer as OptimizerConfig
 from lockstep.errors import DivergenceError
 from lockstep.policy.parameters import laid_as, whole
+
+BESIDE = "beside."
+"""Begins the names of what is trained and is no part of the model."""
+
+
+def _schedule(config: OptimizerConfig, updates: int) -> Callable[[int], float]:
+    """The share of the learning rate at each optimizer step, counted from 0."""
+    if config.schedule == "constant":
+        return lambda update: min(1.0, (update + 1) / (config.warmup_steps + 1))
+    from transformers import get_scheduler
+
+    # transformers has a schedule as a function of the step, within an optimizer's: of one that holds nothing.
+    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    made = get_scheduler(config.schedule, nothing, config.warmup_steps, updates)
+    return made.lr_lambdas[0]
 
 
 class MasterAdamW:
@@ -14,16 +31,40 @@ class MasterAdamW:
     A bf16 parameter gets an fp32 master copy: with 8 bits of mantissa most updates of a small learning rate
     would round to nothing. An fp32 parameter is its own master. The optimizer changes parameters in place and
     never rebinds them, for they lie in the published memory (``weights/publish.py``).
+
+    Args:
+        updates: optimizer steps of the whole run, for schedules that end with it.
+        beside: what else is trained, in a group of its own at ``beside_lr``; it follows the schedule.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        updates: int = 1,
+        beside: nn.Module | None = None,
+        beside_lr: float = 0.0,
+    ) -> None:
         self.config = config
+        self._share = _schedule(config, updates)
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        groups = [{"params": self.masters, "lr": config.lr}]
+        n_own = len(self.masters)
+        if beside is not None:
+            for name, parameter in beside.named_parameters():
+                self.names.append(f"{BESIDE}{name}")
+                self.parameters.append(parameter)
+                self.masters.append(parameter)
+            groups = [
+                {"params": self.masters[:n_own], "lr": config.lr},
+                {"params": self.masters[n_own:], "lr": beside_lr},
+            ]
+        self._bases = [config.lr, beside_lr][: len(groups)]
+        self._n_own = n_own
         self._adamw = torch.optim.AdamW(
-            self.masters,
-            lr=config.lr,
+            groups,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             weight_decay=config.weight_decay,
@@ -32,7 +73,7 @@ class MasterAdamW:
 
     def lr_at(self, update: int) -> float:
         """The learning rate of the ``update``-th optimizer step, counted from 0."""
-        return self.config.lr * min(1.0, (update + 1) / (self.config.warmup_steps + 1))
+        return self.config.lr * self._share(update)
 
     def step(self, update: int) -> float:
         """Clip, update, clear the gradients. Returns the gradient's norm before clipping.
@@ -43,7 +84,9 @@ class MasterAdamW:
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = float(whole(nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm)))
+        # Each group by its own norm: a value head's is no measure of the model's.
+        parts = [part for part in (self.masters[: self._n_own], self.masters[self._n_own :]) if part]
+        norm, *_ = [float(whole(nn.utils.clip_grad_norm_(part, self.config.max_grad_norm))) for part in parts]
         if not norm < float("inf"):
             raise DivergenceError(
                 "optimizer step",
@@ -51,8 +94,8 @@ class MasterAdamW:
                 expected="a finite number",
                 hint="lower optimizer.lr; look at rollouts/",
             )
-        for group in self._adamw.param_groups:
-            group["lr"] = self.lr_at(update)
+        for group, base in zip(self._adamw.param_groups, self._bases, strict=True):
+            group["lr"] = base * self._share(update)
         self._adamw.step()
         with torch.no_grad():
             for master, parameter in zip(self.masters, self.parameters, strict=True):
@@ -72,9 +115,14 @@ class MasterAdamW:
         for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
             for key, value in self._adamw.state[master].items():
                 tensors[f"{key}.{name}"] = whole(value)
-            if master is not parameter:
+            if self.keeps(name, master, parameter):
                 tensors[f"master.{name}"] = whole(master)
         return tensors
+
+    @staticmethod
+    def keeps(name: str, master: Tensor, parameter: Tensor) -> bool:
+        """True for a parameter that a checkpoint's weights do not hold as it is here."""
+        return master is not parameter or name.startswith(BESIDE)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take up the state that :meth:`state` gave."""
@@ -85,5 +133,5 @@ class MasterAdamW:
                         key: laid_as(master, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")
                     }
                     self._adamw.state[master] = {"step": tensors[f"step.{name}"].to(master.device), **moments}
-                if master is not parameter:
+                if self.keeps(name, master, parameter):
                     master.copy_(laid_as(master, tensors[f"master.{name}"]))

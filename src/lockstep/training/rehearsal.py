@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from lockstep.config.recipe import Recipe
 from lockstep.policy.model import Policy
 from lockstep.records.samples import Samples
-from lockstep.training import batch, step
+from lockstep.training import batch, beside, step
+from lockstep.training.tokens import Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ def rehearse(rollouts: Samples, policy: Policy, recipe: Recipe) -> Rehearsal:
         DivergenceError: for a loss that is no number.
     """
     parts = batch.minibatches(rollouts, policy, recipe)
-    step.score_under_sampling_weights(parts, policy, recipe.sampling.temperature)
+    beside.score_under_sampling_weights(parts, policy, recipe.sampling.temperature)
     sampled = step.at_sampling(parts, rollouts)
     tokens, loss = _losses(policy, parts, recipe, "trainer")
     with torch.no_grad():  # its gradients show nothing that the first loss's did not
@@ -54,12 +55,10 @@ def rehearse(rollouts: Samples, policy: Policy, recipe: Recipe) -> Rehearsal:
     )
 
 
-def _losses(
-    policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str
-) -> tuple[step.Tokens, float]:
+def _losses(policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str) -> tuple[Tokens, float]:
     """As in training, uncorrected: a correction hides what is judged here."""
     own = replace(recipe, objective=replace(recipe.objective, old_logprobs=old, correction="none"))
-    tokens = step.Tokens()
+    tokens = Tokens()
     try:
         loss = sum(step.accumulate(part, policy, own, tokens, on_sampling_weights=False) for part in parts)
         step.refuse_divergence(loss)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,14 +10,19 @@ from torch import Tensor
 
 from lockstep.config.recipe import Objective, Recipe
 from lockstep.errors import DivergenceError
-from lockstep.metrics.reduce import mismatch_figures, policy_figures
+from lockstep.metrics.reduce import mismatch_figures
 from lockstep.objectives.base import LossInputs
-from lockstep.objectives.corrections import truncated_importance_weights
+from lockstep.objectives.corrections.registry import correction_of
 from lockstep.objectives.registry import loss_of
+from lockstep.objectives.regularisers import regulariser
+from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy
+from lockstep.policy.values import ValueHead
 from lockstep.records.samples import Samples
 from lockstep.training.batch import Microbatch, Minibatch, minibatches
+from lockstep.training.beside import Beside, prepare
 from lockstep.training.optimizer import MasterAdamW
+from lockstep.training.tokens import Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +39,9 @@ class AtSampling:
     """int [N]: the sample each token belongs to."""
 
 
+ALONE = Beside()
 Gate = Callable[[AtSampling], None]
 """Raises where a step must not be trained on. Called once a step, before its first optimizer update."""
-
-
-@dataclass
-class Tokens:
-    """Per-token values of a step's sampled tokens, gathered as the microbatches go by."""
-
-    log_ratio: list[np.ndarray] = field(default_factory=list)
-    clipped: list[np.ndarray] = field(default_factory=list)
-    entropy: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, sampled: Tensor, log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> None:
-        """A microbatch's, [T] each."""
-        self.log_ratio.append(log_ratio[sampled].numpy(force=True))
-        self.clipped.append(clipped[sampled].numpy(force=True))
-        self.entropy.append(entropy[sampled].numpy(force=True))
 
 
 def train(
@@ -60,16 +51,17 @@ def train(
     recipe: Recipe,
     step: int,
     gate: Gate,
+    beside: Beside = ALONE,
 ) -> dict[str, float]:
     """Train on one step's rollouts: the only way to an optimizer update. Returns figures by catalog name.
 
     ::
 
-        old-logprob pass over minibatches 2 … n ─► forward and backward of minibatch 1
+        prepare: old-logprob pass over minibatches 2 … n ─► forward and backward of minibatch 1
             ─► gate(all tokens) ─► update 1 ─► …
 
     The first minibatch's own forward pass is on the weights that sampled, so only the others need a pass for
-    the gate.
+    the gate; of some objectives all do (``beside.py``).
 
     Raises:
         DivergenceError: for a non-finite loss or gradient.
@@ -77,9 +69,11 @@ def train(
     """
     began = time.perf_counter()
     parts = minibatches(rollouts, policy, recipe)
-    score_under_sampling_weights(parts[1:], policy, recipe.sampling.temperature)
+    prepare(parts, rollouts, policy, beside, recipe)
     tokens, first, *rest = Tokens(), *parts
-    losses = [accumulate(first, policy, recipe, tokens, on_sampling_weights=True)]
+    losses = [
+        accumulate(first, policy, recipe, tokens, on_sampling_weights=True, value_head=beside.value_head)
+    ]
     sampled = at_sampling(parts, rollouts)
     try:
         gate(sampled)
@@ -89,15 +83,15 @@ def train(
         raise
     norms = [optimizer.step(step * len(parts))]
     for number, part in enumerate(rest, 1):
-        losses.append(accumulate(part, policy, recipe, tokens, on_sampling_weights=False))
+        losses.append(
+            accumulate(part, policy, recipe, tokens, on_sampling_weights=False, value_head=beside.value_head)
+        )
         refuse_divergence(losses[-1])
         norms.append(optimizer.step(step * len(parts) + number))
     clip = recipe.objective.clip_low, recipe.objective.clip_high
     return {
         **mismatch_figures(sampled.sampling_logprobs - sampled.engine_logprobs, *clip),
-        **policy_figures(np.concatenate(tokens.log_ratio), *clip),
-        "clip_fraction": float(np.concatenate(tokens.clipped).mean()),
-        "entropy_mean_nats": float(np.concatenate(tokens.entropy).mean()),
+        **tokens.figures(recipe.objective),
         "loss": float(sum(losses)),
         "grad_norm": float(np.mean(norms)),
         "lr": optimizer.lr_at(step * len(parts)),
@@ -138,16 +132,14 @@ def refuse_divergence(loss: float) -> None:
         )
 
 
-@torch.no_grad()
-def score_under_sampling_weights(parts: list[Minibatch], policy: Policy, temperature: float) -> None:
-    """Fill in ``sampling_logprobs`` before any optimizer step changes the weights (the old-logprob pass)."""
-    for part in parts:
-        for micro in part:
-            micro.sampling_logprobs = policy.scores(micro.row, temperature).logprobs
-
-
 def accumulate(
-    part: Minibatch, policy: Policy, recipe: Recipe, tokens: Tokens, *, on_sampling_weights: bool
+    part: Minibatch,
+    policy: Policy,
+    recipe: Recipe,
+    tokens: Tokens,
+    *,
+    on_sampling_weights: bool,
+    value_head: ValueHead | None = None,
 ) -> float:
     """Forward and backward over a minibatch; gradients add up in the parameters. Returns the loss.
 
@@ -159,43 +151,57 @@ def accumulate(
             then its own old-logprob pass.
     """
     total = 0.0
+    objective, temperature = recipe.objective, recipe.sampling.temperature
+    correct = correction_of(objective)
     for micro in part:
-        scores = policy.scores(micro.row, recipe.sampling.temperature, with_entropy=True)
-        now = scores.logprobs.detach()
+        hidden = policy.hidden(micro.row)
+        scores = policy.project(hidden, micro.row.targets, temperature, with_entropy=True)
         if on_sampling_weights:
-            micro.sampling_logprobs = now
-        inputs = loss_inputs(micro, scores.logprobs, recipe.objective)
-        outputs = loss_of(recipe.objective)(inputs)
+            micro.sampling_logprobs = scores.logprobs.detach()
+        values = value_head(hidden) if value_head is not None else None
+        inputs = loss_inputs(micro, scores, objective, values)
+        correction = correct(inputs) if correct is not None else None
+        if correction is not None:
+            inputs = replace(inputs, corrections=correction.weights)
+        outputs = loss_of(objective)(inputs)
+        beside = regulariser(inputs, objective)
+        loss = outputs.loss if beside is None else outputs.loss + beside
         if torch.is_grad_enabled():
-            outputs.loss.backward()
-        total += float(outputs.loss.detach())
-        assert scores.entropy is not None
-        tokens.add(micro.loss_mask, now - inputs.old_logprobs, outputs.clipped, scores.entropy)
+            loss.backward()
+        total += float(loss.detach())
+        tokens.add(inputs, outputs, correction)
     return total
 
 
-def loss_inputs(micro: Microbatch, logprobs: Tensor, objective: Objective) -> LossInputs:
+def loss_inputs(
+    micro: Microbatch, scores: TokenScores, objective: Objective, values: Tensor | None = None
+) -> LossInputs:
     """What the objective is given of a microbatch, once its sampling log-probabilities are known.
 
     Args:
-        logprobs: under the weights now, differentiable; float32 [T], nats.
+        scores: under the weights now, differentiable; float32 [T], nats.
+        values: the value head's.
     """
     assert micro.sampling_logprobs is not None
     # Where the model sampled nothing the engine has no number: a NaN there would outlive its weight of 0.
     engine = torch.where(micro.loss_mask, micro.engine_logprobs, micro.sampling_logprobs)
-    # The engine's own numbers as old log-probabilities are a certificate's dividend (layer 5).
-    old = engine if objective.old_logprobs == "engine" else micro.sampling_logprobs
-    corrections = torch.ones_like(micro.token_weights)
-    if objective.correction == "tis":
-        corrections = truncated_importance_weights(micro.sampling_logprobs, engine, objective.correction_cap)
     return LossInputs(
-        logprobs=logprobs,
-        old_logprobs=old,
+        logprobs=scores.logprobs,
+        # The engine's own numbers as old log-probabilities are a certificate's dividend (layer 5).
+        old_logprobs=engine if objective.old_logprobs == "engine" else micro.sampling_logprobs,
         engine_logprobs=engine,
         sampling_logprobs=micro.sampling_logprobs,
+        step_logprobs=micro.sampling_logprobs,
         advantages=micro.advantages,
         token_weights=micro.token_weights,
-        corrections=corrections,
+        corrections=torch.ones_like(micro.token_weights),
         loss_mask=micro.loss_mask,
         sequence_ids=micro.sequence_ids,
+        entropy=scores.entropy,
+        reference_logprobs=micro.reference_logprobs,
+        values=values,
+        old_values=micro.old_values,
+        returns=micro.returns,
+        pairs=micro.pairs,
+        pair_weight=micro.pair_weight,
     )

@@ -23,19 +23,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lockstep.config.recipe import Recipe
+from lockstep.objectives.registry import needs_of
 from lockstep.policy import pulls, replay
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
 from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of, whole
+from lockstep.policy.pretrained import resolve_model
 from lockstep.policy.pulls import Asked, Pulls
 from lockstep.policy.replay import Piece
+from lockstep.policy.values import ValueHead
 from lockstep.policy.variant_settings import base_of, rotary_of
 from lockstep.policy.variants import Variant, name_of_head
 from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
 from lockstep.runs.checkpoints import Checkpoint
 from lockstep.training import checkpoint, rehearsal
+from lockstep.training.beside import Beside
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.rehearsal import Rehearsal
 from lockstep.training.step import Gate, train
@@ -57,13 +61,19 @@ class Trainer:
 
     Args:
         publisher: given the model, makes what carries its weights; None for a trainer that no engine follows.
+        reference_path: a checkpoint, loaded and frozen when an objective first asks for a reference model.
     """
 
     def __init__(
-        self, policy: Policy, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None
+        self,
+        policy: Policy,
+        recipe: Recipe,
+        publisher: Callable[[nn.Module], Publisher] | None = None,
+        reference_path: Path | None = None,
     ) -> None:
         self._policy = policy
         self._recipe = recipe
+        self._reference_path = reference_path
         self._publisher = publisher(policy.model) if publisher is not None else None
 
     @classmethod
@@ -80,7 +90,8 @@ class Trainer:
         policy = load_policy(path, model.dtype, model.head_dtype, model.device)
         if recipe.training.gradient_checkpointing:
             recompute_layers(policy.model)
-        return cls(policy, recipe, publisher)
+        other = recipe.objective.kl.reference
+        return cls(policy, recipe, publisher, resolve_model(other) if other else path)
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -264,7 +275,25 @@ class Trainer:
     @cached_property
     def _optimizer(self) -> MasterAdamW:
         """Made when first needed: a check trains nothing, and masters of a bf16 model are twice its size."""
-        return MasterAdamW(self._policy.model, self._recipe.optimizer)
+        training, head = self._recipe.training, self._recipe.value_head
+        updates = training.steps * training.minibatches
+        return MasterAdamW(
+            self._policy.model, self._recipe.optimizer, updates, self._beside.value_head, head.lr
+        )
+
+    @cached_property
+    def _beside(self) -> Beside:
+        """What the objective needs beside the policy; made when first needed."""
+        needs, reference, head = needs_of(self._recipe.objective), None, None
+        if needs.reference:
+            assert self._reference_path is not None, "a trainer without a checkpoint has no reference"
+            model = self._recipe.model
+            reference = load_policy(self._reference_path, model.dtype, model.head_dtype, model.device)
+            reference.model.requires_grad_(False)
+            reference.share_prompts = self._policy.share_prompts
+        if needs.values:
+            head = ValueHead(self._policy.head.shape[1], self.device)
+        return Beside(reference, head)
 
     def step(self, rollouts: Samples, number: int, gate: Gate) -> dict[str, float]:
         """Train on one step's rollouts, once the gate has admitted every token.
@@ -275,7 +304,7 @@ class Trainer:
             DivergenceError: for a non-finite loss or gradient.
             Exception: the gate's, before any weight has changed.
         """
-        return train(rollouts, self._policy, self._optimizer, self._recipe, number, gate)
+        return train(rollouts, self._policy, self._optimizer, self._recipe, number, gate, self._beside)
 
     def rehearse(self, rollouts: Samples, recipe: Recipe) -> Rehearsal:
         """What the training code makes of rollouts before any update; the gradients are thrown away.

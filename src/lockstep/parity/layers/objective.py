@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from lockstep.config.recipe import Objective
 from lockstep.errors import DivergenceError
 from lockstep.metrics.reduce import mismatch_figures, policy_figures, quantiles_abs
 from lockstep.parity.causes import finding
@@ -56,9 +57,9 @@ def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
     training = replace(
         pair.recipe.training, prompts_per_step=PROMPTS, group_size=GROUP, minibatches=1, seed=seed
     )
-    # The bound on the loss is GRPO's: how far gaps may move a user's own is not known: GRPO stands in.
-    objective = pair.recipe.objective
-    judged = replace(objective, name="grpo", options={}) if ":" in objective.name else objective
+    # The bound on the loss is of GRPO as a mean over tokens, which stands in for every other.
+    clip_low, clip_high = pair.recipe.objective.clip_low, pair.recipe.objective.clip_high
+    judged = Objective(clip_low=clip_low, clip_high=clip_high)
     recipe = replace(pair.recipe, training=training, objective=judged)
     rollouts = collect.sample(pair.engine, pair.task, pair.renderer, recipe, 0)
     # Alternating signs, so that both sides of the clip are exercised whatever so few samples' rewards are.
@@ -86,6 +87,6 @@ def _verdict(pair: Pair, rehearsed: Rehearsal, figures: dict[str, Any]) -> Verdi
         f"mismatch ESS {figures['mismatch_ess']:.6f}; "
         f"the engine's numbers as old log-probabilities move the loss by {moved:.1e}"
     )
-    if ":" in pair.recipe.objective.name:
+    if pair.recipe.objective.name != "grpo":
         summary += f" (grpo in the place of {pair.recipe.objective.name})"
     return Verdict(layer="objective", status="PASS", summary=summary, n_tokens=size.size, figures=figures)

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from lockstep.records.alarms import Alarm
 from lockstep.records.verdicts import Verdict, When
 
 
@@ -19,6 +20,8 @@ class StepRecord(Struct, frozen=True, kw_only=True):
     """From 0."""
     weight_version: int
     """That the step made: ``step + 1`` in the synchronous loop."""
+    override: str = ""
+    """Of a run that trains although the ladder did not pass; then each step says so."""
     metrics: dict[str, float]
     """By catalog name; a figure that the step did not measure is absent, a non-finite one is that float."""
 
@@ -38,3 +41,6 @@ class Sink(Protocol):
 
     def verdict(self, record: VerdictRecord) -> None:
         """Take one verdict."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Take one alarm."""

@@ -9,12 +9,13 @@ import io
 from collections.abc import Iterable
 
 from lockstep.metrics.catalog import METRICS
+from lockstep.records.alarms import Alarm
 from lockstep.runs.durable import append_line, write_atomically
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps
 from lockstep.runs.sinks.base import StepRecord, VerdictRecord
 
-COLUMNS = ("step", "weight_version", *(metric.name for metric in METRICS))
+COLUMNS = ("step", "weight_version", *(metric.name for metric in METRICS), "override")
 
 
 class CsvSink:
@@ -42,12 +43,16 @@ class CsvSink:
     def verdict(self, record: VerdictRecord) -> None:
         """A table of figures has no place for one."""
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Nor for one of these."""
+
 
 def _lines(records: Iterable[StepRecord]) -> bytes:
     text = io.StringIO()
     rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     for record in records:
-        rows.writerow({"step": record.step, "weight_version": record.weight_version} | record.metrics)
+        own = {"step": record.step, "weight_version": record.weight_version, "override": record.override}
+        rows.writerow(own | record.metrics)
     return text.getvalue().encode()
 
 

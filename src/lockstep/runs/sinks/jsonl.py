@@ -1,10 +1,14 @@
-"""``metrics.jsonl`` and ``verdicts.jsonl``: strict JSON, a line a record, flushed before the call returns."""
+"""``metrics.jsonl``, ``verdicts.jsonl``, ``alarms.jsonl``: strict JSON, a line a record, flushed at once."""
 
+from typing import Any
+
+from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.sinks.base import StepRecord, VerdictRecord
 from lockstep.runs.strict import append, plain, strict
 
 SCHEMA_METRICS = "lockstep.metrics/1"
+SCHEMA_ALARM = "lockstep.alarm/1"
 SCHEMA_VERDICT = "lockstep.verdict/1"
 
 
@@ -20,7 +24,13 @@ class JsonlSink:
         Raises:
             RunError: when it cannot be written; the file is then as it was.
         """
-        row = {"schema": SCHEMA_METRICS, "step": record.step, "weight_version": record.weight_version}
+        row: dict[str, Any] = {
+            "schema": SCHEMA_METRICS,
+            "step": record.step,
+            "weight_version": record.weight_version,
+        }
+        if record.override:
+            row["override"] = record.override
         append(self.layout.metrics, row | {"metrics": strict(record.metrics)})
 
     def verdict(self, record: VerdictRecord) -> None:
@@ -33,6 +43,14 @@ class JsonlSink:
             self.layout.verdicts,
             {"schema": SCHEMA_VERDICT, "when": str(record.when), **plain(record.verdict)},
         )
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Add a line to ``alarms.jsonl``.
+
+        Raises:
+            RunError: as :meth:`step`.
+        """
+        append(self.layout.alarms, {"schema": SCHEMA_ALARM, **plain(alarm)})
 
 
 def open_sink(layout: RunLayout) -> JsonlSink:

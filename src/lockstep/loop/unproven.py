@@ -1,0 +1,52 @@
+"""A run whose ladder did not pass ends, or the recipe says in a sentence why it goes on."""
+
+from typing import TYPE_CHECKING
+
+from lockstep.errors import ParityError
+from lockstep.parity.alarms import Watch
+from lockstep.parity.ladder import LadderResult
+from lockstep.records.alarms import Override
+from lockstep.runs.certificate import void
+
+if TYPE_CHECKING:
+    from lockstep.loop.stages import Run
+
+
+def go_on(run: "Run", result: LadderResult) -> None:
+    """Go on without a proof where the recipe says why; it is told with everything that the run records.
+
+    Raises:
+        ParityError: where it does not.
+    """
+    error, sentence = refusal(result), run.recipe.parity.override
+    if not sentence:
+        if run.recipe.objective.correction != "none":
+            error.add_note(
+                f"objective.correction = {run.recipe.objective.correction!r} is locked until the ladder "
+                "passes: mend the backend, do not correct for it"
+            )
+        raise error
+    void(run.layout.certificate, f"{error.boundary}: {error.got}")
+    verdict = next(v for v in result.verdicts if v.status != "PASS")
+    cause = verdict.findings[0].cause.replace("_", " ") if verdict.findings else verdict.reason
+    run.override = run.recorder.override = Override(reason=sentence, layer=verdict.layer, cause=cause)
+    run.watch = Watch(known_layer=verdict.layer)
+    run.canary, run.gate = None, None
+    run.say(str(run.override))
+
+
+def refusal(result: LadderResult) -> ParityError:
+    """The error that a ladder without a PASS ends in."""
+    verdict = next(v for v in result.verdicts if v.status != "PASS")
+    if verdict.status == "NOT_RUN":
+        return ParityError(f"layer {verdict.layer}", got="NOT_RUN", expected="PASS", hint=verdict.reason)
+    first = verdict.findings[0]
+    return ParityError(
+        f"layer {verdict.layer}, cause {first.cause.replace('_', ' ')}",
+        got=(
+            f"{verdict.summary}; effect {first.effect_nats:.3g} nats per token "
+            f"(95 % {first.ci95[0]:.3g} to {first.ci95[1]:.3g})"
+        ),
+        expected="PASS before the first step",
+        hint=first.fix,
+    )

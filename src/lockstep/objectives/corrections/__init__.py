@@ -1,0 +1,35 @@
+"""Objective-level corrections for what is left of the mismatch between engine and trainer.
+
+A correction is a factor on each token, without a gradient. It is of the *mismatch ratio* alone, w =
+exp(trainer − engine) under the weights that sampled; what optimizer steps have changed since is the policy
+ratio's, and the objective's own business.
+
+    tis                  min(w, high)                      truncation.py
+    sequence_tis         min(∏ w, high)                    truncation.py
+    masked_is            w where low ≤ w ≤ high, else 0    rejection.py
+    geometric_rejection  1 where low ≤ (∏ w)^(1/n) ≤ high, else 0: the whole sequence
+    sequence_mask        1 where low ≤ ∏ w ≤ high, else 0: the whole sequence
+
+The denominator of the loss stays: a token that is masked takes its loss away, and the others count for no
+more than before (verl edits its response mask, so that its mean is over what is left). What a correction took
+away is reported: ``correction_mass_removed``, ``correction_masked_fraction``.
+
+They are locked until the ladder has passed. A correction is no mend: it trades bias for variance on what is
+left, and never changes a figure by which the backend is judged. On a backend whose two sides agree each is
+the identity.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a correction made of each token."""
+
+    weights: Float[Tensor, "T"]
+    """The factor; 0: masked."""
+    uncut: Float[Tensor, "T"]
+    """What it would be without bounds."""

@@ -1,0 +1,104 @@
+"""Alarms: one sentence, with its likely layer, when a figure leaves what the certificate predicts.
+
+A run may go wrong in ways that no gate refuses: data older than its bound, groups that teach nothing, a
+policy that collapses. Each step's figures are looked at in the order of the layers, for what lies in an
+earlier one explains the later; the first that is off is told, once, and again only after it has been well in
+between.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lockstep.parity.tolerances import (
+    ALARM_DRIFT_MULTIPLE,
+    ALARM_ENTROPY_LEFT,
+    ALARM_ESS,
+    ALARM_FLAT_GROUPS,
+    ALARM_LENGTH_LEFT,
+    NEGLIGIBLE_NATS,
+    PHANTOM_CLIP_FRACTION,
+)
+from lockstep.records.alarms import Alarm
+
+Figures = Mapping[str, float]
+
+
+@dataclass(eq=False)
+class Watch:
+    """Looks at each step's figures.
+
+    Args:
+        gap_p50: what the ladder measured, nats; 0 where it did not pass.
+        max_lag: the bound on a token's age, in versions.
+        known_layer: of an override: the layer that is known to be broken, whatever is seen of it.
+    """
+
+    gap_p50: float = 0.0
+    max_lag: int = 0
+    known_layer: str = ""
+    _first: dict[str, float] | None = None
+    _told: str = ""
+
+    def look(self, step: int, figures: Figures) -> Alarm | None:
+        """The alarm of a step, if it has one that was not told for the step before."""
+        if self._first is None:
+            self._first = dict(figures)
+        for name, layer, rule in self._rules():
+            sentence = rule(figures)
+            if sentence:
+                known = name == self._told
+                self._told = name
+                return None if known else Alarm(step=step, name=name, layer=layer, sentence=sentence)
+        self._told = ""
+        return None
+
+    def _rules(self) -> tuple[tuple[str, str, Callable[[Figures], str]], ...]:
+        return (
+            ("mismatch", self.known_layer or "weights", self._mismatch),
+            ("gap drift", "numerics", self._drift),
+            ("lag", "objective", self._lag),
+            ("flat groups", "task", self._flat),
+            ("entropy collapse", "objective", self._entropy),
+            ("length collapse", "task", self._length),
+        )
+
+    def _mismatch(self, figures: Figures) -> str:
+        ess, phantom = figures.get("mismatch_ess", 1.0), figures.get("phantom_clip_fraction", 0.0)
+        if ess >= ALARM_ESS and phantom <= PHANTOM_CLIP_FRACTION:
+            return ""
+        ratio, gap = (figures.get(name, math.nan) for name in ("mismatch_ratio_mean", "gap_abs_p50_nats"))
+        return (
+            f"engine and trainer are not the same policy: mismatch ESS {ess:.3f}, mean ratio {ratio:.3f}, "
+            f"{phantom:.1%} of the tokens clipped for the mismatch alone, |gap| p50 {gap:.1e} nats"
+        )
+
+    def _drift(self, figures: Figures) -> str:
+        now, limit = figures.get("gap_abs_p50_nats", 0.0), ALARM_DRIFT_MULTIPLE * self.gap_p50
+        if not self.gap_p50 or now <= max(limit, NEGLIGIBLE_NATS):
+            return ""
+        return f"the gap drifts: |gap| p50 {now:.1e} nats, the ladder measured {self.gap_p50:.1e}"
+
+    def _lag(self, figures: Figures) -> str:
+        lag = figures.get("lag_steps", 0.0)
+        return f"tokens are {lag:.2f} versions old on average, at most {self.max_lag}" * (lag > self.max_lag)
+
+    def _flat(self, figures: Figures) -> str:
+        flat = figures.get("flat_group_fraction", 0.0)
+        if flat < ALARM_FLAT_GROUPS:
+            return ""
+        reward = figures.get("reward_mean", math.nan)
+        return f"{flat:.0%} of the groups have equal rewards and teach nothing; mean reward {reward:.3f}"
+
+    def _entropy(self, figures: Figures) -> str:
+        return self._fell(figures, "entropy_mean_nats", ALARM_ENTROPY_LEFT, "entropy")
+
+    def _length(self, figures: Figures) -> str:
+        return self._fell(figures, "completion_tokens_mean", ALARM_LENGTH_LEFT, "mean length")
+
+    def _fell(self, figures: Figures, name: str, left: float, said: str) -> str:
+        assert self._first is not None
+        first, now = self._first.get(name), figures.get(name)
+        if first is None or now is None or now >= left * first:
+            return ""
+        return f"{said} has fallen from {first:.3g} to {now:.3g}"

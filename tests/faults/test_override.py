@@ -1,0 +1,112 @@
+"""A run whose ladder does not pass: it ends with layer and reason, or goes on stamped, on a tiny pair.
+
+The engine reports raw log-probabilities of tokens that it draws at T = 0.7, as the story's did.
+"""
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from lockstep.config.recipe import with_sets
+from lockstep.errors import ParityError
+from lockstep.objectives.aggregation import token_weights
+from lockstep.records.samples import Samples
+from lockstep.records.tokens import pack_logprobs
+from lockstep.rollout import store
+from lockstep.runs.read import open_run
+from lockstep.summary import summarise, summary_table
+from tests.faults.test_loop import SETS, Loop, edits_from
+
+SENTENCE = "the old cluster cannot be mended before Monday"
+RAW = ["sampling.temperature=0.7", "training.steps=2", "objective.correction=tis"]
+
+
+@pytest.fixture
+def loop(recipe, tmp_path):
+    return Loop(with_sets(recipe, [*SETS, *RAW]), tmp_path)
+
+
+def says_raw(pair):
+    """Every number of a sampled token is of the whole distribution at T = 1."""
+    original = pair.engine.sample
+
+    def sample(prompts, params):
+        completions = original(prompts, params)
+        drawn = Samples.of(prompts, completions, params[0])
+        raw = [pair.trainer.score([group], 1.0) for group in drawn.apart().groups]
+        return [
+            msgspec.structs.replace(completion, logprobs=pack_logprobs(numbers[0].tolist()))
+            for completion, numbers in zip(completions, raw, strict=True)
+        ]
+
+    pair.engine.sample = sample
+
+
+def test_a_correction_without_a_certificate_is_locked_with_layer_and_reason(loop):
+    with pytest.raises(ParityError, match="layer semantics, cause raw logprobs") as raised:
+        loop.start(before=says_raw)
+    assert raised.value.exit_code == 1
+    assert any("objective.correction = 'tis' is locked" in note for note in raised.value.__notes__)
+    assert not loop.layout.metrics.exists()
+
+
+def test_with_the_override_every_artefact_says_so_and_one_alarm_names_the_layer(loop):
+    loop.recipe = with_sets(loop.recipe, [f"parity.override={SENTENCE}"])
+    loop.start(before=says_raw)
+    run = open_run(loop.layout.root)
+    assert len(run.steps) == 2
+    assert run.certificate is None
+    assert SENTENCE in loop.layout.manifest.read_text()
+    lines = loop.layout.metrics.read_text().splitlines()
+    assert all(SENTENCE in line and "semantics: raw logprobs" in line for line in lines)
+    assert sum(SENTENCE in line for line in loop.said) == 3, "once when it goes on, and with each step"
+    assert SENTENCE in summary_table(summarise(run))
+    (alarm,) = run.alarms
+    assert (alarm.layer, alarm.name) == ("semantics", "mismatch")
+    assert sum("ALARM" in line for line in loop.said) == 1
+    first = run.steps.records[0].metrics
+    # What the story saw: the ratio is off 1, tokens clip and a KL stands where no update has been.
+    assert abs(first["mismatch_ratio_mean"] - 1.0) > 0.01
+    assert first["phantom_clip_fraction"] > 0.05
+    assert first["mismatch_kl_k3_nats"] > 1e-3
+    assert first["policy_ratio_mean"] == 1.0, "and the policy's own has not moved"
+
+
+def test_an_override_that_nothing_needs_changes_nothing(recipe, tmp_path):
+    loop = Loop(with_sets(recipe, [*SETS, "training.steps=1", f"parity.override={SENTENCE}"]), tmp_path)
+    loop.start()
+    run = open_run(loop.layout.root)
+    assert run.certificate is not None
+    assert SENTENCE not in loop.layout.metrics.read_text()
+    assert not any(SENTENCE in line for line in loop.said)
+
+
+def first_is_missing(completion):
+    """The engine has no number of the first token."""
+    numbers = np.frombuffer(completion.logprobs, np.float32).copy()
+    numbers[0] = np.nan
+    return msgspec.structs.replace(completion, logprobs=numbers.tobytes(), missing=1)
+
+
+def test_missing_numbers_are_refused_where_the_recipe_allows_none(recipe, tmp_path):
+    loop = Loop(with_sets(recipe, [*SETS, "training.steps=2"]), tmp_path)
+    with pytest.raises(ParityError, match="4 tokens without a finite log-probability"):
+        loop.start(before=edits_from(1, first_is_missing))
+
+
+def test_missing_numbers_leave_loss_and_denominator_where_a_share_is_allowed(recipe, tmp_path):
+    """And never become a ratio of 1: the loss is that of the other tokens alone."""
+    loop = Loop(with_sets(recipe, [*SETS, "training.steps=2", "parity.missing_share=0.9"]), tmp_path)
+    loop.start(before=edits_from(1, first_is_missing))
+    first, second = open_run(loop.layout.root).steps.records
+    assert [step.metrics["missing_logprobs"] for step in (first, second)] == [0.0, 4.0]
+    stored = store.load(loop.layout.rollouts(1), 2, loop.recipe.sampling)
+    assert stored.left_out == 4
+    assert all(not sample.loss_mask[0] and sample.loss_mask[1:].all() for sample in stored)
+    weights = token_weights(stored.loss_mask, stored.lengths, "token-mean", 8)
+    assert weights.sum() == pytest.approx(1.0, rel=1e-6)
+    assert (weights[~stored.loss_mask] == 0.0).all()
+    before = replace(stored[0], loss_mask=np.ones(len(stored[0].token_ids), bool))
+    assert before.missing == 1
