@@ -14,10 +14,11 @@ B, which V1 engines have at T = 1 only, is of the same distribution as A and C.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from msgspec.structs import replace
+from torch import Tensor
 
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.pair import Pair, draw
@@ -58,6 +59,7 @@ class Evidence:
     own_trainer: np.ndarray
     """Score C of ``own`` at the recipe's temperature."""
     floors: Floors
+    _states: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def by_trainer(cls, sample: Samples, trainer: np.ndarray) -> "Evidence":
@@ -87,6 +89,15 @@ class Evidence:
     def confirmed(self, pair: Pair) -> bool:
         """True when the trainer scores as the engine re-scores."""
         return within(pair.noise, self.rescored - self.trainer)
+
+    def states(self, pair: Pair, sample: Samples) -> list[Tensor]:
+        """The hidden states behind one of the samples, asked of the model once for all that layer 1 asks.
+
+        What the trainer holds, it holds for the whole layer.
+        """
+        if id(sample) not in self._states:
+            self._states[id(sample)] = pair.trainer.hidden(sample.groups)
+        return self._states[id(sample)]
 
     @property
     def n_tokens(self) -> int:

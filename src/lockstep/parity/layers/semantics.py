@@ -80,7 +80,8 @@ def identify(pair: Pair, evidence: Evidence) -> Identified:
     telling = evidence.telling
     ground = float(np.median(np.abs(evidence.rescored - evidence.trainer)))
     limit = max(pair.noise.p50, SEMANTICS_MARGIN * ground)
-    ranked = fits(pair.trainer, telling.groups, telling.engine_logprobs, telling.sampling, limit)
+    states = evidence.states(pair, telling)
+    ranked = fits(pair.trainer, telling.groups, telling.engine_logprobs, telling.sampling, limit, states)
     identified = Identified(ranked, ground, limit)
     if ground > pair.noise.p50 and identified.margin < SEMANTICS_MARGIN:
         identified = _by_the_engine_alone(pair, evidence, identified)
@@ -211,7 +212,7 @@ def _distribution(
     text = identified.evidence()
     if asked.truncates:
         cause = "truncation_unmodelled"
-        parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in pair.trainer.hidden(own.groups)]
+        parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in evidence.states(pair, own)]
         size = np.concatenate([-part.numpy(force=True) for part in parts])
     elif asked.penalises:
         cause, drawn = "penalties_unmodelled", LogprobSemantics.of("sampler_untruncated", asked)
@@ -297,7 +298,8 @@ def _draws(pair: Pair, evidence: Evidence, identified: Identified, figures: dict
     if not max(identified.ground, at_one) <= pair.noise.p50:
         return None
     for name, sample in (("own", evidence.own), ("neutral", evidence.neutral)):
-        draws = examine_draws(pair.trainer, sample.groups, sample.sampling)
+        states = evidence.states(pair, sample)
+        draws = examine_draws(pair.trainer, sample.groups, sample.sampling, states)
         figures |= {f"draws_z_{name}": draws.z, f"draws_excess_{name}_nats": draws.excess_nats}
         if draws.oddity():
             likeliest = likeliest_temperature(pair.trainer, sample.groups, sample.sampling)

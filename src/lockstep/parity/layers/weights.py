@@ -120,6 +120,7 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     """
     measured = _measure(pair, canary, sample)
     restored = canary.measure(pair)
+    measured.back = canary.served
     n_tokens = 2 * canary.scores.size + measured.cache_gap.size  # the canary is scored after either sync
     figures: dict[str, Any] = {
         "before_sync_abs_mean_nats": float(measured.ground.mean()),
@@ -201,7 +202,6 @@ def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
                 or attribution.scaled(pair, canary, engine, measured.limit)
             )
     pair.sync(pair.version)
-    measured.back = canary.engine_scores(pair)
     return measured
 
 

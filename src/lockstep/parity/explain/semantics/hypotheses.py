@@ -45,6 +45,7 @@ def fits(
     engine: np.ndarray,
     sampling: SamplingParams,
     enough: float = 0.0,
+    states: Sequence[Tensor] | None = None,
 ) -> list[Fit]:
     """All candidates, the best first.
 
@@ -52,11 +53,12 @@ def fits(
         groups: one completion each.
         engine: what the engine reported, float32 [T].
         enough: of medians below this the tail says which is better, nats.
+        states: the groups' hidden states, where they are at hand.
     """
     candidates = candidates_of(sampling)
     fitting = []
     for semantics, scores in zip(
-        candidates, scored_under(trainer, groups, sampling, candidates), strict=True
+        candidates, scored_under(trainer, groups, sampling, candidates, states), strict=True
     ):
         with np.errstate(invalid="ignore"):
             gap = engine - scores
@@ -71,9 +73,10 @@ def scored_under(
     groups: Sequence[Group],
     sampling: SamplingParams,
     candidates: Sequence[LogprobSemantics],
+    states: Sequence[Tensor] | None = None,
 ) -> list[np.ndarray]:
     """Log-probabilities of all completions under each candidate, float32 [T] each; one completion a group."""
-    hidden = trainer.hidden(groups)
+    hidden = states or trainer.hidden(groups)
     scored = [
         candidate_logprobs(trainer, g, sampling, candidates, h) for g, h in zip(groups, hidden, strict=True)
     ]

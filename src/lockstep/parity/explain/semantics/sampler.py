@@ -192,10 +192,19 @@ class Draws:
 
 
 @torch.no_grad()
-def examine_draws(trainer: Trainer, groups: Sequence[Group], sampling: SamplingParams) -> Draws:
-    """Hold each drawn token against the entropy, the ranks and the mass of its distribution."""
+def examine_draws(
+    trainer: Trainer,
+    groups: Sequence[Group],
+    sampling: SamplingParams,
+    states: Sequence[Tensor] | None = None,
+) -> Draws:
+    """Hold each drawn token against the entropy, the ranks and the mass of its distribution.
+
+    Args:
+        states: the groups' hidden states, where they are at hand.
+    """
     excess, variance, ranks, above = [], [], [], []
-    hidden = trainer.hidden(groups)
+    hidden = states or trainer.hidden(groups)
     for z, ids in distributions(trainer, groups, sampling, hidden):
         logprobs = z.log_softmax(-1)
         p = logprobs.exp()
