@@ -252,6 +252,9 @@ def test_sides_that_differ_anyway_are_judged_by_their_moves(sides, monkeypatch):
 
 
 def test_the_receipt_is_the_last_syncs(sides):
-    sides.judged()
-    assert isinstance(sides.pair.receipt, LoadReceipt)
-    assert sides.pair.receipt.version == sides.pair.version
+    figures, receipt = sides.judged().figures, sides.pair.receipt
+    assert isinstance(receipt, LoadReceipt)
+    assert receipt.version == sides.pair.version
+    assert figures["receipt_n_tensors"] == receipt.n_tensors
+    assert figures["receipt_cache_cleared"] is receipt.cache_cleared
+    assert figures["receipt_repacked"] == ", ".join(receipt.repacked)

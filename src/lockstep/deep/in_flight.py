@@ -34,6 +34,7 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
                 ("wrong_assumption", replayed.wrong),
             )
         }
+        figures[f"in_flight_{mode}_n_spanning"] = replayed.n_spanning
         figures[f"in_flight_{mode}_n_tokens"] = replayed.right.size
         figures[f"in_flight_{mode}_told_apart"] = bool(
             replayed.right.size and replayed.wrong.mean() >= REPLAY_WRONG_MULTIPLE * replayed.right.mean()

@@ -52,11 +52,6 @@ class Policy:
     """One sequence a row: what a suspected leak between packed sequences is judged against."""
 
     @property
-    def tied(self) -> bool:
-        """True when the head is the input embedding."""
-        return self.head is self.model.get_input_embeddings().weight
-
-    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return self.head.device

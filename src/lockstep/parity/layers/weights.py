@@ -132,6 +132,7 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
         "cache_abs_max_nats": float(np.abs(measured.cache_gap).max()),
         "minimal_detectable_effect_nats": min(measured.limit, measured.shift),
         "judged_by": "moves" if measured.blurred else "scores",
+        **_receipt_figures(pair),
     }
     if not measured.shift >= PERTURBATION_OVER_NOISE * pair.noise.p50:
         reason = (
@@ -160,6 +161,19 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     proven = ", ".join(excluded)
     summary = f"a change of {measured.shift:.2f} nats arrived to within {new:.1e}, and back again; {proven}"
     return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=n_tokens, figures=figures)
+
+
+def _receipt_figures(pair: Pair) -> dict[str, Any]:
+    """What the engine said of the last sync, to be held beside what scoring showed of it."""
+    receipt = pair.receipt
+    if receipt is None:
+        return {}
+    return {
+        "receipt_n_tensors": receipt.n_tensors,
+        "receipt_load_s": receipt.load_s,
+        "receipt_repacked": ", ".join(receipt.repacked),
+        "receipt_cache_cleared": receipt.cache_cleared,
+    }
 
 
 def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
@@ -218,6 +232,7 @@ class Failed:
     """The completion of each, int [T]."""
 
 
+CLAIMED = ", though the engine said that it cleared its cache"
 SERVED = "after a sync the engine does not serve the weights it was sent: "
 
 
@@ -286,6 +301,7 @@ def _stale_cache(pair: Pair, measured: Measured) -> Failed | None:
     summary = "after a sync the engine answers from a prefix cache of the old weights"
     evidence = (
         f"tokens drawn over prompts that were cached before the update are off by up to {size.max():.1e} nats"
+        f"{CLAIMED if pair.receipt is not None and pair.receipt.cache_cleared else ''}"
     )
     return Failed("stale_prefix_cache", summary, evidence, size, measured.cached.owners)
 
