@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lockstep.config.recipe import Engine
+from lockstep.config.recipe import EngineConfig
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.openai_http.options import options_of
 from lockstep.engines.registry import choose
@@ -145,7 +145,7 @@ def test_a_recipe_cannot_have_any_variable_sent(name, monkeypatch):
     with pytest.raises(UsageError, match="flag --api-key-env: got 'OTHER'"):
         options_of(raw, "OTHER")
     with pytest.raises(UsageError, match="flag --api-key-env"):
-        choose(Engine(name="transformers"), name)
+        choose(EngineConfig(name="transformers"), name)
 
 
 @pytest.mark.parametrize("name", ["LOCKSTEP_API_KEY", "HF_TOKEN"])
@@ -173,7 +173,7 @@ def test_a_key_that_no_header_carries_is_refused_and_not_shown(key, monkeypatch)
 def test_no_recipe_runs_a_checkpoints_code_or_holds_a_token(option, value):
     for name in ("vllm", "auto"):
         with pytest.raises(UsageError, match=rf"engine\.options\.{option}") as caught:
-            choose(Engine(name=name, options={option: value}))
+            choose(EngineConfig(name=name, options={option: value}))
         assert "hf_secret" not in str(caught.value)
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, logprobs_of
 
-from lockstep.config.recipe import Model, Recipe, Training, load_recipe
-from lockstep.config.recipe import Task as TaskConfig
+from lockstep.config.recipe import Model, Recipe, TaskConfig, Training, load_recipe
 from lockstep.deep.replay import replay
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lockstep.config.recipe import Model, Recipe, Task, Training
+from lockstep.config.recipe import Model, Recipe, TaskConfig, Training
 from lockstep.engines.audit import KNOBS, VERSIONS, audit
 from lockstep.records.capabilities import Capability
 from lockstep.records.tokens import SamplingParams
@@ -29,7 +29,7 @@ GOOD = {
 def rows_of(resolved, *, tells=True, **sampling):
     recipe = Recipe(
         model=Model(path="m"),
-        task=Task(name="t"),
+        task=TaskConfig(name="t"),
         training=Training(steps=1),
         sampling=SamplingParams(max_tokens=4, **sampling),
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lockstep.config.recipe import Recipe, Task, load_recipe, with_sets
+from lockstep.config.recipe import Recipe, TaskConfig, load_recipe, with_sets
 from lockstep.errors import RecipeError
 from tests.unit.mutated_recipes import read_mutations
 
@@ -150,8 +150,8 @@ def test_a_module_that_cannot_be_imported_is_named(name, tmp_path, monkeypatch):
     (tmp_path / f"{module}.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     for key, task in (
-        ("task.reward", Task(name="reasoning_gym:chain_sum", reward=f"{module}:reward")),
-        ("task.name", Task(name=f"{module}:reward")),
+        ("task.reward", TaskConfig(name="reasoning_gym:chain_sum", reward=f"{module}:reward")),
+        ("task.name", TaskConfig(name=f"{module}:reward")),
     ):
         with pytest.raises(RecipeError, match=needle) as raised:
             Questions(task, 0)
@@ -177,10 +177,10 @@ def test_a_dataset_without_questions_is_named(name, tmp_path, monkeypatch):
     (tmp_path / f"{module}.py").write_text(f"def items(seed):\n    return {content}\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RecipeError, match=needle) as raised:
-        Questions(Task(name=f"{module}:items"), 0).item(3)
+        Questions(TaskConfig(name=f"{module}:items"), 0).item(3)
     assert f"task {module}:items" in raised.value.boundary
     with pytest.raises(RecipeError, match=r"empty dataset|size"):
-        Questions(Task(name="reasoning_gym:chain_sum", options={"size": 0}), 0)
+        Questions(TaskConfig(name="reasoning_gym:chain_sum", options={"size": 0}), 0)
 
 
 def test_mutated_recipes_are_taken_exactly_or_refused_by_name(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lockstep.config.recipe import Task as TaskConfig
+from lockstep.config.recipe import TaskConfig
 from lockstep.errors import RecipeError, RewardError, Stopped
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import Completion, SamplingParams
@@ -219,7 +219,7 @@ def test_workers_are_processes_of_their_own_and_what_they_print_is_no_answer(tas
 def test_a_worker_ends_with_its_trainer_in_the_middle_of_a_reward(tmp_path):
     (tmp_path / "theirs.py").write_text(THEIRS)
     code = (
-        "from lockstep.config.recipe import Task as Config; "
+        "from lockstep.config.recipe import TaskConfig as Config; "
         "from lockstep.rollout.tasks import Task; import os, threading\n"
         "task = Task(Config("
         "name='theirs:items', reward='theirs:hangs', reward_workers=1, reward_timeout_s=0), 0)\n"

@@ -6,7 +6,7 @@ from lockstep import api
 from lockstep.cli.common import recipe_of
 from lockstep.cli.console import Console, emit
 from lockstep.cli.flags import EXIT_CODES
-from lockstep.config.recipe import Engine, Model, Recipe, Task, Training
+from lockstep.config.recipe import EngineConfig, Model, Recipe, TaskConfig, Training
 from lockstep.errors import UsageError
 from lockstep.records.tokens import SamplingParams
 
@@ -67,8 +67,8 @@ def _recipe(path: Path | None, url: str | None, overrides: list[str] | None, eng
         raise UsageError("engines audit", got="neither", expected=expected, hint=hint)
     return Recipe(
         model=Model(path=""),
-        task=Task(name=""),
+        task=TaskConfig(name=""),
         sampling=SamplingParams(max_tokens=1),
         training=Training(steps=1),
-        engine=Engine(name="openai", options={"base_url": url}),
+        engine=EngineConfig(name="openai", options={"base_url": url}),
     )

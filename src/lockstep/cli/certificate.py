@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import EXIT_CODES, Engine, EngineUrl, Json, KeyEnv, Sets, TrainerModel, VerifyKey
+from lockstep.cli.flags import EXIT_CODES, EngineName, EngineUrl, Json, KeyEnv, Sets, TrainerModel, VerifyKey
 
 if TYPE_CHECKING:
     from lockstep.api import Verification
@@ -25,7 +25,7 @@ def verify(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe whose pair it is compared with.")] = None,
     verify_key: VerifyKey = None,
     set_: Sets = None,
-    engine: Engine = None,
+    engine: EngineName = None,
     engine_url: EngineUrl = None,
     api_key_env: KeyEnv = "",
     model: TrainerModel = None,

@@ -10,7 +10,7 @@ from lockstep.cli.check_log import refuse_power
 from lockstep.cli.console import Console, emit
 from lockstep.cli.flags import (
     EXIT_CODES,
-    Engine,
+    EngineName,
     EngineUrl,
     Json,
     KeyEnv,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def check(
     recipe: Annotated[Path | None, typer.Argument(help="A TOML recipe.")] = None,
     set_: Sets = None,
-    engine: Engine = None,
+    engine: EngineName = None,
     depth: Annotated[
         str,
         typer.Option(

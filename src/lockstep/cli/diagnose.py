@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import Engine, Json, Sets
+from lockstep.cli.flags import EngineName, Json, Sets
 
 
 def diagnose(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe whose check fails.")],
     set_: Sets = None,
-    engine: Engine = None,
+    engine: EngineName = None,
     against: Annotated[
         str | None,
         typer.Option(

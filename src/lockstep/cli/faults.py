@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import Engine, Json, Sets
+from lockstep.cli.flags import EngineName, Json, Sets
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def faults(
         Path, typer.Argument(help="A TOML recipe whose model and engine they are planted in.")
     ] = DEFAULT,
     set_: Sets = None,
-    engine: Engine = None,
+    engine: EngineName = None,
     only: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Just these.")] = None,
     clean: Annotated[bool, typer.Option(help="Climb eight clean configurations too: none may fail.")] = True,
     list_: Annotated[bool, typer.Option("--list", help="Only say what there is to plant.")] = False,

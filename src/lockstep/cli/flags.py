@@ -12,7 +12,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a key of the recipe.")
 ]
-Engine = Annotated[
+EngineName = Annotated[
     str | None, typer.Option(help="vllm, transformers, openai or auto, in place of the recipe's.")
 ]
 EngineUrl = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.console import Console, emit
-from lockstep.cli.flags import Engine, KeyEnv, Plant, Sets, SignKey
+from lockstep.cli.flags import EngineName, KeyEnv, Plant, Sets, SignKey
 from lockstep.errors import UsageError
 
 
@@ -15,7 +15,7 @@ def train(
         Path | None, typer.Argument(help="A TOML recipe; with --resume the run's own is used.")
     ] = None,
     set_: Sets = None,
-    engine: Engine = None,
+    engine: EngineName = None,
     out: Annotated[
         Path | None, typer.Option(help="The run directory; runs/<date>-<random> if not given.")
     ] = None,

@@ -51,7 +51,7 @@ class Model(_Section, frozen=True):
     """Where the trainer computes: ``cpu``, ``cuda``, ``cuda:1``. ``auto``: CUDA if there is one, else CPU."""
 
 
-class Engine(_Section, frozen=True):
+class EngineConfig(_Section, frozen=True):
     """What samples tokens."""
 
     name: str = "auto"
@@ -73,7 +73,7 @@ class Engine(_Section, frozen=True):
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
 
-class Task(_Section, frozen=True):
+class TaskConfig(_Section, frozen=True):
     """Where prompts and rewards come from."""
 
     name: str
@@ -165,10 +165,10 @@ class Recipe(_Section, frozen=True):
     """A whole run. Example: ``recipes/quickstart.toml``."""
 
     model: Model
-    task: Task
+    task: TaskConfig
     sampling: SamplingParams
     training: Training
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     value_head: ValueHead = ValueHead()

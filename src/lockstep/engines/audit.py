@@ -14,8 +14,8 @@ from msgspec import Struct
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 
-Finding = Literal["ok", "watch", "change", "unknown"]
-Judge = Callable[[Any, Recipe], tuple[Finding, str]]
+Standing = Literal["ok", "watch", "change", "unknown"]
+Judge = Callable[[Any, Recipe], tuple[Standing, str]]
 
 
 class Row(Struct, frozen=True):
@@ -26,7 +26,7 @@ class Row(Struct, frozen=True):
     resolved: str
     before: str
     """The default in the version that one comes from."""
-    verdict: Finding
+    verdict: Standing
     why: str
     flag: str
     """The recipe line that mends or pins it."""
@@ -55,7 +55,7 @@ def _watched_when(wanted: Any, why: str) -> Judge:
     return lambda value, recipe: ("watch" if value == wanted else "ok", why)
 
 
-def _logprobs_mode(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _logprobs_mode(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     sampling = recipe.sampling
     if value in ("processed_logprobs", "None"):
         return "ok", "log-probabilities are of the distribution that tokens are drawn from"
@@ -67,14 +67,14 @@ def _logprobs_mode(value: Any, recipe: Recipe) -> tuple[Finding, str]:
     return ("watch" if neutral and value == "raw_logprobs" else "change"), why
 
 
-def _dtype(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _dtype(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     wanted = f"torch.{recipe.engine.dtype or recipe.model.dtype}"
     return (
         "ok" if value == wanted else "change"
     ), "dtype=auto took an fp32 checkpoint for float16 in 0.8.5 and bfloat16 since 0.18"
 
 
-def _head(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _head(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     wanted = f"torch.{recipe.engine.head_dtype or recipe.model.head_dtype}"
     why = (
         "the last product rounds the logits; "
@@ -83,31 +83,31 @@ def _head(value: Any, recipe: Recipe) -> tuple[Finding, str]:
     return ("ok" if value == wanted else "change"), why
 
 
-def _runner(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _runner(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     second = ".gpu." in str(value)
     return (
         "watch" if second else "ok"
     ), "the V2 runner is other code for sampler and log-probabilities; pin it before you compare"
 
 
-def _sampler(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _sampler(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     return (
         "change" if value else "ok"
     ), "FlashInfer's sampler hides truncation from V0's log-probabilities, and draws otherwise in V1"
 
 
-def _kv_dtype(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _kv_dtype(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     narrow = str(value).startswith(("fp8", "int8"))
     return ("change" if narrow else "ok"), "auto is the model's own dtype; a quantised cache is another model"
 
 
-def _recurrent(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _recurrent(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     return (
         "ok" if value in ("float32", "auto") else "watch"
     ), "a hybrid model's state in bf16 drifts with length; others have none"
 
 
-def _chunked(value: Any, recipe: Recipe) -> tuple[Finding, str]:
+def _chunked(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     why = (
         "on a CPU 0.32.0 dies of a seeded request whose prefill was chunked; "
         "elsewhere layer path compares decode with prefill"
@@ -272,7 +272,7 @@ def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> Row:
     return Row(knob.name, str(asked), value, knob.defaults[before], verdict, why, knob.flag)
 
 
-def _absent(knob: Knob, engine: Engine) -> tuple[Finding, str]:
+def _absent(knob: Knob, engine: Engine) -> tuple[Standing, str]:
     """A setting that is not in the resolved configuration.
 
     There is none in this version, or the engine does not tell.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.config.recipe import Engine as EngineConfig
+from lockstep.config.recipe import EngineConfig
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.environments.locate import Environment, find, installed
 from lockstep.errors import RecipeError, UsageError

@@ -50,7 +50,7 @@ class PlantedWeights(WeightsExtension):
         return [] if self.lockstep_planned & {"not_delivered", "stale_head"} else super().lockstep_repack()
 
 
-def planted_engine(engine: type[terms.VllmEngine]) -> type[terms.VllmEngine]:
+def planted_engine(engine: type[terms.VllmWorker]) -> type[terms.VllmWorker]:
     """The engine's front with loads that may leave its caches as they are."""
 
     whole = engine.load

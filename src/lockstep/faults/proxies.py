@@ -16,13 +16,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from lockstep.faults.relay import Relay
-from lockstep.records.tokens import FLOAT32, INT32, Completion, SamplingParams
+from lockstep.records.tokens import CLAMPED_LOGPROB, FLOAT32, INT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
 
 if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
 
-CLAMPED = -9999.0
 Prompts = list[np.ndarray]
 Completions = list[Completion]
 
@@ -80,7 +79,7 @@ def numbers_of(completion: Completion) -> np.ndarray:
 
 def with_numbers(completion: Completion, numbers: np.ndarray) -> Completion:
     """The completion with other log-probabilities."""
-    missing = int((~np.isfinite(numbers) | (numbers <= CLAMPED)).sum())
+    missing = int((~np.isfinite(numbers) | (numbers <= CLAMPED_LOGPROB)).sum())
     return replace(completion, logprobs=numbers.astype(FLOAT32).tobytes(), missing=missing)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from lockstep.faults import partial_proxies as some
 from lockstep.faults import proxies as p
 from lockstep.faults.fault import V1, Fault, in_trainer
+from lockstep.records.tokens import CLAMPED_LOGPROB
 
 if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
@@ -200,7 +201,7 @@ SEMANTICS = (
         "clamped_values",
         "missing_logprobs",
         "proxy: one −9999 in each completion",
-        proxy=p.edits(edit_completions=p.numbers_edited(_missing(-9999.0))),
+        proxy=p.edits(edit_completions=p.numbers_edited(_missing(CLAMPED_LOGPROB))),
     ),
     Fault(
         "two_temperatures",

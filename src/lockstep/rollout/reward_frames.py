@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from lockstep.config.recipe import Task as TaskConfig
+from lockstep.config.recipe import TaskConfig
 
 _LENGTH = struct.Struct("<I")
 ANSWER_LIMIT = 1 << 20

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from lockstep.config.recipe import Task as TaskConfig
+from lockstep.config.recipe import TaskConfig
 from lockstep.errors import RecipeError
 from lockstep.rollout.reward_frames import (
     ANSWER_LIMIT,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lockstep.config.imported import imported
-from lockstep.config.recipe import Task as TaskConfig
+from lockstep.config.recipe import TaskConfig
 from lockstep.errors import RecipeError, Stopped
 from lockstep.rollout.deadline import Overdue, deadline
 from lockstep.rollout.reward_workers import RewardWorkers

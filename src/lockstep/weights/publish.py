@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lockstep.config.recipe import Engine as EngineConfig
+from lockstep.config.recipe import EngineConfig
 from lockstep.policy.parameters import checkpoint_weights, named_weights
 from lockstep.records.versions import WeightUpdate
 from lockstep.weights.directory import FILE_NAME, reserve

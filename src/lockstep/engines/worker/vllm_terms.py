@@ -48,7 +48,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """Of the last product; if not ``args["dtype"]``, by vLLM's ``head_dtype`` or, before 0.28, the plugin."""
 
 
-class VllmEngine(ABC):
+class VllmWorker(ABC):
     """Requests, alike on every generation; a completion has one version but for a load that does not wait."""
 
     vllm_config: Any
@@ -62,7 +62,7 @@ class VllmEngine(ABC):
         self._switches: dict[str, list[tuple[int, VersionSpan]]] = {}
 
     @abstractmethod
-    async def start(self) -> "VllmEngine":
+    async def start(self) -> "VllmWorker":
         """Build the engine; ends when it can sample."""
 
     @abstractmethod

@@ -22,10 +22,10 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadReceipt
 
 
-class Engine(terms.VllmEngine):
+class V0Worker(terms.VllmWorker):
     """One ``AsyncLLMEngine``."""
 
-    async def start(self) -> "Engine":
+    async def start(self) -> "V0Worker":
         """Build the engine; ends when it can sample."""
         began = time.perf_counter()
         from vllm.engine.async_llm_engine import AsyncLLMEngine
@@ -96,7 +96,7 @@ class Engine(terms.VllmEngine):
         return self.llm.engine.model_executor.collective_rpc(method, args=args)[0]
 
     def params(self, params: SamplingParams, **extra: Any) -> Any:
-        """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
         # Cumulative, not final only: an aborted request of this engine ends without a last word.
         from vllm.sampling_params import RequestOutputKind
 
@@ -107,7 +107,7 @@ class Engine(terms.VllmEngine):
         )
 
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
-        """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
         last = None
         try:
             async for output in self.llm.generate({"prompt_token_ids": ids}, params, name):
@@ -130,4 +130,4 @@ def _add_bias(tokens: Any, values: Any, token_ids: list[int], logits: Any) -> An
 
 
 if __name__ == "__main__":
-    terms.serve(Engine)
+    terms.serve(V0Worker)

@@ -21,13 +21,13 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadReceipt
 
 
-class Engine(terms.VllmEngine):
+class V1Worker(terms.VllmWorker):
     """One ``AsyncLLM``."""
 
     kept = False
     """True once weights were loaded over caches that stay: what is cached is then of several versions."""
 
-    async def start(self) -> "Engine":
+    async def start(self) -> "V1Worker":
         """Build the engine; ends when it can sample."""
         began = time.perf_counter()
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -133,7 +133,7 @@ class Engine(terms.VllmEngine):
         return len(in_flight)
 
     def params(self, params: SamplingParams, **extra: Any) -> Any:
-        """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
         from vllm.sampling_params import RequestOutputKind
 
         return terms.sampling_params(
@@ -141,7 +141,7 @@ class Engine(terms.VllmEngine):
         )
 
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
-        """See :class:`~lockstep.engines.worker.vllm_terms.VllmEngine`."""
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
         last: Any = None
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if self.kept:
@@ -152,4 +152,4 @@ class Engine(terms.VllmEngine):
 
 
 if __name__ == "__main__":
-    terms.serve(Engine)
+    terms.serve(V1Worker)
