@@ -15,7 +15,7 @@ from lockstep.faults.catalogue import FAULTS
 from lockstep.metrics.aliases import ALIASES
 from lockstep.metrics.catalog import METRICS
 from lockstep.objectives import advantages, aggregation
-from lockstep.objectives.registry import OBJECTIVES
+from lockstep.objectives.catalogue import OBJECTIVES
 from lockstep.parity.causes import CAUSES
 from lockstep.records.verdicts import LAYERS
 

@@ -14,8 +14,9 @@ from lockstep.config.objective import Kl
 from lockstep.config.recipe import Objective, parse_recipe
 from lockstep.errors import RecipeError
 from lockstep.objectives.aggregation import token_weights
+from lockstep.objectives.catalogue import OBJECTIVES, Needs
 from lockstep.objectives.grpo import grpo
-from lockstep.objectives.registry import OBJECTIVES, Needs, loss_of, needs_of, refuse_objective
+from lockstep.objectives.registry import loss_of, needs_of, refuse_objective
 from tests.unit.loss_inputs import inputs_of
 
 

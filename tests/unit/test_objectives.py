@@ -12,7 +12,8 @@ import torch
 
 from lockstep.config.recipe import Objective
 from lockstep.objectives.aggregation import token_weights
-from lockstep.objectives.registry import OBJECTIVES, loss_of
+from lockstep.objectives.catalogue import OBJECTIVES
+from lockstep.objectives.registry import loss_of
 from tests.unit.loss_inputs import inputs_of
 
 LOW, HIGH = 0.2, 0.3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lockstep.config.recipe import with_sets
-from lockstep.objectives.registry import OBJECTIVES
+from lockstep.objectives.catalogue import OBJECTIVES
 from lockstep.rollout import collect
 from lockstep.training.beside import Beside
 from tests.unit.bag_pair import BagPolicy, bag_pair

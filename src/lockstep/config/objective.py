@@ -34,7 +34,7 @@ class Objective(_Section, frozen=True):
     name: str = "grpo"
     """One of ``objectives/registry.py``, or ``module:function``: docs/guides/your-own-objective.md."""
     options: dict[str, Any] = {}
-    """Its own keyword arguments: ``objectives/options.py``."""
+    """Its own keyword arguments: ``objectives/catalogue.py``."""
     clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     clip_high: PositiveFloat = 0.2
     """The ratio is held in [1 − clip_low, 1 + clip_high]; ``inf``: no upper bound."""

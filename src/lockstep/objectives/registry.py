@@ -1,14 +1,14 @@
-"""Which objectives there are, what each needs, and what the loop can give. No torch until one is asked for.
+"""From a recipe's ``[objective]`` to its loss, and what the loop can give it.
 
-A new objective is a function in a file of its own, beside ``grpo.py``, a line in :data:`OBJECTIVES`, and its
-options in ``options.py``. One of the user's is named in the recipe as ``module:function`` and says what it
-needs by :func:`needs`. ``[objective.options]`` are either's keyword arguments.
+Those that come with Lockstep are in ``catalogue.py``. One of the user's is named in the recipe as
+``module:function`` and says what it needs by :func:`needs`. ``[objective.options]`` are either's keyword
+arguments. No torch until one is asked for.
 """
 
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,74 +17,11 @@ import msgspec
 from lockstep.config.imported import imported
 from lockstep.config.recipe import Objective
 from lockstep.errors import RecipeError, Stopped
-from lockstep.objectives.options import (
-    CispoOptions,
-    DecoupledOptions,
-    DpoOptions,
-    DppoOptions,
-    GrpoOptions,
-    GspoOptions,
-    Options,
-    PpoOptions,
-    ReinforceOptions,
-    ToprOptions,
-)
+from lockstep.objectives.catalogue import OBJECTIVES, Known, Needs
 
 if TYPE_CHECKING:
     from lockstep.objectives.base import LossInputs, LossOutputs
 
-
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What an objective must be given beyond log-probabilities, advantages and weights."""
-
-    values: bool = False
-    """A value head's estimate for each token."""
-    reference: bool = False
-    """Log-probabilities of a frozen reference model."""
-    pairs: bool = False
-    """A chosen and a rejected sequence side by side, instead of advantages."""
-    sequence_ids: bool = False
-    """Which sequence each token belongs to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """An objective that comes with Lockstep."""
-
-    function: str
-    """``module:function``."""
-    options: type[Options] = Options
-    keys: tuple[str, ...] = ()
-    """The keys of ``[objective]`` that it takes, as keyword arguments of the same names."""
-    advantage: str = "group"
-    """What ``objective.advantage = "auto"`` is with it."""
-    needs: Needs = Needs()
-
-
-CLIP = ("clip_low", "clip_high")
-OURS = "lockstep.objectives."
-OBJECTIVES = {
-    "grpo": Known(function=f"{OURS}grpo:grpo", options=GrpoOptions, keys=CLIP),
-    "gspo": Known(function=f"{OURS}gspo:gspo", options=GspoOptions),
-    "cispo": Known(function=f"{OURS}cispo:cispo", options=CispoOptions),
-    "reinforce": Known(function=f"{OURS}reinforce:reinforce", options=ReinforceOptions),
-    "rloo": Known(function=f"{OURS}reinforce:reinforce", options=ReinforceOptions, advantage="leave_one_out"),
-    "reinforce++": Known(function=f"{OURS}grpo:grpo", options=GrpoOptions, keys=CLIP, advantage="batch"),
-    "ppo": Known(
-        function=f"{OURS}ppo:ppo",
-        options=PpoOptions,
-        keys=CLIP,
-        advantage="gae",
-        needs=Needs(values=True),
-    ),
-    "dpo": Known(function=f"{OURS}dpo:dpo", options=DpoOptions, needs=Needs(reference=True, pairs=True)),
-    "topr": Known(function=f"{OURS}topr:topr", options=ToprOptions),
-    "dppo_tv": Known(function=f"{OURS}dppo:dppo_tv", options=DppoOptions),
-    "decoupled_ppo": Known(
-        function=f"{OURS}decoupled_ppo:decoupled_ppo", options=DecoupledOptions, keys=CLIP
-    ),
-}
 
 Loss = Callable[["LossInputs"], "LossOutputs"]
 
