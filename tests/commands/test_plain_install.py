@@ -29,6 +29,7 @@ VERBS = [
     ["engines"],
     ["models"],
     ["compare"],
+    ["upgrade"],
     ["report"],
     ["engines", "install"],
     ["engines", "audit"],

@@ -3,7 +3,7 @@
 import pytest
 
 from lockstep.config.recipe import parse_recipe, with_sets
-from lockstep.diagnose.ablation import ablate
+from lockstep.diagnose.ablation import EVERY_ORDER, ablate, shapley
 
 TABLE = {
     "model": {"path": "m"},
@@ -30,10 +30,8 @@ def test_effects_and_rest_sum_to_the_total():
     )
     assert found.unexplained_nats == pytest.approx(1e-5)
     effects = {f.name.partition("=")[0]: (f.effect_nats, f.alone_nats) for f in found.factors}
-    assert effects["sampling.top_p"] == pytest.approx((0.3, 0.3))
-    assert effects["engine.options.logprobs_mode"] == pytest.approx((0.3, 0.4)), (
-        "alone it takes the interaction with it"
-    )
+    assert effects["sampling.top_p"] == pytest.approx((0.25, 0.3)), "half of what both bring together"
+    assert effects["engine.options.logprobs_mode"] == pytest.approx((0.35, 0.4))
     assert effects["engine.dtype"] == pytest.approx((0.04, 0.04))
     assert len(said) == len(set(said)), "nothing is measured twice"
 
@@ -54,3 +52,43 @@ def test_where_nothing_differs_all_is_unexplained():
     found = ablate(parse_recipe(TABLE, "test"), None, lambda text: None, lambda r: (0.2, (0.1, 0.3)))
     assert found.factors == ()
     assert found.unexplained_nats == 0.2
+
+
+def test_the_order_of_the_factors_moves_no_effect():
+    gap = lambda mended: 1.0 - 0.5 * (0 in mended) - 0.2 * (1 in mended) + 0.1 * ({0, 1} <= mended)  # noqa: E731
+    first = shapley(3, gap)
+    turned = {0: 2, 1: 0, 2: 1}
+    second = shapley(3, lambda mended: gap({at for at, place in turned.items() if place in mended}))
+    assert first == pytest.approx([0.45, 0.15, 0.0])
+    assert [second[turned[at]] for at in range(3)] == pytest.approx(first)
+
+
+def test_errors_that_cancel_are_named_and_have_no_negative_effect():
+    sets = ["engine.options.logprobs_mode=raw_logprobs", "sampling.top_p=0.9", "engine.dtype=bfloat16"]
+
+    def cancelling(recipe):
+        raw = 0.3 * (recipe.engine.options.get("logprobs_mode") == "raw_logprobs")
+        truncated = -0.25 * (recipe.sampling.top_p < 1.0)
+        return abs(raw + truncated) + 0.02 * (recipe.engine.dtype == "bfloat16"), (0.0, 1.0)
+
+    found = ablate(with_sets(parse_recipe(TABLE, "test"), sets), None, lambda text: None, cancelling)
+    effects = {f.name.partition("=")[0]: (f.effect_nats, f.alone_nats) for f in found.factors}
+    assert effects["sampling.top_p"] == pytest.approx((0.0, -0.25)), "alone, mending it makes things worse"
+    assert effects["engine.options.logprobs_mode"] == pytest.approx((0.05, -0.2))
+    assert [(pair[0].partition("=")[0], pair[1].partition("=")[0]) for pair in found.cancel] == [
+        ("sampling.top_p", "engine.options.logprobs_mode")
+    ]
+    assert found.cancel[0][2] == pytest.approx(0.5)
+    assert sum(f.effect_nats for f in found.factors) + found.unexplained_nats == pytest.approx(
+        found.total_nats
+    )
+
+
+def test_of_many_factors_one_order_is_measured():
+    names = ["top_p=0.9", "top_k=9", "min_p=0.1", "repetition_penalty=1.2", "presence_penalty=0.1"]
+    sets = [*(f"sampling.{name}" for name in names), "engine.options.logprobs_mode=raw_logprobs"]
+    recipe, said = with_sets(parse_recipe(TABLE, "test"), sets), []
+    found = ablate(recipe, None, said.append, measure)
+    assert len(found.factors) > EVERY_ORDER
+    assert not found.every_order
+    assert len(said) <= 2 * len(found.factors) + 1

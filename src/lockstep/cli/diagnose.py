@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.console import Console, emit
+from lockstep.cli.console import Console, emit, show
 from lockstep.cli.flags import EngineName, Json, Sets
 
 
@@ -23,7 +23,8 @@ def diagnose(
 ) -> None:
     """Mend one setting at a time, measure again each time, and show what each is worth.
 
-    Effects and rest sum to the total.
+    Of up to five settings an effect is the mean over all orders of mending, so it depends on none; settings
+    whose errors cancel are named. Effects and rest sum to the total.
 
     Exit code: 0 when the settings explain the gap down to what arithmetic brings, 1 when something is left
     unexplained.
@@ -53,5 +54,7 @@ def diagnose(
         for factor in ablation.factors:
             print(f"{factor.name:<52} {factor.effect_nats:>9.5f} {factor.alone_nats:>9.5f}  {factor.flag}")
         rest = "what arithmetic brings" if explained else "unexplained: lockstep check names the layer"
+        for one, other, nats in ablation.cancel:
+            show(f"{one} and {other} cancel: mended together they take off {nats:.5f} nats more than alone")
         print(f"{'left':<52} {ablation.unexplained_nats:>9.5f} {'':>9}  {rest}")
     raise typer.Exit(0 if explained else 1)

@@ -24,6 +24,7 @@ from lockstep.cli import (
     models,
     report,
     train,
+    upgrade,
 )
 from lockstep.cli.console import fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
@@ -87,6 +88,7 @@ app.command("check")(check.check)
 app.command("check-log")(check_log.check_log)
 app.command("diagnose")(diagnose.diagnose)
 app.command("faults")(faults.faults)
+app.command("upgrade")(upgrade.upgrade)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("metrics")(metrics.metrics)

@@ -12,7 +12,9 @@ from lockstep.cli.flags import Json
 def report(
     path: Annotated[
         Path,
-        typer.Argument(help="A run, a check's --out, or what check, diagnose, faults, compare --json said."),
+        typer.Argument(
+            help="A run, a check's --out, or what check, diagnose, faults, compare or upgrade --json said."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Where report.json and report.html go; beside what they are of.")

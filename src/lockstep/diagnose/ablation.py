@@ -3,12 +3,16 @@
     failing ──mend factor 1──► ──mend factor 2──► … ──► good
        gap₀           gap₁              gap₂             gapₙ = what is left unexplained
 
-The effect of a factor is what its step takes off the mean |gap|, so the effects and the rest sum to the
-total. How much each would take off *alone* is measured too: where the two differ, factors act together.
+What a factor's step takes off depends on which were mended before it: an error that cancels another's even
+adds when it is mended first. So its effect is the mean over all orders (its Shapley value), of up to
+``EVERY_ORDER`` factors; of more, one order's. Effects and rest sum to the total either way. What each takes
+off *alone* stands beside it, and pairs that cancel are named.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import combinations, pairwise
+from math import factorial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ class Factor(Struct, frozen=True, kw_only=True):
     flag: str
     """What mends it."""
     effect_nats: float = float("nan")
-    """Mean |gap| that mending it takes off, after those before it were mended."""
+    """Mean |gap| that mending it takes off: the mean over all orders, or in the one order of many factors."""
     alone_nats: float = float("nan")
     """Mean |gap| that mending it alone takes off the failing configuration."""
 
@@ -58,7 +62,16 @@ class Ablation(Struct, frozen=True, kw_only=True):
     factors: tuple[Factor, ...]
     unexplained_nats: float
     """What is left with every factor mended."""
+    every_order: bool = False
+    """Effects are means over all orders."""
+    cancel: tuple[tuple[str, str, float], ...] = ()
+    """Pairs whose errors cancel: mended together they take off more than each alone does, by so many nats."""
 
+
+EVERY_ORDER = 5
+"""So many factors have 32 sets of mended ones: an engine start for each."""
+CANCELS = 0.1
+"""Of the total: what two factors take off together beyond each alone is no noise from here on."""
 
 Measure = Callable[[Recipe], tuple[float, tuple[float, float]]]
 
@@ -144,17 +157,68 @@ def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | Non
             known[key] = measure(configuration)
         return known[key]
 
+    factors = factors_of(recipe, version)
+
+    def gap(chosen: frozenset[int]) -> float:
+        at = recipe
+        for place in sorted(chosen):
+            at = factors[place][1](at)
+        names = ", ".join(factors[place][0].name for place in sorted(chosen))
+        return measured(at, f"mended: {names}" if chosen else "as it is")[0]
+
     total, interval = measured(recipe, "as it is")
-    at = recipe
-    gap = total
-    found = []
-    for factor, mend in factors_of(recipe, version):
-        alone, _ = measured(mend(recipe), f"{factor.name} mended alone")
-        at = mend(at)
-        left, _ = measured(at, f"{factor.name} mended besides")
-        found.append(msgspec.structs.replace(factor, effect_nats=gap - left, alone_nats=total - alone))
-        gap = left
-    return Ablation(total_nats=total, ci95=interval, factors=tuple(found), unexplained_nats=gap)
+    everywhere, none = len(factors) <= EVERY_ORDER, frozenset[int]()
+    if everywhere and len(factors) > 1:
+        say(f"diagnose: all orders of {len(factors)} factors, {2 ** len(factors)} configurations")
+    effects = shapley(len(factors), gap) if everywhere else _in_order(len(factors), gap)
+    found = [
+        msgspec.structs.replace(factor, effect_nats=effects[at], alone_nats=total - gap(none | {at}))
+        for at, (factor, _) in enumerate(factors)
+    ]
+    return Ablation(
+        total_nats=total,
+        ci95=interval,
+        factors=tuple(found),
+        unexplained_nats=gap(frozenset(range(len(factors)))),
+        every_order=everywhere,
+        cancel=tuple(_cancelling([factor.name for factor in found], gap)) if everywhere else (),
+    )
+
+
+def shapley(n: int, gap: Callable[[frozenset[int]], float]) -> list[float]:
+    """What each of ``n`` factors takes off, the mean over all orders in which they can be mended.
+
+    Shapley, "A value for n-person games", 1953: a set of s others comes before a factor in s! (n − s − 1)! of
+    the n! orders. The values sum to ``gap(none) − gap(all)``.
+
+    Args:
+        gap: of the factors that are mended, nats.
+    """
+    effects = []
+    for own in range(n):
+        others = [other for other in range(n) if other != own]
+        effect = 0.0
+        for size in range(n):
+            share = factorial(size) * factorial(n - size - 1) / factorial(n)
+            for before in combinations(others, size):
+                effect += share * (gap(frozenset(before)) - gap(frozenset(before) | {own}))
+        effects.append(effect)
+    return effects
+
+
+def _in_order(n: int, gap: Callable[[frozenset[int]], float]) -> list[float]:
+    """What each takes off after those before it."""
+    gaps = [gap(frozenset(range(done))) for done in range(n + 1)]
+    return [before - after for before, after in pairwise(gaps)]
+
+
+def _cancelling(names: list[str], gap: Callable[[frozenset[int]], float]) -> Iterator[tuple[str, str, float]]:
+    none = frozenset[int]()
+    for one, other in combinations(range(len(names)), 2):
+        alone = 2.0 * gap(none) - gap(none | {one}) - gap(none | {other})
+        beyond = (gap(none) - gap(none | {one, other})) - alone
+        if beyond > CANCELS * gap(none):
+            yield names[one], names[other], beyond
 
 
 def _measure(recipe: Recipe) -> tuple[float, tuple[float, float]]:

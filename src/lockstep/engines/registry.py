@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.config.recipe import EngineConfig
-from lockstep.engines.base import Engine, EngineSpec
+from lockstep.engines.base import Engine, EngineFacts, EngineSpec
 from lockstep.engines.environments.locate import Environment, find, installed
 from lockstep.errors import RecipeError, UsageError
 
@@ -89,6 +89,14 @@ def launch(choice: Choice, spec: EngineSpec) -> Engine:
     if choice.environment is None:
         return _named(EMBEDDED[choice.name])(spec)
     return _named(ADAPTERS[choice.environment.name, choice.environment.generation])(spec, choice.environment)
+
+
+def facts_of(choice: Choice) -> EngineFacts:
+    """What the chosen engine's adapter declares, before anything is started."""
+    if choice.environment is None:
+        return EngineFacts()
+    adapter: Any = _named(ADAPTERS[choice.environment.name, choice.environment.generation])
+    return adapter.facts
 
 
 def start(choice: Choice, spec: EngineSpec) -> Engine:

@@ -12,6 +12,7 @@ from lockstep.report.build import ladder_section, ladder_words, of_check, of_run
 from lockstep.report.compare import Comparison
 from lockstep.report.document import Report, Section, Table
 from lockstep.report.of_comparison import of_comparison
+from lockstep.report.of_upgrade import of_upgrade
 from lockstep.runs.read import open_run
 from lockstep.runs.strict import exact, read_document
 
@@ -80,6 +81,10 @@ def _of_diagnosis(table: Mapping[str, Any], name: str) -> Report:
         f"The gap is {found['total_nats']:.5f} nats per token in the mean (95 % {low:.5f} to {high:.5f}).",
         f"With every factor mended {found['unexplained_nats']:.5f} nats are left: {left}.",
     ]
+    words += [
+        f"{one} and {other} cancel: mended together they take off {nats:.5f} nats more than each alone."
+        for one, other, nats in found.get("cancel", ())
+    ]
     return Report(
         kind="diagnose",
         title=f"Diagnosis, {name}",
@@ -135,5 +140,6 @@ DOCUMENTS: dict[str, Callable[[Mapping[str, Any], str], Report]] = {
     "lockstep.diagnose/1": _of_diagnosis,
     "lockstep.faults/1": _of_campaign,
     "lockstep.compare/1": _of_comparison,
+    "lockstep.upgrade/1": of_upgrade,
 }
 """Schema of a document → what makes its report."""
