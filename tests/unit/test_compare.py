@@ -237,3 +237,15 @@ def test_a_configuration_is_named_once_and_two_are_needed(tmp_path):
         compare(read_arms([str(a)], {}))
     with pytest.raises(UsageError, match="nothing there"):
         read_arms([str(tmp_path / "none")], {})
+
+
+def test_a_figure_that_two_systems_log_by_two_formulas_is_not_compared(tmp_path):
+    write_csv(tmp_path / "theirs.csv")
+    write_csv(tmp_path / "ours.csv", names=("step", "policy_kl_k3_nats", "reward_mean"))
+    write_csv(tmp_path / "lag.csv", names=("step", "stats/lag", "reward_mean"))
+    write_csv(tmp_path / "steps.csv", names=("step", "lag_steps", "reward_mean"))
+    lag = compare(read_arms([str(tmp_path / "steps.csv"), str(tmp_path / "lag.csv")], {})).against[0]
+    assert "lag_steps" not in [figure.name for figure in lag.figures]
+    assert any("in samples there, in versions here" in told for told in lag.not_compared)
+    alike = compare(read_arms([f"a={tmp_path / 'lag.csv'}", f"b={tmp_path / 'lag.csv'}"], {})).against[0]
+    assert "lag_steps" in [figure.name for figure in alike.figures]

@@ -77,7 +77,7 @@ def _show(found: "Comparison") -> None:
         if against.layer:
             show("  prove it   lockstep check RECIPE   (a pattern points, it proves nothing)")
         if against.not_compared:
-            show(f"  logged by one of them only: {', '.join(against.not_compared)}")
+            show(f"  logged by one of them only, or by two formulas: {', '.join(against.not_compared)}")
     for note in found.notes:
         show(f"note: {note}")
 

@@ -46,11 +46,12 @@ def of_run(run: RunRecord) -> Report:
     summary = summarise(run)
     verdicts = run.verdicts
     ladder = _last_ladder(verdicts)
-    status = _status(ladder, verdicts, bool(summary.planted))
+    status = _status(ladder, verdicts, bool(summary.planted or summary.override))
     gaps, lost = _gaps(run.layout)
     model = Path(run.manifest.model_path)
     sections = [
         ladder_section(ladder),
+        _alarms(run),
         _proofs(verdicts),
         gap_section(gaps, lost),
         *([_trajectories(run)] if len(run.steps) else []),
@@ -82,7 +83,7 @@ def of_check(directory: Path) -> Report:
     return Report(
         kind="check",
         title=f"Check {directory.name}",
-        status=_status(ladder, (), planted=False),
+        status=_status(ladder, (), void=False),
         words=tuple(ladder_words(ladder)),
         sections=(ladder_section(ladder),),
     )
@@ -95,13 +96,13 @@ def _last_ladder(records: Sequence[VerdictRecord]) -> list[Verdict]:
     return [record.verdict for record in climbed[starts[-1] :]] if starts else []
 
 
-def _status(ladder: Sequence[Verdict], records: Sequence[VerdictRecord], planted: bool) -> Status:
+def _status(ladder: Sequence[Verdict], records: Sequence[VerdictRecord], void: bool) -> Status:
     found = {verdict.status for verdict in ladder} | {
         record.verdict.status for record in records if record.verdict.status == "FAIL"
     }
     if "FAIL" in found:
         return "FAIL"
-    return "PASS" if found == {"PASS"} and len(ladder) == len(LAYERS) and not planted else "NOT_RUN"
+    return "PASS" if found == {"PASS"} and len(ladder) == len(LAYERS) and not void else "NOT_RUN"
 
 
 def ladder_words(ladder: Sequence[Verdict]) -> list[str]:
@@ -178,6 +179,15 @@ def _proofs(records: Sequence[VerdictRecord]) -> Section | None:
     return Section(title="Weight syncs", text=(text,), tables=tables)
 
 
+def _alarms(run: RunRecord) -> Section | None:
+    """Each figure that left what is predicted of it."""
+    if not run.alarms:
+        return None
+    rows = tuple((str(a.step + 1), a.name, a.layer, a.sentence) for a in run.alarms)
+    columns = ("step", "figure", "likely layer", "what was seen")
+    return Section(title="Alarms", tables=(Table(title="Alarms by step", columns=columns, rows=rows),))
+
+
 def _gaps(layout: RunLayout) -> tuple[Gaps, str]:
     """The counts over all admitted rollouts, and why there are none."""
     paths = sorted((layout.root / "rollouts").glob("step-*.parquet"))
@@ -193,12 +203,13 @@ def _gaps(layout: RunLayout) -> tuple[Gaps, str]:
 
 def _trajectories(run: RunRecord) -> Section:
     steps = np.array([record.step + 1 for record in run.steps], np.float64)
-    plots = []
+    plots, stamped = [], any(record.override for record in run.steps)
     for title, names in PLOTS:
         there = [name for name in names if run.steps.measured(name).any()]
         if there:
             lines = tuple(Line(name=name, ys=tuple(run.steps.column(name).tolist())) for name in there)
             unit = BY_NAME[there[0]].unit
+            title = f"{title}, not proven" if stamped else title
             plots.append(Plot(title=title, unit=unit, x_label="step", xs=tuple(steps.tolist()), lines=lines))
     return Section(title="Trajectories", plots=tuple(plots))
 
@@ -256,6 +267,10 @@ def _words(run: RunRecord, ladder: Sequence[Verdict], gaps: Gaps) -> list[str]:
     if run.manifest.planted:
         words.insert(0, planted_words(run.manifest.planted))
     summary = summarise(run)
+    if summary.override:
+        words.insert(0, f"It was trained without proof. {summary.override}")
+    if summary.alarms:
+        words.append(f"{summary.alarms} alarms were raised; the first: {run.alarms[0]}")
     if summary.steps:
         words.append(
             f"{summary.steps} steps were trained; the reward went from {summary.reward_first_quarter:.3f} "

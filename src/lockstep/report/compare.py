@@ -16,7 +16,7 @@ from lockstep.records.verdicts import Status
 from lockstep.report.bands import Band, band_of, onset
 from lockstep.report.pattern import JUDGED, Since, points_at
 from lockstep.report.statistics import Judged, Sample, judge_all
-from lockstep.report.trajectories import Arm, Trajectory
+from lockstep.report.trajectories import Arm, Trajectory, another_formula
 
 SCHEMA = "lockstep.compare/1"
 
@@ -54,7 +54,7 @@ class Against(Struct, frozen=True, kw_only=True):
     """That the pattern points at; empty where none."""
     why: str
     not_compared: tuple[str, ...]
-    """Figures that only one of them logged."""
+    """Figures that only one of them logged, or that they log by two formulas."""
 
 
 class Series(Struct, frozen=True, kw_only=True):
@@ -125,7 +125,9 @@ def compare(arms: Sequence[Arm], figures: Sequence[str] = (), first_step: float 
 
 def against(reference: Arm, arm: Arm, wanted: Sequence[str], first_step: float = -np.inf) -> Against:
     """One configuration against another: the judgement alone, without what is drawn."""
-    both = [name for name in wanted if name in _figures(reference) and name in _figures(arm)]
+    mixed = {name: why for name in wanted if (why := _two_formulas(reference, arm, name))}
+    there = _figures(reference) & _figures(arm)
+    both = [name for name in wanted if name in there and name not in mixed]
     sides = {name: _sides(reference, arm, name, first_step) for name in both}
     judged = judge_all({name: side.sample for name, side in sides.items()})
     since = {
@@ -142,8 +144,19 @@ def against(reference: Arm, arm: Arm, wanted: Sequence[str], first_step: float =
         figures=figures,
         layer=pattern.layer,
         why=pattern.why,
-        not_compared=tuple(name for name in wanted if name not in both),
+        not_compared=tuple(mixed.get(name, name) for name in wanted if name not in both),
     )
+
+
+def _two_formulas(reference: Arm, arm: Arm, name: str) -> str:
+    """Why a figure of two systems is not one figure; empty where it is, or where not both have it."""
+    sides = [{run.logged_as[name] for run in side.runs if name in run.figures} for side in (reference, arm)]
+    formulas = [{another_formula(logged) for logged in side} for side in sides]
+    if not all(sides) or formulas[0] == formulas[1]:
+        return ""
+    logged = " and ".join(sorted(sides[0] | sides[1]))
+    differs = "; ".join(sorted(set().union(*formulas) - {""}))
+    return f"{name} ({logged} are two formulas: {differs})"
 
 
 @dataclass(frozen=True)

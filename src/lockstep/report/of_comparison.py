@@ -50,7 +50,7 @@ def _verdicts(against: Against) -> Section:
     lost = ", ".join(against.not_compared)
     return Section(
         title=f"Verdicts on {against.name}",
-        text=(f"Logged by one of them only: {lost}.",) if lost else (),
+        text=(f"Logged by one of them only, or by two formulas: {lost}.",) if lost else (),
         tables=(Table(title="Figures", columns=COLUMNS, rows=tuple(map(_row, against.figures))),),
     )
 

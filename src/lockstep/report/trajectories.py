@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lockstep.errors import UsageError
-from lockstep.metrics.aliases import nearest_to
+from lockstep.metrics.aliases import ALIASES, nearest_to
 from lockstep.metrics.catalog import BY_NAME
 
 STEP_NAMES = (
@@ -93,6 +93,16 @@ def trajectory(
         got, some = f"no column {missing[0]!r}", ", ".join(sorted(logged_as.values())[:12])
         raise UsageError(f"file {source}", got=got, expected=f"one of {some} …", hint="--map OURS=THEIRS")
     return Trajectory(source, steps, figures, absent, logged_as, seed, same)
+
+
+def another_formula(name: str) -> str:
+    """How a peer's figure differs from the catalog's that is nearest to it; empty where it does not."""
+    known = {alias.name: alias.differs for alias in ALIASES}
+    prefixes = ("", *PREFIXES)
+    bare = next(
+        (name.removeprefix(p) for p in prefixes if name.startswith(p) and name.removeprefix(p) in known), ""
+    )
+    return known.get(name) or known.get(bare, "")
 
 
 def catalogued(name: str) -> str:
