@@ -212,13 +212,13 @@ def _prover(flags: list[str], out: Path) -> "Callable[[Pair], Step]":
     return prove
 
 
-def _head_of_its_own(bench: Bench, final: Recipe, after: str) -> Side | str:
+def _head_of_its_own(bench: Bench, recipe: Recipe, after: str) -> Side | str:
     """The engine with its last product in bf16, as its own ``dtype=auto`` takes it; or why it was not."""
-    if "bfloat16" in (final.engine.head_dtype, final.model.head_dtype):
+    if "bfloat16" in (recipe.engine.head_dtype, recipe.model.head_dtype):
         return "the recipe's own head is in bf16"
-    recipe = replace(final, engine=replace(final.engine, head_dtype="bfloat16"))
+    in_bf16 = replace(recipe, engine=replace(recipe.engine, head_dtype="bfloat16"))
     try:
-        return bench.run(recipe, f"{after} with its head in bf16", observed)
+        return bench.run(in_bf16, f"{after} with its head in bf16", observed)
     except LockstepError as error:
         return f"{error.boundary}: {error.got}"
 
