@@ -209,7 +209,7 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
     from lockstep.runs.manifest import refuse_other_run, write_manifest
     from lockstep.runs.record import open_recorder
 
-    recorder = open_recorder(layout, recipe.recording.sinks)
+    recorder = open_recorder(layout, recipe.recording.sinks, recipe.recording.aliases or None)
     with open_session(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
         from lockstep.loop.stages import Run
         from lockstep.loop.sync import run_steps

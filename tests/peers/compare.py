@@ -6,7 +6,7 @@ that is neither ends it with exit code 1, one that has become equal too. Writes 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lockstep.config.objective import Kl, Objective
 from lockstep.objectives.advantages import ESTIMATORS, Rewards, gae, whitened
 from lockstep.objectives.dpo import pairs_of
 from tests.peers import trl_side, verl_side
-from tests.peers.tensors import GROUP, LENGTHS, Tensors, ours
+from tests.peers.tensors import GROUP, LENGTHS, Tensors, correction_weights, ours
 
 PAGE = Path(__file__).parents[2] / "docs/reference/peers.md"
 EQUAL = 1e-6
@@ -227,8 +227,6 @@ def verl_estimators() -> list[Row]:
 
 def value_loss() -> float:
     """The value term alone: the surrogate's advantage is 0."""
-    from dataclasses import replace
-
     still = replace(TOOL, advantages=torch.zeros_like(TOOL.advantages))
     values, returns = TOOL.reference.clone(), TOOL.engine.clone()  # any numbers do
     flat = {"values": values, "old_values": TOOL.values, "returns": returns}
@@ -242,8 +240,6 @@ def value_loss() -> float:
 
 def verl_kls() -> list[Row]:
     """Estimators of the divergence, and what its clamps do far away."""
-    from dataclasses import replace
-
     still = replace(TOOL, advantages=torch.zeros_like(TOOL.advantages))
     far = replace(still, reference=still.now + 4.0)
     rows = [
@@ -274,13 +270,9 @@ def verl_corrections() -> list[Row]:
     def kept(option: str, threshold: str, correction: str, low: float, high: float) -> float:
         mask = verl_side.rejection_mask(TOOL, option, threshold)
         own = Objective(**CLIP, correction=correction, correction_low=low, correction_high=high)
-        mine = ours(TOOL, own).gradient.abs() > 0
-        free = ours(TOOL, Objective(**CLIP)).gradient.abs() > 0
-        return float(((mask > 0) & free != mine).sum())
+        return largest(mask, padded(TOOL, correction_weights(TOOL, own).numpy()))
 
     def rejected() -> float:
-        from dataclasses import replace
-
         mask = verl_side.rejection_mask(TOOL, "seq_sum_k1", "0.5_2.0")
         theirs = verl_side.policy_loss(replace(TOOL, mask=mask), "vanilla", "token-mean", **VERLS, **OFF)
         own = Objective(**CLIP, correction="sequence_mask", correction_low=0.5, correction_high=2.0)

@@ -4,7 +4,7 @@ Six completions in two groups, one to seven tokens long, two tokens of one of th
 from .3 to 5, so that both sides of every clip are reached with advantages of either sign.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,18 +95,20 @@ class Found:
         return max(abs(self.loss - other.loss), float((self.gradient - other.gradient).abs().max()))
 
 
-def ours(tensors: Tensors, objective: Objective, **others: Tensor) -> Found:
-    """What Lockstep's own code makes of the tensors under a recipe's objective.
+def correction_weights(tensors: Tensors, objective: Objective) -> Tensor:
+    """What a recipe's correction makes of each token, [T]."""
+    correct = correction_of(objective)
+    assert correct is not None
+    return correct(inputs_of(tensors, objective, tensors.now)).weights
 
-    Args:
-        others: further fields of the inputs, flat or not per token.
-    """
-    now = tensors.now.clone().requires_grad_()
+
+def inputs_of(tensors: Tensors, objective: Objective, now: Tensor, **others: Tensor) -> LossInputs:
+    """The tensors as an objective is given them."""
     mask, flat = tensors.flat(tensors.mask).bool(), tensors.flat
     own = flat(now)
     weights = token_weights(mask.numpy(), np.array(LENGTHS), objective.aggregation, LONGEST)
     where = lambda values: torch.where(mask, flat(values), own.detach())  # noqa: E731
-    inputs = LossInputs(
+    return LossInputs(
         logprobs=own,
         old_logprobs=where(tensors.old),
         engine_logprobs=where(tensors.engine),
@@ -120,10 +122,18 @@ def ours(tensors: Tensors, objective: Objective, **others: Tensor) -> Found:
         reference_logprobs=where(tensors.reference),
         **others,
     )
+
+
+def ours(tensors: Tensors, objective: Objective, **others: Tensor) -> Found:
+    """What Lockstep's own code makes of the tensors under a recipe's objective.
+
+    Args:
+        others: further fields of the inputs, flat or not per token.
+    """
+    now = tensors.now.clone().requires_grad_()
+    inputs = inputs_of(tensors, objective, now, **others)
     correct = correction_of(objective)
     if correct is not None:
-        from dataclasses import replace
-
         inputs = replace(inputs, corrections=correct(inputs).weights)
     beside = regulariser(inputs, objective)
     loss = loss_of(objective)(inputs).loss

@@ -197,6 +197,8 @@ def test_a_sink_that_nobody_has_is_refused_with_the_nearest(layout):
 @pytest.mark.parametrize("name", sink_names())
 def test_a_sink_writes_nothing_before_its_first_record(tmp_path, name):
     """Otherwise a start that fails before its manifest could not be made again in its place."""
+    if name not in ("csv", "jsonl"):
+        pytest.importorskip(name, reason=f"NOT_RUN: {name} is not installed")
     layout = new_run(tmp_path / "run")
     open_recorder(layout, [name])
     assert list(layout.root.iterdir()) == []

@@ -158,7 +158,9 @@ class Recording(_Section, frozen=True):
     """Where figures and verdicts go, beside the run's own files."""
 
     sinks: tuple[str, ...] = ()
-    """Modules of ``runs/sinks/``: ``csv``."""
+    """Modules of ``runs/sinks/``: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``."""
+    aliases: Literal["", "trl", "verl", "pipelinerl"] = ""
+    """Sinks also get figures under this system's names, those alone whose formula is the same."""
 
 
 class Recipe(_Section, frozen=True):

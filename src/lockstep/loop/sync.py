@@ -11,6 +11,7 @@ its weights were held to the canary in the engine. A killed run goes on from its
 import time
 
 from lockstep.loop.resume import catch_up
+from lockstep.loop.shown import show
 from lockstep.loop.stages import Run, certified, checkpoint, prove, record, reward, sample, sync, train_gated
 from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.manifest import finished
@@ -42,6 +43,7 @@ def _step(run: Run, step: int) -> None:
     rollouts = sample(run, step)
     reward(run, step, rollouts)
     figures = train_gated(run, step, rollouts)
+    show(run, step, rollouts)
     figures |= sync(run, step + 1)
     record(run, step, figures, time.perf_counter() - began)
     if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:

@@ -9,13 +9,16 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from lockstep.errors import RecipeError
+from lockstep.metrics.aliases import System, exported
 from lockstep.metrics.catalog import BY_NAME
 from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import Verdict, When
 from lockstep.runs import sinks
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Sink, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import Completions, Sink, StepRecord, VerdictRecord
 
 KEY = "recipe, key recording.sinks"
 
@@ -23,8 +26,9 @@ KEY = "recipe, key recording.sinks"
 class Recorder:
     """Writes each record to every sink, in their order."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[Sink], aliases: System | None = None) -> None:
         self.sinks = tuple(sinks)
+        self._aliases = aliases
         self.override: Override | None = None
         """Of a run whose ladder did not pass; stamped on each step."""
 
@@ -40,8 +44,11 @@ class Recorder:
             raise KeyError(f"figures {unknown} are not in metrics/catalog.py")
         stamp = str(self.override) if self.override is not None else ""
         record = StepRecord(step=step, weight_version=weight_version, override=stamp, metrics=dict(metrics))
-        for sink in self.sinks:
-            sink.step(record)
+        also = exported(metrics, self._aliases) if self._aliases is not None else {}
+        own, *others = self.sinks
+        own.step(record)  # which a run is read back from: our names alone
+        for sink in others:
+            sink.step(replace(record, metrics=record.metrics | also))
 
     def verdict(self, when: When, verdict: Verdict) -> None:
         """Record a verdict.
@@ -51,6 +58,20 @@ class Recorder:
         """
         for sink in self.sinks:
             sink.verdict(VerdictRecord(when=when, verdict=verdict))
+
+    @property
+    def shows_completions(self) -> bool:
+        """True where a sink was asked for beside the run's own files."""
+        return len(self.sinks) > 1
+
+    def completions(self, completions: Completions) -> None:
+        """Record some of a step's completions.
+
+        Raises:
+            RunError: when a sink cannot write.
+        """
+        for sink in self.sinks:
+            sink.completions(completions)
 
     def alarm(self, alarm: Alarm) -> None:
         """Record an alarm.
@@ -81,19 +102,20 @@ def refuse_unknown_sinks(names: Sequence[str]) -> None:
             raise RecipeError(KEY, got=repr(name), expected=f"sinks out of {', '.join(known)}", hint=hint)
 
 
-def open_recorder(layout: RunLayout, also: Sequence[str] = ()) -> Recorder:
+def open_recorder(layout: RunLayout, also: Sequence[str] = (), aliases: System | None = None) -> Recorder:
     """A recorder into a run's own files, then into the sinks of these names. Nothing is written yet.
 
     Raises:
         RecipeError: for a name that no sink has, or a sink that needs what is not installed.
     """
     refuse_unknown_sinks(also)
-    return Recorder([_opened(name, layout) for name in dict.fromkeys(["jsonl", *also])])
+    return Recorder([_opened(name, layout) for name in dict.fromkeys(["jsonl", *also])], aliases)
 
 
 def _opened(name: str, layout: RunLayout) -> Sink:
     try:
         return importlib.import_module(f"{sinks.__name__}.{name}").open_sink(layout)
     except ImportError as error:
-        got, hint = f"{name!r}, and {error}", "install what it needs, or take it out of recording.sinks"
+        got = f"{name!r}, and {error}"
+        hint = f'pip install "lockstep-rl[{name}]", or take it out of recording.sinks'
         raise RecipeError(KEY, got=got, expected="a sink whose packages are installed", hint=hint) from error

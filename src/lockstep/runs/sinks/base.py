@@ -33,6 +33,25 @@ class VerdictRecord(Struct, frozen=True, kw_only=True):
     verdict: Verdict
 
 
+class Completions(Struct, frozen=True, kw_only=True):
+    """Some of a step's completions, for people."""
+
+    step: int
+    columns: tuple[str, ...] = ("prompt", "completion", "reward", "finish_reason")
+    rows: tuple[tuple[str, str, float, str], ...]
+
+
+def table(completions: Completions) -> str:
+    """The completions as Markdown."""
+    lines = [completions.columns, tuple("---" for _ in completions.columns), *completions.rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: str | float) -> str:
+    text = value if isinstance(value, str) else f"{value:g}"
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ⏎ ")
+
+
 class Sink(Protocol):
     """Takes records as they come. It keeps nothing back: what a call returned from is where it belongs."""
 
@@ -44,3 +63,6 @@ class Sink(Protocol):
 
     def alarm(self, alarm: Alarm) -> None:
         """Take one alarm."""
+
+    def completions(self, completions: Completions) -> None:
+        """Take some of a step's completions; the run's own files have all of them elsewhere."""

@@ -13,7 +13,7 @@ from lockstep.records.alarms import Alarm
 from lockstep.runs.durable import append_line, write_atomically
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps
-from lockstep.runs.sinks.base import StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
 
 COLUMNS = ("step", "weight_version", *(metric.name for metric in METRICS), "override")
 
@@ -46,10 +46,13 @@ class CsvSink:
     def alarm(self, alarm: Alarm) -> None:
         """Nor for one of these."""
 
+    def completions(self, completions: Completions) -> None:
+        """Nor for these."""
+
 
 def _lines(records: Iterable[StepRecord]) -> bytes:
     text = io.StringIO()
-    rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    rows = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     for record in records:
         own = {"step": record.step, "weight_version": record.weight_version, "override": record.override}
         rows.writerow(own | record.metrics)

@@ -4,7 +4,7 @@ from typing import Any
 
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
 from lockstep.runs.strict import append, plain, strict
 
 SCHEMA_METRICS = "lockstep.metrics/1"
@@ -51,6 +51,9 @@ class JsonlSink:
             RunError: as :meth:`step`.
         """
         append(self.layout.alarms, {"schema": SCHEMA_ALARM, **plain(alarm)})
+
+    def completions(self, completions: Completions) -> None:
+        """All of them lie in ``rollouts/``."""
 
 
 def open_sink(layout: RunLayout) -> JsonlSink:

@@ -1,0 +1,27 @@
+"""A few of a step's completions for the sinks that people look at."""
+
+from lockstep.loop.stages import Run
+from lockstep.records.samples import Samples
+from lockstep.runs.sinks.base import Completions
+
+SHOWN = 8
+"""Of a step: the first of each of so many groups."""
+PROMPT_END = 2000
+"""Characters of a prompt, from its end: the solved examples before it are the same in each."""
+
+
+def show(run: Run, step: int, rollouts: Samples) -> None:
+    """Record them, where a sink was asked for."""
+    if not run.recorder.shows_completions:
+        return
+    firsts = [sample for sample in rollouts if sample.sample == 0][:SHOWN]
+    rows = [
+        (
+            run.pair.renderer.text(sample.prompt_ids)[-PROMPT_END:],
+            sample.text,
+            float(sample.reward),
+            str(sample.finish_reason),
+        )
+        for sample in firsts
+    ]
+    run.recorder.completions(Completions(step=step, rows=tuple(rows)))
