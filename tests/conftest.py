@@ -33,10 +33,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Tests that share an engine stay on one worker: a module of ``e2e``, an engine of ``contract``.
 
-    These come first: what is short fills the end. A module of ``unit`` makes what it shares once, too.
+    These come first: what is short fills the end. A module of ``unit`` makes what it shares once, too, and
+    whole runs (``chaos``) their process that forks; the long form is shared out.
     """
     items.sort(key=lambda item: {"e2e": 0, "contract": 1}.get(item.path.parent.name, 2))
     for item in items:
+        if "zygote" in item.fixturenames and not item.get_closest_marker("chaos"):
+            item.add_marker(pytest.mark.xdist_group("zygote"))
         folder, params = item.path.parent.name, getattr(item, "callspec", None)
         if folder in ("e2e", "unit"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

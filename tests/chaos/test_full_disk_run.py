@@ -10,37 +10,16 @@ import pytest
 
 from lockstep.runs.layout import RunLayout
 from tests.chaos.small_disk import mounted
-from tests.chaos.test_kills import RECIPE, REWARD, Zygote, state_of
+from tests.chaos.whole_run import state_of
 
 KB = 1024
 QUICK = 200 * KB
 """Room for some steps, and not for all. ``make chaos`` goes from none to enough."""
 
 
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    root = tmp_path_factory.mktemp("full")
-    (root / "varied.py").write_text(REWARD)
-    served = Zygote(root)
-    yield served
-    served.process.stdin.close()
-    assert served.process.wait(timeout=60) == 0
-
-
-@pytest.fixture(scope="module")
-def run_of(zygote, tiny_checkpoint):
-    """The recipe, and what a run of it comes to where there is room."""
-    recipe = zygote.root / "here.toml"
-    recipe.write_text(RECIPE % {"model": tiny_checkpoint, "engine": "transformers"})
-    layout = RunLayout(zygote.root / "runs" / "undisturbed")
-    code, output = zygote("train", recipe, "--out", layout.root)
-    assert code == 0, output
-    return recipe, state_of(layout)
-
-
-def fails_and_goes_on(zygote, run_of, disk, left):
+def fails_and_goes_on(zygote, here, disk, left):
     """The file that did not fit, or nothing where all did."""
-    recipe, expected = run_of
+    recipe, expected = here
     layout = RunLayout(disk.path / "run")
     disk.fill(left)
     code, output = zygote("train", recipe, "--out", layout.root)
@@ -63,17 +42,17 @@ def fails_and_goes_on(zygote, run_of, disk, left):
     return named[1].removeprefix(f"{layout.root}/")
 
 
-def test_a_run_that_does_not_fit_says_so_and_goes_on_when_there_is_room(zygote, run_of, tmp_path):
+def test_a_run_that_does_not_fit_says_so_and_goes_on_when_there_is_room(zygote, here, tmp_path):
     with mounted(tmp_path / "disk", 4096) as disk:
-        assert fails_and_goes_on(zygote, run_of, disk, QUICK)
+        assert fails_and_goes_on(zygote, here, disk, QUICK)
 
 
 @pytest.mark.chaos
-def test_at_every_amount_of_room_up_to_enough(zygote, run_of, tmp_path):
+def test_at_every_amount_of_room_up_to_enough(zygote, here, tmp_path):
     hit = set()
     with mounted(tmp_path / "disk", 4096) as disk:
         for left in range(0, 4096 * KB, 24 * KB):
-            name = fails_and_goes_on(zygote, run_of, disk, left)
+            name = fails_and_goes_on(zygote, here, disk, left)
             if name is None:
                 break
             print(f"{left // KB} KB: {name}")

@@ -4,14 +4,8 @@ every point of a step × first, middle (with a checkpoint), last step × trainer
 a few points × those steps × engine, trainer, both                                with vLLM: ``make chaos``
 """
 
-import hashlib
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,26 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lockstep.config.recipe import load_recipe
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.manifest import finished, unfinished_run
-from lockstep.runs.read import read_steps
+from tests.chaos.whole_run import FIRST, LAST, MIDDLE, RECIPE, state_of, undisturbed
 
-STEPS, FIRST, MIDDLE, LAST = 5, 0, 1, 4
-RECIPE = """
-model = { path = "%(model)s" }
-engine = { name = "%(engine)s", max_model_len = 128 }
-sampling = { max_tokens = 4 }
-optimizer = { lr = 1e-3 }
-parity = { probe_prompts = 4, probe_tokens = 4, draw_tokens = 128, draws_see = 1.0 }
-training = { steps = 5, prompts_per_step = 2, group_size = 2, checkpoint_every = 2, minibatches = 2 }
-
-[task]
-name = "reasoning_gym:basic_arithmetic"
-options = { min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }
-reward = "varied:reward"
-"""
-REWARD = """
-def reward(text, item):
-    return len(text) % 3 / 2
-"""
 STAGES, STORE = "lockstep.loop.stages", "lockstep.rollout.store"
 POINTS = {
     "before_drawing": ("lockstep.rollout.collect:sample", "enter", 0),
@@ -77,70 +53,6 @@ QUICK = {
     ("saved", LAST),
 }
 """In ``make test``; ``make chaos`` runs all."""
-REPLAYED = ("loss", "grad_norm", "reward_mean")
-
-
-class Zygote:
-    """The process that forks (zygote.py)."""
-
-    def __init__(self, root: Path) -> None:
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-        self.root = root
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=root
-        )
-
-    def __call__(self, *args, kill=None):
-        """Exit status and output of ``lockstep args``."""
-        log = self.root / "output.log"
-        log.unlink(missing_ok=True)
-        order = {"args": list(map(str, args)), "kill": kill, "log": str(log)}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline()), log.read_text()
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    root = tmp_path_factory.mktemp("kills")
-    (root / "varied.py").write_text(REWARD)
-    served = Zygote(root)
-    yield served
-    served.process.stdin.close()
-    assert served.process.wait(timeout=60) == 0
-
-
-def state_of(layout):
-    """What must not depend on a kill: digests of the last checkpoint's tensors, figures of every step."""
-    (saved,) = layout.checkpoints.iterdir()
-    files = ("model.safetensors", "trainer/optimizer.safetensors")
-    digests = [hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in files]
-    figures = [
-        (record.step, *(record.metrics[name] for name in REPLAYED)) for record in read_steps(layout.metrics)
-    ]
-    return saved.name, digests, figures
-
-
-def undisturbed(zygote, recipe):
-    layout = RunLayout(recipe.parent / "runs" / "undisturbed")
-    code, output = zygote("train", recipe, "--out", layout.root)
-    assert code == 0, output
-    expected = state_of(layout)
-    assert expected[0] == f"step-{STEPS:06d}"
-    assert [row[0] for row in expected[2]] == list(range(STEPS))
-    assert all(row[2] > 0 for row in expected[2]), (
-        "every step must move the weights, or a lost one would not show"
-    )
-    return recipe, expected
-
-
-@pytest.fixture(scope="module")
-def here(zygote, tiny_checkpoint):
-    """The recipe on the transformers engine, and what an undisturbed run of it comes to."""
-    recipe = zygote.root / "here.toml"
-    recipe.write_text(RECIPE % {"model": tiny_checkpoint, "engine": "transformers"})
-    return undisturbed(zygote, recipe)
 
 
 def disturbed(zygote, case, name, kill, killed):
