@@ -3,6 +3,7 @@
 No file, no message, no process that does not need it.
 """
 
+import base64
 import json
 import subprocess
 import sys
@@ -229,6 +230,18 @@ def test_a_key_that_the_server_says_back_is_not_shown(monkeypatch):
         engine = engine_on(server.url)
         assert found_in(repr(engine.ready)) == {}
         engine.close()
+
+
+def test_a_password_that_the_server_says_back_as_it_was_sent_is_not_shown(monkeypatch):
+    secret = f"user:{CANARIES['LOCKSTEP_API_KEY']}"
+    monkeypatch.setenv("LOCKSTEP_API_KEY", secret)
+    with raw_server() as server:
+        server.handlers["/v1/models"] = lambda handler: handler.answer(
+            f"{handler.headers['Authorization']} is not {secret}".encode(), 401
+        )
+        with pytest.raises(UsageError, match=r"401: Basic \(the key\) is not \(the key\)") as caught:
+            engine_on(server.url, auth="basic")
+    assert base64.b64encode(secret.encode()).decode() not in str(caught.value)
 
 
 def test_a_url_with_a_password_is_refused_at_once_and_not_shown(tiny_checkpoint):

@@ -56,12 +56,14 @@ class Exchange:
 
     def __init__(self, options: Options, key: str) -> None:
         self.options = options
-        self._secret = key.encode() if len(key) >= SHORTEST_KEY else b""
+        header = authorization(options, key)
+        sent = header.get("Authorization", "").rpartition(" ")[2]  # of ``basic`` another form of the key
+        self._secrets = [form.encode() for form in {key, sent} if len(form) >= SHORTEST_KEY]
         self._free = asyncio.Semaphore(options.max_connections)
         self._http = httpx.AsyncClient(
             base_url=options.base_url,
             # Not compressed: a few bytes could be gigabytes.
-            headers={"Accept-Encoding": "identity", **authorization(options, key)},
+            headers={"Accept-Encoding": "identity", **header},
             timeout=httpx.Timeout(None, connect=options.connect_timeout_s),
             limits=httpx.Limits(max_connections=options.max_connections),
             trust_env=False,
@@ -136,7 +138,9 @@ class Exchange:
             if len(found) >= most:
                 break
         read = bytes(found[:most])
-        return read.replace(self._secret, b"(the key)") if self._secret else read
+        for secret in self._secrets:
+            read = read.replace(secret, b"(the key)")
+        return read
 
     async def close(self) -> None:
         """Close the connections."""
