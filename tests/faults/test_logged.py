@@ -69,6 +69,15 @@ def test_what_was_logged_wrong_is_named(tmp_path, pair, log, cause, edit):
     assert named(verdicts_of(tmp_path, pair, edit(log()), T)) == ("semantics", cause)
 
 
+@pytest.mark.parametrize("off", [-20.0, 1.5, 9.0])
+def test_one_number_that_nothing_explains_gets_no_cause_and_its_row_is_told(tmp_path, pair, log, off):
+    rows = log()
+    rows[7]["logprobs"][4] += off
+    verdicts = verdicts_of(tmp_path, pair, rows, T, "parity.search_s=5")
+    assert named(verdicts) == ("numerics", "unexplained_numerics")
+    assert "lies in 1 of 12 completions, in the file's row 8" in verdicts[3].findings[0].evidence
+
+
 @pytest.mark.parametrize(
     ("cause", "drawn"),
     [

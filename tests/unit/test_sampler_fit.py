@@ -74,6 +74,15 @@ def test_nothing_is_fitted_where_nothing_is_hidden(logits):
     assert fitted_truncation(Held(logits, ids, numbers), LIMIT) is None
 
 
+@pytest.mark.parametrize("noise", [1e-7, 1e-6, 1e-5])
+def test_one_number_that_is_off_is_no_truncation(noise):
+    """A flipped bit in a log: a min-p that cuts next to nothing leaves a median within the limit."""
+    logits = torch.randn(128, 97, generator=torch.Generator().manual_seed(3))
+    ids, numbers = sampled(logits, PLAIN, noise=noise)
+    numbers[int(numbers.argmin())] += 2.0
+    assert fitted_truncation(Held(logits, ids, numbers), LIMIT) is None
+
+
 @pytest.mark.parametrize("temperature", [0.37, 0.9, 1.6])
 def test_the_temperature_is_fitted(logits, temperature):
     ids, numbers = sampled(logits, replace(PLAIN, temperature=temperature))

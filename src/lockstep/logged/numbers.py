@@ -188,6 +188,8 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
     """Rows whose tokens are the model's own draws, and whose numbers are of other tokens."""
     if not some.plausible or some.related:
         return None
+    if np.median(np.abs(gaps.gap[np.isin(gaps.owners, some.rows)])) <= pair.noise.p50:
+        return None  # most of their numbers are their tokens' own: it is a few that are not
     starts = np.r_[0, np.cumsum(np.bincount(gaps.owners, minlength=len(gaps.lengths)))]
     heads = np.full((len(gaps.lengths), HEAD), np.nan, np.float32)
     trainer = gaps.trainer

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from lockstep.parity.explain.semantics.held import Held
-from lockstep.parity.tolerances import KEPT_MASS_SLACK, RARELY_ABOVE
+from lockstep.parity.tolerances import EXPLAINS, KEPT_MASS_SLACK, RARELY_ABOVE
 from lockstep.policy.truncation import kept
 from lockstep.records.tokens import SamplingParams
 
@@ -78,7 +78,9 @@ def fitted_truncation(held: Held, limit: float) -> Truncation | None:
     for name, setting in {**_top_k(cut), **_top_p(cut), **_min_p(cut), **_both(cut)}.items():
         misses[name] = held.left(whole.masked_fill(~kept(whole, setting), float("-inf")))
     best = min(misses, key=lambda name: misses[name])
-    return Truncation(best, misses[best]) if misses[best] <= limit else None
+    # A few numbers that are off for another reason propose settings too, which then cut next to nothing.
+    explains = misses[best] <= min(limit, EXPLAINS * held.left(whole))
+    return Truncation(best, misses[best]) if explains else None
 
 
 def _cut(whole: Tensor, held: Held, limit: float) -> Cut | None:
