@@ -215,6 +215,15 @@ def test_drawn_rollouts_that_cannot_be_are_named_before_they_are_scored(killed, 
     assert raised.value.hint.startswith("rm "), "they are drawn again"
 
 
+def test_completions_that_the_engine_says_other_weights_drew_are_refused(killed):
+    """Under small updates its numbers alone may not show it."""
+    killed.pair.engine.version = 1
+    with pytest.raises(ParityError, match="version 1 drew them, and was sent version 2"):
+        stages.sample(killed, 2)
+    assert killed.layout.refused(2).is_file()
+    assert not killed.layout.drawn(2).exists()
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_rollouts_of_a_recorded_step_that_are_gone_stop_the_run(killed, lost):
     killed.layout.rollouts(lost).unlink()

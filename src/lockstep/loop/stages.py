@@ -115,7 +115,8 @@ def sample(run: Run, step: int) -> Samples:
     """Draw one step's samples and store them before anything else; or take those that an interruption left.
 
     Raises:
-        ParityError: for a token without a finite log-probability.
+        ParityError: for a token without a finite log-probability, and where the engine itself says that other
+            weights drew a completion than those that were sent.
     """
     drawn = run.layout.drawn(step)
     if drawn.is_file():
@@ -128,6 +129,12 @@ def sample(run: Run, step: int) -> Samples:
         rollouts.leave_out_missing()
     if rollouts.missing:
         raise refuse(run, step, [f"{rollouts.missing} tokens without a finite log-probability"])
+    versions = {span.version for sample in rollouts for span in sample.version_spans}
+    if versions != {step}:  # this loop publishes once a step, and waits for the load
+        told = ", ".join(map(str, sorted(versions)))
+        raise refuse(
+            run, step, [f"the engine says that version {told} drew them, and was sent version {step}"]
+        )
     return rollouts
 
 
