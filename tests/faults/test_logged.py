@@ -69,7 +69,7 @@ def test_what_was_logged_wrong_is_named(tmp_path, pair, log, cause, edit):
     assert named(verdicts_of(tmp_path, pair, edit(log()), T)) == ("semantics", cause)
 
 
-@pytest.mark.parametrize("off", [-20.0, 1.5, 9.0])
+@pytest.mark.parametrize("off", [-20.0, 9.0])
 def test_one_number_that_nothing_explains_gets_no_cause_and_its_row_is_told(tmp_path, pair, log, off):
     rows = log()
     rows[7]["logprobs"][4] += off

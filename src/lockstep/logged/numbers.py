@@ -219,7 +219,7 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
 
 def corrupted(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> Corrupted | None:
     """Completions with absurd tokens, where they are a minority and the others agree (``corruption.py``)."""
-    absurd = -gaps.gap > ABSURD_NATS
+    absurd = (-gaps.gap > ABSURD_NATS) & (gaps.engine <= pair.noise.p999)  # above 0 the number is absurd
     struck = np.unique(gaps.owners[absurd])
     if not struck.size or struck.size > MOST_ROWS * len(rows):
         return None
