@@ -59,6 +59,8 @@ class EngineConfig(_Section, frozen=True):
     server at ``options.base_url``."""
     version: str = ""
     """Empty: the newest installed."""
+    python: str = ""
+    """An interpreter that has a vLLM already: used where it is, never changed. Empty: one of Lockstep's."""
     dtype: EngineDtype | None = None
     """None: the model's."""
     head_dtype: Dtype | None = None

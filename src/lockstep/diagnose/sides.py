@@ -97,7 +97,7 @@ def as_it_comes(recipe: Recipe, version: str) -> Recipe:
 
     The recipe's own ``engine.options`` are its own version's, and go to no other.
     """
-    engine = replace(recipe.engine, name="vllm", version=version)
+    engine = replace(recipe.engine, name="vllm", version=version, python="")
     own = recipe.engine.options if recipe.engine.version == version else {}
     names = {*facts_of(choose(replace(engine, options={}))).defaults, *LEFT_TO_IT} - KEPT
     return replace(recipe, engine=replace(engine, options=dict.fromkeys(sorted(names)) | own))

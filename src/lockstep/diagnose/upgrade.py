@@ -188,7 +188,7 @@ def _flags(steps: list[Step], new: Side) -> list[str]:
 
 def _final(recipe: Recipe, after: str, flags: list[str]) -> Recipe:
     own = recipe.engine.options if recipe.engine.version == after else {}
-    engine = replace(recipe.engine, name="vllm", version=after, options=own)
+    engine = replace(recipe.engine, name="vllm", version=after, python="", options=own)
     return with_sets(replace(recipe, engine=engine), flags)
 
 

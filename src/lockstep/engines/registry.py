@@ -8,6 +8,7 @@ from typing import Any
 
 from lockstep.config.recipe import EngineConfig
 from lockstep.engines.base import Engine, EngineFacts, EngineSpec
+from lockstep.engines.environments.in_place import in_place
 from lockstep.engines.environments.locate import Environment, find, installed
 from lockstep.errors import RecipeError, UsageError
 
@@ -47,7 +48,7 @@ class Choice:
 
 
 def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
-    """Resolve ``auto`` and find the environment. Nothing is started, and nothing is sent.
+    """Resolve ``auto`` and find the environment. No engine is started, and nothing is sent.
 
     Args:
         api_key_env: the variable that the command line confirmed as holding a server's key.
@@ -70,6 +71,9 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
         )
     if config.name in EMBEDDED:
         return Choice(config.name, None, "asked for")
+    if config.python:
+        _named(REFUSALS[PREFERRED])(config.options)
+        return Choice(PREFERRED, in_place(config.python, config.version), "engine.python: used where it is")
     name = PREFERRED if config.name == "auto" else config.name
     if name in REFUSALS:
         _named(REFUSALS[name])(config.options)

@@ -13,7 +13,13 @@ import msgspec
 from msgspec import Struct
 
 from lockstep.config.cache import cache_root
-from lockstep.engines.environments.recipes import EnvironmentRecipe, all_recipes, recipe_for, refuse_machine
+from lockstep.engines.environments.recipes import (
+    EnvironmentRecipe,
+    all_recipes,
+    nearest,
+    recipe_for,
+    refuse_machine,
+)
 from lockstep.errors import NotInstalledError
 from lockstep.records.capabilities import Capability
 from lockstep.records.environment import without_secrets
@@ -44,21 +50,32 @@ class Environment(Struct, frozen=True, kw_only=True):
     built: str
     """UTC, ISO 8601."""
     path: str
+    interpreter: str = ""
+    """Of one that was there before (``in_place.py``)."""
 
     @property
     def python(self) -> Path:
         """Its interpreter."""
-        return Path(self.path) / "bin" / "python"
+        return Path(self.interpreter) if self.interpreter else Path(self.path) / "bin" / "python"
+
+    @property
+    def recipe(self) -> EnvironmentRecipe:
+        """That it was built from; of one that was there before, the nearest one's facts hold."""
+        if self.interpreter:
+            return nearest(self.name, self.version, self.flavour)
+        return recipe_for(f"{self.name}=={self.version}")
 
     def launch_env(self) -> dict[str, str]:
         """The environment variables to run it with.
 
         This process's, less secrets and what would leak in, plus the recipe's.
         """
-        recipe = recipe_for(f"{self.name}=={self.version}")
+        recipe = self.recipe
         env = without_secrets(scrubbed_env())
         env |= {key: value.format(all_cores=_all_cores()) for key, value in recipe.env.items()}
-        kernels = Path(self.path) / "kernels"  # what the first batch compiles, kept for the next start
+        # What the first batch compiles, kept for the next start; nowhere in an environment of others.
+        own = cache_root() / "kernels" / f"{self.name}-{self.version}-{self.flavour}"
+        kernels = own if self.interpreter else Path(self.path) / "kernels"
         env |= {
             "TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor"),
             "VLLM_CACHE_ROOT": str(kernels / "vllm"),

@@ -133,6 +133,17 @@ def version_order(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
+def nearest(name: str, version: str, flavour: str) -> EnvironmentRecipe:
+    """The recipe of the newest version that is no newer; of the oldest where all are newer."""
+    own = [read_recipe(path) for path in RECIPES.glob("*.toml")]
+    known = sorted(
+        (recipe for recipe in own if (recipe.name, recipe.flavour) == (name, flavour)),
+        key=lambda recipe: version_order(recipe.version),
+    )
+    older = [recipe for recipe in known if version_order(recipe.version) <= version_order(version)]
+    return older[-1] if older else known[0]
+
+
 def recipe_for(spec: str) -> EnvironmentRecipe:
     """The recipe of ``vllm==0.32.0`` or ``vllm==0.32``, or of the newest ``vllm``.
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from lockstep.engines.base import EngineFacts, EngineSpec, PathFactor
 from lockstep.engines.environments.locate import Environment
-from lockstep.engines.environments.recipes import recipe_for
 from lockstep.engines.process import WorkerProgram
 from lockstep.engines.vllm.older_form import older_form
 from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS
@@ -77,7 +76,7 @@ class VllmEngine(WorkerEngine):
         refuse_options(spec.options)
         self._scratch: Path | None = None
         model_path = spec.model_path
-        if recipe_for(f"{environment.name}=={environment.version}").checkpoint_form == "transformers-4":
+        if environment.recipe.checkpoint_form == "transformers-4":
             self._scratch = Path(tempfile.mkdtemp(prefix="lockstep-model-"))
             model_path = older_form(spec.model_path, self._scratch)
         args: dict[str, Any] = self.facts.defaults | (
