@@ -9,6 +9,7 @@ import pytest
 from lockstep.cli.check import show_result
 from lockstep.cli.common import show_ladder
 from lockstep.cli.console import OBEYED, Console, emit, fail, guarded, printable, show
+from lockstep.cli.main import main
 from lockstep.errors import EngineError
 from lockstep.parity.ladder import LadderResult
 from lockstep.records.verdicts import LAYERS, Finding, Verdict
@@ -82,6 +83,19 @@ def test_a_hostile_argument_is_no_command_either(flags):
     text = (done.stdout + done.stderr).decode()
     assert not OBEYED.search(text)
     assert r"\x1b]0;x\x07\x9b\udcff.toml" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("words", [["report"], ["compare", "a" * 300], ["certificate", "verify"]])
+def test_a_path_that_the_system_refuses_is_no_traceback(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lockstep.cli.main._end_in_order", lambda: None)
+    monkeypatch.setattr("sys.argv", ["lockstep", *words, "a" * 300])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (2, 3)
+    said = capsys.readouterr().err
+    assert "File name too long" in said
+    assert "Traceback" not in said
 
 
 def test_json_holds_every_character_as_its_own_escape(capsys):

@@ -96,11 +96,13 @@ def _campaign(
     from lockstep.faults.campaign import clean_configurations, generation_of, run_campaign
     from lockstep.faults.journal import Journal
     from lockstep.runs.durable import make_directory
+    from lockstep.runs.layout import refuse_no_directory
 
     names = [fault.name for fault in chosen]
     names += [name for name, _ in clean_configurations(generation_of(choose(recipe.engine)))] if clean else []
     with Console() as console, tempfile.TemporaryDirectory(prefix="lockstep-faults-") as scratch:
         directory = out or Path(scratch)
+        refuse_no_directory(directory)
         make_directory(directory)
         journal = Journal(directory / "outcomes.jsonl", recipe)
         done = [outcome for outcome in journal.outcomes() if outcome.name in names]

@@ -3,6 +3,7 @@
 Exit codes: 0 pass, 1 parity FAIL, 2 usage or configuration, 3 could not run.
 """
 
+import errno
 import signal
 import sys
 import traceback
@@ -44,6 +45,9 @@ EXTRA = (
     "huggingface_hub",
 )
 """What ``lockstep-rl[trainer]`` brings, by the names that are imported; the last comes with transformers."""
+
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a path whatever is there."""
 
 app = typer.Typer(
     name="lockstep",
@@ -122,6 +126,8 @@ def main() -> None:
             isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in EXTRA
         ):
             code = _without_extra(name, as_json)
+        elif isinstance(error, OSError) and error.errno in NO_PATH:
+            code = _no_path(error, as_json)
         else:  # a bug of ours: Python's own exit code, 1, would read as a parity FAIL
             traceback.print_exc()
             code = LockstepError.exit_code
@@ -153,6 +159,14 @@ def _wrong_usage(error, as_json: bool) -> int:
     else:
         error.show()
     return error.exit_code
+
+
+def _no_path(error: OSError, as_json: bool) -> int:
+    """No path of ours is such; one that was typed may be."""
+    where, got = f"path {error.filename}", error.strerror or str(error)
+    told = UsageError(where, got=got, expected="a path that the system takes", hint="give a shorter one")
+    fail(told, as_json=as_json)
+    return told.exit_code
 
 
 def _without_extra(name: str, as_json: bool) -> int:
