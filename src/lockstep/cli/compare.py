@@ -83,13 +83,7 @@ def _show(found: "Comparison") -> None:
 
 
 def _line(figure: "Figure") -> str:
-    low, high = figure.ci90
-    words = [
-        f"since step {figure.since_step:g}" if figure.since_step is not None else "",
-        f"{figure.seeds_needed} seeds each would tell" if figure.seeds_needed else "",
-        figure.reason,
-        *figure.notes,
-    ]
-    interval, more = f"{low:+.3g} to {high:+.3g}", "; ".join(filter(None, words))
+    since = f"since step {figure.since_step:g}; " if figure.since_step is not None else ""
     means = f"{figure.reference_mean:>10.4g} {figure.difference:>+11.3g}"
-    return f"  {figure.name:<26} {figure.verdict:<14} {means}  {interval:<23} {figure.margin:.3g}  {more}"
+    tail = f"{figure.interval:<23} {figure.margin:.3g}  {since}{figure.more}"
+    return f"  {figure.name:<26} {figure.verdict:<14} {means}  {tail}"

@@ -41,6 +41,19 @@ class Figure(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     """Names in the files where they differ from the catalog's, values that are missing."""
 
+    @property
+    def interval(self) -> str:
+        """The 90 % interval, for people."""
+        low, high = self.ci90
+        return f"{low:+.3g} to {high:+.3g}" if np.isfinite(low) else "–"
+
+    @property
+    def more(self) -> str:
+        """How many seeds would tell, and what else there is to say."""
+        least = "at least " if self.seeds < 2 else ""
+        needed = f"{least}{self.seeds_needed} seeds each would tell" if self.seeds_needed else ""
+        return "; ".join(filter(None, (needed, self.reason, *self.notes)))
+
 
 class Against(Struct, frozen=True, kw_only=True):
     """One configuration against the reference."""

@@ -1,7 +1,7 @@
 """The report of a comparison: trajectories side by side, the reference first, in blue; then the verdicts."""
 
 from collections.abc import Sequence
-from math import isfinite, nan
+from math import nan
 
 from lockstep.metrics.catalog import BY_NAME
 from lockstep.report.build import shown
@@ -56,17 +56,15 @@ def _verdicts(against: Against) -> Section:
 
 
 def _row(figure: Figure) -> tuple[str, ...]:
-    low, high = figure.ci90
-    needed = [f"{figure.seeds_needed} seeds each would tell"] if figure.seeds_needed else []
     return (
         figure.name,
         figure.verdict,
         shown(figure.reference_mean),
         f"{figure.difference:+.3g}",
-        f"{low:+.3g} to {high:+.3g}" if isfinite(low) else "–",
+        figure.interval,
         shown(figure.margin),
         "–" if figure.since_step is None else f"{figure.since_step:g}",
-        "; ".join([*needed, *filter(None, [figure.reason]), *figure.notes]),
+        figure.more,
     )
 
 
