@@ -33,7 +33,13 @@ Say = Callable[[str], None]
 Depth = Literal["quick", "standard", "full"]
 DEPTHS: tuple[Depth, ...] = ("quick", "standard", "full")
 DEPTHS_OF_A_LOG = DEPTHS[1:]
-QUICK = ("parity.probe_prompts=8", "parity.probe_tokens=16", "parity.draw_tokens=768", "parity.draws_see=1.0")
+QUICK = (
+    "parity.probe_prompts=8",
+    "parity.probe_tokens=16",
+    "parity.draw_tokens=768",
+    "parity.draws_see=1.0",
+    "parity.direction_sequences=0",
+)
 """What depth ``quick`` sets in the recipe."""
 
 
@@ -242,9 +248,9 @@ def check_log(
         UsageError: for a file or a model that cannot be used.
     """
     _refuse_depth(depth, DEPTHS_OF_A_LOG)
-    from lockstep.deep.directions import deepen
     from lockstep.logged.file import read_logged
     from lockstep.logged.judge import judge
+    from lockstep.parity.layers.directions import deepen
     from lockstep.policy.pretrained import resolve_model
     from lockstep.rendering import Renderer
     from lockstep.training.trainer import Trainer

@@ -270,7 +270,9 @@ def half(installed, tmp_path_factory):
     )
     root = tmp_path_factory.mktemp("half")
     model = tiny_checkpoint(config, installed[1], root / "model")
-    recipe = load_recipe(QUICKSTART, [*SMALL, f"model.path={model}", "engine.dtype=bfloat16"])
+    recipe = load_recipe(
+        QUICKSTART, [*SMALL, f"model.path={model}", "engine.dtype=bfloat16", "parity.direction_sequences=16"]
+    )
     with open_session(recipe, root / "engine.log", print) as opened:
         yield opened.pair
 

@@ -255,6 +255,7 @@ ALL = range(1, 2 * 10**9)
 """Every update from the first step's on, those of an experiment too."""
 WIDE = [
     "model.dtype=bfloat16",
+    "parity.direction_sequences=0",
     "training.prompts_per_step=48",
     "training.group_size=4",
     "sampling.max_tokens=8",

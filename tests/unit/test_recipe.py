@@ -13,6 +13,15 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Recipe)}
 
 
+def test_the_bf16_quick_start_is_the_quick_start_in_bf16_with_steps_that_bf16_weights_feel():
+    half = load_recipe(QUICKSTART.with_name("quickstart-bf16.toml"))
+    plain = load_recipe(QUICKSTART)
+    assert (half.model.dtype, half.model.head_dtype, half.engine.dtype) == ("bfloat16", "float32", None)
+    assert half.optimizer.lr > plain.optimizer.lr
+    for section in ("engine", "task", "sampling", "objective", "parity"):
+        assert getattr(half, section) == getattr(plain, section), section
+
+
 @pytest.mark.parametrize("section", sorted(SECTIONS))
 def test_a_misspelt_key_is_refused_in_every_section(section):
     key = msgspec.structs.fields(SECTIONS[section])[0].name

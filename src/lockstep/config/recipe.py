@@ -140,8 +140,9 @@ class Parity(_Section, frozen=True):
     """Drawn at first, one each after prompts of one token, to see what tokens are drawn from; 0: not."""
     draws_see: PositiveFloat = 0.05
     """A temperature off by this share is to be seen; up to four times ``draw_tokens`` are drawn for that."""
-    direction_sequences: Annotated[int, Meta(ge=16)] = 32
-    """Drawn at full depth, to test every direction of the gap; the verdict says what would have shown."""
+    direction_sequences: NonNegative | None = None
+    """Drawn to test every direction of the gap; the verdict says what would have shown. None: 128 where a
+    side computes in less than fp32, at every depth but quick; else 32, at full depth. 0: none."""
     directions_see: NonNegativeFloat = 0.0
     """So small a share is to show: more are drawn, for as long as is said first. 0: no share is asked for."""
     missing_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from lockstep.deep import directions, factors, in_flight
+from lockstep.deep import factors, in_flight
 from lockstep.deep.factors import Opener
+from lockstep.parity.layers import directions
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LayerName, Verdict
 
@@ -17,5 +18,6 @@ def deeper(pair: Pair, open_engine: Opener) -> dict[LayerName, Callable[[Verdict
     return {
         "path": lambda verdict: factors.deepen(pair, verdict, open_engine),
         "weights": lambda verdict: in_flight.deepen(pair, verdict),
-        "numerics": lambda verdict: directions.deepen(pair, verdict),
+        # Of a pair that rounds more, directions are a part of layer 4 at every depth.
+        "numerics": lambda verdict: verdict if pair.coarse else directions.deepen(pair, verdict),
     }

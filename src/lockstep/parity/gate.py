@@ -1,23 +1,27 @@
 """The gate: every token of a step is judged under the weights that drew it, before the step's first update.
 
 The ladder proves the pair on probes; the gate holds every rollout to that proof. Each of these refuses on its
-own: the median and the mean of the gap are as the ladder measured them on this pair (a bias); the tail and
-the largest are what arithmetic can bring at each token's own probability (a few wrong numbers); the objective
-clips no more for the mismatch alone than layer 4 allows.
+own: the gap is as wide as both sides' own rounding, which the ladder measured (``own_noise.py``); its median
+and its mean are as the ladder measured them on this pair (a bias); the tail and the largest are what
+arithmetic can bring at each token's own probability (a few wrong numbers); the objective clips no more for
+the mismatch alone than layer 4 allows.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lockstep.config.recipe import Objective
 from lockstep.metrics.reduce import mean_over_sequences, outside_clip, quantiles_abs
+from lockstep.parity.own_noise import OwnNoise
 from lockstep.parity.pair import Pair
 from lockstep.parity.tolerances import (
     BIAS_Z,
     GATE_MEDIAN_MULTIPLE,
     NEGLIGIBLE_NATS,
+    OWN_NOISE_RATIO,
     PHANTOM_CLIP_FRACTION,
     Tolerance,
     largest_gap,
@@ -57,18 +61,28 @@ class Gate:
     temperature: float
     clip: Objective
     measured: Measured
+    own: OwnNoise | None = None
+    """What both sides' own rounding brings; None where it was not measured, and the table decides alone."""
 
     @classmethod
-    def of(cls, pair: Pair, numerics: Mapping[str, float]) -> "Gate":
+    def of(cls, pair: Pair, numerics: Mapping[str, Any]) -> "Gate":
         """The gate of a pair whose ladder passed, with the figures of its layer 4."""
-        return cls(pair.noise, pair.recipe.sampling.temperature, pair.recipe.objective, Measured.of(numerics))
+        recipe = pair.recipe
+        measured, own = Measured.of(numerics), OwnNoise.of(numerics)
+        return cls(pair.noise, recipe.sampling.temperature, recipe.objective, measured, own)
 
     def refusals(self, tokens: AtSampling) -> list[str]:
         """Why ``tokens`` must not be trained on, a sentence each; empty when they may be."""
         if reasons := unscored(tokens):
             return reasons
         gap = tokens.sampling_logprobs.astype(np.float64) - tokens.engine_logprobs
-        found = (self._bulk(gap), self._bias(gap, tokens.owners), self._tail(gap, tokens), self._clips(gap))
+        found = (
+            self._width(gap, tokens),
+            self._bulk(gap),
+            self._bias(gap, tokens.owners),
+            self._tail(gap, tokens),
+            self._clips(gap),
+        )
         return [reason for reason in found if reason]
 
     @property
@@ -78,6 +92,12 @@ class Gate:
         What the ladder measured may be 0 where both sides run the same kernels.
         """
         return max(NEGLIGIBLE_NATS, self.noise.p50 / GATE_MEDIAN_MULTIPLE)
+
+    def _width(self, gap: np.ndarray, tokens: AtSampling) -> str:
+        if self.own is None or float(np.median(np.abs(gap))) <= NEGLIGIBLE_NATS:
+            return ""
+        ratio = self.own.ratio(gap, tokens.sampling_logprobs, tokens.owners, self.temperature)
+        return f"the gap is {ratio.told()}, at most {OWN_NOISE_RATIO:g} times" if ratio.exceeded else ""
 
     def _bulk(self, gap: np.ndarray) -> str:
         own = self.measured.p50
@@ -100,9 +120,11 @@ class Gate:
         )
 
     def _tail(self, gap: np.ndarray, tokens: AtSampling) -> str:
-        limits = largest_gap(
-            np.maximum(tokens.sampling_logprobs, tokens.engine_logprobs), self.noise, self.temperature
-        )
+        likelier = np.maximum(tokens.sampling_logprobs, tokens.engine_logprobs)
+        limits = largest_gap(likelier, self.noise, self.temperature)
+        if self.own is not None:
+            least = np.minimum(tokens.sampling_logprobs, tokens.engine_logprobs)
+            limits = np.minimum(limits, self.own.largest(least, self.temperature))
         beyond = np.flatnonzero(np.abs(gap) > limits)
         if beyond.size:
             worst = beyond[np.argmax(np.abs(gap[beyond]) - limits[beyond])]

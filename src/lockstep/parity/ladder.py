@@ -15,7 +15,7 @@ import numpy as np
 from lockstep.parity.canary import Canary
 from lockstep.parity.evidence import Evidence, gather, steadied
 from lockstep.parity.explain.numerics.precision import presumed_dtype
-from lockstep.parity.layers import numerics, objective, path, semantics, weights
+from lockstep.parity.layers import directions, numerics, objective, path, semantics, weights
 from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
 
@@ -71,7 +71,7 @@ def climb(
         "semantics": lambda done: semantics.judge(pair, evidence),
         "path": lambda done: path.judge(pair, evidence),
         "weights": lambda done: weights.judge(pair, proof, evidence.neutral),
-        "numerics": lambda done: numerics.judge(pair, evidence, done[1]),
+        "numerics": lambda done: _numerics(pair, evidence, done[1]),
         "objective": lambda done: objective.judge(pair, pair.seed),
     }
     unable = _unable(pair)
@@ -89,6 +89,16 @@ def climb(
                 verdict = deeper[layer](verdict)
         verdicts.append(verdict)
     return LadderResult(verdicts, _canary(pair, evidence))
+
+
+def _numerics(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
+    """What is left, and where rounding is wide, what has a direction in it.
+
+    That is a name, too, for a gap that is wider than rounding.
+    """
+    verdict = numerics.judge(pair, evidence, path)
+    open_yet = verdict.status == "PASS" or verdict.findings[0].cause == numerics.UNEXPLAINED
+    return directions.deepen(pair, verdict) if pair.coarse and open_yet else verdict
 
 
 def _unable(pair: Pair) -> dict[LayerName, str]:

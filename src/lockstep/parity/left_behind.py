@@ -19,7 +19,7 @@ from torch import Tensor
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.delivered import Missing, Moves, missing
-from lockstep.parity.explain.numerics.systematic import Direction, of_tensors, prompts_of
+from lockstep.parity.explain.numerics.direction import Direction, of_tensors, prompts_of
 from lockstep.parity.explain.score_test import alike, curvature, detectable, score_test, token_weights
 from lockstep.parity.pair import Pair
 from lockstep.parity.perturbation import PROBE_VERSION

@@ -72,6 +72,11 @@ class Pair:
         return noise_of(self.engine_dtype or ours, ours)
 
     @property
+    def coarse(self) -> bool:
+        """True where a side computes in less than fp32: faults then hide in what rounding does."""
+        return self.noise != NOISE["torch.float32"]
+
+    @property
     def engine_noise(self) -> Tolerance:
         """What arithmetic alone may bring between the engine and itself, its head's and cache's where known.
 

@@ -25,11 +25,12 @@ ROOM = 8
 
 
 def probe_prompts(pair: Pair, n: int, seed: int) -> list[np.ndarray]:
-    """``n`` prompts as int32 ids, no two with the same first ids, lengths from 3 to the engine's limit."""
+    """``n`` prompts as int32 ids, lengths from 3 to the engine's limit; no two begin alike where the
+    vocabulary has so many ids."""
     rng = np.random.default_rng(seed)
     limit = min(LONGEST, pair.recipe.engine.max_model_len - pair.recipe.parity.probe_tokens - ROOM)
     vocabulary = pair.trainer.vocabulary
-    starts = rng.choice(vocabulary, n, replace=False).astype(np.int32)
+    starts = rng.choice(vocabulary, n, replace=n > vocabulary).astype(np.int32)
     lengths = np.geomspace(3, max(limit, 4), n).astype(int)
     prompts = []
     for row in range(n):

@@ -158,6 +158,16 @@ NEGLIGIBLE_NATS = 1e-4
 """A ratio of 1.0001. Less is never refused as such: float32 log-sums near 30 have a spacing of 2e-6, and a
 few of them add up."""
 
+OWN_NOISE_RATIO = 2.0
+"""Of a gap's width to both sides' own rounding (``own_noise.py``). vLLM 0.32.0 in bf16 was .024 nats from an
+fp32 trainer whose own model rounds .027 away in bf16 (SmolLM2); another order of the operations may bring
+twice that. 0.8.5 brought 4.4 times, which the table of dtypes refuses too."""
+OWN_NOISE_Z = 3.0
+"""Standard errors of that ratio's interval: at the limit one check in a thousand is beyond."""
+OWN_NOISE_LARGEST = 30.0
+"""Widths that one token may be off by: three (``LARGEST_OVER_P999``) times bf16's tail of ten medians, seven
+widths (``NOISE``), and half as much again for the width's own error."""
+
 GATE_MEDIAN_MULTIPLE = 3.0
 """A step's median |gap| may be this multiple of what the ladder measured on this pair. Its probes hold random
 ids, on which the gap is larger than on a task's own text; a bias of .3 nats is ten times a bf16 pair's median

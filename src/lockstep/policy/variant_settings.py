@@ -67,11 +67,7 @@ class NormEpsilon:
 
     def held(self, policy: Policy) -> AbstractContextManager[Policy]:
         """See :class:`~lockstep.policy.variants.Variant`."""
-        names = ("variance_epsilon", "eps")
-        places = [
-            (m, n) for m in policy.model.modules() for n in names if isinstance(getattr(m, n, None), float)
-        ]
-        return _set(policy, places, self.epsilon)
+        return _set(policy, _epsilons(policy.model), self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,16 @@ def rotary_of(model: nn.Module) -> Any:
         ),
         None,
     )
+
+
+def epsilon_of(model: nn.Module) -> float:
+    """Of the first norm; NaN where none is known by its name."""
+    return next((getattr(module, name) for module, name in _epsilons(model)), float("nan"))
+
+
+def _epsilons(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    names = ("variance_epsilon", "eps")
+    return [(m, n) for m in model.modules() for n in names if isinstance(getattr(m, n, None), float)]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from lockstep.policy.pretrained import resolve_model
 from lockstep.policy.pulls import Asked, Pulls
 from lockstep.policy.replay import Piece
 from lockstep.policy.values import ValueHead
-from lockstep.policy.variant_settings import base_of, rotary_of
+from lockstep.policy.variant_settings import base_of, epsilon_of, rotary_of
 from lockstep.policy.variants import Variant, name_of_head
 from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
@@ -130,6 +130,16 @@ class Trainer:
         """Of the rotary embedding; NaN where positions are not rotary, of the default kind."""
         module = rotary_of(self._policy.model)
         return float("nan") if module is None else base_of(module.inv_freq)
+
+    @property
+    def norm_epsilon(self) -> float:
+        """Of the first norm that has one under a usual name; NaN where none has."""
+        return epsilon_of(self._policy.model)
+
+    @property
+    def softcap(self) -> float | None:
+        """Of the logits; None where they are not capped."""
+        return self._policy.softcap
 
     @property
     def config(self) -> dict[str, Any]:

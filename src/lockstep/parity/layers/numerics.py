@@ -1,9 +1,10 @@
 """Layer 4: what gap is left, against each side's own noise and against the objective's clip range.
 
-The gap is judged by its tail (a median and a p999) and by the phantom clip fraction, never by a mean. The
-floors come first: C against C, the same rows twice, and C against C′, each sequence by itself; B against B′
-is layer 2's. Where the trainer's body is not in fp32, score D says which side is how far from fp32
-arithmetic.
+The gap is judged by its width, its tail and the phantom clip fraction, never by a mean. The floors come
+first: C against C, the same rows twice, and C against C′, each sequence by itself; B against B′ is layer 2's.
+Where a side computes in less than fp32, the width that the two sides' own rounding gives is measured
+(``own_noise.py``), and the gap is to be no wider; the table of dtypes is the last bound. What has a direction
+inside that width is ``directions.py``'s.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.numerics.precision import reference
 from lockstep.parity.explain.weights.trainer_hypotheses import explain
+from lockstep.parity.own_noise import OwnNoise, Ratio
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import PHANTOM_CLIP_FRACTION, Tolerance
+from lockstep.parity.tolerances import OWN_NOISE_RATIO, PHANTOM_CLIP_FRACTION, Tolerance
+from lockstep.policy.variants import InDtype
 from lockstep.records.samples import Samples
 from lockstep.records.verdicts import Verdict
 
+UNEXPLAINED = "unexplained_numerics"
 PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 POSITIONS = (0, 1, 4, 16, 64, 256)
 
@@ -55,15 +59,20 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
             text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
             found = finding(cause, np.abs(size), owners, text)
             return Verdict.failed("numerics", text, found, figures)
-    if pair.trainer.dtype != "torch.float32":
-        figures |= _against_reference(pair, sample, trainer)
+    ratio = None
+    if pair.coarse:
+        ratio = _against_own_noise(pair, evidence, figures)
     figures["note"] = _note(pair)
 
     def cause_of() -> tuple[str, str, str]:
+        if ratio is not None and ratio.exceeded and within(pair.noise, gap):
+            # directions.py looks for what is in the gap besides.
+            known = f"what {pair.engine_dtype} and {pair.trainer.dtype} round away is in that width"
+            return UNEXPLAINED, known, pair.engine.fix(UNEXPLAINED)
         found = explain(pair, sample, gap)
         return found.cause, found.evidence, pair.engine.fix(found.cause)
 
-    return judge_gap(gap, sample.owners, pair.noise, pair.recipe.objective, cause_of, figures)
+    return judge_gap(gap, sample.owners, pair.noise, pair.recipe.objective, cause_of, figures, ratio)
 
 
 def judge_gap(
@@ -73,14 +82,16 @@ def judge_gap(
     clip: Objective,
     cause_of: Callable[[], tuple[str, str, str]],
     figures: dict[str, Any],
+    ratio: Ratio | None = None,
 ) -> Verdict:
-    """Judge a gap by its tail and by the phantom clips that it makes.
+    """Judge a gap by its width, its tail and the phantom clips that it makes.
 
     Args:
         gap: float [T], nats, of tokens that both sides scored under one version.
         owners: int [T], the completion of each.
         cause_of: asked when the gap is too large: cause, evidence, mend.
         figures: goes into the verdict besides; its ``note`` goes into the summary.
+        ratio: of the gap to both sides' own noise; None where that was not measured, and the table decides.
     """
     quantiles = quantiles_abs(gap)
     phantom = outside_clip(gap, clip.clip_low, clip.clip_high)
@@ -89,6 +100,8 @@ def judge_gap(
     figures["gap_mean_nats"], figures["gap_mean_se_nats"] = mean_over_sequences(gap, owners)
     figures["minimal_detectable_effect_nats"] = noise.p50
     exceeded = []
+    if ratio is not None and ratio.exceeded:
+        exceeded.append(f"the gap is {ratio.told()}; at most {OWN_NOISE_RATIO:g} times is arithmetic's")
     if not (quantiles["p50"] <= noise.p50 and quantiles["p999"] <= noise.p999):
         exceeded.append(
             f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e} nats; "
@@ -107,18 +120,41 @@ def judge_gap(
         return Verdict.failed("numerics", summary, found, figures)
     summary = (
         f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats "
-        f"over {gap.size} tokens; phantom clips {phantom.mean():.2%}{figures.get('note', '')}"
+        f"over {gap.size} tokens{'' if ratio is None else f', {ratio.told()}'}; "
+        f"phantom clips {phantom.mean():.2%}{figures.get('note', '')}"
     )
     return Verdict(layer="numerics", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)
 
 
-def _against_reference(pair: Pair, sample: Samples, trainer: np.ndarray) -> dict[str, float]:
-    """Score D: the trainer's model in fp32, body and head."""
-    scores = reference(pair.trainer, sample)
-    return {
-        "trainer_to_reference_abs_p50_nats": float(np.median(np.abs(trainer - scores))),
-        "engine_to_reference_abs_p50_nats": float(np.median(np.abs(sample.engine_logprobs - scores))),
+def _against_own_noise(pair: Pair, evidence: Evidence, figures: dict[str, Any]) -> Ratio:
+    """The gap beside what both sides round away, on the tokens at T = 1; puts what it measures into
+    ``figures``."""
+    sample, trainer = evidence.neutral, evidence.trainer
+    exact = reference(pair.trainer, sample)  # score D
+    rounded = trainer - exact
+    of_engine = [_in_the_engines_dtype(pair, sample, trainer) - exact]
+    if pair.engine.ready.capabilities["rescore"].supported:
+        of_engine.append((sample.engine_logprobs - evidence.rescored) / np.sqrt(2.0))
+    noise = OwnNoise.measured(exact, of_engine, rounded)
+    ratio = noise.ratio(trainer - sample.engine_logprobs, exact, sample.owners)
+    figures |= {
+        "trainer_to_reference_abs_p50_nats": float(np.median(np.abs(rounded))),
+        "engine_to_reference_abs_p50_nats": float(np.median(np.abs(sample.engine_logprobs - exact))),
+        "own_noise": noise.figures(),
+        "gap_in_own_noise": ratio.value,
+        "gap_in_own_noise_low": ratio.low,
+        "gap_in_own_noise_high": ratio.high,
     }
+    return ratio
+
+
+def _in_the_engines_dtype(pair: Pair, sample: Samples, trainer: np.ndarray) -> np.ndarray:
+    """Scores of the trainer's model as the engine rounds, float32 [T]."""
+    body, head = pair.engine_dtype or pair.trainer.dtype, pair.engine_head_dtype or pair.trainer.head_dtype
+    if (body, head) == (pair.trainer.dtype, pair.trainer.head_dtype):
+        return trainer
+    with pair.trainer.holding(InDtype(body, head)):
+        return sample.scored(pair.trainer)
 
 
 def _note(pair: Pair) -> str:

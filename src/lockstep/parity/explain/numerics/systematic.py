@@ -5,17 +5,32 @@
                       ─► the best one's size θ, by one forward pass along it
                       ─► the trainer moved by θ: has the direction left the gap?  named; else unexplained
 
-Directions: each tensor scaled; each layer's, and all layers', tensors together; each rounded as quantisers
-round; the temperature; a constant; the first token of a completion alone; rows of long prompts alone.
+Directions: each tensor, fused group, layer, and all layers, scaled or rounded as quantisers round
+(``direction.py``); the distribution, settings of the model, a prompt's first token (``by_token.py``); and
+these in a part of the rows or of the tokens alone.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
+from lockstep.parity.explain.numerics.by_token import (
+    CONSTANT,
+    TEMPERATURE,
+    all_slopes,
+    moved_by,
+    slopes_of,
+)
+from lockstep.parity.explain.numerics.direction import (
+    SCALED,
+    Direction,
+    in_rows,
+    of_tensors,
+    prompts_of,
+    rounding,
+    token_classes,
+)
 from lockstep.parity.explain.score_test import (
     Scored,
     alike,
@@ -32,27 +47,8 @@ from lockstep.policy.pulls import HEAD, Asked, Pulls, scale
 from lockstep.policy.variants import QUANTISED, Along
 from lockstep.records.samples import Samples
 
-SCALED = "scaled"
-WHOLE = "every layer"
-TEMPERATURE = "temperature"
-CONSTANT = "a constant"
-FIRST = "first tokens off"
-LONG = "rows of long prompts off"
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One way in which the engine may depart from the trainer."""
-
-    family: str
-    """``scaled``, a quantiser's form, or what acts on the distribution alone."""
-    tensors: tuple[str, ...] = ()
-    place: str = ""
-    """The tensor, the layer, or ``every layer``."""
-
-    def describe(self) -> str:
-        """For people."""
-        return f"{self.place} {self.family}" if self.place else self.family
+TOKEN_INTERACTIONS = (TEMPERATURE, CONSTANT)
+"""What is tried in a class of tokens alone, besides scales in a class of rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +67,8 @@ class Systematic:
     """What it does to each token, nats, float32 [T]."""
     left: float
     """θ that is left once the trainer is moved there, in parts of θ."""
+    loudest: str
+    """The layer whose tensors' scores are largest; where to look if the direction itself explains nothing."""
 
     @property
     def size(self) -> float:
@@ -104,7 +102,8 @@ class Tested:
 
         Ascending.
         """
-        sizes = [size for way, size in self.sees.items() if way.family == family and len(way.tensors) < 2]
+        ways = ((way, size) for way, size in self.sees.items() if way.family == family and not way.only)
+        sizes = [size for way, size in ways if len(way.tensors) < 2]
         return np.sort(sizes)
 
 
@@ -115,7 +114,7 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         trainer: score C of the sample, float32 [T].
     """
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
-    families = {SCALED: scale, **{form: _rounding(form) for form in QUANTISED}}
+    families = {SCALED: scale, **{form: rounding(form) for form in QUANTISED}}
     signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), gap.size)
     asked = [
         Asked(token_weights(gap, trainer), families),
@@ -123,19 +122,21 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
     ]
     with pair.exactly():
         pulled, probe = pair.trainer.pulls(sample.apart().groups, asked, sample.temperature)
-        directions, sums = _rows(sample, asked[0].weights, pulled)
+        here = sample.scored(pair.trainer)
+        felt = all_slopes(pair, sample, here)
+        directions, sums = _rows(sample, asked[0].weights, pulled, felt)
         scored = score_test(sums, pair.seed)
-        probed, known = _rows(sample, asked[1].weights, probe)
-        noise = sums[[directions.index(direction) for direction in probed]]
+        probed, known = _rows(sample, asked[1].weights, probe, felt)
+        place = {direction: row for row, direction in enumerate(directions)}
+        noise = sums[[place[direction] for direction in probed]]
         shown = detectable(noise, known, scored.critical, pair.seed)
         sees = dict(zip(probed, shown.tolist(), strict=True))
         if not scored.significant:
             return Tested(directions, scored, sees, pulled.uncovered, None)
         best = directions[scored.best]
-        here = sample.scored(pair.trainer)
         slopes = _slopes(pair, sample, best, here)
         theta = _size(gap, slopes, trainer)
-        effect = _moved(pair, sample, best, theta, here) - here
+        effect = _moved(pair, sample, best, theta, here, slopes) - here
     found = Systematic(
         best=best,
         alike=tuple(directions[row] for row in alike(sums, scored.best)[1:]),
@@ -144,8 +145,19 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         theta=theta,
         effect=effect.astype(np.float32),
         left=_size(gap - effect, slopes, trainer) / theta,
+        loudest=_loudest(directions, scored.t),
     )
     return Tested(directions, scored, sees, pulled.uncovered, found)
+
+
+def _loudest(directions: Sequence[Direction], t: np.ndarray) -> str:
+    """The layer with the largest mean square of t over its tensors' scales; empty where there are none."""
+    squares: dict[str, list[float]] = {}
+    for direction, score in zip(directions, t, strict=True):
+        at = in_layer(direction.tensors[0]) if len(direction.tensors) == 1 else None
+        if at is not None and direction.family == SCALED and not direction.only:
+            squares.setdefault(f"layer {at.layer}", []).append(float(score) ** 2)
+    return max(squares, key=lambda layer: float(np.mean(squares[layer])), default="")
 
 
 def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -> float:
@@ -163,70 +175,69 @@ def _size(gap: np.ndarray, slopes: np.ndarray, trainer: np.ndarray) -> float:
     return float((slopes * token_weights(gap, trainer)).sum()) / max(bent, np.finfo(float).tiny)
 
 
-def _rounding(form: str) -> Callable[[str, Tensor], Tensor | None]:
-    def direction(name: str, parameter: Tensor) -> Tensor | None:
-        if parameter.dim() != 2 or in_layer(name) is None:
-            return None
-        return QUANTISED[form](parameter) - parameter
-
-    return direction
-
-
-def _rows(sample: Samples, weights: np.ndarray, pulled: Pulls) -> tuple[list[Direction], np.ndarray]:
+def _rows(
+    sample: Samples, weights: np.ndarray, pulled: Pulls, felt: dict[str, np.ndarray]
+) -> tuple[list[Direction], np.ndarray]:
     """Every direction with its pulls, those of one prompt's samples summed: [K] and float64 [K, prompts]."""
     found = list(of_tensors(pulled))
-    for family in (TEMPERATURE, CONSTANT, FIRST, LONG):
-        slopes = pulled.temperature if family == TEMPERATURE else _of_rows(sample, family)
-        found.append((Direction(family), np.bincount(sample.owners, slopes * weights, len(sample))))
+    found += list(in_rows(found, sample))
+    for way, slopes in by_tokens(sample, felt):
+        found.append((way, np.bincount(sample.owners, slopes * weights, len(sample))))
     prompts = prompts_of(sample)
     by_prompt = np.stack([np.bincount(prompts, row) for _, row in found])
     return [direction for direction, _ in found], by_prompt
 
 
-def prompts_of(sample: Samples) -> np.ndarray:
-    """The number of each sample's prompt, int [S]: what follows one prompt shares its rounding."""
-    known: dict[bytes, int] = {}
-    return np.array([known.setdefault(prompt.tobytes(), len(known)) for prompt in sample.prompts])
+def by_tokens(sample: Samples, felt: Mapping[str, np.ndarray]) -> list[tuple[Direction, np.ndarray]]:
+    """The families that are felt token by token, and those of them that are tried in a part of the tokens.
 
-
-def of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
-    """Of each tensor, each layer's and all layers' tensors together: pulls of every sequence, float64 [S]."""
-    layers: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for row, (family, name) in enumerate(pulled.names):
-        yield (
-            Direction(family, (name,), name.removeprefix("model.").removesuffix(".weight")),
-            pulled.sums[row],
-        )
-        if (at := in_layer(name)) is not None:
-            layers[family, f"layer {at.layer}"].append(row)
-            layers[family, WHOLE].append(row)
-    for (family, place), rows in layers.items():
-        names = tuple(pulled.names[row][1] for row in rows)
-        yield Direction(family, names, place), pulled.sums[rows].sum(0)
-
-
-def _of_rows(sample: Samples, family: str) -> np.ndarray:
-    """∂ log p_i / ∂θ of a constant, on the tokens that the family is of, float64 [T]."""
-    if family == CONSTANT:
-        return np.ones(sample.owners.size)
-    if family == FIRST:
-        return (sample.positions == 0).astype(np.float64)
-    lengths = np.array([len(prompt) for prompt in sample.prompts])
-    return (lengths > np.median(lengths))[sample.owners].astype(np.float64)
+    Args:
+        felt: family → ∂ log p_i / ∂θ, float64 [T].
+    """
+    found = [(Direction(family), slopes) for family, slopes in felt.items()]
+    for only, tokens in token_classes(sample).items():
+        found += [(Direction(family, only=only), felt[family] * tokens) for family in TOKEN_INTERACTIONS]
+    return found
 
 
 def _slopes(pair: Pair, sample: Samples, best: Direction, here: np.ndarray) -> np.ndarray:
-    """∂ log p_i / ∂θ along one direction, by a step along it from the scores ``here``, float64 [T]."""
-    step = 1.0 if best.family in QUANTISED else SCORE_STEP
-    return (_moved(pair, sample, best, step, here) - here).astype(np.float64) / step
+    """∂ log p_i / ∂θ along one direction, float64 [T]; 0 where these tokens cannot feel it."""
+    if best.tensors:
+        step = 1.0 if best.family in QUANTISED else SCORE_STEP
+        whole = (_with_tensors(pair, sample, best, step, here) - here).astype(np.float64) / step
+    else:
+        known = slopes_of(pair, sample, best.family, here)
+        whole = np.zeros(here.size) if known is None else known
+    return whole * _where(sample, best.only)
 
 
-def _moved(pair: Pair, sample: Samples, best: Direction, theta: float, here: np.ndarray) -> np.ndarray:
-    """The trainer's scores, moved by θ along the direction from ``here``, float [T]."""
-    if best.family in (CONSTANT, FIRST, LONG):
-        return here + theta * _of_rows(sample, best.family)
-    if best.family == TEMPERATURE or best.tensors == (HEAD,):
-        by = 1.0 + theta if best.family == TEMPERATURE else 1.0 / (1.0 + theta)
-        return np.concatenate(pair.trainer.score(sample.groups, sample.temperature * by))
+def _moved(
+    pair: Pair, sample: Samples, best: Direction, theta: float, here: np.ndarray, slopes: np.ndarray
+) -> np.ndarray:
+    """The trainer's scores, moved by θ along the direction from ``here``, float [T].
+
+    Args:
+        slopes: of that direction. What has no variant of the model is as straight as they are.
+    """
+    if best.tensors:
+        moved = _with_tensors(pair, sample, best, theta, here)
+    else:
+        moved = moved_by(pair, sample, best.family, theta, here)
+    if moved is None:
+        return here + theta * slopes
+    return here + (moved - here) * _where(sample, best.only)
+
+
+def _with_tensors(pair: Pair, sample: Samples, best: Direction, theta: float, here: np.ndarray) -> np.ndarray:
+    if best.tensors == (HEAD,):
+        return np.concatenate(pair.trainer.score(sample.groups, sample.temperature / (1.0 + theta)))
     with pair.trainer.holding(Along(best.family, best.tensors, theta)):
         return sample.scored(pair.trainer)
+
+
+def _where(sample: Samples, only: str) -> np.ndarray:
+    """1 on the tokens that a direction acts on, float64 [T]."""
+    if not only:
+        return np.ones(sample.owners.size)
+    known = token_classes(sample).get(only)
+    return np.zeros(sample.owners.size) if known is None else known.astype(np.float64)
