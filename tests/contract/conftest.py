@@ -158,7 +158,7 @@ def served(environment, log) -> Iterator[Server]:
     finally:
         end_group(process.pid)
         process.wait()
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _wait_for(process, port, log):
