@@ -214,6 +214,7 @@ class Channel:
             self._ended = True
             self._reason = self._reason or reason
             waiting, self._waiting = list(self._waiting.values()), {}
+        # The group is ended before anyone is told: whoever is may start the next engine at once.
         try:
             self._on_end()
         finally:

@@ -125,6 +125,7 @@ def gather(pair: Pair) -> Evidence:
 
 
 def _floors(pair: Pair, own: Samples, trainer: np.ndarray) -> Floors:
+    # Every other sequence: those alone in a row are a pass each.
     half = own.owners % 2 == 0
     alone = np.concatenate(
         [s for group in own.groups[::2] for s in pair.trainer.score([group], own.sampling.temperature)]

@@ -16,6 +16,7 @@ PATHS = ("_name_or_path", "transformers_version", "_attn_implementation_internal
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and persistent buffers."""
     digest = hashlib.sha256()
+    # By name: the order of a model's tensors is transformers' to change between versions.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -63,6 +63,7 @@ class Policy:
 
     def hidden(self, row: Packed) -> Float[Tensor, "T D"]:
         """The hidden states that predict ``row.targets``, after the final norm."""
+        # transformers hands what it does not know down to every attention layer.
         kwargs = {"blocks": row.blocks} if self.share_prompts else {}
         output = self.model.base_model(
             input_ids=row.token_ids[None], position_ids=row.position_ids[None], use_cache=False, **kwargs

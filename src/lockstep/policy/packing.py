@@ -212,6 +212,7 @@ def _mask(tree: _Tree) -> Bool[Tensor, "L L"] | None:
 
     0 marks trunk and prompt, which all share.
     """
+    # One path: plain causal attention, whose kernel reads no mask.
     if len(tree.branches) == 1 and len(tree.branches[0].completions) == 1:
         return None
     branches, completions = [np.zeros(tree.trunk, np.int64)], [np.zeros(tree.trunk, np.int64)]

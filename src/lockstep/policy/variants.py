@@ -264,6 +264,7 @@ def _with_values(
 ) -> Iterator[Policy]:
     """The policy's own model with other values in the parameters ``names``."""
     parameters = parameters_of(policy.model)
+    # Cloned: this is what is put back, and a view would change with the parameter.
     now = {name: whole(parameters[name].detach()).clone() for name in names}
     assign(
         parameters, {name: value for name, old in now.items() if (value := value_of(name, old)) is not None}

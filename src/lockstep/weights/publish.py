@@ -104,6 +104,7 @@ class WeightPublisher:
             shared = self._file.tensors[name]
             if tensor is own.get(name) and tensor.device.type == "cpu":
                 shared.copy_(tensor)
+                # The parameter stays the object that it is: optimizer, head and hooks hold on to it.
                 tensor.data = shared
             else:
                 self.copied[name] = shared

@@ -18,9 +18,9 @@ from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 
 FORMS = ("torch.float16", "torch.bfloat16")
-"""What the body of an engine that does not say is tried in."""
+"""Dtypes that are tried for the body of an engine that does not tell its own."""
 FEW_TOKENS = 48
-"""Of the sample at least, on which the forms are tried."""
+"""The forms are tried on so many tokens of the sample, or a few more: whole rows are taken."""
 
 
 @dataclass(frozen=True)

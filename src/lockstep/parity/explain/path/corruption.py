@@ -19,13 +19,13 @@ SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Corrupted:
-    """What was found."""
+    """Completions that hold tokens which the re-scores find absurd."""
 
     rows: list[int]
     n_rows: int
     n_tokens: int
     text: str
-    """Of the worst, escaped: it comes from a model."""
+    """What the worst of them reads as; escaped, for it comes from a model."""
 
     def evidence(self) -> str:
         """For people."""

@@ -41,7 +41,7 @@ SINGLES = 16
 CROWD = 64
 """Samples of each prompt of the crowd."""
 MOST_DRAWS = 4.0
-"""Times the crowd of ``parity.draw_tokens``, where peaked distributions need more."""
+"""The crowd may have so many times the tokens of ``parity.draw_tokens``, where distributions are peaked."""
 
 
 @dataclass(frozen=True)

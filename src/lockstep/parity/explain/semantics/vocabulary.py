@@ -17,7 +17,7 @@ from lockstep.records.samples import Group, Samples
 
 MOVES = (1, -1, 2, -2)
 ROWS, TOKENS = 4, 32
-"""Of the sample: some dozens of passes."""
+"""Rows, and tokens of each, on which a move is tried: there are some dozens of moves, with a pass each."""
 PLACES = 12
 """Ids from which the others may be moved that are tried before the best is looked at more closely."""
 

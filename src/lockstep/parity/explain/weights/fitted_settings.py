@@ -23,9 +23,10 @@ ROTARY_BASES = np.geomspace(1e3, 1e7, 9).tolist()
 INTERPOLATIONS = np.geomspace(1 / 8, 16, 8).tolist()
 EPSILONS = np.geomspace(1e-12, 1e-1, 12).tolist()
 SCALES = (0.125, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0, 4.0, 8.0)
-"""Closer where they are close to none: of two that miss as far as 1 does, neither would be refined."""
+"""Factors; closer together around 1. Had 1 lain far from both neighbours, a factor between them would miss as
+much as none at either, and neither would be refined."""
 CAPS = (5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 75.0, 100.0, 1e4)
-"""Of the logits; the last is none."""
+"""Soft caps that the logits may have; under the last of them they are as good as uncapped."""
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from lockstep.records.samples import Samples
 
 WINDOWS = tuple(2**n for n in range(3, 13))
 SETTING_ROWS = 4
-"""At least, of the sample, on which settings are tried: dozens of passes, and one that is right leaves
-nothing anywhere."""
+"""Settings are tried on so many rows of the sample at least. It takes dozens of passes, and a setting that is
+right leaves nothing in any row."""
 SCREENED_CONTEXT = 112
 """Tokens, prompts and all, on which a setting is fitted before it is proven."""
 SCALED_TOKENS = 64
-"""Of the sample, for the search for a scaled tensor."""
+"""A scaled tensor is looked for on so many tokens of the sample."""
 
 
 def explain(pair: Pair, sample: Samples, gap: np.ndarray, *, precision_last: bool = False) -> Explanation:
