@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.console import Console, emit
+from lockstep.cli.console import Console, emit, show
 from lockstep.cli.flags import EngineName, KeyEnv, Plant, Sets, SignKey
+from lockstep.config.recipe import Recipe
 from lockstep.errors import UsageError
 
 
@@ -25,6 +26,10 @@ def train(
     go_on: Annotated[
         bool, typer.Option("--continue", help="Resume the newest run of this recipe if it was interrupted.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would run: prompts, memory, files. Nothing is started."),
+    ] = False,
     plant: Plant = None,
     sign_key: SignKey = None,
     api_key_env: KeyEnv = "",
@@ -42,6 +47,9 @@ def train(
     from lockstep.summary import summary_table
 
     loaded = recipe_of(recipe, set_, engine) if recipe is not None else None
+    if dry_run:
+        _look(loaded, out, api_key_env, as_json=as_json)
+        return
     with Console() as console:
         summary = api.train(
             loaded,
@@ -57,3 +65,17 @@ def train(
         emit("train", summary)
     else:
         print(summary_table(summary))
+
+
+def _look(recipe: Recipe | None, out: Path | None, api_key_env: str, *, as_json: bool) -> None:
+    """What a run would be."""
+    if recipe is None:
+        got, hint = "--dry-run without a recipe", "lockstep train recipes/quickstart.toml --dry-run"
+        raise UsageError("lockstep train", got=got, expected="a recipe", hint=hint)
+    from lockstep.loop.dry_run import dry_run, told
+
+    found = dry_run(recipe, out, api_key_env)
+    if as_json:
+        emit("dry_run", found)
+    else:
+        show(told(found))

@@ -79,7 +79,8 @@ class TaskConfig(_Section, frozen=True):
     """Where prompts and rewards come from."""
 
     name: str
-    """``reasoning_gym:DATASET``, or ``module:function`` for a sequence of {"question", "answer"} mappings."""
+    """``reasoning_gym:DATASET``, a file (``rollout/datasets.py``), or ``module:function`` for a sequence of
+    {"question", "answer"} mappings."""
     options: dict[str, Any] = {}
     """Passed to the dataset by its own names."""
     examples: NonNegative = 0

@@ -7,6 +7,7 @@ from typing import Any, cast
 from lockstep.config.imported import imported
 from lockstep.config.recipe import TaskConfig
 from lockstep.errors import RecipeError, Stopped
+from lockstep.rollout.datasets import READERS, read_items
 from lockstep.rollout.deadline import Overdue, deadline
 from lockstep.rollout.reward_workers import RewardWorkers
 from lockstep.rollout.rewards import Item, Reward, raised, refused, reward_named
@@ -97,9 +98,11 @@ def _dataset(config: TaskConfig, seed: int) -> Sequence[Item]:
         raise RecipeError(
             "recipe, key task.name",
             got=repr(config.name),
-            expected="reasoning_gym:DATASET or module:function",
+            expected="reasoning_gym:DATASET, jsonl:FILE, parquet:FILE, hub:ORG/NAME or module:function",
             hint="reasoning_gym:chain_sum",
         )
+    if source in READERS:
+        return _not_empty(config.name, read_items(source, name, config.options, seed))
     if source != "reasoning_gym":
         return _not_empty(config.name, _made(config, imported(config.name, "task.name"), seed))
     import reasoning_gym

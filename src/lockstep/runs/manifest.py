@@ -32,6 +32,8 @@ SHOWN = 4
 """Differences told in one error."""
 VOLATILE = re.compile(r"(?:^|[._])(?:pid|instance|port|ports|path|ip|rank)(?:$|[._])", re.IGNORECASE)
 """Words in resolved names that differ from start to start and cannot move a log-probability."""
+FILES = ("jsonl:", "parquet:")
+"""What begins the name of a task whose questions are a file of the user's."""
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "msgspec", "reasoning-gym")
 
 
@@ -176,8 +178,16 @@ def _code(recipe: Recipe) -> dict[str, str]:
     named = {"task.name": task.name, "task.reward": task.reward, "objective.name": objective.name}
     # A dataset of reasoning-gym's is told by that package's version.
     return {
-        key: source_digest(n) for key, n in named.items() if ":" in n and not n.startswith("reasoning_gym:")
+        key: _file_digest(n) if n.startswith(FILES) else source_digest(n)
+        for key, n in named.items()
+        if ":" in n and not n.startswith("reasoning_gym:")
     }
+
+
+def _file_digest(name: str) -> str:
+    """Of the file that a task's questions come from."""
+    file = Path(name.partition(":")[2])
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -1,0 +1,144 @@
+"""What a run would be: the recipe as it is resolved, prompts as the engine would get them, memory, files.
+
+Nothing is started and nothing is written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from lockstep.config.recipe import Recipe
+from lockstep.loop.open import preflight
+from lockstep.objectives.registry import advantage_of, needs_of
+from lockstep.rendering import Renderer
+from lockstep.rollout.tasks import Task
+
+SHOWN = 3
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+GIB = 2**30
+
+
+class Prompt(Struct, frozen=True, kw_only=True):
+    """A question as the engine would get it."""
+
+    item: int
+    text: str
+    """The rendered tokens, read back."""
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+class DryRun(Struct, frozen=True, kw_only=True):
+    """What a run would be."""
+
+    engine: str
+    engine_reason: str
+    model_path: str
+    objective: str
+    """With the estimator of its advantages."""
+    optimizer_steps: int
+    samples: int
+    prompts: tuple[Prompt, ...]
+    n_parameters: int
+    memory_gib: dict[str, float]
+    """Of the trainer, without activations; what the engine takes is its own."""
+    writes: tuple[str, ...]
+    recipe: dict[str, Any]
+
+
+def dry_run(recipe: Recipe, out: Path | None, api_key_env: str = "") -> DryRun:
+    """Look at everything that can be looked at without a start.
+
+    Raises:
+        UsageError: as a run would, before it starts anything.
+    """
+    choice, path = preflight(recipe, api_key_env)
+    renderer, task = Renderer(path), Task(recipe.task, recipe.training.seed)
+    try:
+        prompts = tuple(_prompt(renderer, task, number) for number in range(SHOWN))
+    finally:
+        task.close()
+    parameters, training = _parameters(path), recipe.training
+    root = str(out) if out is not None else "runs/<date>-<random>"
+    return DryRun(
+        engine=f"{choice.name} {choice.environment.version if choice.environment else ''}".strip(),
+        engine_reason=choice.reason,
+        model_path=str(path),
+        objective=f"{recipe.objective.name}, advantages: {advantage_of(recipe.objective)}",
+        optimizer_steps=training.steps * training.minibatches,
+        samples=training.steps * training.prompts_per_step * training.group_size,
+        prompts=prompts,
+        n_parameters=parameters,
+        memory_gib={name: n / GIB for name, n in _memory(recipe, parameters).items()},
+        writes=tuple(
+            f"{root}/{name}"
+            for name in (
+                *("manifest.json", "certificate.json", "verdicts.jsonl", "metrics.jsonl", "rollouts/"),
+                *("checkpoints/", "engine.log", *(f"({sink})" for sink in recipe.recording.sinks)),
+            )
+        ),
+        recipe=msgspec.to_builtins(recipe),
+    )
+
+
+def _prompt(renderer: Renderer, task: Task, number: int) -> Prompt:
+    item = task.item(number)
+    ids = renderer.prompt(task.messages(item))
+    return Prompt(
+        item=number,
+        text=renderer.tokenizer.decode(ids),
+        token_ids=tuple(ids.tolist()),
+        answer=str(item.get("answer", "")),
+    )
+
+
+def _parameters(path: Path) -> int:
+    """Elements of all tensors of a checkpoint, from its files' headers."""
+    total = 0
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                n = 1
+                for size in tensor["shape"]:
+                    n *= size
+                total += n
+    return total
+
+
+def _memory(recipe: Recipe, parameters: int) -> dict[str, int]:
+    """Bytes by what holds them."""
+    width = BYTES["F32" if recipe.model.dtype == "float32" else "BF16"]
+    buffers = 2 if recipe.engine.double_buffer else 1
+    return {
+        "weights": width * parameters,
+        "gradients": width * parameters,
+        "adam moments": 8 * parameters,
+        "fp32 masters": 0 if width == 4 else 4 * parameters,
+        "published weights": 0 if buffers == 1 else 2 * width * parameters,
+        "reference model": width * parameters if needs_of(recipe.objective).reference else 0,
+    }
+
+
+def told(found: DryRun) -> str:
+    """For people."""
+    total = sum(found.memory_gib.values())
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in found.memory_gib.items() if size)
+    lines = [
+        f"engine      {found.engine} ({found.engine_reason})",
+        f"model       {found.model_path}, {found.n_parameters / 1e6:.1f} M parameters",
+        f"objective   {found.objective}",
+        f"steps       {found.optimizer_steps} of the optimizer, {found.samples} samples in all",
+        f"memory      {total:.2f} GiB in the trainer ({parts}), activations and the engine beside it",
+    ]
+    for prompt in found.prompts:
+        lines += [
+            f"prompt {prompt.item}    {len(prompt.token_ids)} tokens; the answer is {prompt.answer!r}",
+            f"  {prompt.text!r}",
+            f"  {' '.join(map(str, prompt.token_ids))}",
+        ]
+    return "\n".join([*lines, *(f"would write {name}" for name in found.writes), "nothing was started"])

@@ -1,0 +1,98 @@
+"""Questions from files: columns mapped, order by seed, and what is wrong named by file, line and column."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from lockstep.config.recipe import parse_recipe
+from lockstep.errors import RecipeError
+from lockstep.rollout.datasets import read_items
+from lockstep.rollout.tasks import Task
+from lockstep.runs.manifest import _code
+
+ROWS = [{"problem": f"{n} + 1", "solution": str(n + 1), "level": n} for n in range(8)]
+COLUMNS = {"question": "problem", "answer": "solution"}
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    return path
+
+
+def test_jsonl_and_parquet_give_the_same_items_and_keep_other_columns(jsonl, tmp_path):
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    kinds, asked = ("jsonl", "parquet"), {"columns": COLUMNS}
+    read = [read_items(kind, str(tmp_path / f"a.{kind}"), asked, 0) for kind in kinds]
+    assert read[0] == read[1]
+    assert read[0][3] == {"question": "3 + 1", "answer": "4", **ROWS[3]}
+
+
+def test_shuffling_is_the_seeds_and_loses_no_row(jsonl):
+    asked = {"columns": COLUMNS, "shuffle": True}
+    first, again, other = (read_items("jsonl", str(jsonl), asked, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert sorted(item["level"] for item in first) == list(range(8))
+
+
+def test_a_task_from_a_file_asks_and_rewards(jsonl):
+    recipe = parse_recipe(
+        {
+            "model": {"path": "m"},
+            "task": {"name": f"jsonl:{jsonl}", "options": {"columns": COLUMNS}},
+            "sampling": {"max_tokens": 1},
+            "training": {"steps": 1},
+        },
+        "test",
+    )
+    task = Task(recipe.task, 0)
+    assert task.messages(task.item(9)) == [{"role": "user", "content": "1 + 1"}], "it starts over"
+    assert list(task.rewards(["2", " 3"], [task.item(1), task.item(1)])) == [1.0, 0.0]
+    before = _code(recipe)["task.name"]
+    jsonl.write_text(json.dumps(ROWS[0]))
+    assert _code(recipe)["task.name"] != before, "a run does not go on with other questions"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "needle"),
+    [
+        (None, {}, "No such file or directory"),
+        ('{"problem": 1}\n{"prob', {}, "line 2"),
+        ("[1]\n", {}, "line 1"),
+        (
+            '{"problem": "x"}\n',
+            {"columns": {"question": "prompt"}},
+            "row 0: got no column 'prompt', but problem",
+        ),
+        ('{"problem": "x"}\n', {"colums": {}}, "expected columns, shuffle, split"),
+        ("\n", {}, "an empty dataset"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, content, options, needle):
+    path = tmp_path / "b.jsonl"
+    if content is not None:
+        path.write_text(content)
+    recipe = parse_recipe(
+        {
+            "model": {"path": "m"},
+            "task": {"name": f"jsonl:{path}", "options": options},
+            "sampling": {"max_tokens": 1},
+            "training": {"steps": 1},
+        },
+        "test",
+    )
+    with pytest.raises(RecipeError, match=needle.replace("(", r"\(")):
+        Task(recipe.task, 0)
+
+
+def test_the_hubs_library_is_an_extra_and_its_absence_gives_the_line_that_installs_it(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RecipeError) as raised:
+        read_items("hub", "org/name", {}, 0)
+    assert raised.value.hint == 'pip install "lockstep-rl[datasets]"'
