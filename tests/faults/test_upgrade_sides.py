@@ -58,3 +58,23 @@ def test_what_another_generation_leaves_out_is_not_measured_and_says_so(pair):
 
 def test_prompt_numbers_at_one_are_off_where_the_samplers_temperature_is_meant(pair):
     assert untempered_nats(pair) > 1e-3
+
+
+def test_the_whole_way_on_a_real_pair_ends_in_a_recipe_and_its_certificate(recipe, tmp_path, monkeypatch):
+    from lockstep.config.recipe import load_recipe, with_sets
+    from lockstep.diagnose import upgrade as module
+    from lockstep.runs.certificate import read_certificate
+
+    # Two configurations of the embedded engine stand in for two versions: only the names are other.
+    small = with_sets(recipe, ["parity.probe_prompts=4", "parity.probe_tokens=8", "parity.draw_tokens=128"])
+    monkeypatch.setattr(module, "as_it_comes", lambda recipe, version: recipe)
+    monkeypatch.setattr(module, "_final", lambda recipe, after, flags: with_sets(recipe, flags))
+    said = []
+    found = module.upgrade(small, "one", "other", tmp_path / "out", said.append)
+    assert found.verdict == "PASS", found.steps
+    assert found.steps[0].status == "PASS", "as it comes it is the same policy already"
+    assert load_recipe(tmp_path / "out" / "recipe.toml").parity == small.parity
+    assert len(read_certificate(tmp_path / "out" / "certificate.json").layers) == 5
+    assert any("head in bf16" in line for line in said)
+    head = next(one for one in found.differences if one.cause == "head_precision")
+    assert head.effect_nats > 1e-5 or head.note == "not measured"
