@@ -48,7 +48,10 @@ def _binomial_most(n: int, p: float) -> int:
 
 
 def fault_table(found: dict) -> Iterator[str]:
-    """One row a fault and size: how far it moves a token; seen, in the right group, and by the gates."""
+    """One row a fault and size: how far it moves a token; seen, in the right group, and by the gates.
+
+    In bf16 any change has other roundings, which are in what it moves.
+    """
     budgets = list(found["clean"])
     columns = " | ".join(f"{tokens} tokens: seen, in group, gates" for tokens in budgets)
     yield f"| fault | moves (nats, rms) | {columns} | told otherwise |"
