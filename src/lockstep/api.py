@@ -217,15 +217,14 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
 
     recorder = open_recorder(layout, recipe.recording.sinks, recipe.recording.aliases or None)
     with open_session(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
-        from lockstep.loop.stages import Run
-        from lockstep.loop.sync import run_steps
+        from lockstep.loop.sync import Run, steps_of
 
         if resumed:
             refuse_other_run(layout.manifest, session.manifest)
         else:
             write_manifest(layout.manifest, session.manifest)
         try:
-            run_steps(Run(session, layout, say, recorder, sign_key=start.sign_key), resumed=resumed)
+            steps_of(recipe)(Run(session, layout, say, recorder, sign_key=start.sign_key), resumed=resumed)
         except LockstepError as error:
             error.add_note(
                 f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}"

@@ -10,7 +10,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
+
+LOOPS: dict[str, Callable[[Any], int]] = {
+    "lockstep.loop.sync": lambda number: number,
+    "lockstep.loop.in_flight": lambda flights: flights.schedule.state.step,
+}
+"""Each loop's module, and the step's number from the second argument of its ``_step``."""
 
 
 class Kill:
@@ -30,15 +37,8 @@ class Kill:
 
     def install(self) -> None:
         """Put itself around the function, and around the loop's step."""
-        loop: Any = importlib.import_module("lockstep.loop.sync")
-        step = loop._step
-
-        def stepped(run, number):
-            self.now, self.calls = number, 0
-            self.run = run
-            return step(run, number)
-
-        loop._step = stepped
+        for loop, number_of in LOOPS.items():
+            self._watch(importlib.import_module(loop), number_of)
         module, _, path = self.target.partition(":")
         owner: Any = importlib.import_module(module)
         *outer, name = path.split(".")
@@ -57,6 +57,16 @@ class Kill:
             return found
 
         setattr(owner, name, watched)
+
+    def _watch(self, loop: Any, number_of: Callable[[Any], int]) -> None:
+        step = loop._step
+
+        def stepped(run, of):
+            self.now, self.calls = number_of(of), 0
+            self.run = run
+            return step(run, of)
+
+        loop._step = stepped
 
     def strike(self) -> None:
         """End whom it is to end."""
@@ -88,6 +98,7 @@ def serve() -> None:
     for name in (
         "cli.main",
         "loop.sync",
+        "loop.in_flight",
         "loop.open",
         "engines.transformers",
         "parity.pair",

@@ -48,8 +48,9 @@ class Objective(_Section, frozen=True):
     kl: Kl = Kl()
     entropy_coef: NonNegativeFloat = 0.0
     """How much of the mean entropy is taken off the loss."""
-    old_logprobs: Literal["trainer", "engine"] = "trainer"
-    """Denominator of the policy ratio. ``engine`` skips a pass of the trainer: the certificate's dividend."""
+    old_logprobs: Literal["trainer", "sampling", "engine"] = "trainer"
+    """Denominator of the clipped ratio. ``trainer``, or ``sampling``, which says it: the trainer's under the
+    weights that drew the token. ``engine`` skips that pass: the certificate's dividend."""
     correction: Correction = "none"
     """A factor on each token for what is left of a proven backend's mismatch: ``objectives/corrections/``."""
     correction_low: PositiveFloat | None = None

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lockstep.config.objective import NonNegativeFloat, Objective, PositiveFloat, ValueHead
-from lockstep.config.values import refuse_unrepeatable
+from lockstep.config.values import refuse_recomputed, refuse_unrepeatable
 from lockstep.errors import RecipeError
 from lockstep.records.tokens import NonNegative, Positive, SamplingParams
 
@@ -71,6 +71,8 @@ class EngineConfig(_Section, frozen=True):
     double_buffer: bool = False
     """Weights are copied into one of two files by turns, so that the trainer may step while an engine still
     reads. Costs two copies of them in memory; without it the published file is the trainer's own memory."""
+    restarts: NonNegative = 2
+    """In flight: how often an engine that died is started again in a run; its requests are issued again."""
     options: dict[str, Any] = {}
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
@@ -152,10 +154,37 @@ class Parity(_Section, frozen=True):
     override: str = ""
     """Train although the ladder does not pass, for the reason that this sentence gives. It is stamped on the
     manifest, on every step and on the summary; no certificate is issued."""
+    audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    """In flight with ``old_logprobs = "engine"``: share of the samples of earlier versions that the trainer
+    scores under the weights that drew them, to measure the mismatch. With another all are."""
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101
     """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
+
+
+class Loop(_Section, frozen=True):
+    """Which loop puts the stages in order."""
+
+    kind: Literal["sync", "in_flight"] = "sync"
+    """``in_flight``: the engine samples while the trainer trains (docs/concepts/in-flight.md)."""
+    deadline_s: PositiveFloat = 1800.0
+    """In flight: the longest wait in which nothing happens; who waits for what is told, and the run ends."""
+
+
+class Rollout(_Section, frozen=True):
+    """In flight: how far sampling may run ahead, and what an update does to what is being drawn."""
+
+    max_lag: NonNegative = 1
+    """Versions between drawing a token and training on it, at most. 0: synchronous."""
+    update: Literal["keep", "recompute", "wait"] = "keep"
+    """Of what is being drawn: ``keep`` its cache, ``recompute`` it under the new weights, or ``wait``."""
+    in_flight: NonNegative = 0
+    """Samples with the engine at once; 0: as many as it runs side by side."""
+    stale: Literal["wait", "drop"] = "wait"
+    """A group that would be too old is waited for; or it is dropped, which falls on long answers."""
+    ring: Literal["memory", "disk"] = "memory"
+    """Where the weights of the last ``max_lag`` versions are kept; the manifest says how large they are."""
 
 
 class Recording(_Section, frozen=True):
@@ -180,6 +209,8 @@ class Recipe(_Section, frozen=True):
     value_head: ValueHead = ValueHead()
     parity: Parity = Parity()
     recording: Recording = Recording()
+    loop: Loop = Loop()
+    rollout: Rollout = Rollout()
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> Recipe:
@@ -249,6 +280,7 @@ def with_sets(recipe: Recipe, sets: Sequence[str]) -> Recipe:
 def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     """Build a :class:`Recipe` from a nested dict, naming ``source`` in errors."""
     _refuse_unknown_keys(table, Recipe, source, ())
+    refuse_recomputed(table, source)
     refuse_unrepeatable(table, source)
     try:
         # TOML's and JSON's keys are text, a token's id too.

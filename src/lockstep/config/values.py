@@ -41,3 +41,26 @@ def _unrepeatable(value: Any, where: str) -> tuple[str, str] | None:
     if isinstance(value, datetime.date | datetime.time):
         return f"the date or time {value}", "text: put it in quotes"
     return None
+
+
+RECOMPUTED = ("current", "recompute", "recomputed", "now")
+"""What others call old log-probabilities that are computed when the sample is trained on."""
+
+
+def refuse_recomputed(table: dict[str, Any], source: str) -> None:
+    """Old log-probabilities are of the policy that drew the tokens, by whatever name others are asked for.
+
+    Raises:
+        RecipeError: for one of :data:`RECOMPUTED`.
+    """
+    section = table.get("objective", {})
+    if isinstance(section, dict) and section.get("old_logprobs") in RECOMPUTED:
+        raise RecipeError(
+            f"recipe {source}, key objective.old_logprobs",
+            got=repr(section["old_logprobs"]),
+            expected=(
+                "the policy that drew the tokens: under the current weights the ratio is 1, "
+                "whatever drew them, and nothing is ever clipped"
+            ),
+            hint="--set objective.old_logprobs=sampling",
+        )

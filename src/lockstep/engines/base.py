@@ -82,6 +82,8 @@ class EngineFacts(Struct, frozen=True):
     """The same of its last matrix product."""
     cache_dtype: str = ""
     """The same of keys and values (``fp8_e5m2``; ``auto``: as its parameters); empty where it never tells."""
+    side_by_side: str = ""
+    """Key of how many sequences it runs at once; empty where it never tells."""
     device: str = ""
     """Key of what it computes on (``cpu``, ``cuda``); empty where it never tells: it is taken for a CPU's."""
 

@@ -45,6 +45,27 @@ class Session:
     pair: "Pair"
     choice: Choice
     model_path: Path
+    launch_engine: Callable[[], Engine] | None = None
+    """Starts another engine like the first, and ends it with the session."""
+
+    def restart_engine(self) -> None:
+        """Another engine in the place of one that died; it holds the weights that the first began with.
+
+        Raises:
+            EngineError: when it does not start.
+        """
+        assert self.launch_engine is not None, "a session that was opened has one"
+        self.pair.engine.close()
+        self.pair.engine = self.launch_engine()
+
+    def loop_choices(self) -> dict[str, tuple[str, str]]:
+        """What the loop resolved, each with its reason."""
+        recipe = self.pair.recipe
+        if recipe.loop.kind == "sync":
+            return {}
+        n, size = recipe.rollout.max_lag, self.pair.trainer.nbytes
+        reason = f"{n} versions of {size / 1e6:.0f} MB in {recipe.rollout.ring}"
+        return {"rollout.ring": (f"{n * size} bytes", f"rollout.max_lag = {n}: {reason}")}
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -55,6 +76,7 @@ class Session:
         choices = {
             "engine": (_named(self.choice), self.choice.reason),
             **pair.trainer.choices(),
+            **self.loop_choices(),
         }
         return build_manifest(
             pair.recipe,
@@ -102,13 +124,17 @@ def open_session(
 
         publisher = partial(publisher_of, recipe.engine, directory, say)
         trainer = Trainer.load(model_path, recipe, publisher)
-        engine: Engine = starting or stack.enter_context(contextlib.closing(launch(choice, spec)))
-        engine.wait_ready()
-        if recipe.engine.weights == "nccl":
-            engine.need("nccl_weights")
-        say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
-        engine = plants.around(engine) if plants else engine
-        yield Session(Pair(engine, trainer, renderer, task, recipe, say=say), choice, model_path)
+
+        def launched(first: Engine | None = None) -> Engine:
+            engine = first or stack.enter_context(contextlib.closing(launch(choice, spec)))
+            engine.wait_ready()
+            if recipe.engine.weights == "nccl":
+                engine.need("nccl_weights")
+            say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
+            return plants.around(engine) if plants else engine
+
+        pair = Pair(launched(starting), trainer, renderer, task, recipe, say=say)
+        yield Session(pair, choice, model_path, launched)
 
 
 @contextlib.contextmanager

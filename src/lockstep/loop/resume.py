@@ -7,12 +7,15 @@ Rollouts of that step may lie drawn: ``stages.sample`` takes them. Refused ones 
 looked at.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lockstep.errors import RunError
 from lockstep.loop.stages import Run, train_gated
 from lockstep.parity.gate import Gate
 from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
+from lockstep.records.samples import Samples
 from lockstep.rollout import store
 from lockstep.runs.checkpoints import keep_newest, newest_checked
 from lockstep.runs.layout import forget_partials
@@ -24,8 +27,14 @@ REPLAYED = ("loss", "entropy_mean_nats", "grad_norm")
 ratio is 1; the entropy and the gradient do, and the gate holds the gap."""
 
 
-def catch_up(run: Run) -> int:
+Again = Callable[[int, Samples], dict[str, float]]
+
+
+def catch_up(run: Run, again: Again | None = None) -> int:
     """Bring a killed run's trainer to where it was; returns the first step without admitted rollouts.
+
+    Args:
+        again: trains a step on its stored rollouts, and returns its figures; None: as the synchronous loop.
 
     Raises:
         RunError: when a replayed step does not give the recorded figures, or files of the run are damaged.
@@ -42,7 +51,7 @@ def catch_up(run: Run) -> int:
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = run.gate or (None if run.recipe.parity.override else _recorded_gate(run))
         rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
-        figures = train_gated(run, step, rollouts, replayed=True)
+        figures = again(step, rollouts) if again else train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:
             run.recorder.step(step, step + 1, figures)
         else:

@@ -13,14 +13,16 @@ not.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from lockstep.config.recipe import Recipe
 from lockstep.errors import ParityError, RewardError, WeightSyncError
 from lockstep.loop.delivery import CANARY, Deliveries
+from lockstep.loop.figures import rollout_figures
 from lockstep.loop.open import Session
 from lockstep.loop.unproven import go_on
 from lockstep.parity.alarms import Watch
@@ -36,11 +38,13 @@ from lockstep.records.alarms import Override
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import AfterSync, BeforeCheckpoint, OfRollouts, Verdict, When
+from lockstep.records.versions import LoadMode
 from lockstep.rollout import collect, store
 from lockstep.runs.certificate import void
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.record import Recorder
 from lockstep.training.step import AtSampling
+from lockstep.training.versions import Before
 
 Say = Callable[[str], None]
 PROOF_PROMPTS = 8
@@ -67,6 +71,11 @@ class Run:
     """Where the ladder did not pass and the recipe goes on all the same."""
     sign_key: bytes = b""
     """Signs the certificate where the user gave one (``runs/signature.py``)."""
+
+    restarts: int = 0
+    """Engines that were started in the place of one that died."""
+    quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While it is entered the engine draws nothing for the loop: other weights may be loaded."""
 
     @property
     def pair(self) -> Pair:
@@ -157,12 +166,15 @@ def reward(run: Run, step: int, rollouts: Samples) -> None:
     store.save(drawn, rollouts)
 
 
-def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> dict[str, float]:
+def train_gated(
+    run: Run, step: int, rollouts: Samples, before: Before | None = None, *, replayed: bool = False
+) -> dict[str, float]:
     """Train on a step's rollouts, every token of which the gate has admitted.
 
     Returns figures by catalog name.
 
     Args:
+        before: scores of what versions before ``step`` drew; None: they drew nothing.
         replayed: they were admitted by an earlier start, and are judged again.
 
     Raises:
@@ -184,7 +196,7 @@ def train_gated(run: Run, step: int, rollouts: Samples, *, replayed: bool = Fals
                 said.update(delivered(run, version, rollouts, tokens))
             store.admit(run.layout, step)
 
-    return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit) | said
+    return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit, before) | said
 
 
 def delivered(run: Run, version: int, rollouts: Samples, tokens: AtSampling) -> dict[str, float]:
@@ -195,7 +207,9 @@ def delivered(run: Run, version: int, rollouts: Samples, tokens: AtSampling) -> 
     Raises:
         WeightSyncError: when they were drawn from other weights; they are put where nothing trains on them.
     """
-    verdict = run.deliveries.judge(run.pair, version, rollouts, tokens)
+    # What several versions drew proves none of them.
+    of_one = all(span.version == version for sample in rollouts for span in sample.version_spans)
+    verdict = run.deliveries.judge(run.pair, version, rollouts, tokens) if of_one else None
     spent = {"delivery_s": run.deliveries.spent_s}
     if verdict is None:
         return spent
@@ -220,8 +234,11 @@ def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -
     )
 
 
-def sync(run: Run, version: int) -> dict[str, float]:
+def sync(run: Run, version: int, mode: LoadMode = "wait") -> dict[str, float]:
     """Publish, load, and prove by the canary that the engine serves what it was sent.
+
+    Args:
+        mode: what becomes of what is being drawn.
 
     Raises:
         WeightSyncError: when it does not; the cause is named.
@@ -229,10 +246,10 @@ def sync(run: Run, version: int) -> dict[str, float]:
     began = time.perf_counter()
     if run.canary is None:
         assert run.override is not None
-        run.pair.sync(version)
+        run.pair.sync(version, mode)
         run.pair.version, run.unproven = version, run.unproven + 1
         return {"unproven_syncs": float(run.unproven), "sync_s": time.perf_counter() - began}
-    with run.pair.loading(version):
+    with run.pair.loading(version, mode):
         trainer = run.canary.trainer_scores(run.pair)
     run.pair.version = version
     loaded = time.perf_counter()
@@ -269,14 +286,17 @@ def record(run: Run, step: int, figures: dict[str, float], spent_s: float) -> No
         run.say(f"ALARM {alarm}")
 
 
-def checkpoint(run: Run, version: int) -> None:
+def checkpoint(run: Run, version: int, also: Callable[[Path], None] = lambda partial: None) -> None:
     """Save the weights of ``version``, once their way into the engine is proven.
+
+    Args:
+        also: writes what else belongs to it.
 
     Raises:
         WeightSyncError: when it is refuted.
     """
     prove_transport(run, version, BeforeCheckpoint(version))
-    run.pair.trainer.save(run.layout.checkpoints, version, run.session.model_path)
+    run.pair.trainer.save(run.layout.checkpoints, version, run.session.model_path, also)
 
 
 def prove_transport(run: Run, version: int, when: When) -> None:
@@ -307,6 +327,11 @@ def _refuse_sync(verdict: Verdict, version: int) -> None:
 
 def _perturbed(run: Run) -> Verdict:
     """Layer 3 on fresh tokens, against the gap that the ladder measured."""
+    with run.quiet():
+        return _perturbed_alone(run)
+
+
+def _perturbed_alone(run: Run) -> Verdict:
     assert run.canary is not None
     drawn = draw(
         run.pair,
@@ -356,27 +381,6 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
         findings=findings,
         figures=named.figures,
     )
-
-
-def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
-    """What can be said of rollouts before the weights ``version`` are trained on them, by catalog name."""
-    lengths = rollouts.lengths
-    rewards = rollouts.rewards.reshape(-1, rollouts.group_size)
-    return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "flat_group_fraction": float((rewards.std(axis=1) == 0.0).mean()),
-        "completion_tokens_mean": float(lengths.mean()),
-        "truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in rollouts])),
-        "n_tokens": float(lengths.sum()),
-        "n_samples": float(len(lengths)),
-        "missing_logprobs": float(rollouts.missing + rollouts.left_out),
-        "lag_steps": float(
-            np.mean([version - span.version for sample in rollouts for span in sample.version_spans])
-        ),
-        "sample_s": rollouts.sample_s,
-        "reward_s": rollouts.reward_s,
-    }
 
 
 def _line(run: Run, step: int, figures: dict[str, float]) -> str:

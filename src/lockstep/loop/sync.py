@@ -9,12 +9,23 @@ its weights were held to the canary in the engine. A killed run goes on from its
 """
 
 import time
+from collections.abc import Callable
 
+from lockstep.config.recipe import Recipe
 from lockstep.loop.resume import catch_up
 from lockstep.loop.shown import show
 from lockstep.loop.stages import Run, certified, checkpoint, prove, record, reward, sample, sync, train_gated
 from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.manifest import finished
+
+
+def steps_of(recipe: Recipe) -> Callable[..., None]:
+    """The loop that a recipe asks for: :func:`run_steps`, here or in flight."""
+    if recipe.loop.kind == "sync":
+        return run_steps
+    from lockstep.loop import in_flight
+
+    return in_flight.run_steps
 
 
 def run_steps(run: Run, *, resumed: bool) -> None:

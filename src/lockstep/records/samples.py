@@ -237,6 +237,13 @@ class Samples(Sequence[Sample]):
         return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
     @property
+    def versions(self) -> np.ndarray:
+        """Of the weights that drew each token, int64 [ΣT]."""
+        spans = [span for sample in self.samples for span in sample.version_spans]
+        lengths = [span.stop - span.start for span in spans]
+        return np.repeat(np.array([span.version for span in spans], np.int64), lengths)
+
+    @property
     def token_ids(self) -> np.ndarray:
         """int32 [ΣT]."""
         return _flat((sample.token_ids for sample in self.samples), np.int32)

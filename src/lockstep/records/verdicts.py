@@ -98,6 +98,15 @@ class OfRollouts(Struct, frozen=True):
         return f"rollouts of version {self.version}"
 
 
+class InFlight(Struct, frozen=True):
+    """A sequence that was being drawn when the weights became this version, replayed piece by piece."""
+
+    version: int
+
+    def __str__(self) -> str:
+        return f"in flight at version {self.version}"
+
+
 class BeforeCheckpoint(Struct, frozen=True):
     """The perturbation that proves how updates too small for the canary arrive, before they are saved."""
 
@@ -114,12 +123,13 @@ class OfCheck(Struct, frozen=True):
         return "check"
 
 
-When = BeforeStep | AfterSync | OfRollouts | BeforeCheckpoint | OfCheck
+When = BeforeStep | AfterSync | OfRollouts | InFlight | BeforeCheckpoint | OfCheck
 """What a verdict is about; its text is how it stands on disk, and :func:`when_of` reads it."""
-NUMBERED: dict[str, type[BeforeStep | AfterSync | OfRollouts | BeforeCheckpoint]] = {
+NUMBERED: dict[str, type[BeforeStep | AfterSync | OfRollouts | InFlight | BeforeCheckpoint]] = {
     "before step": BeforeStep,
     "after sync": AfterSync,
     "rollouts of version": OfRollouts,
+    "in flight at version": InFlight,
     "before checkpoint": BeforeCheckpoint,
 }
 

@@ -36,7 +36,7 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
     prompts = [renderer.prompt(task.messages(task.item(item))) for item in items]
     params = [request(recipe, renderer, sampling_seed(training.seed, step, item)) for item in items]
     completions = engine.sample(prompts, params)
-    _refuse_empty(completions)
+    refuse_empty(completions)
     samples = [
         Sample.of(
             c,
@@ -79,7 +79,8 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
     rollouts.reward_s = time.perf_counter() - began
 
 
-def _refuse_empty(completions: Sequence[Completion]) -> None:
+def refuse_empty(completions: Sequence[Completion]) -> None:
+    """Raises EngineError for a completion without a token."""
     for c in completions:
         if not c.token_ids:
             raise EngineError(

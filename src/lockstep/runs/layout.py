@@ -6,6 +6,7 @@ runs/<id>/
   verdicts.jsonl      every verdict, in order, over all starts of the run
   metrics.jsonl       one line a training step; metrics.csv and the like: where the recipe asks for such sinks
   alarms.jsonl        figures that left what is predicted of them, a sentence each
+  ledger.jsonl        in flight: where every sample and token is, one line a step
   rollouts/           step-000007.parquet: admitted by the gate, trained on or about to be; a row a completion
     drawn/            step-000007.parquet: sampled; not yet judged, perhaps not yet scored
     refused/          step-000007.parquet: refused by the gate, never trained on;
@@ -82,6 +83,11 @@ class RunLayout:
     def alarms(self) -> Path:
         """One line an alarm; not there without one."""
         return self.root / "alarms.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """Where every sample and token is, one line a step."""
+        return self.root / "ledger.jsonl"
 
     @property
     def checkpoints(self) -> Path:

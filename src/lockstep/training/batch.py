@@ -15,6 +15,7 @@ from lockstep.objectives.registry import needs_of
 from lockstep.policy.model import Policy
 from lockstep.policy.packing import Packed
 from lockstep.records.samples import Samples
+from lockstep.training.versions import Before
 
 
 @dataclass(eq=False)
@@ -30,6 +31,10 @@ class Microbatch:
     """True where the model sampled the token. The rest is conditioned on, neither judged nor learned."""
     sequence_ids: Int[Tensor, "T"]
     """Which of the minibatch's samples each token belongs to, from 0."""
+    audited: Bool[Tensor, "T"]
+    """False where the trainer has not scored the token under the weights that drew it, and does not."""
+    earlier_logprobs: Float[Tensor, "T"]
+    """The trainer's where earlier weights drew the token; NaN where those of the step's start did."""
     pairs: Int[Tensor, "P 2"] | None = None
     """Chosen and rejected sample of each pair that lies in this microbatch; None where none are asked for."""
     pair_weight: float = 0.0
@@ -40,24 +45,41 @@ class Microbatch:
     """A value head's when the step began; None as above."""
     returns: Float[Tensor, "T"] | None = None
     """What the head is to learn; None as above."""
+    step_logprobs: Float[Tensor, "T"] | None = None
+    """The trainer's when the step began, whoever drew the token; None until they are computed."""
     sampling_logprobs: Float[Tensor, "T"] | None = None
     """The trainer's own log-probabilities under the weights that sampled; None until they are computed."""
+
+    def scored(self, now: Float[Tensor, "T"]) -> None:
+        """Take in the log-probabilities under the step's first weights."""
+        self.step_logprobs = now
+        self.sampling_logprobs = torch.where(self.earlier_logprobs.isnan(), now, self.earlier_logprobs)
 
 
 Minibatch = list[Microbatch]
 """Microbatches whose gradients are added up for one optimizer step."""
 
 
-def minibatches(rollouts: Samples, policy: Policy, recipe: Recipe) -> list[Minibatch]:
-    """Split a step's groups evenly, in order, and pack each part."""
-    per_part = len(rollouts) // recipe.training.minibatches
-    return [
-        _minibatch(rollouts[first : first + per_part], policy, recipe)
-        for first in range(0, len(rollouts), per_part)
-    ]
+def minibatches(
+    rollouts: Samples, policy: Policy, recipe: Recipe, before: Before | None = None
+) -> list[Minibatch]:
+    """Split a step's groups evenly, in order, and pack each part.
+
+    Args:
+        before: what is known of tokens that earlier weights drew; None: those of now drew them all.
+    """
+    n, per_part = int(rollouts.lengths.sum()), len(rollouts) // recipe.training.minibatches
+    known = before or Before(np.full(n, np.nan, np.float32), np.ones(n, bool))
+    ends = np.r_[0, np.cumsum(rollouts.lengths)]
+    parts = []
+    for first in range(0, len(rollouts), per_part):
+        tokens = slice(ends[first], ends[first + per_part])
+        part = Before(known.logprobs[tokens], known.audited[tokens])
+        parts.append(_minibatch(rollouts[first : first + per_part], policy, recipe, part))
+    return parts
 
 
-def _minibatch(samples: Samples, policy: Policy, recipe: Recipe) -> Minibatch:
+def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before) -> Minibatch:
     loss_mask = samples.loss_mask
     per_token = {
         "engine_logprobs": samples.engine_logprobs,
@@ -67,6 +89,8 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe) -> Minibatch:
         ),
         "loss_mask": loss_mask,
         "sequence_ids": samples.owners,
+        "audited": before.audited,
+        "earlier_logprobs": before.logprobs,
     }
     starts = np.r_[0, np.cumsum(samples.lengths)]
     parts = []

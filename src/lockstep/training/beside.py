@@ -41,7 +41,7 @@ def score_under_sampling_weights(
     for part in parts:
         for micro in part:
             hidden = policy.hidden(micro.row)
-            micro.sampling_logprobs = policy.project(hidden, micro.row.targets, temperature).logprobs
+            micro.scored(policy.project(hidden, micro.row.targets, temperature).logprobs)
             if value_head is not None:
                 micro.old_values = value_head(hidden)
 

@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,17 @@ model as much as to its next version: tokenizer, templates, code, licence."""
 
 
 def save_checkpoint(
-    directory: Path, step: int, policy: Policy, optimizer: MasterAdamW, model_path: Path
+    directory: Path,
+    step: int,
+    policy: Policy,
+    optimizer: MasterAdamW,
+    model_path: Path,
+    also: Callable[[Path], None] = lambda partial: None,
 ) -> Path:
     """Write ``directory/step-000012`` and then remove older ones. Returns its path.
+
+    Args:
+        also: writes what else belongs to it, before it has its name.
 
     Raises:
         RunError: when it cannot be written; those that were there before are still there.
@@ -88,6 +96,7 @@ def save_checkpoint(
             with writing(target / OPTIMIZER):
                 _save_tensors(optimizer.state(), partial / OPTIMIZER)
             with writing(target / STATE):
+                also(partial)
                 seal(partial, step)
             _flush_tree(partial)
             _put_in_place(partial, target)

@@ -23,11 +23,12 @@ from lockstep.training.batch import Microbatch, Minibatch, minibatches
 from lockstep.training.beside import Beside, prepare
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.tokens import Tokens
+from lockstep.training.versions import Before
 
 
 @dataclass(frozen=True, eq=False)
 class AtSampling:
-    """Every token of a step that the model sampled, as both sides score it.
+    """Every audited token of a step that the model sampled, as both sides score it.
 
     Under the weights that drew it; float32 [N], nats.
     """
@@ -52,6 +53,7 @@ def train(
     step: int,
     gate: Gate,
     beside: Beside = ALONE,
+    before: Before | None = None,
 ) -> dict[str, float]:
     """Train on one step's rollouts: the only way to an optimizer update. Returns figures by catalog name.
 
@@ -60,15 +62,16 @@ def train(
         prepare: old-logprob pass over minibatches 2 … n ─► forward and backward of minibatch 1
             ─► gate(all tokens) ─► update 1 ─► …
 
-    The first minibatch's own forward pass is on the weights that sampled, so only the others need a pass for
-    the gate; of some objectives all do (``beside.py``).
+    The first minibatch's own forward pass is on the step's first weights, so only the others need a pass for
+    the gate; of some objectives all do (``beside.py``). Tokens that earlier weights drew were scored
+    ``before``; None: the weights of now drew every token.
 
     Raises:
         DivergenceError: for a non-finite loss or gradient.
         Exception: the gate's, before any weight has changed; no gradient is left behind.
     """
     began = time.perf_counter()
-    parts = minibatches(rollouts, policy, recipe)
+    parts = minibatches(rollouts, policy, recipe, before)
     prepare(parts, rollouts, policy, beside, recipe)
     tokens, first, *rest = Tokens(), *parts
     losses = [
@@ -107,7 +110,8 @@ def at_sampling(parts: list[Minibatch], rollouts: Samples) -> AtSampling:
     micros = [micro for part in parts for micro in part]
     scored = [micro.sampling_logprobs for micro in micros if micro.sampling_logprobs is not None]
     rollouts.fill(sampling_logprobs=np.concatenate([values.numpy(force=True) for values in scored]))
-    sampled = rollouts.loss_mask
+    audited = np.concatenate([micro.audited.numpy(force=True) for micro in micros])
+    sampled = rollouts.loss_mask & audited
     return AtSampling(
         sampling_logprobs=rollouts.sampling_logprobs[sampled],
         engine_logprobs=np.concatenate([micro.engine_logprobs.numpy(force=True) for micro in micros])[
@@ -147,8 +151,8 @@ def accumulate(
     numbers far off make one.
 
     Args:
-        on_sampling_weights: True when no optimizer step has happened since the rollouts: this forward pass is
-            then its own old-logprob pass.
+        on_sampling_weights: True before the step's first optimizer update: this forward pass is then its own
+            old-logprob pass, of the tokens that no earlier weights drew.
     """
     total = 0.0
     objective, temperature = recipe.objective, recipe.sampling.temperature
@@ -157,7 +161,7 @@ def accumulate(
         hidden = policy.hidden(micro.row)
         scores = policy.project(hidden, micro.row.targets, temperature, with_entropy=True)
         if on_sampling_weights:
-            micro.sampling_logprobs = scores.logprobs.detach()
+            micro.scored(scores.logprobs.detach())
         values = value_head(hidden) if value_head is not None else None
         inputs = loss_inputs(micro, scores, objective, values)
         correction = correct(inputs) if correct is not None else None
@@ -183,6 +187,7 @@ def loss_inputs(
         values: the value head's.
     """
     assert micro.sampling_logprobs is not None
+    assert micro.step_logprobs is not None
     # Where the model sampled nothing the engine has no number: a NaN there would outlive its weight of 0.
     engine = torch.where(micro.loss_mask, micro.engine_logprobs, micro.sampling_logprobs)
     return LossInputs(
@@ -191,7 +196,7 @@ def loss_inputs(
         old_logprobs=engine if objective.old_logprobs == "engine" else micro.sampling_logprobs,
         engine_logprobs=engine,
         sampling_logprobs=micro.sampling_logprobs,
-        step_logprobs=micro.sampling_logprobs,
+        step_logprobs=micro.step_logprobs,
         advantages=micro.advantages,
         token_weights=micro.token_weights,
         corrections=torch.ones_like(micro.token_weights),

@@ -43,7 +43,9 @@ from lockstep.training.beside import Beside
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.rehearsal import Rehearsal
 from lockstep.training.step import Gate, train
+from lockstep.training.versions import Before, Versions
 from lockstep.weights.publish import Publisher
+from lockstep.weights.ring import Ring
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Trainer:
         self._recipe = recipe
         self._reference_path = reference_path
         self._publisher = publisher(policy.model) if publisher is not None else None
+        self.versions = Versions(lambda: self._policy, Ring(0))
 
     @classmethod
     def load(
@@ -119,6 +122,11 @@ class Trainer:
     def head_name(self) -> str:
         """Of the parameter that is the last matrix product's, the embedding's own where they are tied."""
         return name_of_head(self._policy)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one copy of the parameters."""
+        return sum(p.nbytes for p in parameters_of(self._policy.model).values())
 
     @property
     def shares_prompts(self) -> bool:
@@ -305,8 +313,17 @@ class Trainer:
             head = ValueHead(self._policy.head.shape[1], self.device)
         return Beside(reference, head)
 
-    def step(self, rollouts: Samples, number: int, gate: Gate) -> dict[str, float]:
+    def keep_versions(self, depth: int, directory: Path | None = None) -> None:
+        """From now on the weights of the last ``depth`` versions are kept, in memory or in a directory."""
+        self.versions = Versions(lambda: self._policy, Ring(depth, directory))
+
+    def step(
+        self, rollouts: Samples, number: int, gate: Gate, before: Before | None = None
+    ) -> dict[str, float]:
         """Train on one step's rollouts, once the gate has admitted every token.
+
+        Args:
+            before: scores of what earlier versions drew (``versions.before``); None: they drew nothing.
 
         Returns figures by catalog name.
 
@@ -314,7 +331,9 @@ class Trainer:
             DivergenceError: for a non-finite loss or gradient.
             Exception: the gate's, before any weight has changed.
         """
-        return train(rollouts, self._policy, self._optimizer, self._recipe, number, gate, self._beside)
+        return train(
+            rollouts, self._policy, self._optimizer, self._recipe, number, gate, self._beside, before
+        )
 
     def rehearse(self, rollouts: Samples, recipe: Recipe) -> Rehearsal:
         """What the training code makes of rollouts before any update; the gradients are thrown away.
@@ -345,13 +364,19 @@ class Trainer:
             name: tensor.detach().clone() for name, tensor in checkpoint_weights(self._policy.model).items()
         }
 
-    def save(self, directory: Path, step: int, model_path: Path) -> Path:
+    def save(
+        self,
+        directory: Path,
+        step: int,
+        model_path: Path,
+        also: Callable[[Path], None] = lambda partial: None,
+    ) -> Path:
         """Write a checkpoint that ``step`` steps are in, and remove older ones. Returns its path.
 
         Raises:
             RunError: when it cannot be written; those that were there before are still there.
         """
-        return checkpoint.save_checkpoint(directory, step, self._policy, self._optimizer, model_path)
+        return checkpoint.save_checkpoint(directory, step, self._policy, self._optimizer, model_path, also)
 
     def restore(self, stored: Checkpoint) -> int:
         """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.

@@ -58,7 +58,11 @@ def facts_of(
     defaults: dict[str, Any], fixes: dict[str, str], factors: tuple[PathFactor, ...] = ()
 ) -> EngineFacts:
     """What is so of one generation, with what is so of all."""
-    keys = {"cache_dtype": "cache_config.cache_dtype", "device": "device_config.device_type"}
+    keys = {
+        "cache_dtype": "cache_config.cache_dtype",
+        "device": "device_config.device_type",
+        "side_by_side": "scheduler_config.max_num_seqs",
+    }
     return EngineFacts(FIXES | fixes, RL_DEFAULTS | defaults, factors, **keys)
 
 

@@ -1,0 +1,312 @@
+"""The rollout side of the loop in flight: what is drawn while the trainer trains.
+
+    rollout thread   admit ─► submit ─► … ─► take in ─► admit ─► …      one request a group
+                       ▲                        ▲
+                       │ confirm(v)             │ inbox: a handle that ended, or a wake-up
+    trainer's thread   └ next_batch() ◄──────── schedule ready          waits, with a deadline
+    engine's threads                            └─ ended(handle)
+
+The schedule (``rollout/schedule.py``) is touched under one lock. An error of the rollout thread, an engine's
+death among them, is the trainer's at its next question. ``quiet`` holds admission and lets what is drawn end;
+``lose`` gives up what is drawn, which is then issued again.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from lockstep.engines.streaming import Handle
+from lockstep.errors import EngineError
+from lockstep.loop.stages import Run
+from lockstep.records.samples import Sample, Samples
+from lockstep.records.tokens import INT32, SamplingParams
+from lockstep.rollout import collect, store
+from lockstep.rollout.ledger import Bound, State
+from lockstep.rollout.schedule import Schedule
+from lockstep.runs.durable import make_directory
+from lockstep.training.versions import Drawing
+
+ENGINE = "engine"
+JOIN_S = 30.0
+"""For the rollout thread to take in what has ended."""
+SCHEDULE, QUEUE = "rollout/schedule.json", "rollout/finished.parquet"
+"""In a checkpoint."""
+
+
+def bound_of(run: Run) -> Bound:
+    """The recipe's, on the engine as it resolved."""
+    recipe, engine = run.recipe, run.pair.engine
+    most = recipe.rollout.in_flight or int(engine.ready.resolved.get(engine.facts.side_by_side, 0))
+    training = recipe.training
+    every = (recipe.rollout.max_lag + 1) * training.prompts_per_step
+    return Bound(
+        max_lag=recipe.rollout.max_lag,
+        groups_per_step=training.prompts_per_step,
+        group_size=training.group_size,
+        steps=training.steps,
+        in_flight=max(1, most // training.group_size) if most else every,
+        drops=recipe.rollout.stale == "drop",
+    )
+
+
+def drawing_of(run: Run) -> Drawing:
+    """How the recipe's rollouts are drawn across updates, and which of them are scored."""
+    recipe = run.recipe
+    share = recipe.parity.audit_share if recipe.objective.old_logprobs == "engine" else 1.0
+    return Drawing(recipe.rollout.update == "keep", share, (recipe.training.seed,))
+
+
+class Flights:
+    """Groups in flight and finished, and the thread that sees to them.
+
+    Args:
+        state: of a run that goes on, with the samples that were finished then.
+    """
+
+    def __init__(self, run: Run, state: State | None = None, finished: Samples | None = None) -> None:
+        self._run = run
+        self.schedule = Schedule(bound_of(run), (ENGINE,), state)
+        self._samples: dict[int, list[Sample]] = {}
+        for sample in finished or ():
+            self._samples.setdefault(sample.group, []).append(sample)
+        self._groups: dict[Handle, int] = {}
+        self._inbox: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._held = 0
+        self._ending = False
+        self._error: BaseException | None = None
+        self._news = time.monotonic()
+        self._empty_since: float | None = self._news
+        self._idle_s = 0.0
+
+    # ── the trainer's questions ─────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Begin to draw, from the thread's own start on."""
+        self._thread = threading.Thread(target=self._pump, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Draw nothing new, let what is drawn end for so long, and give the rest up, to be issued again.
+
+        What went wrong in the rollout thread ends with this.
+        """
+        with self._changed:
+            self._held += 1
+        if drain_s and self._error is None:
+            self._run.pair.engine.drain(drain_s)
+        if self._thread is not None:
+            self._ending = True
+            self._inbox.put(None)  # behind all that has ended
+            self._thread.join(JOIN_S)
+        with self._changed:
+            for handle in self._groups:
+                with contextlib.suppress(EngineError):
+                    handle.cancel()
+            self._groups.clear()
+            self.schedule.lost()
+            self._thread, self._ending, self._error = None, False, None
+            self._held -= 1
+
+    def next_batch(self) -> Samples:
+        """The next step's samples, in the order of the data, once they are there.
+
+        Raises:
+            EngineError: of the rollout thread; or when nothing has happened for ``loop.deadline_s``.
+        """
+        began, limit = time.perf_counter(), self._run.recipe.loop.deadline_s
+        with self._changed:
+            self._news = time.monotonic()
+            while not self.schedule.ready():
+                self._raise()
+                left = self._news + limit - time.monotonic()
+                if left <= 0:
+                    raise EngineError(
+                        f"loop in flight, {self.schedule.waits_for()}",
+                        got=f"nothing for {limit:g} s",
+                        expected="a group that ends, or a version that is confirmed",
+                        hint="the engine's log says more; loop.deadline_s is the longest wait",
+                    )
+                self._changed.wait(left)
+            step, taken = self.schedule.state.step, self.schedule.take()
+            samples = [
+                replace(sample, group=place)
+                for place, found in enumerate(taken)
+                for sample in self._samples[found.group]
+            ]
+        waited = time.perf_counter() - began
+        return Samples(samples, self._run.recipe.sampling, step=step, sample_s=waited)
+
+    def trained(self, rollouts: Samples) -> None:
+        """The step was trained on these; the ledger closes, or the run stops. Raises ScheduleError."""
+        with self._changed:
+            self.schedule.trained(lengths_of(rollouts))
+            for item in {sample.item for sample in rollouts}:
+                del self._samples[item]
+            self.schedule.close()
+
+    def confirm(self, version: int) -> None:
+        """The engine serves ``version``, and that is proven."""
+        with self._changed:
+            self.schedule.confirm(ENGINE, version)
+            self._news = time.monotonic()
+        self._inbox.put(None)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Nothing is drawn while the body runs.
+
+        Raises:
+            EngineError: when what is drawn does not end within ``loop.deadline_s``.
+        """
+        with self._changed:
+            self._held += 1
+        try:
+            limit = self._run.recipe.loop.deadline_s
+            if left := self._run.pair.engine.drain(limit):
+                raise EngineError(
+                    "loop in flight, a proof that needs an idle engine",
+                    got=f"{left} requests that have not ended in {limit:g} s",
+                    expected="none",
+                    hint="the engine's log says more",
+                )
+            yield
+        finally:
+            with self._changed:
+                self._held -= 1
+            self._inbox.put(None)
+
+    def figures(self) -> dict[str, float]:
+        """Of the moment, by catalog name; the engine's idle time is since the last call."""
+        with self._changed:
+            state, now = self.schedule.state, time.monotonic()
+            idle = self._idle_s + (now - self._empty_since if self._empty_since is not None else 0.0)
+            self._idle_s, self._empty_since = 0.0, now if self._empty_since is not None else None
+            size = self.schedule.bound.group_size
+            return {
+                "in_flight_samples": float(size * len(state.in_flight)),
+                "queue_samples": float(size * len(state.finished)),
+                "dropped_samples": float(sum(state.ledger.dropped.values())),
+                "engine_idle_s": idle,
+            }
+
+    def write(self, checkpoint: Path) -> None:
+        """Schedule and finished samples, into a checkpoint that is being written."""
+        with self._changed:
+            make_directory(checkpoint / "rollout")
+            (checkpoint / SCHEDULE).write_bytes(msgspec.json.encode(self.schedule.state))
+            groups = sorted(self.schedule.state.finished)
+            held = [sample for group in groups for sample in self._samples[group]]
+        if held:
+            rollouts = Samples(held, self._run.recipe.sampling, step=self.schedule.state.step)
+            before = self._run.pair.trainer.versions.before(
+                rollouts, rollouts.step or 0, drawing_of(self._run)
+            )
+            rollouts.fill(sampling_logprobs=np.where(before.audited, before.logprobs, np.float32("nan")))
+            store.save(checkpoint / QUEUE, rollouts)
+
+    def replayed(self, rollouts: Samples) -> None:
+        """A run that goes on has trained a step again from its stored samples."""
+        with self._changed:
+            self.schedule.replayed(lengths_of(rollouts))
+            for item in {sample.item for sample in rollouts}:
+                self._samples.pop(item, None)
+            self.schedule.close()
+
+    def refuse_stale(self, rollouts: Samples) -> None:
+        """Hold each token of a step to the bound, by the version that the engine says drew it.
+
+        Raises:
+            ScheduleError: for one outside; nothing is clamped.
+        """
+        step = self.schedule.state.step
+        for sample in rollouts:
+            for span in sample.version_spans:
+                where = (
+                    f"question {sample.item}, sample {sample.sample}, tokens {span.start} to {span.stop - 1}"
+                )
+                self.schedule.refuse_stale(step, span.version, where)
+
+    # ── the rollout thread ──────────────────────────────────────────────────────────────────────────────────
+
+    def _pump(self) -> None:
+        try:
+            while True:
+                self._admit()
+                message = self._inbox.get()
+                if message is not None:
+                    self._take_in(message)
+                elif self._ending:
+                    return
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _admit(self) -> None:
+        with self._changed:
+            flights = []
+            while self._held == 0 and self.schedule.room:
+                flights.append(self.schedule.admit())
+            asked = [self._request(flight.group) for flight in flights]
+            if not asked:
+                return
+            if self._empty_since is not None:
+                self._idle_s += time.monotonic() - self._empty_since
+                self._empty_since = None
+            # Under the lock: what ends at once finds its group.
+            prompts, params = [prompt for prompt, _ in asked], [sampling for _, sampling in asked]
+            handles = self._run.pair.engine.submit(prompts, params, self._inbox.put)
+            self._groups.update(zip(handles, (flight.group for flight in flights), strict=True))
+
+    def _request(self, group: int) -> tuple[np.ndarray, SamplingParams]:
+        pair, training = self._run.pair, self._run.recipe.training
+        seed = collect.sampling_seed(training.seed, group // training.prompts_per_step, group)
+        prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(group)))
+        return prompt, collect.request(self._run.recipe, pair.renderer, seed)
+
+    def _take_in(self, handle: Handle) -> None:
+        completions = handle.result(0.0)
+        with self._changed:
+            group = self._groups.pop(handle, None)
+            if group is None:
+                return  # it was given up
+            collect.refuse_empty(completions)
+            renderer = self._run.pair.renderer
+            samples = [
+                replace(
+                    Sample.of(c, handle.prompt, group, renderer.text(np.frombuffer(c.token_ids, INT32))),
+                    group=group,
+                )
+                for c in completions
+            ]
+            oldest = min(span.version for sample in samples for span in sample.version_spans)
+            self._samples[group] = samples
+            self.schedule.finish(group, oldest, [len(sample.token_ids) for sample in samples])
+            for gone in self._samples.keys() - self.schedule.state.finished.keys():
+                if gone not in self.schedule.state.training:
+                    del self._samples[gone]
+            self._news = time.monotonic()
+            if not self._groups:
+                self._empty_since = self._news
+            self._changed.notify_all()
+
+
+def lengths_of(rollouts: Samples) -> dict[int, tuple[int, ...]]:
+    """Group → tokens of each of its samples."""
+    found: dict[int, tuple[int, ...]] = {}
+    for sample in rollouts:
+        found[sample.item] = (*found.get(sample.item, ()), len(sample.token_ids))
+    return found

@@ -1,0 +1,314 @@
+"""The loop in flight: the engine never stops sampling, and the trainer never stops training.
+
+    rollouts   submit ─► step k + 1's and k + 2's samples ───────────────────────────────► … (flights.py)
+                 ▲              │ finished                   │ weights k + 1 enter in mid-sequence
+    trainer      │  next_batch ─┴► score earlier ─► replay ─► gate ─► train ─► sync ─► confirm(k + 1)
+                 └───────────────────────────────────────────────────────────────────────────┘
+
+    who waits               for what                               what unblocks it
+    the trainer             enough groups that are due             a group that ends, or loop.deadline_s
+    a group, to be drawn    fewer than (v + max_lag + 1) steps'     confirm(v): version v is proven served
+    an update (``wait``)    what is being drawn                    its end
+
+The engine says which version drew which token; the bound on their age is a theorem, and asserted
+(docs/concepts/in-flight.md). Each stage is ``stages.py``'s. An engine that dies is started again, proven
+again, and given its requests again. Ctrl-C lets what is drawn end for :data:`DRAIN_S`, saves, and ends; a
+second one ends at once.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from lockstep.errors import CapabilityError, EngineDied, RunError, Stopped, WeightSyncError
+from lockstep.loop.flights import QUEUE, SCHEDULE, Flights, drawing_of
+from lockstep.loop.resume import catch_up
+from lockstep.loop.stages import (
+    Run,
+    certified,
+    checkpoint,
+    prove,
+    record,
+    refuse,
+    reward,
+    sync,
+    train_gated,
+)
+from lockstep.parity import spans
+from lockstep.records.capabilities import CAPABILITIES
+from lockstep.records.samples import Samples
+from lockstep.records.verdicts import BeforeStep, InFlight
+from lockstep.rollout import store
+from lockstep.rollout.ledger import State
+from lockstep.runs.checkpoints import newest_checked
+from lockstep.runs.durable import make_directory
+from lockstep.runs.manifest import finished
+from lockstep.runs.strict import append, drop_partial_line, plain, read_lines
+
+T = TypeVar("T")
+DRAIN_S = 5.0
+SCHEMA_LEDGER = "lockstep.ledger/1"
+
+
+def run_steps(run: Run, *, resumed: bool) -> None:
+    """Prove, then train to the recipe's last step.
+
+    Raises:
+        ParityError, WeightSyncError: when a proof fails.
+        ScheduleError: for a token past the staleness bound, or a ledger that does not close.
+        RewardError, DivergenceError, EngineError: as they say; everything trained so far is on disk.
+    """
+    _refuse_update(run)
+    _keep_versions(run)
+    with certified(run):
+        flights = _gone_on(run) if resumed else Flights(run)
+        first = flights.schedule.state.step
+        run.quiet = flights.quiet
+        prove(run, BeforeStep(first))
+        flights.start()
+        try:
+            while not flights.schedule.done:
+                _step(run, flights)
+            if first == run.recipe.training.steps and not finished(run.layout, run.recipe):
+                checkpoint(
+                    run, first, flights.write
+                )  # the kill came between the last step and its checkpoint
+        except Stopped:
+            _end_in_order(run, flights)
+            raise
+        finally:
+            flights.stop()
+            run.say(told(flights.schedule.state))
+
+
+def _refuse_update(run: Run) -> None:
+    engine, update = run.pair.engine, run.recipe.rollout.update
+    engine.need("load")
+    pause = engine.ready.capabilities["pause_keep"]
+    if _mode(run) != "wait" and not pause.supported:
+        raise CapabilityError(
+            f"engine {engine.ready.engine} {engine.ready.version}, rollout.update = {update!r}",
+            got=pause.how,
+            expected=CAPABILITIES["pause_keep"],
+            hint="--set rollout.update=wait",
+        )
+
+
+def _step(run: Run, flights: Flights) -> None:
+    began, step = time.perf_counter(), flights.schedule.state.step
+    rollouts = _alive(run, flights, flights.next_batch)
+    store.save(run.layout.drawn(step), rollouts)
+    flights.refuse_stale(rollouts)
+    if 0 < rollouts.missing <= run.recipe.parity.missing_share * rollouts.loss_mask.sum():
+        rollouts.leave_out_missing()
+    if rollouts.missing:
+        raise refuse(run, step, [f"{rollouts.missing} tokens without a finite log-probability"])
+    figures = train(run, step, rollouts)
+    flights.trained(rollouts)
+    figures |= _alive(run, flights, lambda: sync(run, step + 1, _mode(run)), lambda: _proven_again(run))
+    flights.confirm(step + 1)
+    figures |= flights.figures()
+    record(run, step, figures, time.perf_counter() - began)
+    _keep_ledger(run, flights.schedule.state)
+    training = run.recipe.training
+    if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
+        checkpoint(run, step + 1, flights.write)
+
+
+def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> dict[str, float]:
+    """Score each token under the version that drew it, replay what spans an update, reward, gate, train.
+
+    Returns figures by catalog name.
+    """
+    trainer, began = run.pair.trainer, time.perf_counter()
+    before = trainer.versions.before(rollouts, step, drawing_of(run))
+    known = np.where(before.audited, before.logprobs, np.float32("nan"))
+    scored = time.perf_counter()
+    figures = {} if replayed else _replay(run, step, rollouts)
+    figures |= {"earlier_s": scored - began, "replay_s": time.perf_counter() - scored}
+    trainer.versions.remember(step)  # only now: the oldest version goes
+    if not replayed:
+        rollouts.fill(sampling_logprobs=known)  # stored with the rewards: a resume need not have the weights
+        reward(run, step, rollouts)
+    versions = rollouts.versions
+    return (
+        figures
+        | train_gated(run, step, rollouts, before, replayed=replayed)
+        | {
+            "wait_s": rollouts.sample_s,
+            "lag_max_steps": float(step - versions.min()),
+            "earlier_fraction": float((versions < step).mean()),
+            "spanning_fraction": float(np.mean([len(sample.version_spans) > 1 for sample in rollouts])),
+            "audited_fraction": float(before.audited.mean()),
+        }
+    )
+
+
+def _replay(run: Run, step: int, rollouts: Samples) -> dict[str, float]:
+    """One sequence across each update of the step, piece by piece; what does not fit stops the run, named.
+
+    Raises:
+        WeightSyncError: names cache rule, span or version.
+    """
+    figures: dict[str, float] = {}
+    seen: set[int] = set()
+    for sample in rollouts:
+        entered = {span.version for span in sample.version_spans[1:]} - seen
+        if not entered:
+            continue
+        seen |= entered
+        verdict = spans.judge(run.pair, sample, step, kept=run.recipe.rollout.update == "keep")
+        run.recorder.verdict(InFlight(max(entered)), verdict)
+        if verdict.status != "PASS":
+            store.refuse(run.layout, step)
+            raise WeightSyncError(
+                f"update in flight to version {max(entered)}",
+                got=verdict.summary,
+                expected="each token as the version that the engine names draws it, over the rule's cache",
+                hint=verdict.findings[0].fix,
+            )
+        figures["replay_gap_abs_max_nats"] = verdict.figures["replay_gap_abs_max_nats"]
+    return figures
+
+
+def _mode(run: Run) -> Any:
+    """With a lag of 0 nothing is drawn while weights are loaded, and no cache need survive."""
+    return run.recipe.rollout.update if run.recipe.rollout.max_lag else "wait"
+
+
+# ── engines that die ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _alive(run: Run, flights: Flights, do: Callable[[], T], after: Callable[[], T] | None = None) -> T:
+    """What ``do`` gives; where the engine dies meanwhile, another takes its place first.
+
+    Args:
+        after: in place of ``do`` once more.
+    """
+    while True:
+        try:
+            return do()
+        except EngineDied as death:
+            if run.restarts >= run.recipe.engine.restarts:
+                raise
+            run.restarts += 1
+            _revive(run, flights, death)
+            do = after or do
+
+
+def _revive(run: Run, flights: Flights, death: EngineDied) -> None:
+    state = flights.schedule.state
+    lost, version = len(state.in_flight), state.step
+    many = f"restart {run.restarts} of at most {run.recipe.engine.restarts}"
+    run.say(f"the engine died ({death.got}); {many}, {lost} groups are issued again")
+    flights.stop()
+    run.session.restart_engine()
+    run.pair.version = version
+    run.pair.sync(version)
+    prove(run, BeforeStep(version))
+    flights.start()
+
+
+def _proven_again(run: Run) -> dict[str, float]:
+    """The figures of a sync that a restart and its ladder took the place of."""
+    if run.canary is None:
+        return {"unproven_syncs": float(run.unproven)}
+    result = run.canary.measure(run.pair)
+    return {"canary_gap_abs_max_nats": result.gap_abs_max_nats, "unproven_syncs": 0.0}
+
+
+# ── going on, and ending ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _keep_versions(run: Run) -> None:
+    directory = None
+    if run.recipe.rollout.ring == "disk":
+        directory = run.layout.root / "versions"
+        make_directory(directory)
+        for left in directory.glob("*.safetensors"):
+            left.unlink()
+    run.pair.trainer.keep_versions(run.recipe.rollout.max_lag, directory)
+
+
+def _gone_on(run: Run) -> Flights:
+    """The trained frontier, the finished queue and what is to be issued again; the engine has the weights."""
+    newest = newest_checked(run.layout.checkpoints, lambda told: run.say(f"resume: checkpoint {told}"))
+    state, queue = (None, None) if newest is None else _read(run, newest.path)
+    flights = Flights(run, state, queue)
+
+    def again(step: int, rollouts: Samples) -> dict[str, float]:
+        figures = train(run, step, rollouts, replayed=True)
+        flights.replayed(rollouts)
+        if step not in kept:
+            _keep_ledger(run, flights.schedule.state)
+        return figures
+
+    drop_partial_line(run.layout.ledger)
+    kept = {row["step"] for row in read_lines(run.layout.ledger)}
+    first = catch_up(run, again)
+    run.layout.drawn(first).unlink(missing_ok=True)  # its groups are in the queue, or issued again
+    run.pair.version = first
+    run.pair.sync(first)
+    flights.schedule.close()
+    return flights
+
+
+def _read(run: Run, newest: Any) -> tuple[State, Samples | None]:
+    try:
+        state = msgspec.json.decode((newest / SCHEDULE).read_bytes(), type=State)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunError(
+            f"checkpoint {newest}, {SCHEDULE}",
+            got=str(error),
+            expected="the schedule of a run in flight",
+            hint="loop.kind is the run's own; start a new run to change it",
+        ) from error
+    kept = newest / QUEUE
+    size = run.recipe.training.group_size
+    return state, store.load(kept, size, run.recipe.sampling) if kept.is_file() else None
+
+
+def _end_in_order(run: Run, flights: Flights) -> None:
+    """Save what is whole. Weights that an update was under way of are not: they are replayed instead."""
+    state = flights.schedule.state
+    run.say(f"ending: what is being drawn has {DRAIN_S:g} s to end")
+    flights.stop(DRAIN_S)
+    if state.training or not state.step or run.unproven:
+        return
+    checkpoint(run, state.step, flights.write)
+    run.say(
+        f"saved at step {state.step}: {len(state.finished)} groups finished, {len(state.reissue)} to reissue"
+    )
+
+
+def _keep_ledger(run: Run, state: State) -> None:
+    open_groups = len(state.in_flight) + len(state.reissue) + len(state.finished)
+    row = {"schema": SCHEMA_LEDGER, "step": state.step - 1, "open_groups": open_groups}
+    append(run.layout.ledger, row | plain(state.ledger))
+
+
+def told(state: State) -> str:
+    """The ledger, for people."""
+    ledger = state.ledger
+    dropped, gone = sum(ledger.dropped.values()), sum(ledger.dropped_tokens.values())
+    why = "".join(f", {n} {reason}" for reason, n in ledger.dropped.items())
+    open_samples = ledger.issued - ledger.trained - dropped
+    held = ledger.drawn_tokens - ledger.trained_tokens - gone
+    text = (
+        f"ledger: {ledger.issued} samples = {ledger.trained} trained + {dropped} dropped"
+        f" + {open_samples} open; {ledger.drawn_tokens} tokens drawn = {ledger.trained_tokens} trained"
+        f" + {gone} dropped + {held} held"
+        f"; {ledger.reissued} samples issued again{why}"
+    )
+    if dropped:
+        text += f"\nlengths, by the power of two above: trained {_bars(ledger.kept_lengths)}; "
+        text += f"dropped {_bars(ledger.dropped_lengths)}"
+    return text
+
+
+def _bars(histogram: dict[int, int]) -> str:
+    total = sum(histogram.values())
+    return " ".join(f"≤{length}: {n / total:.0%}" for length, n in sorted(histogram.items()))

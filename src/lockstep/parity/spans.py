@@ -1,0 +1,117 @@
+"""One sequence across an update in flight, replayed piece by piece: did the versions that it names draw it?
+
+    what the engine says:  [0, 9) version 4 │ [9, 14) version 5, over the cache that version 4 left
+    replay of just that fits ─► PASS.  Else, what fits in its place is named:
+        cache rule   the same spans, over a cache of each span's own weights (or over the kept one)
+        span         a boundary moved by a token or two
+        version      two versions exchanged, or one in place of another
+
+Where an update moved the sequence by less than the two sides' arithmetic, any of these fits: that is told, as
+``told_apart`` 0.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.parity.causes import finding
+from lockstep.parity.evidence import within
+from lockstep.parity.pair import Pair
+from lockstep.records.samples import Sample
+from lockstep.records.verdicts import Verdict
+from lockstep.records.versions import VersionSpan
+
+MOVES = (-1, 1, -2, 2)
+"""Tokens by which a boundary is tried to be off."""
+Spans = tuple[VersionSpan, ...]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Which weights drew which tokens, over which cache."""
+
+    what: str
+    """What it says is wrong, for people; of the engine's own claim: nothing."""
+    spans: Spans
+    kept: bool
+
+
+def judge(pair: Pair, sample: Sample, version: int, *, kept: bool) -> Verdict:
+    """Replay one spanning sequence as the engine and the run's update rule say, or name what fits instead.
+
+    Args:
+        version: that the trainer holds; it keeps the others that the sample names.
+        kept: the rule of the run (``rollout.update = "keep"``).
+    """
+    claimed = Claim("", sample.version_spans, kept)
+    gap = _gap(pair, sample, version, claimed)
+    shape = " then ".join(f"{span.version} for {span.stop - span.start}" for span in sample.version_spans)
+    where = f"question {sample.item}, sample {sample.sample}, drawn by version {shape} tokens"
+    other = _gap(pair, sample, version, replace_rule(claimed))
+    figures = {
+        "replay_gap_abs_max_nats": float(gap.max()),
+        "replay_other_cache_abs_max_nats": float(other.max()),
+        "told_apart": float(not within(pair.noise, other)),
+    }
+    rule = "the cache kept" if kept else "the cache computed anew"
+    if within(pair.noise, gap):
+        summary = f"{where}, {rule}: replayed to {gap.max():.1e} nats"
+        return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)
+    fits = (alternative for alternative in alternatives(claimed, _known(pair, sample, version)))
+    found = next((a for a in fits if within(pair.noise, _gap(pair, sample, version, a))), None)
+    what = found.what if found else "no cache rule, span or version nearby fits"
+    evidence = f"{where}, {rule}: |gap| up to {gap.max():.1e} nats; {what}"
+    named = finding(
+        "in_flight_update", gap, np.zeros(gap.size, int), evidence, pair.engine.fix("in_flight_update")
+    )
+    return Verdict.failed("weights", evidence, named, figures)
+
+
+def replace_rule(claim: Claim) -> Claim:
+    """The same spans over the other cache."""
+    rule = "computed anew" if claim.kept else "kept"
+    return Claim(f"cache rule: it fits with the cache {rule}", claim.spans, not claim.kept)
+
+
+def alternatives(claim: Claim, versions: list[int]) -> Iterator[Claim]:
+    """What may be so instead, the likeliest first.
+
+    Args:
+        versions: those that can be replayed.
+    """
+    yield replace_rule(claim)
+    for at, (left, right) in enumerate(pairwise(claim.spans)):
+        for move in MOVES:
+            edge = left.stop + move
+            if left.start < edge < right.stop:
+                moved = (replace(left, stop=edge), replace(right, start=edge))
+                what = f"span: it fits with version {right.version} from token {edge} on, not {left.stop}"
+                yield Claim(what, (*claim.spans[:at], *moved, *claim.spans[at + 2 :]), claim.kept)
+    named = [span.version for span in claim.spans]
+    others = ([*named[:at], v, *named[at + 1 :]] for v in versions for at in range(len(named)))
+    for order in (named[::-1], *others):
+        if order != named:
+            spans = tuple(replace(span, version=v) for span, v in zip(claim.spans, order, strict=True))
+            fits, said = (", ".join(map(str, these)) for these in (order, named))
+            what = f"version: it fits with versions {fits}, not {said}"
+            yield Claim(what, spans, claim.kept)
+
+
+def _known(pair: Pair, sample: Sample, version: int) -> list[int]:
+    named = [span.version for span in sample.version_spans]
+    around = range(max(0, min(named) - 2), version + 1)
+    return [v for v in around if v == version or v in pair.trainer.versions]
+
+
+def _gap(pair: Pair, sample: Sample, version: int, claim: Claim) -> np.ndarray:
+    """|trainer − engine|, nats, of each token under a claim; float [T]."""
+    sequence = dataclasses.replace(sample, version_spans=claim.spans)
+    temperature = pair.recipe.sampling.temperature
+    # Over a kept cache versions go up: a claim of versions that go down was drawn over none.
+    rising = all(a.version <= b.version for a, b in pairwise(claim.spans))
+    (numbers,) = pair.trainer.versions.piecewise([sequence], version, temperature, kept=claim.kept and rising)
+    return np.abs(numbers - sample.engine_logprobs)

@@ -1,0 +1,168 @@
+"""Scores of rollouts under the weights that drew each token, where these are not the weights of now.
+
+span of version 5 ─ whole context, weights 5 ────────────────────► score      wait, recompute
+spans of 5 and 6  ─ weights 5, then 6 over the cache of 5 ───────► scores     keep
+span of version 7, which is now ─ the step's own forward pass ──► (NaN here)
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+
+from lockstep.policy.model import Policy
+from lockstep.policy.parameters import Snapshot
+from lockstep.policy.replay import over_kept_caches
+from lockstep.policy.variants import Earlier
+from lockstep.records.samples import Group, Sample, Samples
+from lockstep.weights.ring import Ring
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What is known of a step's tokens before it is trained on."""
+
+    logprobs: np.ndarray
+    """float32 [ΣT], nats: the trainer's under the weights that drew each token. NaN: those of now drew it."""
+    audited: np.ndarray
+    """bool [ΣT]: False where nothing was scored, and the engine's number stands in its place."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the rollouts of a run are drawn across updates, and how many of them are scored."""
+
+    kept: bool
+    """An update leaves the caches of what is being drawn."""
+    share: float
+    """Of the samples with tokens of earlier versions: so many are scored, the others are not audited."""
+    seed: tuple[int, ...]
+    """Draws which, with the step's number."""
+
+
+class Versions:
+    """The weights of the last versions, and what they say of the tokens that they drew.
+
+    Args:
+        policy: gives the one that holds the weights of now.
+    """
+
+    def __init__(self, policy: Callable[[], Policy], ring: Ring) -> None:
+        self._policy = policy
+        self.ring = ring
+
+    def __contains__(self, version: int) -> bool:
+        return version in self.ring
+
+    def remember(self, version: int) -> None:
+        """The weights as they are now are ``version``; they are kept."""
+        if self.ring.depth:
+            self.ring.remember(version, Snapshot.of(self._policy().model))
+
+    def before(self, rollouts: Samples, version: int, drawing: Drawing) -> Before:
+        """Scores of what versions before ``version``, which the policy holds, drew: :func:`before_of`."""
+        return before_of(rollouts, self._policy(), self.ring, version, drawing)
+
+    def piecewise(
+        self, sequences: Sequence[Sample], version: int, temperature: float, *, kept: bool
+    ) -> list[np.ndarray]:
+        """Each span of completions under its version, float32 [T] each, nats: :func:`piecewise`."""
+        return piecewise(self._policy(), self.ring, sequences, version, temperature, kept=kept)
+
+
+def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawing: Drawing) -> Before:
+    """Score what earlier versions drew, and no stored score says.
+
+    Args:
+        version: of the weights that the policy holds.
+
+    Raises:
+        KeyError: for a version that the ring does not hold.
+    """
+    chosen = np.random.default_rng([*drawing.seed, version]).random(len(rollouts)) < drawing.share
+    scores = [_stored(sample) for sample in rollouts]
+    audited = [np.ones(len(known), bool) for known in scores]
+    lacking = [
+        row
+        for row, (sample, known) in enumerate(zip(rollouts, scores, strict=True))
+        if _lacks(sample, known, version, drawing)
+    ]
+    for row in lacking:
+        if not chosen[row]:
+            scores[row][:], audited[row][:] = rollouts[row].engine_logprobs, False
+    scored = [row for row in lacking if chosen[row]]
+    for row, numbers in _scored(rollouts, scored, policy, ring, version, drawing):
+        scores[row][:] = numbers
+    return Before(np.concatenate(scores), np.concatenate(audited))
+
+
+def _stored(sample: Sample) -> np.ndarray:
+    stored = sample.sampling_logprobs
+    return np.full(len(sample.token_ids), np.nan, np.float32) if stored is None else stored.copy()
+
+
+def _lacks(sample: Sample, known: np.ndarray, version: int, drawing: Drawing) -> bool:
+    """True where a score is missing that the step's own forward pass does not give."""
+    over_old_cache = drawing.kept and len(sample.version_spans) > 1
+    return any(
+        bool(np.isnan(known[span.start : span.stop]).any())
+        for span in sample.version_spans
+        if span.version != version or over_old_cache
+    )
+
+
+def _scored(
+    rollouts: Samples, rows: Sequence[int], policy: Policy, ring: Ring, version: int, drawing: Drawing
+) -> list[tuple[int, np.ndarray]]:
+    """Row and scores, float32 [T]; NaN where the step's own forward pass gives them."""
+    spanning = [row for row in rows if drawing.kept and len(rollouts[row].version_spans) > 1]
+    plain = [row for row in rows if row not in spanning]
+    found = {row: np.full(len(rollouts[row].token_ids), np.nan, np.float32) for row in plain}
+    for earlier in sorted(
+        {span.version for row in plain for span in rollouts[row].version_spans} - {version}
+    ):
+        here = [r for r in plain if any(span.version == earlier for span in rollouts[r].version_spans)]
+        with Earlier(ring.of(earlier)).held(policy):
+            # Completions of a prompt share one pass over it.
+            whole = policy.score(rollouts.take(here).groups, rollouts.temperature)
+        for row, numbers in zip(here, whole, strict=True):
+            for span in rollouts[row].version_spans:
+                if span.version == earlier:
+                    found[row][span.start : span.stop] = numbers[span.start : span.stop]
+    replayed = piecewise(policy, ring, rollouts.take(spanning), version, rollouts.temperature, kept=True)
+    return [*found.items(), *zip(spanning, replayed, strict=True)]
+
+
+def piecewise(
+    policy: Policy,
+    ring: Ring,
+    sequences: Sequence[Sample],
+    version: int,
+    temperature: float,
+    *,
+    kept: bool,
+) -> list[np.ndarray]:
+    """Each span of whole completions under the version that drew it, float32 [T] each, nats.
+
+    Args:
+        version: of the weights that the policy holds.
+        kept: over the cache that the spans before it left; else over one of the span's own weights.
+
+    Raises:
+        KeyError: for a version that the ring does not hold.
+    """
+    versions = {span.version for sequence in sequences for span in sequence.version_spans}
+    weights = {v: None if v == version else ring.of(v) for v in versions}
+    if kept:
+        return over_kept_caches(policy, sequences, weights, temperature)
+    found = [np.full(len(sequence.token_ids), np.nan, np.float32) for sequence in sequences]
+    groups = [Group(sequence.prompt_ids, [sequence.token_ids]) for sequence in sequences]
+    for v, earlier in weights.items():
+        with Earlier(earlier).held(policy) if earlier is not None else nullcontext():
+            whole = policy.score(groups, temperature)
+        for sequence, numbers, out in zip(sequences, whole, found, strict=True):
+            for span in sequence.version_spans:
+                if span.version == v:
+                    out[span.start : span.stop] = numbers[span.start : span.stop]
+    return found

@@ -1,0 +1,158 @@
+"""The loop in flight, whole runs on the tiny model and the transformers engine."""
+
+import hashlib
+import json
+import threading
+
+import pytest
+
+from lockstep import api
+from lockstep.config.recipe import with_sets
+from lockstep.errors import CapabilityError, EngineDied, EngineError, RecipeError, Stopped
+from lockstep.loop.flights import Flights
+from lockstep.records.verdicts import BeforeStep
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.read import read_steps, read_verdicts
+
+STEPS = 6
+SETS = [
+    f"training.steps={STEPS}",
+    "training.prompts_per_step=2",
+    "training.group_size=2",
+    "training.minibatches=2",
+    "training.checkpoint_every=2",
+    "optimizer.lr=1e-3",
+    "task.reward=tests.faults.test_loop_in_flight:varied",
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=4",
+    "parity.draw_tokens=128",
+    "engine.max_model_len=128",
+    "sampling.max_tokens=6",
+]
+IN_FLIGHT = ["loop.kind=in_flight", "rollout.update=wait"]
+
+
+def varied(text, item):
+    """A reward that moves the weights at every step."""
+    return len(text) % 3 / 2
+
+
+def run(recipe, out, *sets):
+    api.train(with_sets(recipe, [*SETS, *sets]), out=out, say=print)
+    return RunLayout(out)
+
+
+def sha256(layout):
+    (saved,) = layout.checkpoints.iterdir()
+    files = ("model.safetensors", "trainer/optimizer.safetensors")
+    return [hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in files]
+
+
+def ledger(layout):
+    return [json.loads(line) for line in layout.ledger.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def synchronous(recipe, tmp_path_factory):
+    return run(recipe, tmp_path_factory.mktemp("sync") / "run")
+
+
+def test_with_no_lag_it_is_the_synchronous_loop_bit_for_bit(recipe, synchronous, tmp_path):
+    found = run(recipe, tmp_path / "run", *IN_FLIGHT, "rollout.max_lag=0")
+    assert sha256(found) == sha256(synchronous)
+    names = ("loss", "grad_norm", "reward_mean", "gap_abs_max_nats", "policy_ratio_mean", "lag_steps")
+    for ours, theirs in zip(read_steps(found.metrics), read_steps(synchronous.metrics), strict=True):
+        assert [ours.metrics[name] for name in names] == [theirs.metrics[name] for name in names]
+        assert ours.metrics["grad_norm"] > 0, "every step moves the weights, or a lost one would not show"
+
+
+@pytest.mark.parametrize("max_lag", [1, 2])
+def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(recipe, tmp_path, max_lag):
+    found = run(recipe, tmp_path / "run", *IN_FLIGHT, f"rollout.max_lag={max_lag}", "rollout.ring=disk")
+    steps = read_steps(found.metrics)
+    assert steps.column("lag_max_steps").max() == max_lag
+    assert steps.column("gap_abs_max_nats").max() < 1e-3, "the mismatch is measured at the sampling version"
+    assert steps.column("policy_kl_k3_nats").max() > 1e-9, "what is left is the policy's own move"
+    assert len(list((found.root / "versions").glob("*"))) == max_lag
+    rows = ledger(found)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert rows[-1]["issued"] == rows[-1]["trained"] == STEPS * 4
+    assert rows[-1]["open_groups"] == 0
+    assert rows[-1]["drawn_tokens"] == rows[-1]["trained_tokens"] == steps.column("n_tokens").sum()
+    assert all(record.verdict.status == "PASS" for record in read_verdicts(found.verdicts))
+
+
+def dies_once(monkeypatch, at):
+    """The engine dies in the loop's request number ``at``, counted over all engines; not in a ladder's."""
+    from lockstep.engines.transformers import TransformersEngine
+
+    drawn, calls = TransformersEngine._in_turn, []
+
+    def dying(self, prompts, params):
+        if threading.current_thread() is not threading.main_thread():
+            calls.append(self)
+        if len(calls) == at:
+            calls.append(self)
+            raise EngineDied("engine process", got="its end", expected="a running engine", hint="none")
+        return drawn(self, prompts, params)
+
+    monkeypatch.setattr(TransformersEngine, "_in_turn", dying)
+    return calls
+
+
+def test_an_engine_that_dies_is_started_again_proven_and_given_its_requests_again(
+    recipe, synchronous, tmp_path, monkeypatch
+):
+    calls = dies_once(monkeypatch, at=5)
+    found = run(recipe, tmp_path / "run", *IN_FLIGHT, "rollout.max_lag=0")
+    assert len(set(map(id, calls))) == 2
+    assert sha256(found) == sha256(synchronous)
+    ladders = {str(r.when) for r in read_verdicts(found.verdicts) if isinstance(r.when, BeforeStep)}
+    assert len(ladders) == 2, "before the first step, and after the restart"
+    assert ledger(found)[-1]["reissued"] > 0
+    assert ledger(found)[-1]["issued"] == ledger(found)[-1]["trained"] == STEPS * 4
+
+
+def test_an_engine_that_dies_too_often_ends_the_run(recipe, tmp_path, monkeypatch):
+    dies_once(monkeypatch, at=5)
+    with pytest.raises(EngineDied):
+        run(recipe, tmp_path / "run", *IN_FLIGHT, "engine.restarts=0")
+
+
+def test_ctrl_c_saves_what_is_whole_and_the_run_goes_on(recipe, tmp_path, monkeypatch):
+    real = Flights.next_batch
+
+    def stopped(self):
+        if self.schedule.state.step == 3:
+            raise Stopped(130)
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Flights, "next_batch", stopped)
+        with pytest.raises(Stopped):
+            run(recipe, tmp_path / "run", *IN_FLIGHT)
+    layout = RunLayout(tmp_path / "run")
+    (saved,) = layout.checkpoints.iterdir()
+    assert saved.name == "step-000003", "saved where it was, not at the last multiple of checkpoint_every"
+    state = json.loads((saved / "rollout" / "schedule.json").read_text())
+    assert state["in_flight"] == state["training"] == {}
+    assert state["finished"] or state["reissue"]
+    api.train(resume=layout.root, say=print)
+    assert ledger(layout)[-1]["issued"] == ledger(layout)[-1]["trained"] == STEPS * 4
+    assert [row["step"] for row in ledger(layout)] == list(range(STEPS))
+
+
+def test_an_engine_without_a_pause_is_told_before_anything_is_drawn(recipe, tmp_path):
+    with pytest.raises(CapabilityError, match=r"rollout.update=wait"):
+        run(recipe, tmp_path / "run", "loop.kind=in_flight")
+
+
+def test_old_logprobs_of_the_current_weights_are_refused_by_name(recipe):
+    with pytest.raises(RecipeError, match="nothing is ever clipped"):
+        with_sets(recipe, ["objective.old_logprobs=current"])
+
+
+def test_a_wait_in_which_nothing_happens_ends_and_says_who_waits_for_what(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Flights, "_take_in", lambda self, handle: None)
+    with pytest.raises(EngineError, match=r"step 1 waits for 2 groups \(\d in flight"):
+        run(recipe, tmp_path / "run", *IN_FLIGHT, "loop.deadline_s=2")
