@@ -33,7 +33,8 @@ def test_a_misspelt_key_is_refused_in_every_section(section):
 
 
 @pytest.mark.parametrize(
-    ("key", "homes"), [("lr", "'optimizer.lr' perhaps"), ("seed", "'training.seed' or 'parity.seed'")]
+    ("key", "homes"),
+    [("lr", "'optimizer.lr' or 'value_head.lr' perhaps"), ("seed", "'training.seed' or 'parity.seed'")],
 )
 def test_a_key_without_its_section_is_found_in_every_section_that_has_it(key, homes):
     with pytest.raises(RecipeError, match=homes):
