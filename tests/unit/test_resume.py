@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.config.recipe import with_sets
 from lockstep.errors import ParityError, RunError
 from lockstep.loop import stages
 from lockstep.loop.resume import REPLAYED, _recorded_gate, _refuse_other_figures, catch_up
@@ -239,6 +240,7 @@ def recorded(run, *verdicts):
     return again(run)
 
 
+SEMANTICS = Verdict(layer="semantics", status="PASS", summary="", n_tokens=8)
 OTHER = Verdict(layer="weights", status="PASS", summary="", n_tokens=8)
 WITHOUT = Verdict(layer="numerics", status="PASS", summary="", n_tokens=8, figures={"gap_abs_p50_nats": 1e-6})
 FOUND = Finding(cause="c", effect_nats=0.0, ci95=(0.0, 0.0), n_tokens=1, fix="", evidence="")
@@ -260,9 +262,20 @@ def test_the_gate_is_that_of_the_last_ladder_that_passed(killed):
     later = Verdict(
         layer="numerics", status="PASS", summary="", n_tokens=8, figures=FIGURES | {"gap_abs_p50_nats": 2e-6}
     )
-    gate = _recorded_gate(recorded(killed, NUMERICS, later, REFUSED, OTHER))
+    gate = _recorded_gate(recorded(killed, NUMERICS, later, REFUSED, OTHER), 0)
     assert gate.measured == Measured(2e-6, 0.0, 1e-7)
     assert (gate.temperature, gate.noise) == (0.8, killed.pair.noise)
+
+
+def test_an_override_stands_in_for_the_gate_only_where_no_ladder_passed(killed):
+    """Steps 0 and 1 followed a ladder that passed, step 2 one that failed, step 3 one that passed again."""
+    run = recorded(killed, SEMANTICS, NUMERICS)
+    failed = Verdict(layer="semantics", status="NOT_RUN", summary="", n_tokens=0, reason="no number")
+    run.recorder.verdict(BeforeStep(2), failed)
+    for verdict in (SEMANTICS, NUMERICS):
+        run.recorder.verdict(BeforeStep(3), verdict)
+    run.pair.recipe = with_sets(run.pair.recipe, ["parity.override=it cannot be mended before Monday"])
+    assert [_recorded_gate(run, step) is not None for step in range(4)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

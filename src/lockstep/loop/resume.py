@@ -16,6 +16,7 @@ from lockstep.loop.stages import Run, train_gated
 from lockstep.parity.gate import Gate
 from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
 from lockstep.records.samples import Samples
+from lockstep.records.verdicts import BeforeStep
 from lockstep.rollout import store
 from lockstep.runs.checkpoints import keep_newest, newest_checked
 from lockstep.runs.layout import forget_partials
@@ -49,7 +50,7 @@ def catch_up(run: Run, again: Again | None = None) -> int:
     keep_newest(run.layout.checkpoints)  # the kill may have come before older ones went
     run.say(f"resume: {newest.path.name if newest else 'no whole checkpoint, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
-        run.gate = run.gate or (None if run.recipe.parity.override else _recorded_gate(run))
+        run.gate = _recorded_gate(run, step)
         rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
         figures = again(step, rollouts) if again else train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:
@@ -69,10 +70,21 @@ def catch_up(run: Run, again: Again | None = None) -> int:
     return step
 
 
-def _recorded_gate(run: Run) -> Gate:
-    """The gate of the ladder that passed last, from the run's verdicts."""
-    verdicts = [record.verdict for record in read_verdicts(run.layout.verdicts)]
-    passed = [verdict for verdict in verdicts if verdict.layer == "numerics" and verdict.status == "PASS"]
+def _recorded_gate(run: Run, step: int) -> Gate | None:
+    """The gate that a step was held to, from the run's verdicts.
+
+    None where no ladder passed before it and the recipe's override stood in.
+    """
+    ladders = [
+        record.verdict
+        for record in read_verdicts(run.layout.verdicts)
+        if isinstance(record.when, BeforeStep) and record.when.step <= step
+    ]
+    if run.recipe.parity.override:
+        first = max((n for n, verdict in enumerate(ladders) if verdict.layer == "semantics"), default=0)
+        if any(verdict.status != "PASS" for verdict in ladders[first:]):
+            return None
+    passed = [verdict for verdict in ladders if verdict.layer == "numerics" and verdict.status == "PASS"]
     try:
         return Gate.of(run.pair, passed[-1].figures)
     except (IndexError, KeyError) as error:
