@@ -144,8 +144,8 @@ class Parity(_Section, frozen=True):
     draws_see: PositiveFloat = 0.05
     """A temperature off by this share is to be seen; up to four times ``draw_tokens`` are drawn for that."""
     direction_sequences: NonNegative | None = None
-    """Drawn to test every direction of the gap; the verdict says what would have shown. None: 128 where a
-    side computes in less than fp32, at every depth but quick; else 32, at full depth. 0: none."""
+    """Drawn at full depth to test every direction of the gap; the verdict says what would have shown. None:
+    128 where a side computes in less than fp32, else 32. 0: none."""
     directions_see: NonNegativeFloat = 0.0
     """So small a share is to show: more are drawn, for as long as is said first. 0: no share is asked for."""
     missing_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0

@@ -18,6 +18,5 @@ def deeper(pair: Pair, open_engine: Opener) -> dict[LayerName, Callable[[Verdict
     return {
         "path": lambda verdict: factors.deepen(pair, verdict, open_engine),
         "weights": lambda verdict: in_flight.deepen(pair, verdict),
-        # Of a pair that rounds more, directions are a part of layer 4 at every depth.
-        "numerics": lambda verdict: verdict if pair.coarse else directions.deepen(pair, verdict),
+        "numerics": lambda verdict: directions.deepen(pair, verdict),
     }

@@ -83,6 +83,11 @@ class Run:
         return self.session.pair
 
     @property
+    def max_lag(self) -> int:
+        """Versions that a token may be old by when it is trained on."""
+        return 0 if self.recipe.loop.kind == "sync" else self.recipe.rollout.max_lag
+
+    @property
     def recipe(self) -> Recipe:
         """What is run."""
         return self.session.pair.recipe
@@ -116,7 +121,7 @@ def prove(run: Run, when: When) -> LadderResult:
     run.deliveries.settle(run.pair.version, "the ladder")
     numerics = next(v.figures for v in result.verdicts if v.layer == "numerics")
     run.gate = Gate.of(run.pair, numerics)
-    run.watch = Watch(gap_p50=numerics["gap_abs_p50_nats"])
+    run.watch = Watch(gap_p50=numerics["gap_abs_p50_nats"], max_lag=run.max_lag)
     return result
 
 

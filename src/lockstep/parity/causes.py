@@ -252,7 +252,7 @@ CAUSES |= _of(
             "Within what rounding explains, the numbers depart in one direction: a tensor or a layer scaled "
             "or quantised, the temperature, a penalty, a cap, a constant, the rotary base or another setting "
             "of the model, a prompt's first token; in all rows or in some.",
-            "In bf16 and at full depth: a score test over every tensor at once, from one backward pass, "
+            "At full depth: a score test over every tensor at once, from one backward pass, "
             "against the same sequences with their signs flipped; what is found is proven on others.",
             "Look at what the evidence names first: how the engine loads, scales or quantises it.",
         ),

@@ -92,13 +92,10 @@ def climb(
 
 
 def _numerics(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
-    """What is left, and where rounding is wide, what has a direction in it.
-
-    That is a name, too, for a gap that is wider than rounding.
-    """
+    """What is left; a gap that is too wide and that nothing explains may have a direction for a name."""
     verdict = numerics.judge(pair, evidence, path)
-    open_yet = verdict.status == "PASS" or verdict.findings[0].cause == numerics.UNEXPLAINED
-    return directions.deepen(pair, verdict) if pair.coarse and open_yet else verdict
+    nameless = verdict.status == "FAIL" and verdict.findings[0].cause == numerics.UNEXPLAINED
+    return directions.deepen(pair, verdict) if pair.coarse and nameless else verdict
 
 
 def _unable(pair: Pair) -> dict[LayerName, str]:

@@ -1,5 +1,4 @@
-"""Layer 4: what the width of the gap hides, at every depth but quick where a side computes in less than fp32,
-else at full depth.
+"""Layer 4 at full depth: what the width of the gap hides.
 
 A direction is called where chance explains it neither on the tokens that it was found on, among all that were
 tried, nor on tokens of other prompts.
