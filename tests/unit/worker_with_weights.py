@@ -53,10 +53,10 @@ class Llm:
         return True
 
 
-class Engine(terms.VllmEngine):
-    """As ``vllm_v1.Engine``."""
+class OwnV1(terms.VllmWorker):
+    """As ``vllm_v1.V1Worker``."""
 
-    async def start(self) -> "Engine":
+    async def start(self) -> "OwnV1":
         module, _, name = terms.EXTENSION.rpartition(".")
         extended = type("Worker", (OwnWorker, getattr(importlib.import_module(module), name)), {})
         self.llm, self.worker = Llm(), extended()
@@ -93,4 +93,4 @@ class Engine(terms.VllmEngine):
 
 
 if __name__ == "__main__":
-    terms.serve(Engine)
+    terms.serve(OwnV1)
