@@ -71,7 +71,6 @@ class Run:
     """Where the ladder did not pass and the recipe goes on all the same."""
     sign_key: bytes = b""
     """Signs the certificate where the user gave one (``runs/signature.py``)."""
-
     restarts: int = 0
     """Engines that were started in the place of one that died."""
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -119,9 +118,8 @@ def prove(run: Run, when: When) -> LadderResult:
     issue(run.pair, result.verdicts, run.layout.certificate, key=run.sign_key)
     run.canary, run.unproven = result.canary, 0
     run.deliveries.settle(run.pair.version, "the ladder")
-    numerics = next(v.figures for v in result.verdicts if v.layer == "numerics")
-    run.gate = Gate.of(run.pair, numerics)
-    run.watch = Watch(gap_p50=numerics["gap_abs_p50_nats"], max_lag=run.max_lag)
+    figures = next(v.figures for v in result.verdicts if v.layer == "numerics")
+    run.gate, run.watch = Gate.of(run.pair, figures), Watch(figures["gap_abs_p50_nats"], run.max_lag)
     return result
 
 
