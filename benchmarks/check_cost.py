@@ -22,7 +22,8 @@ from lockstep.api import QUICK
 from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.deep.full import deeper
 from lockstep.loop.open import Session, open_engine, open_session
-from lockstep.loop.stages import Run, sync
+from lockstep.loop.run import Run
+from lockstep.loop.stages import sync
 from lockstep.loop.sync import run_steps
 from lockstep.parity.ladder import climb
 from lockstep.runs.layout import new_run

@@ -217,7 +217,8 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
 
     recorder = open_recorder(layout, recipe.recording.sinks, recipe.recording.aliases or None)
     with open_session(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
-        from lockstep.loop.sync import Run, steps_of
+        from lockstep.loop.run import Run
+        from lockstep.loop.sync import steps_of
 
         if resumed:
             refuse_other_run(layout.manifest, session.manifest)

@@ -157,7 +157,8 @@ def tiny_hybrid(tokenizer, path):
 
 def test_a_sync_that_is_not_delivered_stops_training_and_is_named(pair, tmp_path):
     from lockstep.loop.open import Session
-    from lockstep.loop.stages import Run, sync
+    from lockstep.loop.run import Run
+    from lockstep.loop.stages import sync
     from lockstep.runs.layout import new_run
 
     layout = new_run(tmp_path / "run")
@@ -205,7 +206,8 @@ def test_completions_come_back_to_their_own_prompt(pair):
 
 def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_path):
     from lockstep.loop.open import Session
-    from lockstep.loop.stages import Run, reward, sample
+    from lockstep.loop.run import Run
+    from lockstep.loop.stages import reward, sample
     from lockstep.runs.layout import new_run
     from lockstep.runs.read import read_rollouts
 

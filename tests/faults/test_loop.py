@@ -15,7 +15,7 @@ from lockstep.errors import ParityError, RewardError, RunError, WeightSyncError
 from lockstep.faults.at_load import AtLoad
 from lockstep.faults.relay import Relay
 from lockstep.loop.open import open_session
-from lockstep.loop.stages import Run
+from lockstep.loop.run import Run
 from lockstep.loop.sync import run_steps
 from lockstep.parity import canary
 from lockstep.records.tokens import FLOAT32

@@ -12,7 +12,7 @@ from lockstep.config.recipe import with_sets
 from lockstep.errors import ParityError, RunError
 from lockstep.loop import stages
 from lockstep.loop.resume import REPLAYED, _recorded_gate, _refuse_other_figures, catch_up
-from lockstep.loop.stages import Run
+from lockstep.loop.run import Run
 from lockstep.parity.gate import Gate, Measured
 from lockstep.records.verdicts import BeforeStep, Finding, Verdict
 from lockstep.records.versions import VersionSpan

@@ -24,7 +24,7 @@ import numpy as np
 
 from lockstep.engines.streaming import Handle
 from lockstep.errors import EngineError
-from lockstep.loop.stages import Run
+from lockstep.loop.run import Run
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import INT32, SamplingParams
 from lockstep.rollout import collect, store

@@ -25,18 +25,10 @@ import numpy as np
 
 from lockstep.errors import CapabilityError, EngineDied, RunError, Stopped, WeightSyncError
 from lockstep.loop.flights import QUEUE, SCHEDULE, Flights, drawing_of
+from lockstep.loop.proofs import prove
 from lockstep.loop.resume import catch_up
-from lockstep.loop.stages import (
-    Run,
-    certified,
-    checkpoint,
-    prove,
-    record,
-    refuse,
-    reward,
-    sync,
-    train_gated,
-)
+from lockstep.loop.run import Run, certified
+from lockstep.loop.stages import checkpoint, leave_out, record, reward, sync, train_gated
 from lockstep.parity import spans
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.samples import Samples
@@ -102,10 +94,7 @@ def _step(run: Run, flights: Flights) -> None:
     rollouts = _alive(run, flights, flights.next_batch)
     store.save(run.layout.drawn(step), rollouts)
     flights.refuse_stale(rollouts)
-    if 0 < rollouts.missing <= run.recipe.parity.missing_share * rollouts.loss_mask.sum():
-        rollouts.leave_out_missing()
-    if rollouts.missing:
-        raise refuse(run, step, [f"{rollouts.missing} tokens without a finite log-probability"])
+    leave_out(run, step, rollouts)
     figures = train(run, step, rollouts)
     flights.trained(rollouts)
     figures |= _alive(run, flights, lambda: sync(run, step + 1, _mode(run)), lambda: _proven_again(run))

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lockstep.errors import RunError
-from lockstep.loop.stages import Run, train_gated
+from lockstep.loop.run import Run
+from lockstep.loop.stages import train_gated
 from lockstep.parity.gate import Gate
 from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
 from lockstep.records.samples import Samples

@@ -1,6 +1,6 @@
 """A few of a step's completions for the sinks that people look at."""
 
-from lockstep.loop.stages import Run
+from lockstep.loop.run import Run
 from lockstep.records.samples import Samples
 from lockstep.runs.sinks.base import Completions
 

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 
 from lockstep.config.recipe import Recipe
+from lockstep.loop.proofs import prove
 from lockstep.loop.resume import catch_up
+from lockstep.loop.run import Run, certified
 from lockstep.loop.shown import show
-from lockstep.loop.stages import Run, certified, checkpoint, prove, record, reward, sample, sync, train_gated
+from lockstep.loop.stages import checkpoint, record, reward, sample, sync, train_gated
 from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.manifest import finished
 

@@ -1,18 +1,14 @@
 """A run whose ladder did not pass ends, or the recipe says in a sentence why it goes on."""
 
-from typing import TYPE_CHECKING
-
 from lockstep.errors import ParityError
+from lockstep.loop.run import Run
 from lockstep.parity.alarms import Watch
 from lockstep.parity.ladder import LadderResult
 from lockstep.records.alarms import Override
 from lockstep.runs.certificate import void
 
-if TYPE_CHECKING:
-    from lockstep.loop.stages import Run
 
-
-def go_on(run: "Run", result: LadderResult) -> None:
+def go_on(run: Run, result: LadderResult) -> None:
     """Go on without a proof where the recipe says why; it is told with everything that the run records.
 
     Raises:

@@ -1,0 +1,70 @@
+"""A run under way: what its stages share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from lockstep.config.recipe import Recipe
+from lockstep.errors import ParityError
+from lockstep.loop.delivery import Deliveries
+from lockstep.loop.open import Say, Session
+from lockstep.parity.alarms import Watch
+from lockstep.parity.canary import Canary
+from lockstep.parity.gate import Gate
+from lockstep.parity.pair import Pair
+from lockstep.records.alarms import Override
+from lockstep.runs.certificate import void
+from lockstep.runs.layout import RunLayout
+from lockstep.runs.record import Recorder
+
+
+@dataclass(eq=False)
+class Run:
+    """A run under way."""
+
+    session: Session
+    layout: RunLayout
+    say: Say
+    recorder: Recorder
+    canary: Canary | None = None
+    gate: Gate | None = None
+    """What rollouts are held to; from the ladder that passed last."""
+    unproven: int = 0
+    """Syncs since the last proof, tensor by tensor, whose update was too small for the canary to miss."""
+    deliveries: Deliveries = field(default_factory=Deliveries)
+    """Which version is proven, by the canary, by rollouts or by layer 3."""
+    watch: Watch = field(default_factory=Watch)
+    """Looks at each step's figures."""
+    override: Override | None = None
+    """Where the ladder did not pass and the recipe goes on all the same."""
+    sign_key: bytes = b""
+    """Signs the certificate where the user gave one (``runs/signature.py``)."""
+    restarts: int = 0
+    """Engines that were started in the place of one that died."""
+    quiet: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While it is entered the engine draws nothing for the loop: other weights may be loaded."""
+
+    @property
+    def pair(self) -> Pair:
+        """Both sides."""
+        return self.session.pair
+
+    @property
+    def max_lag(self) -> int:
+        """Versions that a token may be old by when it is trained on."""
+        return 0 if self.recipe.loop.kind == "sync" else self.recipe.rollout.max_lag
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is run."""
+        return self.session.pair.recipe
+
+
+@contextmanager
+def certified(run: Run) -> Iterator[None]:
+    """While a run goes on, whatever refuses the pair (ladder, gate or sync) voids the run's certificate."""
+    try:
+        yield
+    except ParityError as error:
+        void(run.layout.certificate, f"{error.boundary}: {error.got}")
+        raise
