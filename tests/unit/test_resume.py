@@ -155,6 +155,24 @@ def test_drawn_and_refused_rollouts_are_no_steps(killed):
     assert len(rollouts) == 16
 
 
+@pytest.mark.parametrize(("share", "left"), [(0.0, None), (0.02, None), (0.05, 3)])
+def test_tokens_without_a_number_leave_the_loss_as_far_as_the_recipe_lets_them(killed, share, left):
+    killed.pair.recipe = with_sets(killed.recipe, [f"parity.missing_share={share}"])
+    rollouts = stages.sample(killed, 2)
+    before = int(rollouts.loss_mask.sum())
+    for row, number in enumerate((np.nan, -np.inf, -9999.0)):
+        numbers = np.r_[number, rollouts[row].engine_logprobs[1:]].astype(np.float32)
+        rollouts.samples[row] = replace(rollouts[row], engine_logprobs=numbers)
+    if left is None:
+        with pytest.raises(ParityError, match="3 tokens without a finite log-probability"):
+            stages.leave_out(killed, 2, rollouts)
+        assert killed.layout.refused(2).is_file()
+    else:
+        stages.leave_out(killed, 2, rollouts)
+        assert not rollouts.missing
+    assert before - int(rollouts.loss_mask.sum()) == rollouts.left_out == (left or 0)
+
+
 def test_a_run_that_was_killed_before_its_first_step_starts_there(tmp_path):
     run = start(tmp_path / "run")
     assert catch_up(run) == 0

@@ -5,7 +5,6 @@ device, an engine's own defaults) goes into the manifest with its reason.
 """
 
 import copy
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from lockstep.config.keys import refuse_unknown_keys, set_key, value_at
 from lockstep.config.objective import NonNegativeFloat, Objective, PositiveFloat, ValueHead
 from lockstep.config.values import refuse_recomputed, refuse_unrepeatable
 from lockstep.errors import RecipeError
@@ -233,7 +233,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | No
             section = {key: value for key, value in section.items() if key not in ("version", "options")}
         table["engine"] = section | {"name": engine} if isinstance(section, dict) else section
     for override in overrides or []:
-        _apply(table, override)
+        set_key(table, override)
     return parse_recipe(table, str(path))
 
 
@@ -264,7 +264,7 @@ def parse_overrides(table: dict[str, Any], overrides: list[str], source: str) ->
     """
     own = copy.deepcopy(table)
     for override in overrides:
-        _apply(own, override)
+        set_key(own, override)
     return parse_recipe(own, source)
 
 
@@ -279,7 +279,7 @@ def with_sets(recipe: Recipe, sets: Sequence[str]) -> Recipe:
 
 def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     """Build a :class:`Recipe` from a nested dict, naming ``source`` in errors."""
-    _refuse_unknown_keys(table, Recipe, source, ())
+    refuse_unknown_keys(table, Recipe, source)
     refuse_recomputed(table, source)
     refuse_unrepeatable(table, source)
     try:
@@ -292,7 +292,7 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
         message = f"keys that are {message.removeprefix('Expected ')}" if of_a_key else message
         raise RecipeError(
             f"recipe {source}, key {key}",
-            got=_value_at(table, key),
+            got=value_at(table, key),
             expected=message.removeprefix("Expected "),
             hint=f"--set {key}=…  or edit {source}",
         ) from error
@@ -334,67 +334,3 @@ def _refuse_untrainable(recipe: Recipe, source: str) -> None:
             expected=f"a divisor of training.prompts_per_step = {groups}",
             hint="--set training.minibatches=1",
         )
-
-
-def _apply(table: dict[str, Any], override: str) -> None:
-    if override != override.encode(errors="replace").decode():  # bytes of an argument that are no UTF-8
-        raise RecipeError("flag --set", got=ascii(override), expected="UTF-8", hint="--set optimizer.lr=1e-5")
-    path, equals, text = override.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise RecipeError(
-            "flag --set", got=repr(override), expected="section.key=value", hint="--set optimizer.lr=1e-5"
-        )
-    try:
-        read = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        read = {}
-    # More than one: lines after the first, which were not asked for.
-    value = read["value"] if len(read) == 1 else text
-    for depth, key in enumerate(keys[:-1]):
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            where = ".".join(keys[: depth + 1])
-            raise RecipeError(
-                "flag --set", got=repr(override), expected=f"{where} to be a section", hint=f"--set {where}=…"
-            )
-    table[keys[-1]] = value
-
-
-def _refuse_unknown_keys(
-    table: dict[str, Any], kind: type[Struct], source: str, path: tuple[str, ...]
-) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    for key, value in table.items():
-        where = ".".join((*path, key))
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            guesses = [".".join((*path, near[0]))] if near else _homes_of(key)
-            raise RecipeError(
-                f"recipe {source}, key {where}",
-                got="an unknown key",
-                expected=f"{' or '.join(map(repr, guesses))} perhaps"
-                if guesses
-                else f"one of {', '.join(sorted(fields))}",
-                hint=f"the keys of [{'.'.join(path) or 'the recipe'}] are {', '.join(sorted(fields))}",
-            )
-        if isinstance(value, dict) and isinstance(fields[key], type) and issubclass(fields[key], Struct):
-            _refuse_unknown_keys(value, fields[key], source, (*path, key))
-
-
-def _homes_of(key: str) -> list[str]:
-    """Full names of the key most like ``key`` in any section, one for each section that has it."""
-    homes: dict[str, list[str]] = {}
-    for section in msgspec.structs.fields(Recipe):
-        for field in msgspec.structs.fields(section.type):
-            homes.setdefault(field.name, []).append(f"{section.name}.{field.name}")
-    return [home for match in difflib.get_close_matches(key, homes, n=1, cutoff=0.7) for home in homes[match]]
-
-
-def _value_at(table: dict[str, Any], key: str) -> str:
-    value: Any = table
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return "nothing"
-        value = value[part]
-    return repr(value)

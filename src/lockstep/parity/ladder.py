@@ -79,7 +79,7 @@ def climb(
     for layer in LAYERS:
         reason = _not_judged(layer, verdicts, unable)
         if reason:
-            verdicts.append(Verdict(layer=layer, status="NOT_RUN", summary="not judged", reason=reason))
+            verdicts.append(Verdict.not_judged(layer, reason))
             continue
         if layer != "semantics":  # which was told of above, before its tokens were drawn
             on_layer(layer)

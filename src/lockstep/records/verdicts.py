@@ -59,6 +59,11 @@ class Verdict(Struct, frozen=True, kw_only=True):
             figures=figures or {},
         )
 
+    @classmethod
+    def not_judged(cls, layer: LayerName, reason: str) -> "Verdict":
+        """A NOT_RUN of a layer that was not begun with."""
+        return cls(layer=layer, status="NOT_RUN", summary="not judged", reason=reason)
+
     def __bool__(self) -> bool:
         raise TypeError("a Verdict is three-valued: compare .status with 'PASS', 'FAIL' or 'NOT_RUN'")
 

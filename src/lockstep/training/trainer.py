@@ -12,7 +12,6 @@ Device, dtypes, head and memory layout hide behind these verbs.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,15 @@ from torch import Tensor, nn
 
 from lockstep.config.recipe import Recipe
 from lockstep.objectives.registry import needs_of
-from lockstep.policy import pulls, replay
+from lockstep.policy import pulls, replay, slopes
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
-from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of, whole
+from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of
 from lockstep.policy.pretrained import resolve_model
 from lockstep.policy.pulls import Asked, Pulls
 from lockstep.policy.replay import Piece
+from lockstep.policy.slopes import Slope
 from lockstep.policy.values import ValueHead
 from lockstep.policy.variant_settings import base_of, epsilon_of, rotary_of
 from lockstep.policy.variants import Variant, name_of_head
@@ -46,16 +46,6 @@ from lockstep.training.step import Gate, train
 from lockstep.training.versions import Before, Versions
 from lockstep.weights.publish import Publisher
 from lockstep.weights.ring import Ring
-
-
-@dataclass(frozen=True)
-class Slope:
-    """One token's log-probability against every parameter at once."""
-
-    token: int
-    """Its place among all tokens that were asked about."""
-    moves: np.ndarray
-    """⟨∂ log p / ∂W, D⟩ for each parameter W and its direction D, nats, float64 [names]."""
 
 
 class Trainer:
@@ -254,28 +244,7 @@ class Trainer:
                 parameter itself, which is a change of its scale.
             before_each: called before each token's backward pass; what it raises ends them.
         """
-        parameters = parameters_of(self._policy.model)
-        chosen = [parameters[name] for name in names]
-        moves = [whole(p.detach()).float() for p in chosen]
-        if towards is not None:
-            moves = [(towards.values[name] - whole(parameters[name].detach())).float() for name in names]
-        starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
-        owners = np.searchsorted(starts, tokens, side="right") - 1
-        found = []
-        with torch.enable_grad(), _requiring_grad(chosen):
-            for number in sorted(set(owners.tolist())):
-                (row,) = self._policy.rows([groups[number]], 1 << 20)
-                logprobs = self._policy.scores(row.to(self.device), temperature).logprobs
-                for token in tokens[owners == number].tolist():
-                    before_each()
-                    at = logprobs[token - int(starts[number])]
-                    grads = torch.autograd.grad(at, chosen, retain_graph=True, allow_unused=True)
-                    products = [
-                        0.0 if g is None else float((whole(g).float() * m).sum())
-                        for g, m in zip(grads, moves, strict=True)
-                    ]
-                    found.append(Slope(token, np.array(products)))
-        return found
+        return slopes.slopes(self._policy, groups, tokens, temperature, names, towards, before_each)
 
     def pulls(
         self,
@@ -385,16 +354,3 @@ class Trainer:
             RunError: when it is not this model's; all is then as it was.
         """
         return checkpoint.load_checkpoint(stored, self._policy, self._optimizer)
-
-
-@contextmanager
-def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Frozen parameters have gradients too until the context ends: an engine may hold any of them wrong."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
