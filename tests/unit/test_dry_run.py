@@ -1,5 +1,6 @@
 """A dry run shows what a run would be, and starts and writes nothing."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lockstep.config.recipe import parse_recipe, with_sets
-from lockstep.errors import UsageError
+from lockstep.errors import ModelError, UsageError
 from lockstep.loop.dry_run import dry_run, told
 from lockstep.rendering import Renderer
 
@@ -51,6 +52,14 @@ def test_memory_is_that_of_the_trainers_own_tensors(recipe, tiny_model_dir):
     bf16 = dry_run(with_sets(recipe, ["model.dtype=bfloat16", "objective.kl.coef=0.1"]), None)
     assert bf16.memory_gib["fp32 masters"] == pytest.approx(4 * n / 2**30)
     assert bf16.memory_gib["reference model"] == pytest.approx(2 * n / 2**30)
+
+
+def test_a_model_file_that_is_cut_short_is_named(recipe, tiny_checkpoint, tmp_path):
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[:100])
+    with pytest.raises(ModelError, match=r"model\.safetensors: got no header of a safetensors file"):
+        dry_run(with_sets(recipe, [f"model.path={broken}"]), None)
 
 
 def test_what_a_run_would_refuse_a_dry_run_refuses(recipe):

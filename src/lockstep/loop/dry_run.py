@@ -3,7 +3,7 @@
 Nothing is started and nothing is written.
 """
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import msgspec
 from msgspec import Struct
 
 from lockstep.config.recipe import Recipe
+from lockstep.errors import ModelError
 from lockstep.loop.open import preflight
 from lockstep.objectives.registry import advantage_of, needs_of
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
+from lockstep.runs.tensor_files import header_of
 
 SHOWN = 3
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -96,17 +98,23 @@ def _prompt(renderer: Renderer, task: Task, number: int) -> Prompt:
 
 
 def _parameters(path: Path) -> int:
-    """Elements of all tensors of a checkpoint, from its files' headers."""
+    """Elements of all tensors of a checkpoint, from its files' headers.
+
+    Raises:
+        ModelError: for a file that has none.
+    """
     total = 0
     for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                n = 1
-                for size in tensor["shape"]:
-                    n *= size
-                total += n
+        try:
+            tensors = header_of(file).tensors
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model {path}, {file.name}",
+                got=str(error),
+                expected="a safetensors file",
+                hint="bring the checkpoint there again, whole",
+            ) from error
+        total += sum(math.prod(tensor.shape) for tensor in tensors.values())
     return total
 
 

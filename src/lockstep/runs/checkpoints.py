@@ -21,12 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from msgspec import MsgspecError, Struct, json
 
 from lockstep.errors import RunError
 from lockstep.runs.durable import PARTIAL, rename, writing
+from lockstep.runs.tensor_files import header_of
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"
 PARTS = ("config.json", MODEL, OPTIMIZER, STATE)
@@ -186,19 +186,11 @@ def is_whole(path: Path) -> bool:
 
 
 def _full_length(path: Path) -> bool:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.decode(file.read(head) if head < size else b"", type=dict[str, dict[str, Any]])
-        except (MsgspecError, UnicodeDecodeError):
-            return False
-    return (
-        8
-        + head
-        + max((entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry), default=0)
-        == size
-    )
+    """Raises OSError."""
+    try:
+        return header_of(path).nbytes == path.stat().st_size
+    except ValueError:
+        return False
 
 
 def _sha256(path: Path) -> str:
