@@ -286,10 +286,7 @@ class Flights:
             collect.refuse_empty(completions)
             renderer = self._run.pair.renderer
             samples = [
-                replace(
-                    Sample.of(c, handle.prompt, group, renderer.text(np.frombuffer(c.token_ids, INT32))),
-                    group=group,
-                )
+                Sample.of(c, handle.prompt, group, renderer.text(np.frombuffer(c.token_ids, INT32)), group)
                 for c in completions
             ]
             oldest = min(span.version for sample in samples for span in sample.version_spans)

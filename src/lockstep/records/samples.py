@@ -75,11 +75,22 @@ class Sample:
     """Length of the prompt as the engine counts it; 0 where it does not say."""
 
     @classmethod
-    def of(cls, completion: Completion, prompt_ids: np.ndarray, item: int, text: str = "") -> "Sample":
-        """A completion as it came from the engine: every token of it was sampled."""
+    def of(
+        cls,
+        completion: Completion,
+        prompt_ids: np.ndarray,
+        item: int,
+        text: str = "",
+        group: int | None = None,
+    ) -> "Sample":
+        """A completion as it came from the engine: every token of it was sampled.
+
+        Args:
+            group: None: the place of its prompt in the request.
+        """
         token_ids = np.frombuffer(completion.token_ids, INT32)
         return cls(
-            group=completion.prompt_index,
+            group=completion.prompt_index if group is None else group,
             sample=completion.sample_index,
             item=item,
             prompt_ids=prompt_ids,

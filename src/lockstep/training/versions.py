@@ -127,9 +127,7 @@ def _scored(
             # Completions of a prompt share one pass over it.
             whole = policy.score(rollouts.take(here).groups, rollouts.temperature)
         for row, numbers in zip(here, whole, strict=True):
-            for span in rollouts[row].version_spans:
-                if span.version == earlier:
-                    found[row][span.start : span.stop] = numbers[span.start : span.stop]
+            _take(rollouts[row], earlier, numbers, found[row])
     replayed = piecewise(policy, ring, rollouts.take(spanning), version, rollouts.temperature, kept=True)
     return [*found.items(), *zip(spanning, replayed, strict=True)]
 
@@ -162,7 +160,12 @@ def piecewise(
         with Earlier(earlier).held(policy) if earlier is not None else nullcontext():
             whole = policy.score(groups, temperature)
         for sequence, numbers, out in zip(sequences, whole, found, strict=True):
-            for span in sequence.version_spans:
-                if span.version == v:
-                    out[span.start : span.stop] = numbers[span.start : span.stop]
+            _take(sequence, v, numbers, out)
     return found
+
+
+def _take(sample: Sample, version: int, whole: np.ndarray, out: np.ndarray) -> None:
+    """Of scores of the whole completion, into ``out`` those of the tokens that ``version`` drew."""
+    for span in sample.version_spans:
+        if span.version == version:
+            out[span.start : span.stop] = whole[span.start : span.stop]
