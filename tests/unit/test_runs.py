@@ -1,6 +1,8 @@
 """Run directories: found again when interrupted, held by one process at a time."""
 
 import hashlib
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -72,6 +74,28 @@ def test_an_interrupted_run_is_found_and_a_finished_or_other_one_is_not(tmp_path
     (last / checkpoints.MODEL).write_bytes(b"1")
     assert unfinished_run(RECIPE, tmp_path) == layout, "its last checkpoint is not what was written"
     checkpoints.seal(last, 2)
+
+
+def test_the_newest_run_is_the_one_that_began_last_whatever_the_files_times_say(tmp_path):
+    """A run that was copied, or whose manifest was touched, has the newer file and is the older run."""
+    began_first = made(tmp_path / "z")
+    began_last = made(tmp_path / "a")
+    os.utime(began_first.manifest, (2e9, 2e9))
+    os.utime(began_last.manifest, (1e9, 1e9))
+    assert unfinished_run(RECIPE, tmp_path) == began_last
+    (tmp_path / "a" / "manifest.json").write_bytes(b"{")
+    assert unfinished_run(RECIPE, tmp_path) == began_first, "a manifest that cannot be read is no run"
+
+
+def test_runs_of_before_a_start_was_written_down_come_before_those_that_say_it(tmp_path):
+    for number, name in enumerate("ba"):
+        layout = made(tmp_path / name)
+        text = layout.manifest.read_text()
+        layout.manifest.write_text(re.sub(r'"started": "[^"]*",', "", text))
+        os.utime(layout.manifest, (2e9 + number, 2e9 + number))
+    assert unfinished_run(RECIPE, tmp_path) == layout
+    assert unfinished_run(RECIPE, tmp_path).root.name == "a"
+    assert unfinished_run(RECIPE, made(tmp_path / "c").root.parent).root.name == "c"
 
 
 def test_a_run_is_held_by_one_process_and_not_taken_up_meanwhile(tmp_path):

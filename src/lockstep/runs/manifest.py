@@ -9,11 +9,12 @@ import os
 import platform
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, ValidationError, convert, json, to_builtins
+from msgspec import MsgspecError, Struct, ValidationError, convert, json, to_builtins
 from msgspec.structs import replace
 
 import lockstep
@@ -41,6 +42,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """One run, before its first step."""
 
     schema: str = SCHEMA
+    started: str = ""
+    """When, in UTC; ISO 8601, so that the later of two texts is the later start. Empty: one of before this
+    was kept."""
     lockstep_version: str = lockstep.__version__
     recipe: Recipe
     """As it was asked for."""
@@ -82,6 +86,7 @@ def build_manifest(
         model: digests of what is trained.
     """
     return Manifest(
+        started=datetime.now(UTC).isoformat(timespec="microseconds"),
         recipe=recipe,
         recipe_sha256=_digest(recipe),
         engine_name=resolved[0],
@@ -207,10 +212,12 @@ def unfinished_run(recipe: Recipe, runs: Path) -> RunLayout | None:
 
     It can if it is of this very recipe, has steps or its last checkpoint left, and nobody is at it.
     """
-    manifests = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    if not manifests:
+    starts = {path: start for path in runs.glob("*/manifest.json") if (start := _start(path)) is not None}
+    if not starts:
         return None
-    layout = RunLayout(manifests[-1].parent)
+    # A copy or a restored backup has other file times than its run: they stand in where a run says nothing.
+    newest = max(starts, key=lambda path: (starts[path], path.stat().st_mtime))
+    layout = RunLayout(newest.parent)
     with contextlib.suppress(LockstepError), layout.held():
         return (
             layout
@@ -218,6 +225,18 @@ def unfinished_run(recipe: Recipe, runs: Path) -> RunLayout | None:
             else None
         )
     return None
+
+
+class _Started(Struct):
+    started: str = ""
+
+
+def _start(manifest: Path) -> str | None:
+    """When a run began; None of a manifest that cannot be read, which is no run to go on with."""
+    try:
+        return json.decode(manifest.read_bytes(), type=_Started).started
+    except (OSError, ValueError, MsgspecError):
+        return None
 
 
 def finished(layout: RunLayout, recipe: Recipe) -> bool:
