@@ -3,7 +3,8 @@
 import pytest
 
 from lockstep.config.recipe import parse_recipe, with_sets
-from lockstep.diagnose.ablation import EVERY_ORDER, ablate, shapley
+from lockstep.diagnose.ablation import EVERY_ORDER, ablate, known_good, shapley
+from lockstep.errors import UsageError
 
 TABLE = {
     "model": {"path": "m"},
@@ -46,6 +47,26 @@ def test_an_engine_version_is_the_last_factor():
     )
     assert [(f.name, f.effect_nats) for f in found.factors] == [("engine.version=0.18.1", 0.5)]
     assert found.factors[0].flag == "--set engine.version=0.8.5"
+
+
+@pytest.mark.parametrize(
+    ("engine", "spec", "says"),
+    [
+        ("vllm", "vllm==9.9.9", r"engine vllm==9\.9\.9: got no recipe for it, expected vllm=="),
+        ("auto", "9.9.9", r"engine 9\.9\.9: got no recipe for it, expected vllm=="),
+        ("transformers", "vllm==9.9.9", r"engine vllm==9\.9\.9: got no recipe for it, expected vllm=="),
+        (
+            "transformers",
+            "vllm==0.32.0",
+            "got it with engine.name = 'transformers'",
+        ),
+    ],
+)
+def test_a_version_that_does_not_exist_is_refused_before_anything_is_measured(engine, spec, says):
+    recipe = with_sets(parse_recipe(TABLE, "test"), [f"engine.name={engine}"])
+    with pytest.raises(UsageError, match=says) as refused:
+        known_good(recipe, spec)
+    assert refused.value.exit_code == 2
 
 
 def test_where_nothing_differs_all_is_unexplained():

@@ -32,11 +32,12 @@ def diagnose(
     from lockstep.cli.common import recipe_of
 
     loaded = recipe_of(recipe, set_, engine)
-    from lockstep.diagnose.ablation import ablate, mended
+    from lockstep.diagnose.ablation import ablate, known_good, mended
     from lockstep.parity.tolerances import noise_of
 
+    version = known_good(loaded, against) if against else None
     with Console() as console:
-        ablation = ablate(loaded, against.rpartition("==")[2] if against else None, console.say)
+        ablation = ablate(loaded, version, console.say)
     good = mended(loaded, None)
     explained = (
         ablation.unexplained_nats

@@ -22,6 +22,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe, with_sets
+from lockstep.engines.environments.locate import find
+from lockstep.engines.environments.recipes import recipe_for
+from lockstep.errors import UsageError
 from lockstep.loop.open import Say, open_session
 from lockstep.metrics.reduce import bootstrap_mean_ci95
 from lockstep.parity.pair import draw
@@ -112,6 +115,23 @@ def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callab
             (Factor(name=text, flag=f"--set engine.version={version}"), _engine("version", version))
         )
     return factors
+
+
+def known_good(recipe: Recipe, spec: str) -> str:
+    """The version of ``vllm==VERSION``, which is installed, to go over to from the recipe's engine.
+
+    Raises:
+        UsageError: for one that does not exist or is not installed, and where the recipe's engine has none.
+    """
+    asked = recipe_for(spec)
+    if recipe.engine.name not in ("auto", asked.name):
+        raise UsageError(
+            f"flag --against {spec}",
+            got=f"it with engine.name = {recipe.engine.name!r}",
+            expected="a version of the recipe's own engine",
+            hint="leave --against out, or --engine vllm",
+        )
+    return find(asked.name, asked.version).version
 
 
 def mended(recipe: Recipe, version: str | None) -> Recipe:

@@ -77,7 +77,7 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
     name = PREFERRED if config.name == "auto" else config.name
     if name in REFUSALS:
         _named(REFUSALS[name])(config.options)
-    if name == config.name:
+    if config.version or name == config.name:
         return Choice(name, find(name, config.version or None), "asked for")
     environments = [environment for environment in installed() if environment.name == name]
     if environments:
