@@ -117,7 +117,7 @@ class DivergenceError(LockstepError):
 
 
 class Stopped(SystemExit):
-    """The process was asked to end, by Ctrl-C or by a signal: what is open is closed on the way out.
+    """The process was asked to end, by Ctrl-C, a signal or a reader that went: what is open is closed first.
 
     No error; a type of its own, so that it is told from a ``SystemExit`` that somebody's reward raises.
     """

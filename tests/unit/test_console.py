@@ -1,6 +1,7 @@
 """What others wrote reaches the terminal as text and never as a command to it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from lockstep.cli.check import show_result
 from lockstep.cli.common import show_ladder
-from lockstep.cli.console import OBEYED, Console, emit, fail, guarded, printable, show
+from lockstep.cli.console import OBEYED, UNREAD, Console, emit, fail, guarded, printable, show
 from lockstep.cli.main import main
 from lockstep.errors import EngineError
 from lockstep.parity.ladder import LadderResult
@@ -96,6 +97,22 @@ def test_a_path_that_the_system_refuses_is_no_traceback(words, monkeypatch, caps
     said = capsys.readouterr().err
     assert "File name too long" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("buffered", [-1, 1])
+@pytest.mark.parametrize("words", ["metrics", "metrics --json", "check --help", "report none"])
+def test_a_reader_that_goes_ends_a_verb_without_a_word(words, buffered, monkeypatch):
+    """``lockstep VERB 2>&1 | head -n 0``, on a real pipe."""
+    monkeypatch.setattr("lockstep.cli.main._end_in_order", lambda: None)
+    monkeypatch.setattr("sys.argv", ["lockstep", *words.split()])
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffered) as writer, open(os.dup(write), "w", 1) as errors:
+        monkeypatch.setattr("sys.stdout", writer)
+        monkeypatch.setattr("sys.stderr", errors)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == UNREAD
 
 
 def test_json_holds_every_character_as_its_own_escape(capsys):

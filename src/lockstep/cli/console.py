@@ -9,6 +9,7 @@ draws.
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -17,29 +18,58 @@ from typing import Any, Self, TextIO
 
 import msgspec
 
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, Stopped
 from lockstep.records.printable import OBEYED, escaped, printable
 
 TICK_S = 0.2
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code where nobody reads any more: what a shell gives any command that a closed pipe ends."""
 
 
 class _Guarded:
-    """A text stream that shows everything as :func:`printable`; the rest is the stream's own."""
+    """A text stream that shows everything as :func:`printable`; the rest is the stream's own.
+
+    Raises:
+        Stopped: by everything that writes, once nobody reads any more.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         """Write the text, escaped."""
-        self.stream.write(printable(text))
+        with _while_read(self.stream):
+            self.stream.write(printable(text))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
         """Write the lines, escaped."""
-        self.stream.writelines(map(printable, lines))
+        with _while_read(self.stream):
+            self.stream.writelines(map(printable, lines))
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        with _while_read(self.stream):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def _while_read(stream: TextIO) -> Iterator[None]:
+    """``| head`` goes once it has its lines: nobody wants more, so the process ends in order, without a word.
+
+    Not by the signal itself, which would leave an engine running.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered is written when Python ends, and would break there once more.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        raise Stopped(UNREAD) from None
 
 
 @contextlib.contextmanager

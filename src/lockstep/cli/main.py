@@ -27,7 +27,7 @@ from lockstep.cli import (
     train,
     upgrade,
 )
-from lockstep.cli.console import fail, guarded
+from lockstep.cli.console import UNREAD, fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
 
 EXTRA = (
@@ -108,11 +108,13 @@ def main() -> None:
     as_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where it is known what it means that nobody reads any more
     except LockstepError as error:
         fail(error, as_json=as_json)
         code = error.exit_code
     except Stopped as stopped:
-        print("interrupted" if stopped.code == 130 else "ended by a signal", file=sys.stderr)
+        if stopped.code != UNREAD:
+            print("interrupted" if stopped.code == 130 else "ended by a signal", file=sys.stderr)
         code = stopped.code
     except SystemExit as error:
         # No verb ends that way: some code that it called would end the process, with its own code.
