@@ -94,7 +94,8 @@ def shares(session: Session, root: Path) -> list[float]:
 
     The run's first step warms up.
     """
-    layout, pair = new_run(root), session.pair
+    layout = new_run(root)
+    pair = session.pair
     write_manifest(layout.manifest, session.manifest)
     run = Run(session, layout, say, open_recorder(layout))
     run_steps(run, resumed=False)
@@ -116,7 +117,8 @@ def report(found: dict[str, list[float]], *, as_json: bool) -> None:
         return
     print(f"machine: {processor()}")
     for name, values in found.items():
-        middle, met = statistics.median(values), statistics.median(values) <= TARGETS[name]
+        middle = statistics.median(values)
+        met = statistics.median(values) <= TARGETS[name]
         spread = f"{min(values):.4g} to {max(values):.4g}, n = {len(values)}"
         print(f"{name:<22} {middle:8.4g}  ({spread})  target {TARGETS[name]:g}: {'met' if met else 'missed'}")
 

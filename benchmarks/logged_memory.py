@@ -135,12 +135,16 @@ def measure(path: Path, model: Path, most_rows: int | None, results: "multiproce
         "training": {"steps": 1},
     }
     recipe = parse_overrides(neutral, [f"model.path={model}"], "benchmark")
-    policy, renderer = load_policy(model, "float32", "float32"), Renderer(model)
+    policy = load_policy(model, "float32", "float32")
+    renderer = Renderer(model)
     scored_once(policy)
-    before, began = peak_gib(), time.perf_counter()
+    before = peak_gib()
+    began = time.perf_counter()
     logged = read_logged(path, recipe.sampling)
     held = sum(part.nbytes for part in vars(logged).values() if isinstance(part, np.ndarray))
-    read, read_s, began = peak_gib(), time.perf_counter() - began, time.perf_counter()
+    read = peak_gib()
+    read_s = time.perf_counter() - began
+    began = time.perf_counter()
     verdicts = judge(logged, policy, renderer, recipe, lambda text: None, most_rows)
     judged_s = time.perf_counter() - began
     figures = {
@@ -162,12 +166,15 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="measure the gap on so many rows, as check-log --rows does")
     parser.add_argument("--format", choices=("jsonl", "parquet"), action="append", help="only this one")
     asked = parser.parse_args()
-    worst, spawn = 0.0, multiprocessing.get_context("spawn")
+    worst = 0.0
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         model = checkpoint(Path(scratch) / "model")
-        rows, n_rows = drawn(model), -(-asked.tokens // ROW_TOKENS)
+        rows = drawn(model)
+        n_rows = -(-asked.tokens // ROW_TOKENS)
         for form in asked.format or ("jsonl", "parquet"):
-            path, results = Path(scratch) / f"rollouts.{form}", spawn.SimpleQueue()
+            path = Path(scratch) / f"rollouts.{form}"
+            results = spawn.SimpleQueue()
             write(rows, n_rows, path)
             process = spawn.Process(target=measure, args=(path, model, asked.rows, results))
             process.start()

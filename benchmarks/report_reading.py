@@ -37,7 +37,8 @@ def write(directory: Path, tokens: int) -> None:
 
     from lockstep.runs.rollouts import About, write_rollouts
 
-    random, rows = np.random.default_rng(0), tokens // STEPS // LENGTH
+    random = np.random.default_rng(0)
+    rows = tokens // STEPS // LENGTH
     size = rows * LENGTH
     offsets = pa.array(np.arange(0, size + 1, LENGTH, dtype=np.int32))
 

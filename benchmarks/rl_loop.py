@@ -135,7 +135,9 @@ def main():
         times, samples = run_trl(args.steps, args.prompts)
         print(json.dumps({"times": times, "samples": samples}))
         return
-    ours, trl, samples = [], [], 0
+    ours = []
+    trl = []
+    samples = 0
     for _ in range(args.rounds):
         times, samples = run_ours(args.steps, args.prompts)
         ours.append(times)

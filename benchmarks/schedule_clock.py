@@ -72,19 +72,23 @@ class Outcome:
 
 def simulate(world: World, max_lag: int, steps: int, seed: int = 0, *, drops: bool = False) -> Outcome:
     """A whole run, event by event; the ledger is closed at each."""
-    rng, most = np.random.default_rng(seed), (max_lag + 1) * world.groups_per_step
+    rng = np.random.default_rng(seed)
     plan = Schedule(
         Bound(
             max_lag=max_lag,
             groups_per_step=world.groups_per_step,
             group_size=world.group_size,
             steps=steps,
-            in_flight=most,
+            in_flight=(max_lag + 1) * world.groups_per_step,
             drops=drops,
         )
     )
     events: list[tuple[float, int, str, object]] = []  # time, tie-break, what, about
-    now, number, idle_since, idle, lags = 0.0, 0, 0.0, 0.0, []
+    now = 0.0
+    number = 0
+    idle_since = 0.0
+    idle = 0.0
+    lags = []
 
     def after(seconds: float, what: str, about: object = None) -> None:
         nonlocal number
@@ -93,7 +97,8 @@ def simulate(world: World, max_lag: int, steps: int, seed: int = 0, *, drops: bo
 
     while not plan.done:
         while plan.room:
-            flight, lengths = plan.admit(), world.lengths(rng)
+            flight = plan.admit()
+            lengths = world.lengths(rng)
             after(float(lengths.max()) * world.token_s, "finished", (flight, lengths))
         if plan.ready() and plan.version == plan.state.step:
             lags += [plan.state.step - found.oldest for found in plan.take()]

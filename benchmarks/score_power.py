@@ -189,7 +189,8 @@ def study(work: Path, name: str) -> dict:
     _write(out, found)
     for number, fault in enumerate(faults_of(None)):
         for size in fault.sizes:
-            path, told = work / f"fault-{number:02d}-{size:g}.npz", f"{fault.name} {size:g}"
+            path = work / f"fault-{number:02d}-{size:g}.npz"
+            told = f"{fault.name} {size:g}"
             if path.exists() and told not in found["faults"]:
                 trainer = np.load(path)["scores"]
                 found["faults"][told] = _fault(known, fault, trainer, criticals)
@@ -224,7 +225,8 @@ def _described(known: Known, name: str, rounded: np.ndarray, own: np.ndarray) ->
 
 def _clean(known: Known, tokens: int, found: dict) -> dict[int, float]:
     """False alarms; returns what noise reaches on each repetition's sequences, by repetition."""
-    looks, criticals = [], {}
+    looks = []
+    criticals = {}
     wanted = CLEAN[tokens] if str(tokens) not in found else BUDGETS[tokens]
     for number, (which, others) in enumerate(repetitions(known, tokens, wanted)):
         if number < BUDGETS[tokens]:

@@ -27,7 +27,8 @@ from lockstep.training.step import AtSampling
 def run(recipe: Recipe, engine_log: Path) -> list[dict[str, float]]:
     """Every step's figures, by the names of ``metrics/catalog.py``."""
     with open_session(recipe, engine_log, print) as session:
-        pair, figures = session.pair, []
+        pair = session.pair
+        figures = []
         # Five layers, from "which distribution are these numbers of?" to "is the objective what that
         # predicts?". Training on a pair that fails one is training on another policy's samples, whatever the
         # loss corrects for.
@@ -66,7 +67,8 @@ def prove_sync(pair: Pair, canary, version: int) -> None:
     pair.version = version
     served = canary.measure(pair)
     if served.refuted:
-        got, most = f"{served.gap_abs_mean_nats:.1e} nats", f"at most {served.limit_nats:.1e}"
+        got = f"{served.gap_abs_mean_nats:.1e} nats"
+        most = f"at most {served.limit_nats:.1e}"
         raise WeightSyncError(f"sync {version}", got=got, expected=most, hint="lockstep check")
 
 

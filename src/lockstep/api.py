@@ -156,7 +156,8 @@ def train(
     preflight(loaded, api_key_env)
     resumed = layout is not None
     layout = layout or new_run(Path(out) if out is not None else None)
-    named, layout = layout.root, layout.absolute()  # somebody's reward may change the working directory
+    named = layout.root
+    layout = layout.absolute()  # somebody's reward may change the working directory
     with layout.held():
         say(f"run directory {named}{', which goes on' if resumed else ''}")
         if resumed and finished(layout, loaded):
@@ -189,7 +190,8 @@ def _run_of(
 
     if resume is not None:
         if recipe is not None or out is not None or resume_unfinished:
-            got, hint = "--resume with a recipe or its flags", f"lockstep train --resume {resume}"
+            got = "--resume with a recipe or its flags"
+            hint = f"lockstep train --resume {resume}"
             raise UsageError("lockstep train", got=got, expected="--resume RUN alone", hint=hint)
         layout = existing_run(Path(resume))
         return read_recipe(layout.manifest), layout

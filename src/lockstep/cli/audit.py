@@ -63,7 +63,8 @@ def _recipe(path: Path | None, url: str | None, overrides: list[str] | None, eng
         extra = [f"engine.options.base_url={url}"] if url else []
         return recipe_of(path, [*(overrides or []), *extra], "openai" if url else engine)
     if url is None:
-        expected, hint = "a recipe or --url", "lockstep engines audit recipes/quickstart.toml"
+        expected = "a recipe or --url"
+        hint = "lockstep engines audit recipes/quickstart.toml"
         raise UsageError("engines audit", got="neither", expected=expected, hint=hint)
     return Recipe(
         model=Model(path=""),

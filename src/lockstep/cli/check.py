@@ -66,7 +66,8 @@ def check(
         raise typer.Exit(moved.run(old, pair, as_json=as_json))
     refuse_power("check", power, depth)
     if sign_key is not None and out is None:
-        expected, hint = "--sign-key with --out DIR", "leave --sign-key out"
+        expected = "--sign-key with --out DIR"
+        hint = "leave --sign-key out"
         raise UsageError("check", got="--sign-key alone", expected=expected, hint=hint)
     from lockstep import api
     from lockstep.cli.sides import recipe_of_sides

@@ -96,6 +96,7 @@ def _recipe(recipe: Path | None, model: str | None, overrides: list[str] | None)
     if recipe is not None:
         return recipe_of(recipe, sets, None)
     if model is None:
-        expected, hint = "--model PATH, or a recipe that names one", "--model PATH"
+        expected = "--model PATH, or a recipe that names one"
+        hint = "--model PATH"
         raise UsageError("check-log", got="no model", expected=expected, hint=hint)
     return parse_overrides(NEUTRAL, sets, "check-log")

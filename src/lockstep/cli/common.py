@@ -15,7 +15,8 @@ def recipe_of(path: Path, overrides: list[str] | None, engine: str | None) -> Re
     from lockstep.engines.registry import NAMES
 
     if engine is not None and engine not in NAMES:
-        expected, hint = f"one of {', '.join(NAMES)}", "--engine transformers"
+        expected = f"one of {', '.join(NAMES)}"
+        hint = "--engine transformers"
         raise UsageError("flag --engine", got=repr(engine), expected=expected, hint=hint)
     return load_recipe(path, overrides, engine)
 

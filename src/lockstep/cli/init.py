@@ -22,7 +22,8 @@ def init(
 
     path = directory / RECIPE
     content = resources.files("lockstep").joinpath("recipes", RECIPE.name).read_bytes()
-    where, hint = f"lockstep init, {path}", "lockstep init DIR"
+    where = f"lockstep init, {path}"
+    hint = "lockstep init DIR"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:

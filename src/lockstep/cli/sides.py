@@ -31,7 +31,8 @@ def recipe_of_sides(
         UsageError: when one side is missing, or the engine is named twice.
     """
     if engine is not None and url is not None:
-        expected, hint = "one of them: a server is asked over HTTP", "leave --engine out"
+        expected = "one of them: a server is asked over HTTP"
+        hint = "leave --engine out"
         raise UsageError(verb, got="--engine with --engine-url", expected=expected, hint=hint)
     sets = [f"model.path={model}"] if model is not None else []
     if url is not None:
@@ -40,6 +41,7 @@ def recipe_of_sides(
     if path is not None:
         return recipe_of(path, sets, "openai" if url is not None else engine)
     if url is None or model is None:
-        expected, hint = "RECIPE, or --engine-url URL --model PATH", f"lockstep {verb} --help"
+        expected = "RECIPE, or --engine-url URL --model PATH"
+        hint = f"lockstep {verb} --help"
         raise UsageError(verb, got="no recipe", expected=expected, hint=hint)
     return parse_overrides(PLAIN, sets, "--engine-url")

@@ -40,7 +40,8 @@ def train(
     Stops with exit code 1 when a proof fails.
     """
     if resume is not None and (set_ or engine):
-        got, hint = "--resume with a recipe or its flags", f"lockstep train --resume {resume}"
+        got = "--resume with a recipe or its flags"
+        hint = f"lockstep train --resume {resume}"
         raise UsageError("lockstep train", got=got, expected="--resume RUN alone", hint=hint)
     from lockstep import api
     from lockstep.cli.common import recipe_of
@@ -70,7 +71,8 @@ def train(
 def _look(recipe: Recipe | None, out: Path | None, api_key_env: str, *, as_json: bool) -> None:
     """What a run would be."""
     if recipe is None:
-        got, hint = "--dry-run without a recipe", "lockstep train recipes/quickstart.toml --dry-run"
+        got = "--dry-run without a recipe"
+        hint = "lockstep train recipes/quickstart.toml --dry-run"
         raise UsageError("lockstep train", got=got, expected="a recipe", hint=hint)
     from lockstep.loop.dry_run import dry_run, told
 

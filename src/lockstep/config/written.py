@@ -28,7 +28,8 @@ def _told(section: Struct) -> dict[str, Any]:
     """What a reader could not know: fields that are required or not at their default."""
     told = {}
     for field in msgspec.structs.fields(type(section)):
-        value, default = getattr(section, field.name), field.default
+        value = getattr(section, field.name)
+        default = field.default
         if field.default_factory is not msgspec.NODEFAULT:
             default = field.default_factory()
         if value != default and value is not None:

@@ -187,7 +187,8 @@ def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | Non
         return measured(at, f"mended: {names}" if chosen else "as it is")[0]
 
     total, interval = measured(recipe, "as it is")
-    everywhere, none = len(factors) <= EVERY_ORDER, frozenset[int]()
+    everywhere = len(factors) <= EVERY_ORDER
+    none = frozenset[int]()
     if everywhere and len(factors) > 1:
         say(f"diagnose: all orders of {len(factors)} factors, {2 ** len(factors)} configurations")
     effects = shapley(len(factors), gap) if everywhere else _in_order(len(factors), gap)

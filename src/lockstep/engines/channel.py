@@ -102,7 +102,8 @@ class Channel:
         """
         deadline = time.monotonic() + timeout_s
         with self._lock:
-            number, self._next_id = self._next_id, self._next_id + 1
+            number = self._next_id
+            self._next_id += 1
         request = make(number)
         body = encode(request)
         if len(body) > MAX_FRAME_BYTES:
@@ -171,11 +172,12 @@ class Channel:
         except ProtocolError as error:
             reason = error
         except Exception as error:  # whatever else a reply can bring about, nobody may be left waiting
-            got, expected = (
-                f"a reply that ends in {type(error).__name__}: {error}",
-                "a reply that can be read",
+            reason = ProtocolError(
+                "engine, reply",
+                got=f"a reply that ends in {type(error).__name__}: {error}",
+                expected="a reply that can be read",
+                hint="please report this",
             )
-            reason = ProtocolError("engine, reply", got=got, expected=expected, hint="please report this")
         self._end(reason)
 
     def _refuse_oversize(self, length: int) -> None:
@@ -213,7 +215,8 @@ class Channel:
         with self._lock:
             self._ended = True
             self._reason = self._reason or reason
-            waiting, self._waiting = list(self._waiting.values()), {}
+            waiting = list(self._waiting.values())
+            self._waiting = {}
         # The group is ended before anyone is told: whoever is may start the next engine at once.
         try:
             self._on_end()

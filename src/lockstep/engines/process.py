@@ -38,7 +38,8 @@ PREFIX, TEMPORARY = "lockstep-", "tmp"
 SHORT_PATH = 107 - len(f"/{PREFIX}12345678/{TEMPORARY}/") - 36
 """A Unix socket's path has at most 107 bytes; an engine names its own by UUIDs in its temporary directory."""
 SHORT_ROOTS = ("/tmp", "/var/tmp", "/dev/shm")
-SHARED, SCARCE_BYTES = Path("/dev/shm"), 64 << 20
+SHARED = Path("/dev/shm")
+SCARCE_BYTES = 64 << 20
 REAP_S = 10.0
 METADATA = "Metadata-Version: 2.1\nName: lockstep-engine\nVersion: 0\n"
 
@@ -251,7 +252,8 @@ class WorkerProcess:
         """End the worker and all that it started, at once: it holds nothing that is not the trainer's too."""
         self._end_group()
         self._channel.close()
-        lifeline, self._lifeline = self._lifeline, -1
+        lifeline = self._lifeline
+        self._lifeline = -1
         if lifeline >= 0:
             os.close(lifeline)
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -60,12 +60,14 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
     """
     if config.name not in NAMES:
         near = difflib.get_close_matches(config.name, NAMES, n=1)
-        expected, hint = f"one of {', '.join(NAMES)}", f"--set engine.name={near[0] if near else 'auto'}"
+        expected = f"one of {', '.join(NAMES)}"
+        hint = f"--set engine.name={near[0] if near else 'auto'}"
         raise RecipeError("recipe, key engine.name", got=repr(config.name), expected=expected, hint=hint)
     if config.name in KEYED:
         _named(KEYED[config.name])(config.options, api_key_env)
     elif api_key_env:
-        expected, hint = "an engine over HTTP: no other is sent a key", "leave --api-key-env out"
+        expected = "an engine over HTTP: no other is sent a key"
+        hint = "leave --api-key-env out"
         raise UsageError(
             "flag --api-key-env", got=f"it with engine.name = {config.name!r}", expected=expected, hint=hint
         )

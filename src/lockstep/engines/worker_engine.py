@@ -75,7 +75,8 @@ class WorkerEngine(Engine):
 
     def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
         asked = [_packed(prompt)], [params]
-        posted, what = self._process.post(Draw, *asked), describe(Draw(0, *asked))
+        posted = self._process.post(Draw, *asked)
+        what = describe(Draw(0, *asked))
 
         def drawn(reply: Reply) -> list[Completion]:
             return self._checked(asked[1], self._process.answer(Drawn, what, reply).completions)

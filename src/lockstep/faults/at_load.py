@@ -48,10 +48,8 @@ class AtLoad(Relay):
     def _in_worker(self, update: WeightUpdate, mode: LoadMode) -> LoadReceipt:
         names = ", ".join(self._names)
         if not update.path:
-            expected, hint = (
-                "weights in a file, beside which it is told",
-                "--set engine.weights=shared_memory",
-            )
+            expected = "weights in a file, beside which it is told"
+            hint = "--set engine.weights=shared_memory"
             raise EngineError(
                 "engine, load", got=f"{names} planted in a broadcast", expected=expected, hint=hint
             )
@@ -60,10 +58,8 @@ class AtLoad(Relay):
         try:
             receipt = self.inner.load(update, mode)
             if plan.exists():
-                got, expected = (
-                    f"a worker that does not commit {names}",
-                    f"one that was started by {LAUNCHER}",
-                )
+                got = f"a worker that does not commit {names}"
+                expected = f"one that was started by {LAUNCHER}"
                 raise EngineError(
                     "engine, load", got=got, expected=expected, hint="open_session(…, plants=plants())"
                 )

@@ -278,7 +278,8 @@ def _values(pa: Any, column: Any) -> list:
         return column.to_pylist()
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
-    ends, flat = column.offsets.to_numpy(), column.values
+    ends = column.offsets.to_numpy()
+    flat = column.values
     there = (
         np.ones(len(column), bool)
         if not column.null_count

@@ -120,7 +120,8 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
     verdict = judge_gap(gap, owners, pair.noise, pair.recipe.objective, widest.explanation, {})
     if verdict.status == "FAIL":
         looked_at = [(part.logged, part.rows, own) for part, own in zip(parts, gaps, strict=True)]
-        found, told = verdict.findings[0], rows_off(looked_at, pair.noise)
+        found = verdict.findings[0]
+        told = rows_off(looked_at, pair.noise)
         verdict = replace(verdict, findings=(replace(found, evidence=f"{found.evidence}{told}"),))
     measured = int(starts[-1])
     rows = sum(len(part.every) for part in parts)

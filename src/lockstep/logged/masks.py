@@ -124,7 +124,8 @@ def _placeholder(values: np.ndarray) -> np.ndarray:
 
 def _polarity(logged: Logged, name: str, mask: np.ndarray, inside: np.ndarray) -> str:
     """``inverted`` when the numbers say that 1 marks what was not sampled; else empty."""
-    ones, zeros = logged.logprobs[mask & inside], logged.logprobs[~mask & inside]
+    ones = logged.logprobs[mask & inside]
+    zeros = logged.logprobs[~mask & inside]
     # Nothing sampled: of a mask that may be read either way, the numbers say whether it means that.
     if not ones.size:
         return (

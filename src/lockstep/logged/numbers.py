@@ -174,7 +174,8 @@ def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeR
 def rows_off(parts: Sequence[tuple[Logged, np.ndarray, Gaps]], noise: Tolerance) -> str:
     """Where a minority of the rows holds all that is off: which they are, for people; else empty."""
     off = [logged.numbers[rows[gaps.shares_off(noise.p999) > 0.0]] for logged, rows, gaps in parts]
-    odd, n = np.sort(np.concatenate(off)), sum(len(rows) for _, rows, _ in parts)
+    odd = np.sort(np.concatenate(off))
+    n = sum(len(rows) for _, rows, _ in parts)
     if not 0 < odd.size <= MOST_ROWS * n:
         return ""
     shown = ", ".join(map(str, odd[:SHOWN_ROWS])) + (", …" if odd.size > SHOWN_ROWS else "")

@@ -46,10 +46,12 @@ def prove(run: Run, when: When) -> LadderResult:
         go_on(run, result)
         return result
     issue(run.pair, result.verdicts, run.layout.certificate, key=run.sign_key)
-    run.canary, run.unproven = result.canary, 0
+    run.canary = result.canary
+    run.unproven = 0
     run.deliveries.settle(run.pair.version, "the ladder")
     figures = next(v.figures for v in result.verdicts if v.layer == "numerics")
-    run.gate, run.watch = Gate.of(run.pair, figures), Watch(figures["gap_abs_p50_nats"], run.max_lag)
+    run.gate = Gate.of(run.pair, figures)
+    run.watch = Watch(figures["gap_abs_p50_nats"], run.max_lag)
     return result
 
 

@@ -143,7 +143,8 @@ def sync(run: Run, version: int, mode: LoadMode = "wait") -> dict[str, float]:
     if run.canary is None:
         assert run.override is not None
         run.pair.sync(version, mode)
-        run.pair.version, run.unproven = version, run.unproven + 1
+        run.pair.version = version
+        run.unproven += 1
         return {"unproven_syncs": float(run.unproven), "sync_s": time.perf_counter() - began}
     with run.pair.loading(version, mode):
         trainer = run.canary.trainer_scores(run.pair)

@@ -14,7 +14,8 @@ def go_on(run: Run, result: LadderResult) -> None:
     Raises:
         ParityError: where it does not.
     """
-    error, sentence = refusal(result), run.recipe.parity.override
+    error = refusal(result)
+    sentence = run.recipe.parity.override
     if not sentence:
         if run.recipe.objective.correction != "none":
             error.add_note(

@@ -89,7 +89,8 @@ def bootstrap_mean_ci95(
         groups: int [T], the completion each token belongs to.
     """
     _, inverse = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(inverse, values.astype(np.float64)), np.bincount(inverse)
+    sums = np.bincount(inverse, values.astype(np.float64))
+    counts = np.bincount(inverse)
     random = np.random.default_rng(seed)
     means = np.empty(draws)
     for draw in range(draws):  # one at a time: a log has 10⁵ groups

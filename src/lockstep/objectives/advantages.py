@@ -118,9 +118,11 @@ def gae(rewards: Rewards, values: np.ndarray, gamma: float, lam: float) -> Gae:
     sampled = np.flatnonzero(rewards.loss_mask)
     rows = rewards.owners[sampled]
     columns = np.arange(len(sampled)) - np.searchsorted(rows, rows)  # how many of its sample come before it
-    n_rows, n_columns = len(rewards.of_samples), int(columns.max()) + 1
+    n_rows = len(rewards.of_samples)
+    n_columns = int(columns.max()) + 1
     earned, value, inside = (np.zeros((n_rows, n_columns + 1)) for _ in range(3))
-    earned[rows, columns], value[rows, columns] = rewards.at_tokens()[sampled], values[sampled]
+    earned[rows, columns] = rewards.at_tokens()[sampled]
+    value[rows, columns] = values[sampled]
     inside[rows, columns] = 1.0
     found = np.zeros((n_rows, n_columns + 1))
     for t in reversed(range(n_columns)):

@@ -15,7 +15,8 @@ def dppo_tv(inputs: LossInputs, *, low: float, high: float, ratio_high: float) -
 
     ``keep``: p − p_old ≤ ``high`` where A > 0, ≥ −``low`` elsewhere.
     """
-    now, old = inputs.logprobs.detach(), inputs.old_logprobs
+    now = inputs.logprobs.detach()
+    old = inputs.old_logprobs
     moved = now.exp() - old.exp()
     keep = torch.where(inputs.advantages > 0, moved <= high, moved >= -low)
     weight = truncated(torch.exp(now - old), 0.0, ratio_high) * keep

@@ -24,9 +24,11 @@ def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float, dual_clip: fl
     ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
     free = ratio * inputs.advantages
     held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * inputs.advantages
-    kept, clipped = torch.minimum(free, held), held < free
+    kept = torch.minimum(free, held)
+    clipped = held < free
     if dual_clip != float("inf"):
         bound = dual_clip * inputs.advantages
         beyond = (inputs.advantages < 0) & (kept < bound)
-        kept, clipped = torch.where(beyond, bound, kept), clipped | beyond
+        kept = torch.where(beyond, bound, kept)
+        clipped = clipped | beyond
     return LossOutputs(loss=-inputs.mean(kept), clipped=clipped.detach())

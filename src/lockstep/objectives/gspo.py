@@ -19,5 +19,6 @@ def gspo(inputs: LossInputs, *, low: float, high: float) -> LossOutputs:
     log_ratio = inputs.logprobs - inputs.old_logprobs
     sequence = torch.exp(inputs.mean_of_sequences(log_ratio.detach()))
     ratio = sequence * torch.exp(inputs.logprobs - inputs.logprobs.detach())
-    free, held = ratio * inputs.advantages, ratio.clamp(1.0 - low, 1.0 + high) * inputs.advantages
+    free = ratio * inputs.advantages
+    held = ratio.clamp(1.0 - low, 1.0 + high) * inputs.advantages
     return LossOutputs(loss=-inputs.mean(torch.minimum(free, held)), clipped=(held < free).detach())

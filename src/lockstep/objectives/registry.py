@@ -47,7 +47,8 @@ def loss_of(objective: Objective) -> Loss:
     """
     name = objective.name
     if ":" in name:
-        function, options = imported(name, "objective.name"), objective.options
+        function = imported(name, "objective.name")
+        options = objective.options
         _refuse_options(name, function, options)
         return partial(_checked, name, function, options)
     known = _known(name)
@@ -87,7 +88,8 @@ def refuse_objective(objective: Objective) -> None:
         loss_of(objective)
     else:
         _arguments(objective, _known(objective.name))
-    estimator, values = advantage_of(objective), needs_of(objective).values
+    estimator = advantage_of(objective)
+    values = needs_of(objective).values
     if values != (estimator == "gae"):
         raise RecipeError(
             "recipe, key objective.advantage",

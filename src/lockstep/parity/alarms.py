@@ -64,7 +64,8 @@ class Watch:
         )
 
     def _mismatch(self, figures: Figures) -> str:
-        ess, phantom = figures.get("mismatch_ess", 1.0), figures.get("phantom_clip_fraction", 0.0)
+        ess = figures.get("mismatch_ess", 1.0)
+        phantom = figures.get("phantom_clip_fraction", 0.0)
         if ess >= ALARM_ESS and phantom <= PHANTOM_CLIP_FRACTION:
             return ""
         ratio, gap = (figures.get(name, math.nan) for name in ("mismatch_ratio_mean", "gap_abs_p50_nats"))
@@ -74,7 +75,8 @@ class Watch:
         )
 
     def _drift(self, figures: Figures) -> str:
-        now, limit = figures.get("gap_abs_p50_nats", 0.0), ALARM_DRIFT_MULTIPLE * self.gap_p50
+        now = figures.get("gap_abs_p50_nats", 0.0)
+        limit = ALARM_DRIFT_MULTIPLE * self.gap_p50
         if not self.gap_p50 or now <= max(limit, NEGLIGIBLE_NATS):
             return ""
         return f"the gap drifts: |gap| p50 {now:.1e} nats, the ladder measured {self.gap_p50:.1e}"
@@ -98,7 +100,8 @@ class Watch:
 
     def _fell(self, figures: Figures, name: str, left: float, said: str) -> str:
         assert self._first is not None
-        first, now = self._first.get(name), figures.get(name)
+        first = self._first.get(name)
+        now = figures.get(name)
         if first is None or now is None or now >= left * first:
             return ""
         return f"{said} has fallen from {first:.3g} to {now:.3g}"

@@ -61,8 +61,10 @@ class Canary:
         """
         trainer = self.trainer_scores(pair) if trainer is None else trainer
         engine = self.engine_scores(pair)
-        before, self.scores = self.scores, trainer
-        served, self.served = self.served, engine
+        before = self.scores
+        self.scores = trainer
+        served = self.served
+        self.served = engine
         gap = trainer - engine
         shift = np.abs(trainer - before) if before.size else np.full(1, np.nan)
         return CanaryResult(

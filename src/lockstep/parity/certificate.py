@@ -35,7 +35,8 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
 
 def changes(certificate: Certificate, pair: Pair) -> list[str]:
     """What is no longer as it was certified, ``name: then → now``; empty while the certificate holds."""
-    then, now = _flat(certificate.pair), _flat(plain(describe_pair(pair)))
+    then = _flat(certificate.pair)
+    now = _flat(plain(describe_pair(pair)))
     return [
         f"{name}: {then.get(name, 'nothing')} → {now.get(name, 'nothing')}"
         for name in sorted(then.keys() | now.keys())

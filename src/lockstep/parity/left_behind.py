@@ -116,7 +116,8 @@ class LeftBehind:
         while len(self._steps) > 1 and sum(map(_width, self._steps[1:])) >= PROMPTS:
             del self._steps[0]
         places = list(self._steps[-1])
-        self.n_tensors, self.n_seen = len(places), 0
+        self.n_tensors = len(places)
+        self.n_seen = 0
         if not places:
             return None
         pulls, known = (self._over_steps(places, which) for which in (0, 1))

@@ -124,7 +124,8 @@ class OwnNoise:
             by_sequence = np.bincount(owners, sizes > ratio, lengths.size)
             beyond[at] = by_sequence.sum() / sizes.size
             error[at] = np.sqrt(np.square(by_sequence - beyond[at] * lengths).sum()) / sizes.size
-        surely, never = beyond - OWN_NOISE_Z * error > 0.5, beyond + OWN_NOISE_Z * error < 0.5
+        surely = beyond - OWN_NOISE_Z * error > 0.5
+        never = beyond + OWN_NOISE_Z * error < 0.5
         low = float(GRID[surely].max(initial=0.0))
         high = float(GRID[never].min(initial=np.inf))
         return Ratio(float(np.median(sizes)), low, high)

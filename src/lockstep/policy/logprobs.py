@@ -95,7 +95,8 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = head.dtype if head.dtype == torch.float64 else torch.float32
         operand = head.to(head_dtype if wide == torch.float32 else wide)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs) if with_entropy else None
+        normaliser = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs) if with_entropy else None
         blocks = _blocks(len(hidden), head)
         ctx.kept = []
         keep_from = (

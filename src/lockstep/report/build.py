@@ -77,7 +77,8 @@ def of_check(directory: Path) -> Report:
     layout = RunLayout(directory)
     records = read_verdicts(layout.verdicts)
     if not records:
-        got, hint = "no verdict in it", f"lockstep check RECIPE --out {directory}"
+        got = "no verdict in it"
+        hint = f"lockstep check RECIPE --out {directory}"
         raise RunError(f"directory {directory}", got=got, expected="a run, or a check's --out", hint=hint)
     ladder = _last_ladder(records)
     return Report(
@@ -203,7 +204,8 @@ def _gaps(layout: RunLayout) -> tuple[Gaps, str]:
 
 def _trajectories(run: RunRecord) -> Section:
     steps = np.array([record.step + 1 for record in run.steps], np.float64)
-    plots, stamped = [], any(record.override for record in run.steps)
+    plots = []
+    stamped = any(record.override for record in run.steps)
     for title, names in PLOTS:
         there = [name for name in names if run.steps.measured(name).any()]
         if there:

@@ -119,10 +119,8 @@ def compare(arms: Sequence[Arm], figures: Sequence[str] = (), first_step: float 
         raise UsageError("flag --figure", got=repr(lost[0]), expected=expected, hint=f"--figure {min(known)}")
     wanted = figures or [name for name in JUDGED if name in known]
     if not wanted:
-        got, hint = (
-            f"none of them: {', '.join(sorted(known)[:8])} …",
-            "--map clip_fraction=NAME, or --figure NAME",
-        )
+        got = f"none of them: {', '.join(sorted(known)[:8])} …"
+        hint = "--map clip_fraction=NAME, or --figure NAME"
         raise UsageError("lockstep compare", got=got, expected="a figure of the catalog", hint=hint)
     reference = arms[0]
     return Comparison(

@@ -29,7 +29,8 @@ SHOWN_AS_MARK = re.compile(f"{OBEYED.pattern}|[\\t\\n\\u00ad\\u200b-\\u200d\\u20
 
 def page(report: Report) -> str:
     """The whole page."""
-    style, script = _asset("vendor/uPlot.min.css") + _asset("assets/page.css"), _script()
+    style = _asset("vendor/uPlot.min.css") + _asset("assets/page.css")
+    script = _script()
     plots = [plot for section in report.sections for plot in section.plots]
     numbers = iter(range(len(plots)))
     sections = "".join(_section(at, section, numbers) for at, section in enumerate(report.sections))
@@ -59,7 +60,8 @@ MIT.</p></footer> <script type="application/json" id="plots">{
 
 def text(value: str) -> str:
     """Anyone's text as HTML: escaped, and what a reader would obey instead of seeing as a marked escape."""
-    parts, end = [], 0
+    parts = []
+    end = 0
     for found in SHOWN_AS_MARK.finditer(value):
         parts += [html.escape(value[end : found.start()]), f'<i class="ctl">{_mark(found[0])}</i>']
         end = found.end()
@@ -185,7 +187,8 @@ def _downloads(report: Report) -> str:
 
 
 def _download(name: str, mime: str, content: str) -> str:
-    quoted, data = html.escape(name, quote=True), base64.b64encode(content.encode()).decode()
+    quoted = html.escape(name, quote=True)
+    data = base64.b64encode(content.encode()).decode()
     return (
         f'<a download="{quoted}" href="data:{html.escape(mime, quote=True)};base64,{data}">{text(name)}</a>'
     )

@@ -54,7 +54,8 @@ def _quantiles(title: str, rows: Sequence[tuple[str, np.ndarray]], largest: str 
         if counts.sum()
     ]
     if largest:
-        columns, cells = (*columns, "largest"), [(*row, largest) for row in cells]
+        columns = (*columns, "largest")
+        cells = [(*row, largest) for row in cells]
     return Table(title=title, columns=columns, rows=tuple(cells), note="|gap| in nats")
 
 
@@ -74,11 +75,13 @@ def _by_position(gaps: Gaps) -> list[tuple[str, np.ndarray]]:
 
 def _histogram(gaps: Gaps) -> Plot:
     """Share of tokens by |gap|, in eighths of a decade, from the first that has any to the last."""
-    upper, counts = edges(), gaps.counts[1:-1]
+    upper = edges()
+    counts = gaps.counts[1:-1]
     together = PER_DECADE // BARS_PER_DECADE
     wide = counts.reshape(-1, together).sum(1)
     ends = upper[::together]
-    middles, there = np.sqrt(ends[:-1] * ends[1:]), np.flatnonzero(wide)
+    middles = np.sqrt(ends[:-1] * ends[1:])
+    there = np.flatnonzero(wide)
     low, high = (there[0], there[-1] + 1) if there.size else (0, len(wide))
     share = wide[low:high] / max(gaps.compared, 1)
     below = f" ({int(gaps.counts[0]):,} below {10.0 ** DECADES[0]:g})" if gaps.counts[0] else ""

@@ -105,10 +105,12 @@ def _tested(sample: Sample) -> _Test:
     spread = _pooled(a, b, spread_freedom)
     if sample.paired:  # what pairs have in common is in both spreads: they may say the same thing twice
         spread_freedom = a.size - 1.0
-    error, freedom = spread * sqrt(1.0 / a.size + 1.0 / b.size), float(a.size + b.size - 2)
+    error = spread * sqrt(1.0 / a.size + 1.0 / b.size)
+    freedom = float(a.size + b.size - 2)
     by_pair, pairs_freedom = error, freedom
     if sample.paired:
-        by_pair, pairs_freedom = float((b - a).std(ddof=1)) / sqrt(a.size), float(a.size - 1)
+        by_pair = float((b - a).std(ddof=1)) / sqrt(a.size)
+        pairs_freedom = float(a.size - 1)
         if a.size >= PAIRED_FROM:
             error, freedom = by_pair, pairs_freedom
     t = difference / error if error else (inf if difference else 0.0)
@@ -152,7 +154,8 @@ def _judged(sample: Sample, test: _Test, limit: float, strictest: float) -> Judg
 
 def _with_margin(test: _Test) -> tuple[float, float]:
     """Standard error of the distance from the margin, and its degrees of freedom."""
-    own, of_margin = test.error**2, (MARGIN_SPREADS * test.spread) ** 2 / (2.0 * test.spread_freedom)
+    own = test.error**2
+    of_margin = (MARGIN_SPREADS * test.spread) ** 2 / (2.0 * test.spread_freedom)
     total = own + of_margin
     if not total > 0.0:
         return 0.0, test.freedom
@@ -165,7 +168,8 @@ def seeds_needed(test: _Test, seeds: int, level: float, *, paired: bool) -> int:
 
     The difference and the spreads are taken as they were seen, the level as strict as Holm's first.
     """
-    margin, distance = MARGIN_SPREADS * test.spread, abs(test.difference)
+    margin = MARGIN_SPREADS * test.spread
+    distance = abs(test.difference)
     of_one = test.error * sqrt(seeds)  # of one pair, or of one seed in each
     if not (of_one > 0.0 and isfinite(of_one)):
         return seeds + 1
@@ -181,7 +185,8 @@ def seeds_needed(test: _Test, seeds: int, level: float, *, paired: bool) -> int:
 
     low = high = seeds + 1
     while high < MAX_SEEDS and not enough(high):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)

@@ -21,7 +21,8 @@ def quantile(chance: float, freedom: float) -> float:
         return -quantile(1.0 - chance, freedom)
     low, high = 0.0, 1.0
     while cdf(high, freedom) < chance:
-        low, high = high, 2.0 * high
+        low = high
+        high = 2.0 * high
     for _ in range(60):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if cdf(middle, freedom) < chance else (low, middle)
@@ -46,7 +47,8 @@ def _beta(x: float, a: float, b: float) -> float:
 def _fraction(x: float, a: float, b: float) -> float:
     """Its continued fraction, by Lentz's method."""
     tiny = 1e-300
-    c, d = 1.0, 1.0 / _away(1.0 - (a + b) * x / (a + 1.0), tiny)
+    c = 1.0
+    d = 1.0 / _away(1.0 - (a + b) * x / (a + 1.0), tiny)
     result = d
     for m in range(1, 500):
         for term in (

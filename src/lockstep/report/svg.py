@@ -54,7 +54,8 @@ def _ticks(ends: tuple[float, float]) -> list[float]:
 
 
 def _frame(plot: Plot, x_ends: Ends, y_ends: Ends) -> str:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    right = WIDTH - RIGHT
+    bottom = HEIGHT - BOTTOM
     parts = [f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>']
     for tick in _ticks(y_ends):
         y = _at(tick, y_ends, bottom, TOP)
@@ -62,7 +63,8 @@ def _frame(plot: Plot, x_ends: Ends, y_ends: Ends) -> str:
         where = f'x="{LEFT - 4}" y="{y}" text-anchor="end" dominant-baseline="middle"'
         parts.append(f"<text {where}>{tick:.3g}</text>")
     for tick in _ticks(x_ends):
-        x, named = _at(tick, x_ends, LEFT, right), f"{10.0**tick:.1g}" if plot.log_x else f"{tick:.4g}"
+        x = _at(tick, x_ends, LEFT, right)
+        named = f"{10.0**tick:.1g}" if plot.log_x else f"{tick:.4g}"
         parts.append(f'<text x="{x}" y="{bottom + 14}" text-anchor="middle">{named}</text>')
     label = html.escape(printable(plot.x_label))
     parts.append(f'<text x="{right}" y="{bottom + 28}" text-anchor="end">{label}</text>')
@@ -70,7 +72,9 @@ def _frame(plot: Plot, x_ends: Ends, y_ends: Ends) -> str:
 
 
 def _drawn(line: Line, xs: list[float], at: int, x_ends: Ends, y_ends: Ends) -> str:
-    right, bottom, own = WIDTH - RIGHT, HEIGHT - BOTTOM, at % 6
+    right = WIDTH - RIGHT
+    bottom = HEIGHT - BOTTOM
+    own = at % 6
 
     def point(x: float, y: float) -> str:
         return f"{_at(x, x_ends, LEFT, right)} {_at(y, y_ends, bottom, TOP)}"

@@ -19,7 +19,8 @@ from lockstep.errors import RunError
 if TYPE_CHECKING:
     import pyarrow
 
-DECADES, PER_DECADE = (-9, 2), 32
+DECADES = (-9, 2)
+PER_DECADE = 32
 CLASSES = (DECADES[1] - DECADES[0]) * PER_DECADE + 2
 """Below the lowest, one each, above the highest."""
 PROBABILITIES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -96,7 +97,9 @@ def read_gaps(paths: Sequence[Path]) -> Gaps:
         RunError: for a file that is damaged.
         ModuleNotFoundError: without pyarrow.
     """
-    gaps, worst, spread = Gaps(), [], []
+    gaps = Gaps()
+    worst = []
+    spread = []
     for path in paths:
         for first, batch in _batches(path, NUMBERS):
             rows = _count(gaps, batch)
@@ -162,7 +165,8 @@ def _batches(path: Path, columns: Sequence[str]) -> "Iterator[tuple[int, pyarrow
             first += batch.num_rows
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        expected, hint = "rollouts as a run records them", "put a copy of it back"
+        expected = "rollouts as a run records them"
+        hint = "put a copy of it back"
         raise RunError(f"rollouts {path}", got=got, expected=expected, hint=hint) from error
 
 

@@ -85,12 +85,14 @@ def trajectory(
             if logged_as.setdefault(ours, name) != name:
                 continue  # two columns of one meaning: the first is taken, as its name says
             if ours not in figures:
-                figures[ours], absent[ours] = np.full(steps.size, np.nan), np.ones(steps.size, np.bool_)
+                figures[ours] = np.full(steps.size, np.nan)
+                absent[ours] = np.ones(steps.size, np.bool_)
             figures[ours][place[step]] = value if np.isfinite(value) else np.nan
             absent[ours][place[step]] = False
     missing = [name for ours, name in mapping.items() if ours not in figures and ours not in ("step", "seed")]
     if missing:
-        got, some = f"no column {missing[0]!r}", ", ".join(sorted(logged_as.values())[:12])
+        got = f"no column {missing[0]!r}"
+        some = ", ".join(sorted(logged_as.values())[:12])
         raise UsageError(f"file {source}", got=got, expected=f"one of {some} …", hint="--map OURS=THEIRS")
     return Trajectory(source, steps, figures, absent, logged_as, seed, same)
 

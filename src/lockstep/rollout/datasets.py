@@ -61,7 +61,8 @@ def read_items(source: str, name: str, options: dict[str, Any], seed: int) -> li
 
 
 def _jsonl(where: str, name: str, asked: FileOptions) -> list[dict[str, Any]]:
-    rows, number = [], 0
+    rows = []
+    number = 0
     try:
         lines = Path(name).read_bytes().splitlines()
         for line in lines:

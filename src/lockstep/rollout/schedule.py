@@ -285,7 +285,9 @@ class Schedule:
         Raises:
             ScheduleError: where it is not; names the side that lacks.
         """
-        state, ledger, size = self.state, self.state.ledger, self.bound.group_size
+        state = self.state
+        ledger = self.state.ledger
+        size = self.bound.group_size
         places = [*state.in_flight, *state.reissue, *state.finished, *state.training]
         open_groups = set(range(state.ended_below, state.next_group)) - state.ended_beyond
         if len(places) != len(set(places)) or set(places) != open_groups:

@@ -62,7 +62,8 @@ def prepare(
 
     Where rewards give them, the samples have them already (``rollout/collect.py``).
     """
-    temperature, objective = recipe.sampling.temperature, recipe.objective
+    temperature = recipe.sampling.temperature
+    objective = recipe.objective
     if beside.reference is not None:
         score_under_reference(parts, beside.reference, temperature)
     pays = objective.kl.coef > 0.0 and objective.kl.place == "reward"

@@ -155,7 +155,8 @@ def accumulate(
             old-logprob pass, of the tokens that no earlier weights drew.
     """
     total = 0.0
-    objective, temperature = recipe.objective, recipe.sampling.temperature
+    objective = recipe.objective
+    temperature = recipe.sampling.temperature
     correct = correction_of(objective)
     for micro in part:
         hidden = policy.hidden(micro.row)

@@ -70,12 +70,14 @@ class NcclPublisher:
             RuntimeError: NCCL's, when a receiver is gone.
             EngineError: when one neither takes what is sent nor goes.
         """
-        sending, self._sending = self._sending, None
+        sending = self._sending
+        self._sending = None
         if sending is not None:
             try:
                 sending.result(SETTLE_S)
             except TimeoutError:
-                got, expected = f"no end in {SETTLE_S:g} s", "every receiver to take the weights"
+                got = f"no end in {SETTLE_S:g} s"
+                expected = "every receiver to take the weights"
                 hint = "is the engine stuck in another collective? Its log says; NCCL_DEBUG=INFO says more"
                 raise EngineError("weights, NCCL broadcast", got=got, expected=expected, hint=hint) from None
 

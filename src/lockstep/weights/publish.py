@@ -149,7 +149,8 @@ class DoublePublisher:
 
         They may change at once; the file is kept until the publish after next.
         """
-        file, self._turn = self._files[self._turn], 1 - self._turn
+        file = self._files[self._turn]
+        self._turn = 1 - self._turn
         for name, tensor in checkpoint_weights(self._model).items():
             file.tensors[name].copy_(tensor)
         return file.stamp(version)

@@ -82,7 +82,8 @@ def asked(python: str) -> Environment:
         expected = f"one with vllm {OLDEST} or newer"
         raise UsageError(where, got=got, expected=expected, hint="lockstep engines list")
     if lacking := [name for name in ("msgspec", "safetensors") if not found.has[name]]:
-        got, hint = f"{python} without {lacking[0]}", f"{python} -m pip install {lacking[0]}"
+        got = f"{python} without {lacking[0]}"
+        hint = f"{python} -m pip install {lacking[0]}"
         raise UsageError(where, got=got, expected="what Lockstep's worker needs beside vllm", hint=hint)
     packages = ", ".join(f"{name} {version}" for name, version in found.has.items() if version)
     return Environment(

@@ -95,7 +95,9 @@ class Exchange:
                                 f"{type(error).__name__} after {attempt + 1} tries: "
                                 f"{str(error)[:REFUSAL_SHOWN]}"
                             )
-                            failure, least, paused = self._no_answer(path, got), 0.0, False
+                            failure = self._no_answer(path, got)
+                            least = 0.0
+                            paused = False
                         else:
                             if isinstance(found, bytes):
                                 return decode(found, kind, f"engine at {self.options.base_url}{path}")
@@ -167,10 +169,8 @@ class Exchange:
         )
 
     def _odd(self, path: str, got: str, expected: str) -> EngineError:
-        boundary, hint = (
-            f"engine at {self.options.base_url}{path}",
-            "is this an OpenAI-compatible server? Its log says more",
-        )
+        boundary = f"engine at {self.options.base_url}{path}"
+        hint = "is this an OpenAI-compatible server? Its log says more"
         return EngineError(boundary, got=got, expected=expected, hint=hint)
 
 

@@ -84,7 +84,8 @@ def _refuse_url(options: Options) -> None:
     fault = ""
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
+        host = parts.hostname or ""
+        _ = parts.port  # read for its error: it is no number, or none of a port's
         if parts.username is not None or parts.password is not None or "@" in parts.netloc:
             fault = "a user or a password in it; a recipe is written down with every run"
         elif parts.query or parts.fragment or "?" in url or "#" in url:

@@ -131,11 +131,14 @@ def decode(body: bytes, kind: type[R], boundary: str) -> R:
         expected = message.partition(", got")[0].replace(
             "Object missing required field", "an object with the field"
         )
-        boundary, got = f"{boundary}, field {where}" if where else boundary, _value_at(body, where)
+        boundary = f"{boundary}, field {where}" if where else boundary
+        got = _value_at(body, where)
     except RecursionError:
-        got, expected = f"a reply nested without end: {short(body)}", "a reply that is not nested so deeply"
+        got = f"a reply nested without end: {short(body)}"
+        expected = "a reply that is not nested so deeply"
     except (msgspec.DecodeError, ValueError) as error:
-        got, expected = f"{short(body)} ({error})", "JSON"
+        got = f"{short(body)} ({error})"
+        expected = "JSON"
     expected = expected.replace("Expected ", "")
     raise EngineError(
         boundary, got=got, expected=expected, hint="is this an OpenAI-compatible server? Its log says more"

@@ -150,7 +150,8 @@ def _against_own_noise(pair: Pair, evidence: Evidence, figures: dict[str, Any]) 
 
 def _in_the_engines_dtype(pair: Pair, sample: Samples, trainer: np.ndarray) -> np.ndarray:
     """Scores of the trainer's model as the engine rounds, float32 [T]."""
-    body, head = pair.engine_dtype or pair.trainer.dtype, pair.engine_head_dtype or pair.trainer.head_dtype
+    body = pair.engine_dtype or pair.trainer.dtype
+    head = pair.engine_head_dtype or pair.trainer.head_dtype
     if (body, head) == (pair.trainer.dtype, pair.trainer.head_dtype):
         return trainer
     with pair.trainer.holding(InDtype(body, head)):

@@ -69,9 +69,12 @@ def _at_lag_0(pair: Pair, seed: int) -> Rehearsal:
 
 def _verdict(pair: Pair, rehearsed: Rehearsal, figures: dict[str, Any]) -> Verdict:
     moved = abs(rehearsed.loss_borrowed - rehearsed.loss)
-    cause, evidence, size = "", "", np.abs(rehearsed.gap)
+    cause = ""
+    evidence = ""
+    size = np.abs(rehearsed.gap)
     if not np.abs(rehearsed.log_ratio).max() <= POLICY_RATIO_AT_LAG_0:
-        cause, size = "policy_ratio_at_lag_0", np.abs(rehearsed.log_ratio)
+        cause = "policy_ratio_at_lag_0"
+        size = np.abs(rehearsed.log_ratio)
         evidence = f"before any optimizer step the policy's log-ratio reaches {size.max():.1e} nats"
     elif not quantiles_abs(rehearsed.gap)["p999"] <= pair.noise.p999:  # NaN where any token is none
         cause = "task_tokens_differ"

@@ -92,10 +92,12 @@ def _rescores_own(pair: Pair, evidence: Evidence) -> bool:
 def _decode(pair: Pair, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
     """A − B, at T = 1, and at the recipe's temperature where the engine can."""
     neutral, own = evidence.neutral, evidence.own
-    gap, owners = neutral.engine_logprobs - evidence.rescored, neutral.owners
+    gap = neutral.engine_logprobs - evidence.rescored
+    owners = neutral.owners
     if _rescores_own(pair, evidence):
         again = own.rescored(pair.engine, own.sampling.temperature)
-        gap, owners = np.r_[gap, own.engine_logprobs - again], np.r_[owners, own.owners + owners.max() + 1]
+        gap = np.r_[gap, own.engine_logprobs - again]
+        owners = np.r_[owners, own.owners + owners.max() + 1]
     return gap, owners
 
 

@@ -215,14 +215,13 @@ def _distribution(
         parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in evidence.states(pair, own)]
         size = np.concatenate([-part.numpy(force=True) for part in parts])
     elif asked.penalises:
-        cause, drawn = "penalties_unmodelled", LogprobSemantics.of("sampler_untruncated", asked)
+        cause = "penalties_unmodelled"
+        drawn = LogprobSemantics.of("sampler_untruncated", asked)
         (scores,) = scored_under(pair.trainer, own.groups, asked, [drawn])
         size = np.abs(scores - evidence.own_trainer)
     elif hidden is not None:
-        cause, text = (
-            hidden.cause,
-            f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}",
-        )
+        cause = hidden.cause
+        text = f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
         sample, gap = _missed(evidence, identified)
         return finding(cause, np.abs(gap), sample.owners, text, pair.engine.fix(cause), evidence.n_tokens)
     elif identified.best is None:
@@ -350,5 +349,6 @@ def _many_draws(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None
         return None
     worst = max(drawn.parts, key=lambda part: max(part.log_products))
     size = worst.excess * np.sign(worst.excess_nats)
-    cause, fix = "draws_differ", pair.engine.fix("draws_differ")
+    cause = "draws_differ"
+    fix = pair.engine.fix("draws_differ")
     return finding(cause, size, np.arange(size.size), drawn.oddity(), fix, drawn.singles.n + drawn.crowd.n)

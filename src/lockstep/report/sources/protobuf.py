@@ -18,7 +18,8 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
-        number, kind = key >> 3, key & 7
+        number = key >> 3
+        kind = key & 7
         if number == 0:
             raise ValueError("a field that is cut or has no number")
         if kind == VARINT:
@@ -59,6 +60,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             raise ValueError("a number that is cut")
         byte = message[at]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        at += 1
+        shift += 7
         if not byte & 0x80:
             return value & ((1 << 64) - 1), at

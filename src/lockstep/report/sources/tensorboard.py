@@ -23,7 +23,8 @@ def rows(path: Path) -> list[tuple[float, dict[str, float]]]:
     found = []
     try:
         for frame in _frames(path.read_bytes()):
-            step, scalars = 0, {}
+            step = 0
+            scalars = {}
             for name, value in fields(frame):
                 if name == 2 and isinstance(value, int):
                     step = signed(value)

@@ -16,7 +16,9 @@ import msgspec
 from lockstep.errors import RunError
 from lockstep.report.sources.protobuf import fields, first
 
-BLOCK, HEADER, HEAD = 32768, 7, b":W&B\xe1\xbe\x00"
+BLOCK = 32768
+HEADER = 7
+HEAD = b":W&B\xe1\xbe\x00"
 WHOLE, FIRST, LAST = 1, 2, 4
 
 
@@ -41,7 +43,8 @@ def rows(path: Path) -> list[tuple[float, dict[str, float]]]:
 def _records(content: bytes) -> Iterator[bytes]:
     if content[: len(HEAD)] != HEAD:
         raise ValueError(f"a file that begins {content[: len(HEAD)]!r}")
-    at, parts = HEADER, []
+    at = HEADER
+    parts = []
     while True:
         if (room := BLOCK - at % BLOCK) < HEADER:
             at += room
@@ -60,7 +63,8 @@ def _records(content: bytes) -> Iterator[bytes]:
 
 
 def _row(history: bytes) -> tuple[float, dict[str, float]]:
-    step, figures = 0.0, {}
+    step = 0.0
+    figures = {}
     for name, value in fields(history):
         if name == 2 and isinstance(value, bytes):
             step = float(first(value, 1) or 0)

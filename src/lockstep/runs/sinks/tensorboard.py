@@ -21,8 +21,11 @@ class TensorBoardSink:
         from tensorboard.summary.writer import event_file_writer
 
         self._open: Any = event_file_writer.EventFileWriter
-        self._event, self._summary, self._text = event_pb2.Event, summary_pb2.Summary, metadata
-        self._tensor, self._shape = tensor_pb2.TensorProto, tensor_shape_pb2.TensorShapeProto
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
+        self._text = metadata
+        self._tensor = tensor_pb2.TensorProto
+        self._shape = tensor_shape_pb2.TensorShapeProto
         self._directory = str(layout.root / "tensorboard")
         self._writer: Any = None
         self._step = 0

@@ -46,7 +46,8 @@ TOP_P, TOP_K, KEPT_AT_MOST = 0.95, 50, 256
 TRUNCATED_P, TRUNCATED_K = f"share of a top-p of {TOP_P}", f"share of a top-k of {TOP_K}"
 """A truncation is none of degree: a share of it says how much of its effect the numbers have."""
 REPETITION, PRESENCE, FREQUENCY = "repetition penalty", "presence penalty", "frequency penalty"
-CAP, CAP_UNIT = "a cap on the logits", 30.0
+CAP = "a cap on the logits"
+CAP_UNIT = 30.0
 """θ is (CAP_UNIT / cap)² where the model has none, for tanh moves a logit z by −z³ / (3 cap²); else a share
 of the cap."""
 EPSILONS_STEP = 1.0
@@ -68,7 +69,8 @@ class Setting:
 
 def indicators(sample: Samples) -> dict[str, np.ndarray]:
     """∂ log p_i / ∂θ of what moves tokens for where they stand: float64 [T] each."""
-    positions, lengths = sample.positions, np.array([len(prompt) for prompt in sample.prompts])
+    positions = sample.positions
+    lengths = np.array([len(prompt) for prompt in sample.prompts])
     found = {
         CONSTANT: np.ones(positions.size),
         FIRST: (positions == 0).astype(np.float64),
@@ -184,7 +186,8 @@ def _slopes(
     """Of a few tokens: (family, float32 [t])."""
     raw = trainer.logits(hidden)
     logprobs = (raw / temperature).log_softmax(-1)
-    p, at = logprobs.exp(), targets[:, None]
+    p = logprobs.exp()
+    at = targets[:, None]
 
     def of_logits(move: Tensor) -> Tensor:
         return (move.gather(1, at)[:, 0] - (p * move).sum(-1)) / temperature
@@ -197,7 +200,9 @@ def _slopes(
     # What a penalty moves: the logits of the tokens seen before, and no others.
     there = seen.ids >= 0
     which = seen.ids.clamp(min=0)
-    z, share, drawn = raw.gather(1, which), p.gather(1, which) * there, (seen.ids == at).float()
+    z = raw.gather(1, which)
+    share = p.gather(1, which) * there
+    drawn = (seen.ids == at).float()
     moves = {REPETITION: -z.abs(), PRESENCE: -(seen.counts > 0).float(), FREQUENCY: -seen.counts}
     for family, move in moves.items():
         yield family, ((drawn - share) * move).sum(-1) / temperature

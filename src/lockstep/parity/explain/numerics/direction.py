@@ -49,7 +49,8 @@ class Direction:
 
 def row_classes(sample: Samples) -> dict[str, np.ndarray]:
     """The rows that a part of the rows may be, bool [S] each; a class of none or of all is left out."""
-    prompts, completions = np.array([len(prompt) for prompt in sample.prompts]), sample.lengths
+    prompts = np.array([len(prompt) for prompt in sample.prompts])
+    completions = sample.lengths
     classes = {
         LONG_PROMPTS: prompts > np.median(prompts),
         LONG_COMPLETIONS: completions > np.median(completions),

@@ -82,9 +82,11 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     engine = sample.engine_logprobs
     temperature = sample.temperature
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
-    now, after = np.inf, float(fit.gap.abs().mean())
+    now = np.inf
+    after = float(fit.gap.abs().mean())
     while BIAS_ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:
-        now, after = after, fit.step()
+        now = after
+        after = fit.step()
     if not after <= EXPLAINS * float(fit.gap.abs().mean()):
         return None
     before, left = (np.abs(scored - engine) for scored in _scored(pair.trainer, sample, fit.biases))
@@ -100,7 +102,8 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
 
 def _scored(trainer: Trainer, sample: Samples, biases: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
     """The trainer's log-probabilities without the biases and under them, float32 [T] each."""
-    tokens, values = list(biases), torch.tensor(list(biases.values()), device=trainer.device)
+    tokens = list(biases)
+    values = torch.tensor(list(biases.values()), device=trainer.device)
     plain, biased = [], []
     for z, ids in distributions(trainer, sample.groups, sample.sampling):
         plain.append(z.log_softmax(-1).gather(1, ids[:, None])[:, 0])

@@ -61,7 +61,8 @@ def _additions(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     newline = tokenizer.encode("\n", add_special_tokens=False)
     for token in dict.fromkeys(t for t in (bos, eos, *newline[:1]) if t is not None):
-        cause, name = "bos_doubled" if token == bos else "prompt_edited", ascii(tokenizer.decode([token]))
+        cause = "bos_doubled" if token == bos else "prompt_edited"
+        name = ascii(tokenizer.decode([token]))
         yield cause, f"{name} put before them", lambda p, t=token: np.r_[t, p].astype(np.int32)
         yield "prompt_edited", f"{name} put after them", lambda p, t=token: np.r_[p, t].astype(np.int32)
     for special in (False, True):

@@ -217,7 +217,8 @@ def examine_draws(
         likelier = logprobs > drawn
         ranks.append(likelier.sum(-1))
         above.append((p * likelier).sum(-1).double())
-    total, spread = torch.cat(excess), torch.cat(variance).clamp(min=0.0)
+    total = torch.cat(excess)
+    spread = torch.cat(variance).clamp(min=0.0)
     k = int(torch.cat(ranks).max()) + 1
     mass = float(torch.cat(above).max())
     # What a rank's chance is needs the largest one first: the logits are made again, the model is not asked.

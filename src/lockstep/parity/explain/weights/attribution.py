@@ -221,7 +221,8 @@ def _rescored(
     """
     names, factor = hypothesis.names, hypothesis.factor
     tried = []
-    last, last_left = 1.0, gap
+    last = 1.0
+    last_left = gap
     for _ in range(1 if factor == 1.0 else REFINED):
         keep_looking()
         with pair.trainer.holding(variant(names, factor)):
