@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items):
             engines = (
                 [str(value) for value in params.params.values() if "vllm" in str(value)] if params else []
             )
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {''.join(engines[:1])}"))
+            shared = "side" if "side" in item.fixturenames else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(f"{shared} {''.join(engines[:1])}"))
 
 
 def pytest_collection_finish():

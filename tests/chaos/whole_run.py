@@ -53,8 +53,9 @@ class Zygote:
 
     def close(self) -> None:
         """End it in order."""
-        self.process.stdin.close()
-        assert self.process.wait(timeout=60) == 0
+        with self.process:  # closes what it reads from, too
+            self.process.stdin.close()
+            assert self.process.wait(timeout=60) == 0
 
 
 def state_of(layout):

@@ -183,7 +183,7 @@ def trainer():
     shutil.rmtree(directory)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="session", params=ENGINES)
 def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
     """One engine, running, with the trainer's weights."""
     os.environ["LOCKSTEP_API_KEY"] = API_KEY

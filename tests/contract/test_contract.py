@@ -16,7 +16,7 @@ from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, log
 from lockstep.config.recipe import Model, Recipe, TaskConfig, Training, load_recipe
 from lockstep.deep.replay import replay
 from lockstep.engines.audit import audit
-from lockstep.errors import CapabilityError, EngineDied, EngineError, UsageError
+from lockstep.errors import CapabilityError, EngineError, UsageError
 from lockstep.faults.at_load import AtLoad
 from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.parity.ladder import climb
@@ -363,37 +363,3 @@ def test_no_port_is_open_to_others(side):
     family = side.family()
     listening = [c for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}, listening
-
-
-def test_the_death_of_the_engine_is_told_at_once(side):
-    """Last: the engine is gone after it.
-
-    A load is under way, where there is one: vLLM leaves it waiting for a dead core.
-    """
-    family = side.family()
-    loads, raised = side.engine.ready.capabilities["load"].supported, []
-
-    def ask():
-        try:
-            if loads:
-                side.engine.load(side.trainer.publish(9))
-            else:
-                draw(side, prompts_of(2), max_tokens=MAX_MODEL_LEN - 40)
-        except EngineError as error:
-            raised.append(error)
-
-    if loads:
-        family[-1].suspend()
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(1.0)
-    family[-1].kill()
-    began = time.monotonic()
-    thread.join(20)
-    assert not thread.is_alive()
-    assert time.monotonic() - began < 10
-    assert isinstance(raised[0], EngineDied)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
-    with pytest.raises(EngineDied):
-        draw(side, prompts_of(1))
