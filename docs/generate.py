@@ -14,7 +14,7 @@ from lockstep.config.imported import imported
 from lockstep.faults.catalogue import FAULTS
 from lockstep.metrics.aliases import ALIASES
 from lockstep.metrics.catalog import METRICS
-from lockstep.objectives import advantages, aggregation
+from lockstep.objectives import advantages, aggregation, corrections
 from lockstep.objectives.catalogue import OBJECTIVES
 from lockstep.parity.causes import CAUSES
 from lockstep.records.verdicts import LAYERS
@@ -84,7 +84,11 @@ def objectives() -> str:
         table = "\n".join(["| | default | |", "|---|---|---|", *rows])
         own = f"Advantages: `{known.advantage}`. `objectives/{module}.py`."
         parts.append(f"## {name}\n\n{said}\n\n{own}\n\n{table}")
-    for title, module in (("Advantages", advantages), ("Aggregations", aggregation)):
+    for title, module in (
+        ("Advantages", advantages),
+        ("Aggregations", aggregation),
+        ("Corrections", corrections),
+    ):
         text = inspect.cleandoc(module.__doc__).replace("``", "`")
         parts.append(f"## {title}: `objective.{title.lower().removesuffix('s')}`\n\n{text}")
     return "\n\n".join(parts) + "\n"

@@ -5,7 +5,9 @@ LockstepError                exit 3   could not run
 │   ├── RecipeError                   a key or value of a recipe
 │   ├── ModelError                    a model that is not there or cannot be scored
 │   ├── NotInstalledError             an engine environment that is not there
-│   └── RewardError                   a reward function that raised or returned no finite number
+│   ├── RewardError                   a reward function that raised or returned no finite number
+│   └── EnvironmentFault              a task's environment that raised, or answered what it must not
+│       └── RetokenisedError          one whose next prompt does not begin with the tokens that there are
 ├── ParityError              exit 1   a layer of the ladder failed
 │   └── WeightSyncError               the engine does not serve the weights that it was sent
 ├── EngineError              exit 3   the engine answered with an error
@@ -65,6 +67,14 @@ class NotInstalledError(UsageError):
 
 
 class RewardError(UsageError):
+    pass
+
+
+class EnvironmentFault(UsageError):
+    pass
+
+
+class RetokenisedError(EnvironmentFault):
     pass
 
 

@@ -49,7 +49,7 @@ class Loop:
     def start(self, *, resumed=False, before=lambda pair: None):
         """Run to the end; ``before`` may edit the pair. Returns the weights."""
         with open_session(self.recipe, self.layout.engine_log, self.said.append) as session:
-            session.pair.task._reward = lambda text, item: len(text) % 3 / 2
+            session.pair.task._judge._reward = lambda text, item: len(text) % 3 / 2
             if not resumed:
                 write_manifest(self.layout.manifest, session.manifest)
             before(session.pair)
@@ -170,7 +170,7 @@ def test_samples_whose_reward_failed_are_kept_and_scored_by_resume(recipe, tmp_p
     loop = Loop(clean.recipe, tmp_path / "failed")
 
     def fail(pair):
-        pair.task._reward = lambda text, item: 1 / 0
+        pair.task._judge._reward = lambda text, item: 1 / 0
 
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         loop.start(before=fail)

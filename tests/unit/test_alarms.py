@@ -44,6 +44,12 @@ def test_a_figure_that_is_off_is_told_once_and_again_after_it_was_well(name):
     assert [alarm and (alarm.name, alarm.step) for alarm in told] == [(name, 1), None, None, (name, 4)]
 
 
+@pytest.mark.parametrize(("fresh", "said"), [(4e-3, "the two sides differ now"), (1e-5, "earlier versions")])
+def test_a_drift_in_flight_is_held_against_what_is_not_stale(fresh, said):
+    off = CLEAN | OFF["gap drift"] | {"lag_0_gap_abs_p50_nats": fresh}
+    assert said in watch().look(1, off).sentence
+
+
 def test_phantom_clips_alone_are_a_mismatch():
     assert watch().look(1, CLEAN | {"phantom_clip_fraction": 0.2}).name == "mismatch"
 

@@ -1,13 +1,17 @@
 """Corrections: their formulas and bounds, and that they are nothing on a perfect backend."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from lockstep.config.objective import Objective
 from lockstep.errors import RecipeError
 from lockstep.objectives.corrections.registry import CORRECTIONS, bounds_of, correction_of, refuse_correction
+from lockstep.objectives.grpo import grpo
+from lockstep.parity.tolerances import NOISE
 from tests.unit.loss_inputs import inputs_of
 
 OWNERS = torch.tensor([0, 0, 1, 1, 1])
@@ -84,13 +88,67 @@ def test_where_both_sides_agree_each_is_1_bit_for_bit(name):
     assert torch.equal(corrected(name, torch.ones_like(RATIOS)).weights, torch.ones_like(RATIOS))
 
 
+LARGEST = 5.6e-5
+"""The quick start's, nats (README): what the ladder certifies of an fp32 pair is not 0."""
+
+
+def gaps(size, sequences=40, tokens=50):
+    """Sequences of gaps that err to both sides, and one that errs to one side throughout."""
+    rng = np.random.default_rng(0)
+    found = rng.normal(0.0, size / 3, (sequences, tokens)).clip(-size, size)
+    found[0] = size
+    return torch.tensor(found.reshape(-1), dtype=torch.float32), torch.arange(sequences).repeat_interleave(
+        tokens
+    )
+
+
+def loss_on(gap, owners, name):
+    """A loss under a correction, or none, and its gradient; version-exact, so that the policy ratio is 1."""
+    now = torch.linspace(-3.0, -0.1, len(gap)).requires_grad_()
+    old = now.detach().clone()
+    inputs = inputs_of(
+        now, old, torch.sin(torch.arange(len(gap))), engine_logprobs=old - gap, sequence_ids=owners
+    )
+    correct = correction_of(Objective(correction=name))
+    if correct is not None:
+        inputs = replace(inputs, corrections=correct(inputs).weights)
+    loss = grpo(inputs, clip_low=0.2, clip_high=0.2, dual_clip=math.inf).loss
+    loss.backward()
+    return loss.detach(), now.grad
+
+
+@pytest.mark.parametrize("name", ["geometric_rejection", "sequence_mask"])
+def test_rejections_are_the_identity_bit_for_bit_on_a_certified_fp32_pair(name):
+    gap, owners = gaps(LARGEST)
+    for corrected, plain in zip(loss_on(gap, owners, name), loss_on(gap, owners, "none"), strict=True):
+        assert torch.equal(corrected, plain)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("tis", 1), ("masked_is", 1), ("sequence_tis", 50)])
+def test_weights_are_there_within_what_the_gap_allows_and_not_bit_for_bit(name, tokens):
+    gap, owners = gaps(LARGEST)
+    (_, corrected), (_, plain) = loss_on(gap, owners, name), loss_on(gap, owners, "none")
+    assert not torch.equal(corrected, plain)
+    allowed = math.expm1(tokens * LARGEST) + 4 * torch.finfo(torch.float32).eps * tokens
+    assert ((corrected - plain).abs() <= allowed * plain.abs()).all()
+
+
 @pytest.mark.parametrize("name", CORRECTIONS)
-def test_noise_of_a_certified_fp32_pair_is_masked_by_none(name):
-    """The largest gap that README has of any engine, with both signs, over whole sequences."""
-    ratios = torch.exp(torch.tensor([8e-5, 8e-5, -8e-5, -8e-5, 8e-5], dtype=torch.float64))
-    found = corrected(name, ratios)
-    assert (found.weights > 0.999).all()
-    assert torch.equal(found.weights, found.uncut)
+def test_each_is_the_identity_bit_for_bit_where_both_sides_compute_alike(name):
+    gap, owners = gaps(0.0)
+    for corrected, plain in zip(loss_on(gap, owners, name), loss_on(gap, owners, "none"), strict=True):
+        assert torch.equal(corrected, plain)
+
+
+def test_the_published_geometric_bounds_are_no_identity_on_a_certified_bf16_pair():
+    """Three sequences in four of 100 tokens are left out, with gaps that the ladder passes."""
+    rng = np.random.default_rng(0)
+    gap = torch.tensor(rng.normal(0.0, 0.03, 400 * 100), dtype=torch.float32)
+    owners = torch.arange(400).repeat_interleave(100)
+    assert float(gap.abs().median()) < NOISE["torch.bfloat16"].p50
+    _, grads = loss_on(gap, owners, "geometric_rejection")
+    left_out = float((grads.reshape(400, 100) == 0.0).all(1).float().mean())
+    assert 0.65 < left_out < 0.82
 
 
 def test_bounds_that_would_act_on_a_perfect_backend_are_refused():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from lockstep.errors import ModelError
+from lockstep.errors import ModelError, RetokenisedError
 from lockstep.rendering import Renderer
 
 
@@ -31,3 +31,66 @@ def test_a_file_that_is_cut_is_told(checkpoint, name):
     (checkpoint / name).write_text('{"')
     with pytest.raises(ModelError, match=rf"tokenizer of {checkpoint}"):
         Renderer(checkpoint)
+
+
+CHAT = "{% for m in messages %}<s>+{{ m.content }}</s>={% endfor %}{{ '<s>+' if add_generation_prompt }}"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two\nnumbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}},
+    },
+}
+
+
+def with_template(checkpoint, template, tools=()):
+    (checkpoint / "chat_template.jinja").write_text(template)
+    return Renderer(checkpoint, tools)
+
+
+def test_what_stands_between_two_answers_begins_behind_the_stop_token(checkpoint):
+    """The model draws the stop token itself; the template's own text behind it was not sampled."""
+    renderer = with_template(checkpoint, CHAT)
+    between = renderer.tokenizer.decode(renderer.between([{"role": "tool", "content": "12"}]))
+    assert between.replace(" ", "") == "=<s>+12</s>=<s>+"
+    first = renderer.prompt([{"role": "user", "content": "1"}])
+    answer = renderer.tokenizer.encode("7</s>", add_special_tokens=False)
+    said = [("user", "1"), ("assistant", "7"), ("tool", "12")]
+    whole = renderer.prompt([{"role": role, "content": text} for role, text in said])
+    assert [*first, *answer, *renderer.between([{"role": "t", "content": "12"}])] == whole.tolist()
+
+
+def test_a_template_without_an_end_of_turn_is_gone_on_with_as_it_is(checkpoint):
+    renderer = Renderer(checkpoint)
+    between = renderer.tokenizer.decode(renderer.between([{"role": "tool", "content": "12"}]))
+    assert between.replace(" ", "").replace("<unk>", "") == "12"
+
+
+def test_a_template_that_writes_an_answer_anew_is_refused(checkpoint):
+    """As those that drop an answer's reasoning once the conversation goes on."""
+    kept = "{% if loop.last or m.role != 'assistant' %}{{ m.content }}</s>{% endif %}"
+    kept = "{% if loop.last or m.role != 'assistant' %}{{ m.content }}</s>{% endif %}"
+    dropping = f"{{% for m in messages %}}{kept}{{% endfor %}}"
+    with pytest.raises(RetokenisedError, match="as it was when the model answered"):
+        with_template(checkpoint, dropping).between([{"role": "tool", "content": "12"}])
+
+
+def test_tools_are_told_by_the_template_or_in_the_system_prompt(checkpoint):
+    renderer = with_template(checkpoint, "{{ tools[0]['function']['name'] }}{{ messages|length }}", [TOOL])
+    asked = []
+    render = renderer.tokenizer.apply_chat_template
+
+    def watched(messages, **options):
+        asked.append((messages, options.get("tools")))
+        return render(messages, **options)
+
+    renderer.tokenizer.apply_chat_template = watched
+    renderer.prompt([{"role": "user", "content": "1"}])
+    assert asked[-1] == ([{"role": "user", "content": "1"}], [TOOL])
+    renderer.tokenizer.chat_template = CHAT
+    renderer.prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1"}])
+    told = "Tools that you can call:\nadd(a: integer, b: any): Add two numbers."
+    assert asked[-1][0][0] == {"role": "system", "content": f"Be brief.\n{told}"}
+    renderer.prompt([{"role": "user", "content": "1"}])
+    assert asked[-1][0] == [{"role": "system", "content": told}, {"role": "user", "content": "1"}]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -224,7 +225,7 @@ def test_a_worker_ends_with_its_trainer_in_the_middle_of_a_reward(tmp_path):
         "task = Task(Config("
         "name='theirs:items', reward='theirs:hangs', reward_workers=1, reward_timeout_s=0), 0)\n"
         "threading.Timer(0.5, lambda: ("
-        "print(*[w.process.pid for w in task._workers._live], flush=True), os._exit(9))).start()\n"
+        "print(*[w.process.pid for w in task._judge._workers._live], flush=True), os._exit(9))).start()\n"
         "list(task.rewards(['bad'], [task.item(0)]))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
@@ -247,7 +248,7 @@ def test_the_rewards_before_a_failing_one_stay_filled_in(task, workers):
     ]
     rollouts = Samples(made, SamplingParams(max_tokens=1))
     with pytest.raises(RewardError):
-        score(rollouts, judged, None)
+        score(rollouts, judged, SimpleNamespace(task=judged.config))
     assert rollouts.rewards[:2].tolist() == [1.0, 1.0]
     assert np.isnan(rollouts.rewards[2:]).all()
 

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from lockstep.config.evaluation import Evaluation, refuse_evaluation
 from lockstep.config.keys import refuse_unknown_keys, set_key, value_at
 from lockstep.config.objective import NonNegativeFloat, Objective, PositiveFloat, ValueHead
+from lockstep.config.task import TaskConfig, refuse_task
 from lockstep.config.values import refuse_recomputed, refuse_unrepeatable
 from lockstep.errors import RecipeError
 from lockstep.records.tokens import NonNegative, Positive, SamplingParams
@@ -75,26 +77,6 @@ class EngineConfig(_Section, frozen=True):
     """In flight: how often an engine that died is started again in a run; its requests are issued again."""
     options: dict[str, Any] = {}
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
-
-
-class TaskConfig(_Section, frozen=True):
-    """Where prompts and rewards come from."""
-
-    name: str
-    """``reasoning_gym:DATASET``, a file (``rollout/datasets.py``), or ``module:function`` for a sequence of
-    {"question", "answer"} mappings."""
-    options: dict[str, Any] = {}
-    """Passed to the dataset by its own names."""
-    examples: NonNegative = 0
-    """Solved examples shown before each question, drawn from the same dataset under another seed."""
-    system_prompt: str = ""
-    reward: str = "exact_match"
-    """``exact_match``, ``dataset`` (its own scorer), or ``module:function`` of (completion, item) → float."""
-    reward_timeout_s: NonNegativeFloat = 60.0
-    """For a completion's reward; one that takes longer ends the run and is shown. 0: as long as it takes."""
-    reward_workers: NonNegative = 0
-    """Processes that compute rewards and nothing else, so that one that crashes, exits or never returns from
-    C ends in an error. 0: the trainer's own. The dataset's items are sent to them, tuples as lists."""
 
 
 class Optimizer(_Section, frozen=True):
@@ -208,6 +190,7 @@ class Recipe(_Section, frozen=True):
     optimizer: Optimizer = Optimizer()
     value_head: ValueHead = ValueHead()
     parity: Parity = Parity()
+    evaluation: Evaluation = Evaluation()
     recording: Recording = Recording()
     loop: Loop = Loop()
     rollout: Rollout = Rollout()
@@ -301,6 +284,8 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
 
 
 def _refuse_untrainable(recipe: Recipe, source: str) -> None:
+    refuse_task(recipe.task, recipe.loop.kind, source)
+    refuse_evaluation(recipe.evaluation, recipe.task, source)
     if recipe.sampling.n != 1:
         raise RecipeError(
             f"recipe {source}, key sampling.n",

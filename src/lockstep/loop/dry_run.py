@@ -58,7 +58,9 @@ def dry_run(recipe: Recipe, out: Path | None, api_key_env: str = "") -> DryRun:
         UsageError: as a run would, before it starts anything.
     """
     choice, path = preflight(recipe, api_key_env)
-    renderer, task = Renderer(path), Task(recipe.task, recipe.training.seed)
+    task = Task(recipe.task, recipe.training.seed)
+    renderer = Renderer(path, task.tools)
+    task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
     try:
         prompts = tuple(_prompt(renderer, task, number) for number in range(SHOWN))
     finally:

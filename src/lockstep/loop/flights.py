@@ -143,7 +143,9 @@ class Flights:
                 for sample in self._samples[found.group]
             ]
         waited = time.perf_counter() - began
-        return Samples(samples, self._run.recipe.sampling, step=step, sample_s=waited)
+        task = self._run.pair.task
+        figures = task.figures() if self._run.recipe.task.max_prompt_tokens else {}
+        return Samples(samples, self._run.recipe.sampling, step=step, sample_s=waited, figures=figures)
 
     def trained(self, rollouts: Samples) -> None:
         """The step was trained on these; the ledger closes, or the run stops. Raises ScheduleError."""

@@ -24,6 +24,8 @@ import msgspec
 import numpy as np
 
 from lockstep.errors import CapabilityError, EngineDied, RunError, Stopped, WeightSyncError
+from lockstep.loop.evaluate import evaluate
+from lockstep.loop.figures import lag_0_figures
 from lockstep.loop.flights import QUEUE, SCHEDULE, Flights, drawing_of
 from lockstep.loop.proofs import prove
 from lockstep.loop.resume import catch_up
@@ -99,7 +101,7 @@ def _step(run: Run, flights: Flights) -> None:
     flights.trained(rollouts)
     figures |= _alive(run, flights, lambda: sync(run, step + 1, _mode(run)), lambda: _proven_again(run))
     flights.confirm(step + 1)
-    figures |= flights.figures()
+    figures |= flights.figures() | evaluate(run, step + 1)
     record(run, step, figures, time.perf_counter() - began)
     _keep_ledger(run, flights.schedule.state)
     training = run.recipe.training
@@ -126,6 +128,7 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
     return (
         figures
         | train_gated(run, step, rollouts, before, replayed=replayed)
+        | lag_0_figures(rollouts, step)
         | {
             "wait_s": rollouts.sample_s,
             "lag_max_steps": float(step - versions.min()),

@@ -18,7 +18,7 @@ from lockstep.objectives.corrections.registry import refuse_correction
 from lockstep.objectives.registry import refuse_objective
 from lockstep.policy.pretrained import resolve_model
 from lockstep.rendering import Renderer
-from lockstep.rollout.tasks import Task
+from lockstep.rollout.tasks import EVALUATION_SEED_OFFSET, Task
 from lockstep.runs.manifest import Manifest, build_manifest
 from lockstep.weights.directory import remove_weights, weights_directory
 
@@ -47,6 +47,8 @@ class Session:
     model_path: Path
     launch_engine: Callable[[], Engine] | None = None
     """Starts another engine like the first, and ends it with the session."""
+    held_out: Task | None = None
+    """Questions of evaluations, where the recipe has them."""
 
     def restart_engine(self) -> None:
         """Another engine in the place of one that died; it holds the weights that the first began with.
@@ -104,11 +106,13 @@ def open_session(
     """
     choice, model_path = preflight(recipe, api_key_env)
     say(f"model {recipe.model.path}, engine {_named(choice)}")
-    task = Task(recipe.task, recipe.training.seed)
+    task, held_out = Task(recipe.task, recipe.training.seed), held_out_of(recipe)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
         stack.callback(remove_weights, directory)
         stack.callback(task.close)
+        if held_out is not None:
+            stack.callback(held_out.close)
         spec = _spec(
             recipe, model_path, directory, engine_log, api_key_env, plants.launcher if plants else ""
         )
@@ -116,7 +120,8 @@ def open_session(
         starting = (
             stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
         )
-        renderer = Renderer(model_path)
+        renderer = Renderer(model_path, task.tools)
+        task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
         _refuse_long_prompt(recipe, task, renderer)
         from lockstep.parity.pair import Pair
         from lockstep.training.trainer import Trainer
@@ -134,7 +139,7 @@ def open_session(
             return plants.around(engine) if plants else engine
 
         pair = Pair(launched(starting), trainer, renderer, task, recipe, say=say)
-        yield Session(pair, choice, model_path, launched)
+        yield Session(pair, choice, model_path, launched, held_out)
 
 
 @contextlib.contextmanager
@@ -156,6 +161,18 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say, api_key_env: str = "
             engine.close()
     finally:
         remove_weights(directory)
+
+
+def held_out_of(recipe: Recipe) -> Task | None:
+    """The questions that a recipe's evaluations ask; None where it has none.
+
+    Raises:
+        RecipeError: as :class:`Task`.
+    """
+    evaluation = recipe.evaluation
+    if not evaluation.every:
+        return None
+    return Task(evaluation.task(recipe.task), recipe.training.seed + EVALUATION_SEED_OFFSET)
 
 
 def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:

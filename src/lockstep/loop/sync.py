@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from lockstep.config.recipe import Recipe
+from lockstep.loop.evaluate import evaluate
 from lockstep.loop.proofs import prove
 from lockstep.loop.resume import catch_up
 from lockstep.loop.run import Run, certified
@@ -58,6 +59,7 @@ def _step(run: Run, step: int) -> None:
     figures = train_gated(run, step, rollouts)
     show(run, step, rollouts)
     figures |= sync(run, step + 1)
+    figures |= evaluate(run, step + 1)
     record(run, step, figures, time.perf_counter() - began)
     if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
         checkpoint(run, step + 1)

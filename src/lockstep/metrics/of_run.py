@@ -1,53 +1,8 @@
-"""Figures of rollouts, proofs and times."""
+"""Figures of proofs, lags and times."""
 
 from lockstep.metrics.metric import Metric
 
 OF_RUN: tuple[Metric, ...] = (
-    Metric(
-        name="reward_mean",
-        unit="1",
-        formula="mean R",
-        estimator="mean over completions",
-        reduction="mean",
-        mask="completions of the step",
-        nan_rule="a non-finite reward stops the run",
-    ),
-    Metric(
-        name="reward_std",
-        unit="1",
-        formula="√ mean (R − mean R)²",
-        estimator="standard deviation over completions",
-        reduction="deviation",
-        mask="completions of the step",
-        nan_rule="a non-finite reward stops the run",
-    ),
-    Metric(
-        name="flat_group_fraction",
-        unit="1",
-        formula="#{groups: max R = min R} / #groups",
-        estimator="groups whose rewards are all equal, so that they teach nothing",
-        reduction="mean",
-        mask="completions of the step",
-        nan_rule="cannot be non-finite",
-    ),
-    Metric(
-        name="completion_tokens_mean",
-        unit="tokens",
-        formula="mean |y|",
-        estimator="mean over completions",
-        reduction="mean",
-        mask="completions of the step",
-        nan_rule="cannot be non-finite",
-    ),
-    Metric(
-        name="truncated_fraction",
-        unit="1",
-        formula="#{y: ended at max_tokens} / n",
-        estimator="completions that ended at max_tokens",
-        reduction="mean",
-        mask="completions of the step",
-        nan_rule="cannot be non-finite",
-    ),
     Metric(
         name="n_tokens",
         unit="tokens",
@@ -286,15 +241,6 @@ OF_RUN: tuple[Metric, ...] = (
         unit="s",
         formula="t",
         estimator="wall time of sampling",
-        reduction="last",
-        mask="the step",
-        nan_rule="cannot be non-finite",
-    ),
-    Metric(
-        name="reward_s",
-        unit="s",
-        formula="t",
-        estimator="wall time of scoring completions",
         reduction="last",
         mask="the step",
         nan_rule="cannot be non-finite",

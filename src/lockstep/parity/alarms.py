@@ -79,7 +79,16 @@ class Watch:
         limit = ALARM_DRIFT_MULTIPLE * self.gap_p50
         if not self.gap_p50 or now <= max(limit, NEGLIGIBLE_NATS):
             return ""
-        return f"the gap drifts: |gap| p50 {now:.1e} nats, the ladder measured {self.gap_p50:.1e}"
+        drifts = f"the gap drifts: |gap| p50 {now:.1e} nats, the ladder measured {self.gap_p50:.1e}"
+        fresh = figures.get("lag_0_gap_abs_p50_nats")
+        if fresh is None:
+            return drifts
+        where = (
+            "so the two sides differ now"
+            if fresh > max(limit, NEGLIGIBLE_NATS)
+            else "so it is what earlier versions drew that is scored otherwise than it was drawn"
+        )
+        return f"{drifts}; where nothing is stale {fresh:.1e}, {where}"
 
     def _lag(self, figures: Figures) -> str:
         lag = figures.get("lag_steps", 0.0)

@@ -45,4 +45,4 @@ def probe_prompts(pair: Pair, n: int, seed: int) -> list[np.ndarray]:
 def _conversation(pair: Pair, number: int) -> list[dict[str, str]]:
     if number % 2:
         return [{"role": "user", "content": TEXTS[(number // 2) % len(TEXTS)]}]
-    return [{"role": "user", "content": str(pair.task.item(number)["question"])}]
+    return pair.task.messages(pair.task.item(number))[-1:]

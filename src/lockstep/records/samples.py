@@ -15,7 +15,7 @@ read by the model, and the values beside it mean nothing.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol, overload
 
@@ -144,6 +144,8 @@ class Samples(Sequence[Sample]):
     reward_s: float = 0.0
     left_out: int = 0
     """Tokens that were taken out of the loss, for the engine gave no log-probability of them."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What drawing and rewarding them says of them, by catalog name."""
 
     @classmethod
     def of(

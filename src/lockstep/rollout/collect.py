@@ -1,8 +1,10 @@
 """One step's rollouts: prompts, sampled completions, rewards, advantages."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,12 +18,13 @@ from lockstep.objectives.registry import advantage_of
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import INT32, Completion, SamplingParams
 from lockstep.rendering import Renderer
+from lockstep.rollout.environments.episodes import Seed, Table, play
 from lockstep.rollout.tasks import Task
 
 
-def sampling_seed(seed: int, step: int, item: int) -> int:
-    """One seed for each (run, step, question), so that a step can be sampled again alike."""
-    return int(np.random.SeedSequence([seed, step, item]).generate_state(1)[0] & 0x7FFFFFFF)
+def sampling_seed(seed: int, step: int, *what: int) -> int:
+    """One for each (run, step, question, and what else tells a request), to sample a step again alike."""
+    return int(np.random.SeedSequence([seed, step, *what]).generate_state(1)[0] & 0x7FFFFFFF)
 
 
 def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step: int) -> Samples:
@@ -29,12 +32,40 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
 
     Raises:
         EngineError: when a completion is empty, or what the engine gave is not what was asked for.
+        EnvironmentFault, RewardError: the environment's, where the task has one.
     """
     began = time.perf_counter()
-    training = recipe.training
-    items = range(step * training.prompts_per_step, (step + 1) * training.prompts_per_step)
+    n, seed = recipe.training.prompts_per_step, partial(sampling_seed, recipe.training.seed, step)
+    found = drawn(engine, task, renderer, recipe, range(step * n, (step + 1) * n), seed)
+    if recipe.task.max_prompt_tokens:
+        found.figures |= task.figures()
+    return replace(found, step=step, sample_s=time.perf_counter() - began)
+
+
+def drawn(
+    engine: Engine,
+    task: Task,
+    renderer: Renderer,
+    recipe: Recipe,
+    items: Sequence[int],
+    seed: Seed,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Samples:
+    """Completions of some questions, or conversations about them.
+
+    Args:
+        seed: of what is drawn of a question.
+        changes: what of the recipe's sampling is another here.
+
+    Raises:
+        EngineError, EnvironmentFault, RewardError: as :func:`sample`.
+    """
+    sampling = request(recipe, renderer, 0, **changes)
+    if recipe.task.environment:
+        played = play(Table(engine, task, renderer, recipe), items, sampling, seed)
+        return Samples(played.samples, recipe.sampling, figures=played.figures)
     prompts = [renderer.prompt(task.messages(task.item(item))) for item in items]
-    params = [request(recipe, renderer, sampling_seed(training.seed, step, item)) for item in items]
+    params = [msgspec.structs.replace(sampling, seed=seed(item)) for item in items]
     completions = engine.sample(prompts, params)
     refuse_empty(completions)
     samples = [
@@ -46,7 +77,7 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
         )
         for c in completions
     ]
-    return Samples(samples, recipe.sampling, step=step, sample_s=time.perf_counter() - began)
+    return Samples(samples, recipe.sampling)
 
 
 def request(recipe: Recipe, renderer: Renderer, seed: int, **changes: Any) -> SamplingParams:
@@ -63,10 +94,12 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
         RewardError: at the first reward that is none; the rewards before it stay filled in.
     """
     began = time.perf_counter()
-    items = [task.item(sample.item) for sample in rollouts]
-    texts = [sample.text for sample in rollouts]
-    for at, reward in enumerate(task.rewards(texts, items)):
-        rollouts.samples[at] = replace(rollouts[at], reward=reward)
+    if not recipe.task.environment:  # which has said what a conversation is worth at its end
+        reward(rollouts, task, recipe)
+    if recipe.task.overlong == "penalise":
+        paid = overlong_penalties(rollouts, recipe)
+        _give(rollouts, rollouts.rewards - paid)
+        rollouts.figures |= _figures("overlong", -paid)
     rewards = Rewards(rollouts.rewards, rollouts.group_size, rollouts.owners, rollouts.loss_mask)
     estimator, scale = advantage_of(recipe.objective), recipe.objective.advantage_scale
     # What a value head is to say the trainer fills in, before its first update.
@@ -77,6 +110,46 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
     )
     rollouts.fill(advantages=estimate)
     rollouts.reward_s = time.perf_counter() - began
+
+
+def reward(rollouts: Samples, task: Task, recipe: Recipe) -> None:
+    """Fill in what each completion is worth, and the figures of several rewards.
+
+    Raises:
+        RewardError: at the first that is none; of one reward, those before it stay filled in.
+    """
+    items = [task.item(sample.item) for sample in rollouts]
+    texts = [sample.text for sample in rollouts]
+    if not recipe.task.rewards:
+        for at, value in enumerate(task.rewards(texts, items)):
+            rollouts.samples[at] = replace(rollouts[at], reward=value)
+        return
+    total = np.zeros(len(rollouts))
+    for part in task.parts:
+        values = np.array(list(part.judge.rewards(texts, items)))
+        rollouts.figures |= _figures(part.name, values)
+        total += part.weight * values
+    _give(rollouts, total)
+
+
+def overlong_penalties(rollouts: Samples, recipe: Recipe) -> np.ndarray:
+    """float64 [samples]: DAPO's soft punishment of length, eq. 13; what was cut pays all of it."""
+    most, margin = recipe.sampling.max_tokens * recipe.task.turns, recipe.task.overlong_tokens
+    lengths = np.array([np.count_nonzero(sample.loss_mask) for sample in rollouts])
+    cut = np.array([sample.finish_reason == "length" for sample in rollouts])
+    within = np.clip((lengths - (most - margin)) / margin, 0.0, 1.0) if margin else np.zeros(len(rollouts))
+    return recipe.task.overlong_penalty * np.where(cut, 1.0, within)
+
+
+def _give(rollouts: Samples, rewards: np.ndarray) -> None:
+    rollouts.samples = [
+        replace(sample, reward=float(value)) for sample, value in zip(rollouts, rewards, strict=True)
+    ]
+
+
+def _figures(name: str, values: np.ndarray) -> dict[str, float]:
+    """Of one of several rewards, by catalog name."""
+    return {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": float(values.std())}
 
 
 def refuse_empty(completions: Sequence[Completion]) -> None:

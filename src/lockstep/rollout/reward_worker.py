@@ -15,7 +15,7 @@ import msgspec
 
 from lockstep.errors import RecipeError
 from lockstep.rollout.reward_frames import Answer, Question, Setup, encode, receive, send
-from lockstep.rollout.rewards import raised
+from lockstep.rollout.rewards import computed, raised
 from lockstep.rollout.tasks import reward_of
 
 FRAME_LIMIT = 1 << 30
@@ -36,7 +36,7 @@ def main() -> None:
     while True:
         question = decoder.decode(receive(peer, FRAME_LIMIT))
         try:
-            answer = Answer(value=float(reward(question.completion, question.item)))
+            answer = Answer(value=computed(reward, question.completion, question.item))
         except BaseException as error:
             answer = Answer(error=raised(error))
         send(peer, encode(answer))

@@ -1,5 +1,7 @@
 """What an answer is worth: the rewards there are, and what is said of one that raised, hung or gave none."""
 
+import asyncio
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +13,26 @@ Item = Mapping[str, Any]
 Reward = Callable[[str, Item], float]
 
 
+BUILT_IN = {
+    "exact_match": "lockstep.rollout.rewards:exact_match",
+    "math_verify": "lockstep.rollout.math_reward:math_verify",
+}
+"""Rewards that come with Lockstep, by the recipe's name for them."""
+UNTIMED = ("exact_match",)
+"""Those that cannot take long."""
+
+
 def exact_match(completion: str, item: Item) -> float:
     """1 when the completion is the answer, surrounding white space aside; else 0."""
     return float(completion.strip() == str(item["answer"]).strip())
+
+
+def computed(reward: Reward, completion: str, item: Item) -> float:
+    """What a completion is worth; of an ``async`` reward, once it is known."""
+    value: Any = reward(completion, item)
+    if inspect.iscoroutine(value):
+        value = asyncio.run(value)
+    return float(value)
 
 
 def reward_named(name: str, items: Any) -> Reward:
@@ -22,8 +41,12 @@ def reward_named(name: str, items: Any) -> Reward:
     Raises:
         RecipeError: when there is none of that name, or the dataset has no scorer.
     """
-    if name == "exact_match":
-        return exact_match
+    if name == "math_verify":
+        from lockstep.rollout.math_reward import ready
+
+        ready()
+    if name in BUILT_IN:
+        return imported(BUILT_IN[name], "task.reward")
     if name == "dataset":
         if not hasattr(items, "score_answer"):
             raise RecipeError(

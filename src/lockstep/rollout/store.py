@@ -62,6 +62,7 @@ def save(path: Path, rollouts: Samples) -> None:
         sample_s=rollouts.sample_s,
         reward_s=rollouts.reward_s,
         left_out=rollouts.left_out,
+        figures=rollouts.figures,
     )
     write_rollouts(path, columns, about)
 
@@ -97,6 +98,7 @@ def load(path: Path, group_size: int, sampling: SamplingParams) -> Samples:
         sample_s=about.sample_s,
         reward_s=about.reward_s,
         left_out=about.left_out,
+        figures=about.figures,
     )
 
 

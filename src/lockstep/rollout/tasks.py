@@ -1,6 +1,5 @@
 """Tasks: where questions come from and what an answer is worth."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -8,12 +7,15 @@ from lockstep.config.imported import imported
 from lockstep.config.recipe import TaskConfig
 from lockstep.errors import RecipeError, Stopped
 from lockstep.rollout.datasets import READERS, read_items
-from lockstep.rollout.deadline import Overdue, deadline
-from lockstep.rollout.reward_workers import RewardWorkers
-from lockstep.rollout.rewards import Item, Reward, raised, refused, reward_named
+from lockstep.rollout.environments.protocol import Environments
+from lockstep.rollout.judge import Judge, parts_of
+from lockstep.rollout.rewards import Item, Reward, reward_named
+from lockstep.rollout.short_prompts import ShortPrompts
 
 EXAMPLES_SEED_OFFSET = 1_000_003
 """The solved examples come from the same generator under a seed no training question uses."""
+EVALUATION_SEED_OFFSET = 2_000_003
+"""And held-out questions under one that neither uses."""
 
 
 class Task:
@@ -32,55 +34,75 @@ class Task:
             _item(config.name, examples, number, ("question", "answer")) for number in range(config.examples)
         ]
         self._shots = [message for item in shots for message in _solved(item)]
-        self._workers = RewardWorkers(config, seed) if config.reward_workers else None
-        self._reward = None if self._workers else reward_named(config.reward, self._items)
+        self.environments = Environments(config) if config.environment else None
+        self.parts = parts_of(config, self._items, seed)
+        """Its several rewards; none where it has one."""
+        one = self.environments is None and not self.parts
+        self._judge = Judge(config, self._items, seed) if one else None
+        self._short: ShortPrompts | None = None
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """JSON schemas of what the model may call; none without an environment."""
+        return self.environments.tools if self.environments is not None else []
 
     def item(self, number: int) -> Item:
         """Question ``number``, counted over the whole run; a finite dataset starts over.
 
         Raises:
-            RecipeError: when the dataset does not give it, or it has no ``question``.
+            RecipeError: when the dataset does not give it, or it has neither ``question`` nor ``messages``.
         """
-        return _item(self.config.name, self._items, number, ("question",))
+        return self._at(number if self._short is None else self._short.place(number))
 
-    def messages(self, item: Item) -> list[dict[str, str]]:
-        """The conversation that ends with the question."""
+    def _at(self, place: int) -> Item:
+        return _item(self.config.name, self._items, place, ("question",))
+
+    def messages(self, item: Item, also: str = "") -> list[dict[str, str]]:
+        """The conversation that ends with the question.
+
+        Args:
+            also: what an environment has to say of it, on a line of its own.
+        """
         system = (
             [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
         )
-        return [*system, *self._shots, {"role": "user", "content": str(item["question"])}]
+        own = item.get("messages") or [{"role": "user", "content": str(item["question"])}]
+        *before, last = [dict(message) for message in own]
+        if also:
+            last["content"] = "\n".join(filter(None, [last["content"], also]))
+        return [*system, *self._shots, *before, last]
 
     def rewards(self, completions: Sequence[str], items: Sequence[Item]) -> Iterator[float]:
-        """What each completion is worth, in order.
+        """What each completion is worth by ``task.reward``, in order.
 
         Raises:
-            RewardError: at the first whose reward raises, ends the process, takes longer than
-                ``task.reward_timeout_s`` or is no finite number; prompt and completion are shown.
+            RewardError: as :meth:`Judge.rewards`.
         """
-        here = (self._here(completion, item) for completion, item in zip(completions, items, strict=True))
-        values = here if self._workers is None else self._workers.rewards(completions, items)
-        for value, completion, item in zip(values, completions, items, strict=True):
-            if not math.isfinite(value):
-                raise refused(self.config.reward, str(value), completion, item)
-            yield value
+        assert self._judge is not None, "the recipe has several rewards, or an environment"
+        return self._judge.rewards(completions, items)
+
+    def pass_over_long(self, length: Callable[[list[dict[str, str]]], int]) -> None:
+        """Leave questions out whose prompts are too long, where the recipe says so.
+
+        Args:
+            length: tokens of a conversation, rendered.
+        """
+        if self.config.max_prompt_tokens:
+
+            def of(place: int) -> int:
+                return length(self.messages(self._at(place)))
+
+            self._short = ShortPrompts(of, len(self._items), self.config.max_prompt_tokens)
+
+    def figures(self) -> dict[str, float]:
+        """Of the questions so far, by catalog name."""
+        return {} if self._short is None else {"prompts_too_long": float(self._short.left_out)}
 
     def close(self) -> None:
         """End the processes that compute rewards, where there are any."""
-        if self._workers is not None:
-            self._workers.close()
-
-    def _here(self, completion: str, item: Item) -> float:
-        assert self._reward is not None
-        seconds = self.config.reward_timeout_s if self.config.reward != "exact_match" else 0.0
-        try:
-            with deadline(seconds):
-                return float(self._reward(completion, item))
-        except Stopped:
-            raise
-        except Overdue:
-            raise refused(self.config.reward, f"no answer in {seconds:g} s", completion, item) from None
-        except BaseException as error:
-            raise refused(self.config.reward, raised(error), completion, item) from error
+        for judge in [self._judge, *(part.judge for part in self.parts)]:
+            if judge is not None:
+                judge.close()
 
 
 def reward_of(config: TaskConfig, seed: int) -> Reward:
@@ -167,6 +189,8 @@ def _item(name: str, items: Sequence[Item], number: int, needs: tuple[str, ...])
             where, got=f"{type(error).__name__}: {error}", expected=expected, hint="mend the dataset"
         ) from error
     missing = needs if not isinstance(item, Mapping) else [key for key in needs if key not in item]
+    if missing == ["question"] and isinstance(item, Mapping) and _is_conversation(item.get("messages")):
+        return item
     if missing:
         got = (
             f"a mapping of {', '.join(map(str, item)) or 'nothing'}"
@@ -177,6 +201,15 @@ def _item(name: str, items: Sequence[Item], number: int, needs: tuple[str, ...])
             where, got=got, expected=expected, hint=f"mend the dataset: it lacks {', '.join(missing)}"
         )
     return item
+
+
+def _is_conversation(messages: Any) -> bool:
+    """True for a list of {role, content}, at least one."""
+    return (
+        isinstance(messages, Sequence)
+        and bool(messages)
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages)
+    )
 
 
 def _solved(item: Item) -> list[dict[str, str]]:

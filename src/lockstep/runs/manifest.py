@@ -180,7 +180,12 @@ def _parts(manifest: Manifest) -> dict[str, Any]:
 def _code(recipe: Recipe) -> dict[str, str]:
     task = recipe.task
     objective = recipe.objective
-    named = {"task.name": task.name, "task.reward": task.reward, "objective.name": objective.name}
+    named = {
+        "task.name": task.name,
+        "task.reward": task.reward,
+        "task.environment": task.environment,
+        "objective.name": objective.name,
+    }
     # A dataset of reasoning-gym's is told by that package's version.
     return {
         key: _file_digest(n) if n.startswith(FILES) else source_digest(n)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from lockstep.errors import RecipeError
 from lockstep.metrics.aliases import System, exported
-from lockstep.metrics.catalog import BY_NAME
+from lockstep.metrics.catalog import metric_named
 from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import Verdict, When
 from lockstep.runs import sinks
@@ -39,7 +39,7 @@ class Recorder:
             KeyError: for a figure that is not; nothing is written.
             RunError: when a sink cannot write.
         """
-        unknown = sorted(metrics.keys() - BY_NAME.keys())
+        unknown = sorted(name for name in metrics if metric_named(name) is None)
         if unknown:
             raise KeyError(f"figures {unknown} are not in metrics/catalog.py")
         stamp = str(self.override) if self.override is not None else ""

@@ -35,6 +35,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     sample_s: float = 0.0
     reward_s: float = 0.0
     left_out: int = 0
+    figures: dict[str, float] = {}
+    """What drawing and rewarding them says of them, by catalog name."""
 
 
 def columns() -> "pyarrow.Schema":

@@ -80,13 +80,19 @@ def minibatches(
 
 
 def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before) -> Minibatch:
-    loss_mask = samples.loss_mask
+    loss_mask, kept = samples.loss_mask, _kept(samples, recipe)
+    learned = loss_mask & kept[samples.owners]
     per_token = {
         "engine_logprobs": samples.engine_logprobs,
         "advantages": np.where(loss_mask, samples.advantages, np.float32(0.0)),
         "token_weights": token_weights(
-            loss_mask, samples.lengths, recipe.objective.aggregation, recipe.sampling.max_tokens
-        ),
+            learned,
+            samples.lengths,
+            recipe.objective.aggregation,
+            recipe.sampling.max_tokens * recipe.task.turns,
+        )
+        if learned.any()
+        else np.zeros(len(learned), np.float32),
         "loss_mask": loss_mask,
         "sequence_ids": samples.owners,
         "audited": before.audited,
@@ -96,6 +102,8 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
     parts = []
     in_pairs = needs_of(recipe.objective).pairs
     pairs = pairs_of(samples.rewards, samples.group_size) if in_pairs else None
+    if pairs is not None:
+        pairs = pairs[kept[pairs].all(axis=1)]
     for row in policy.rows(samples.groups, recipe.training.tokens_per_microbatch, whole_groups=in_pairs):
         # Rows keep the order of completions, so each row's tokens are one slice of the flat arrays.
         tokens = slice(starts[row.completions[0]], starts[row.completions[-1] + 1])
@@ -109,3 +117,12 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
             micro.pairs, micro.pair_weight = torch.tensor(own, device=device), 1.0 / max(1, len(pairs))
         parts.append(micro)
     return parts
+
+
+def _kept(samples: Samples, recipe: Recipe) -> np.ndarray:
+    """bool [samples]: False where the recipe leaves a completion that was cut out of the loss.
+
+    It is judged as any other: the gate and the figures are of all that was sampled.
+    """
+    cut = np.array([sample.finish_reason == "length" for sample in samples])
+    return ~cut if recipe.task.overlong == "mask" else np.ones(len(samples), bool)

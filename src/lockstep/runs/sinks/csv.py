@@ -6,7 +6,7 @@ that they are read back exactly. Verdicts are not in it.
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lockstep.metrics.catalog import METRICS
 from lockstep.records.alarms import Alarm
@@ -15,7 +15,8 @@ from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps
 from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
 
-COLUMNS = ("step", "weight_version", *(metric.name for metric in METRICS), "override")
+COLUMNS = ("step", "weight_version", *(m.name for m in METRICS if "NAME" not in m.name), "override")
+"""And behind these the figures that the run's own names make of a family."""
 
 
 class CsvSink:
@@ -23,7 +24,7 @@ class CsvSink:
 
     def __init__(self, layout: RunLayout) -> None:
         self.layout, self.path = layout, layout.root / "metrics.csv"
-        self._begun = False
+        self._columns: tuple[str, ...] = ()
 
     def step(self, record: StepRecord) -> None:
         """Add a row.
@@ -31,14 +32,16 @@ class CsvSink:
         Raises:
             RunError: when it cannot be written; the file is then as it was.
         """
-        if self._begun:
-            append_line(self.path, _lines([record]))
+        if self._columns:
+            append_line(self.path, _lines([record], self._columns))
             return
         # A kill may have come between the run's own file and this one, or within a row: the first record of
         # each start writes the table anew, from what is recorded.
         steps = {recorded.step: recorded for recorded in (*read_steps(self.layout.metrics), record)}
-        write_atomically(self.path, (",".join(COLUMNS) + "\n").encode() + _lines(steps.values()))
-        self._begun = True
+        own = {name for recorded in steps.values() for name in recorded.metrics} - set(COLUMNS)
+        columns = (*COLUMNS, *sorted(own))
+        write_atomically(self.path, (",".join(columns) + "\n").encode() + _lines(steps.values(), columns))
+        self._columns = columns
 
     def verdict(self, record: VerdictRecord) -> None:
         """A table of figures has no place for one."""
@@ -50,9 +53,9 @@ class CsvSink:
         """Nor for these."""
 
 
-def _lines(records: Iterable[StepRecord]) -> bytes:
+def _lines(records: Iterable[StepRecord], columns: Sequence[str]) -> bytes:
     text = io.StringIO()
-    rows = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    rows = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     for record in records:
         own = {"step": record.step, "weight_version": record.weight_version, "override": record.override}
         rows.writerow(own | record.metrics)

@@ -1,0 +1,226 @@
+"""Conversations with environments, drawn side by side: each goes on as soon as its own turn has ended.
+
+    submit ─► a turn ends ─► its text ─► tools ─► their answers behind the row ─► submit the next turn
+                                │ none called, no turn or no room left
+                                └► over: get_reward()
+
+Samples of one question whose rows are alike to the last token are one request, as a question's first turns
+are: an engine computes what they share once.
+"""
+
+import contextlib
+import math
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from lockstep.config.recipe import Recipe
+from lockstep.engines.base import Engine
+from lockstep.engines.streaming import Handle
+from lockstep.errors import EngineError, EnvironmentFault
+from lockstep.records.samples import Sample
+from lockstep.records.tokens import INT32, Completion, SamplingParams
+from lockstep.rendering import Renderer
+from lockstep.rollout.environments.protocol import Environments
+from lockstep.rollout.environments.row import Row
+from lockstep.rollout.rewards import Item, refused
+from lockstep.rollout.tasks import Task
+
+
+@dataclass(eq=False)
+class Episode:
+    """One sample's conversation."""
+
+    group: int
+    number: int
+    """Within its group."""
+    item_number: int
+    environment: Any
+    row: Row
+    messages: list[dict[str, str]]
+    answer: str = ""
+    """The text of the model's last turn."""
+    turns: int = 0
+    calls: int = 0
+    in_vain: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """What every conversation of a step is held by."""
+
+    engine: Engine
+    task: Task
+    renderer: Renderer
+    recipe: Recipe
+
+    @property
+    def environments(self) -> Environments:
+        """The task's."""
+        assert self.task.environments is not None
+        return self.task.environments
+
+    def begun(self, group: int, item_number: int, n: int) -> list[Episode]:
+        """A question's conversations, before the model's first turn.
+
+        Raises:
+            EnvironmentFault: where they begin differently: samples of a group answer one question.
+        """
+        item = self.task.item(item_number)
+        objects = [self.environments.made() for _ in range(n)]
+        said = [self.environments.call(one.reset, **item) for one in objects]
+        if len(set(said)) > 1:
+            raise EnvironmentFault(
+                f"environment {self.environments.name}, reset",
+                got=f"for question {item_number} {said[0]!r}, and {next(s for s in said if s != said[0])!r}",
+                expected="the same of every sample of a group: their rewards are compared with each other",
+                hint="make what is random in it a function of the item",
+            )
+        messages = self.task.messages(item, str(said[0] or ""))
+        prompt = self.renderer.prompt(messages)
+        return [
+            Episode(group, number, item_number, one, Row(prompt), list(messages))
+            for number, one in enumerate(objects)
+        ]
+
+    def heard(self, episode: Episode, completion: Completion) -> bool:
+        """The model's turn; True where another is to follow."""
+        episode.row.sampled(completion)
+        episode.answer = text = self.renderer.text(np.frombuffer(completion.token_ids, INT32))
+        episode.turns += 1
+        if completion.finish_reason != "stop":
+            return False
+        said, in_vain = self.environments.answers(episode.environment, text)
+        if not said:
+            return False
+        episode.calls += len(said)
+        episode.in_vain += in_vain
+        episode.messages += [
+            {"role": "assistant", "content": text},
+            *({"role": "tool", "content": one} for one in said),
+        ]
+        over = bool(getattr(episode.environment, "done", False))
+        if over or episode.turns == self.recipe.task.max_turns:
+            return False
+        whole = self._next_prompt(episode, episode.messages[-len(said) :])
+        if len(whole) + self.recipe.sampling.max_tokens > self.recipe.engine.max_model_len:
+            return False
+        episode.row.continued(whole, f"environment {self.environments.name}, next_prompt")
+        return True
+
+    def _next_prompt(self, episode: Episode, new: Sequence[dict[str, str]]) -> np.ndarray:
+        so_far = episode.row.token_ids
+        own = self.environments.next_prompt(episode.environment, so_far, episode.messages)
+        return np.r_[so_far, self.renderer.between(new)] if own is None else own
+
+    def finished(self, episode: Episode, item: Item) -> Sample:
+        """A conversation that is over, as a sample with its reward.
+
+        Raises:
+            RewardError: where the environment gives no finite number.
+        """
+        text = self.renderer.text(episode.row.token_ids[len(episode.row.prompt_ids) :])
+        said = self.environments.reward(episode.environment, episode.answer)
+        try:
+            reward = float(said)
+        except (TypeError, ValueError):
+            reward = math.nan
+        if not math.isfinite(reward):
+            raise refused(f"{self.environments.name}.get_reward", repr(said), text, item)
+        if hasattr(episode.environment, "close"):
+            self.environments.call(episode.environment.close)
+        return episode.row.sample(episode.group, episode.number, episode.item_number, reward, text)
+
+
+Seed = Callable[..., int]
+"""Of (question, turn, first member), the last two left out at the first turn: of what one request draws."""
+
+
+def play(table: Table, items: Sequence[int], params: SamplingParams, seed: Seed) -> "Played":
+    """Every conversation of some questions, from first to last turn.
+
+    Args:
+        params: how a turn is drawn; ``n`` conversations each.
+        seed: of each request.
+
+    Raises:
+        EngineError: the engine's; or for a turn without a token.
+        EnvironmentFault, RetokenisedError, RewardError: as they say. What is being drawn is given up.
+    """
+    ended: queue.SimpleQueue[Handle] = queue.SimpleQueue()
+    under_way: dict[Handle, list[Episode]] = {}
+    groups = [table.begun(group, item, params.n) for group, item in enumerate(items)]
+
+    def submit(requests: Sequence[list[Episode]]) -> None:
+        asked = [_asked(members, params, seed) for members in requests]
+        prompts = [members[0].row.token_ids for members in requests]
+        under_way.update(zip(table.engine.submit(prompts, asked, ended.put), requests, strict=True))
+
+    try:
+        submit(groups)
+        while under_way:
+            handle = ended.get()
+            members, completions = under_way.pop(handle), handle.result(0.0)
+            _refuse_empty(completions, members)
+            submit(alike([m for m, c in zip(members, completions, strict=True) if table.heard(m, c)]))
+    except BaseException:
+        for handle in under_way:
+            with contextlib.suppress(EngineError):
+                handle.cancel()
+        raise
+    episodes = [episode for members in groups for episode in members]
+    found = [table.task.item(item) for item in items]
+    return Played([table.finished(e, found[e.group]) for e in episodes], figures(episodes))
+
+
+@dataclass
+class Played:
+    """Conversations that are over."""
+
+    samples: list[Sample]
+    """In the order of the questions."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """By catalog name."""
+
+
+def alike(episodes: Sequence[Episode]) -> list[list[Episode]]:
+    """Those whose rows are the same to the last token, together."""
+
+    def row(episode: Episode) -> bytes:
+        return episode.row.token_ids.tobytes()
+
+    return [list(members) for _, members in groupby(sorted(episodes, key=row), key=row)]
+
+
+def _refuse_empty(completions: Sequence[Completion], members: Sequence[Episode]) -> None:
+    for completion, episode in zip(completions, members, strict=True):
+        turn = episode.turns + 1
+        if not completion.token_ids:
+            raise EngineError(
+                f"engine, turn {turn} of sample {episode.number} of question {episode.item_number}",
+                got=f"no token ({completion.finish_reason})",
+                expected="at least one, to train on",
+                hint="is the prompt longer than engine.max_model_len?",
+            )
+
+
+def figures(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Of conversations that are over, by catalog name."""
+    calls = sum(episode.calls for episode in episodes)
+    return {
+        "turns_mean": float(np.mean([episode.turns for episode in episodes])),
+        "tool_calls_mean": calls / len(episodes),
+        "tool_calls_failed_fraction": sum(e.in_vain for e in episodes) / calls if calls else 0.0,
+        "given_tokens_mean": float(np.mean([episode.row.n_given for episode in episodes])),
+    }
+
+
+def _asked(members: Sequence[Episode], params: SamplingParams, seed: Seed) -> SamplingParams:
+    first = members[0]
+    later = (first.turns, first.number) if first.turns else ()
+    return replace(params, n=len(members), seed=seed(first.item_number, *later))

@@ -1,0 +1,170 @@
+"""What an environment is: a class that a recipe names, one object for each sample. The shape is TRL's.
+
+    class Shop:
+        def reset(self, **item) -> str | None:     what it returns is added to the question
+        def price(self, article: str) -> str:      every other public method is a tool: its docstring says to
+            '''The price of an article.            the model what it does, and what each argument is
+
+            Args:
+                article: Its name.
+            '''
+        def get_reward(self) -> float:             asked once, when the conversation has ended; it may take
+                                                   an argument: the text of the model's last answer
+It may have more: ``done``, an attribute that is true once the conversation is to end (without it, it ends
+with an answer that calls no tool); ``close()``; and ``next_prompt(token_ids, messages)``, for one that has a
+template of its own: all token ids of the next turn's prompt, which must begin with those that there are.
+
+Beside ``Stopped``, whatever a tool raises the model is told, as its answer, and it is counted. What the other
+methods raise ends the run.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lockstep.config.imported import imported
+from lockstep.config.task import TaskConfig
+from lockstep.errors import EnvironmentFault, RecipeError, Stopped
+from lockstep.rollout.deadline import Overdue, deadline
+from lockstep.rollout.environments.calls import Call, Parser, UnreadableCallError, parser_named
+from lockstep.rollout.rewards import raised
+
+RESERVED = ("reset", "get_reward", "close", "next_prompt")
+"""Public methods that are no tools."""
+SHOWN = 200
+T = TypeVar("T")
+
+
+class Environments:
+    """A recipe's environment class: makes one object for each sample, and knows its tools.
+
+    Args:
+        config: the recipe's ``[task]``.
+
+    Raises:
+        RecipeError: for a class that is none, or lacks what the protocol asks for.
+    """
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+        self.name = config.environment
+        self.parse: Parser = parser_named(config.tool_calls)
+        self._class = imported(self.name, "task.environment")
+        first = self.made()
+        lacking = [name for name in ("reset", "get_reward") if not callable(getattr(first, name, None))]
+        if lacking:
+            self._refuse(f"a class without {' and '.join(lacking)}", "reset(**item) and get_reward()")
+        self.tools = self._schemas(first)
+        if hasattr(first, "close"):
+            self.call(first.close)
+
+    def made(self) -> Any:
+        """Another object, before its reset.
+
+        Raises:
+            RecipeError: when the class does not make one.
+        """
+        try:
+            return self._class(**self.config.environment_options)
+        except Stopped:
+            raise
+        except (Exception, SystemExit) as error:
+            self._refuse(raised(error), f"an object, made with {self.config.environment_options}")
+
+    def call(self, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What a method of the protocol gives, within ``task.reward_timeout_s``.
+
+        Raises:
+            EnvironmentFault: when it raises, or takes longer.
+        """
+        what = f"environment {self.name}, {getattr(method, '__name__', 'a method')}"
+        seconds = self.config.reward_timeout_s
+        try:
+            with deadline(seconds):
+                return method(*args, **kwargs)
+        except Stopped:
+            raise
+        except Overdue:
+            raise EnvironmentFault(
+                what, got=f"no answer in {seconds:g} s", expected="one", hint="task.reward_timeout_s"
+            ) from None
+        except BaseException as error:
+            shown = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])[:SHOWN]
+            raise EnvironmentFault(
+                what, got=raised(error), expected="no exception", hint=f"it was called on ({shown})"
+            ) from error
+
+    def answer(self, environment: Any, call: Call) -> tuple[str, bool]:
+        """What a tool says, and whether it was called in vain.
+
+        Raises:
+            EnvironmentFault: for one that takes too long.
+        """
+        if call.name not in self._tool_names:
+            return (
+                f"error: there is no {call.name}; there is {', '.join(self._tool_names) or 'nothing'}",
+                True,
+            )
+        tool = getattr(environment, call.name)
+        try:
+            inspect.signature(tool).bind(*call.positional, **call.arguments)
+        except TypeError as error:
+            return f"error: {call.name}: {error}", True
+        try:
+            return str(self.call(tool, *call.positional, **call.arguments)), False
+        except EnvironmentFault as fault:
+            if isinstance(fault.__cause__, Exception):
+                return f"error: {raised(fault.__cause__)[:SHOWN]}", True
+            raise
+
+    def answers(self, environment: Any, text: str) -> tuple[list[str], int]:
+        """What the tools say that a turn calls, none where it calls none; how many were called in vain."""
+        try:
+            calls = self.parse(text)
+        except UnreadableCallError as error:
+            return [f"error: {error}"], 1
+        said = [self.answer(environment, call) for call in calls]
+        return [text for text, _ in said], sum(vain for _, vain in said)
+
+    def reward(self, environment: Any, answer: str) -> Any:
+        """What ``get_reward`` gives, told the last answer where it asks for one."""
+        method = environment.get_reward
+        return self.call(method, *[answer][: len(inspect.signature(method).parameters)])
+
+    def next_prompt(
+        self, environment: Any, token_ids: np.ndarray, messages: Sequence[Mapping[str, str]]
+    ) -> np.ndarray | None:
+        """Of an environment with a template of its own; None for one without."""
+        own = getattr(environment, "next_prompt", None)
+        if own is None:
+            return None
+        return np.asarray(self.call(own, token_ids.tolist(), [dict(m) for m in messages]), np.int32)
+
+    @cached_property
+    def _tool_names(self) -> list[str]:
+        return [tool["function"]["name"] for tool in self.tools]
+
+    def _schemas(self, environment: Any) -> list[dict[str, Any]]:
+        from transformers.utils import get_json_schema
+
+        schemas = []
+        for name, method in inspect.getmembers(environment, inspect.isroutine):
+            if name.startswith("_") or name in RESERVED:
+                continue
+            try:
+                schemas.append(get_json_schema(method))
+            except Exception as error:
+                expected = "type hints, and a docstring with a line for each argument under Args:"
+                self._refuse(f"the tool {name}: {raised(error)}", expected)
+        return schemas
+
+    def _refuse(self, got: str, expected: str) -> Any:
+        raise RecipeError(
+            f"recipe, key task.environment, {self.name}",
+            got=got,
+            expected=expected,
+            hint="docs/guides/environments.md",
+        )
