@@ -132,7 +132,11 @@ class Environments:
     def reward(self, environment: Any, answer: str) -> Any:
         """What ``get_reward`` gives, told the last answer where it asks for one."""
         method = environment.get_reward
-        return self.call(method, *[answer][: len(inspect.signature(method).parameters)])
+        try:
+            inspect.signature(method).bind(answer)
+        except TypeError:
+            return self.call(method)
+        return self.call(method, answer)
 
     def next_prompt(
         self, environment: Any, token_ids: np.ndarray, messages: Sequence[Mapping[str, str]]
