@@ -213,12 +213,12 @@ def _tidy(layout: "RunLayout") -> None:
 
 
 def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resumed: bool) -> None:
-    from lockstep.loop.open import open_session
+    from lockstep.loop.sync import session_of
     from lockstep.runs.manifest import refuse_other_run, write_manifest
     from lockstep.runs.record import open_recorder
 
     recorder = open_recorder(layout, recipe.recording.sinks, recipe.recording.aliases or None)
-    with open_session(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
+    with session_of(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
         from lockstep.loop.run import Run
         from lockstep.loop.sync import steps_of
 

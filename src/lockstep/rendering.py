@@ -75,6 +75,27 @@ class Renderer:
             return self._ids(messages, tools=self.tools)
         return self._ids(_with_tools(messages, self.tools))
 
+    def answer(self, messages: Sequence[dict[str, str]], text: str) -> np.ndarray:
+        """Token ids int32 [N] of an answer that nobody sampled, its stop token included.
+
+        Raises:
+            ModelError: as :meth:`prompt`.
+            RetokenisedError: for a template that writes the conversation otherwise once it is answered.
+        """
+        prompt = self.prompt(messages)
+        whole = self._ids([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
+        if not np.array_equal(whole[: len(prompt)], prompt):
+            raise RetokenisedError(
+                f"chat template of {self.path}",
+                got=f"{self.tokenizer.decode(whole[: len(prompt)])[-80:]!r} before an answer",
+                expected=f"{self.tokenizer.decode(prompt)[-80:]!r}, as it is when the model is to answer",
+                hint="use a template that begins an answer as add_generation_prompt does",
+            )
+        rest = whole[len(prompt) :]
+        stops = np.flatnonzero(np.isin(rest, self.stop_token_ids))
+        # Of a template without an end of turn the answer ends as generation does.
+        return rest[: stops[-1] + 1] if stops.size else np.r_[rest, self.stop_token_ids[:1]].astype(np.int32)
+
     def between(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """Token ids int32 [N] that stand between an answer, its stop token included, and the next one.
 

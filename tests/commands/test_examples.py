@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.config.recipe import load_recipe
+from lockstep.config.recipe import TaskConfig, load_recipe
+from lockstep.rollout.tasks import Task
 from lockstep.runs.strict import read_lines
 from tests.commands.tiny_run import write_recipe
 from tests.unit.test_objective import inputs_of
@@ -47,6 +48,22 @@ def test_near_answers_are_worth_a_part(examples, text, reward):
     from my_reward import near
 
     assert near(text, {"question": "7 + 5 =", "answer": "12"}) == pytest.approx(reward)
+
+
+def test_a_phonebook_is_an_environment(examples):
+    config = TaskConfig(
+        name="my_environment:questions",
+        environment="my_environment:Phonebook",
+        tool_calls="python",
+    )
+    task = Task(config, 0)
+    item, environment = task.item(3), task.environments.made()
+    assert [tool["function"]["name"] for tool in task.tools] == ["look_up"]
+    assert task.environments.call(environment.reset, **item) is None
+    assert task.environments.answers(environment, "look_up('Niels')")[1] == 1, "nobody of that name"
+    assert task.environments.reward(environment, item["number"]) == pytest.approx(0.9)
+    assert task.environments.answers(environment, f"look_up({item['name']!r})") == ([item["number"]], 0)
+    assert task.environments.reward(environment, f" {item['number']}\n") == pytest.approx(1.0)
 
 
 def trained(tmp_path, name, *sets, steps=1):

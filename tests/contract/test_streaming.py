@@ -5,12 +5,18 @@ import time
 
 import numpy as np
 import pytest
-from tests.contract.conftest import ids_of, logprobs_of
-from tests.contract.test_contract import EXACT_NATS, draw, groups_of, prompts_of
+from tests.contract.conftest import MODEL, ids_of, logprobs_of
+from tests.contract.test_contract import EXACT_NATS, QUICKSTART, draw, groups_of, prompts_of
 
+from lockstep.config.recipe import load_recipe
+from lockstep.policy.pretrained import resolve_model
 from lockstep.records.tokens import SamplingParams
+from lockstep.rendering import Renderer
+from lockstep.rollout import collect
+from lockstep.rollout.tasks import Task
 
 DEADLINE_S = 300.0
+CALCULATOR = QUICKSTART.with_name("calculator.toml")
 
 
 def test_what_is_submitted_comes_as_it_ends_and_is_what_is_sampled(side):
@@ -61,3 +67,35 @@ def test_a_request_that_comes_during_a_load_waits_and_is_of_the_new_version(side
     assert not load.is_alive()
     assert len({span.version for span in old.version_spans}) == 1, "mode wait: no completion spans the load"
     assert [span.version for span in new.version_spans] == [version]
+
+
+def always_calls(text):
+    """Every turn calls the calculator, whatever it says."""
+    return [("calculate", {"expression": "12 * 7"})]
+
+
+def test_a_conversation_of_two_turns_is_one_row_exact_to_the_token(side):
+    model = resolve_model(MODEL)
+    digits = [ids[0] for digit in "0123456789" for ids in [Renderer(model).tokenizer.encode(digit)]]
+    recipe = load_recipe(
+        CALCULATOR,
+        [
+            "task.tool_calls=tests.contract.test_streaming:always_calls",
+            "task.max_turns=2",
+            "sampling.max_tokens=8",
+            f"sampling.stop_token_ids={digits}",  # so that first turns end
+            "training.prompts_per_step=2",
+            "training.group_size=4",
+        ],
+    )
+    task = Task(recipe.task, 0)
+    renderer = Renderer(model, task.tools)
+    samples = collect.sample(side.engine, task, renderer, recipe, 0)
+    two = [sample for sample in samples if not sample.loss_mask.all()]
+    assert len(two) >= 2
+    between = renderer.between([{"role": "tool", "content": "84"}])
+    for sample in two:
+        assert sample.token_ids[~sample.loss_mask].tolist() == between.tolist()
+        assert sample.missing == 0
+    scores = np.concatenate(side.scored(samples.groups))[samples.loss_mask]
+    assert np.abs(scores - samples.engine_logprobs[samples.loss_mask]).max() <= EXACT_NATS

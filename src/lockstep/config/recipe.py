@@ -148,8 +148,9 @@ class Parity(_Section, frozen=True):
 class Loop(_Section, frozen=True):
     """Which loop puts the stages in order."""
 
-    kind: Literal["sync", "in_flight"] = "sync"
-    """``in_flight``: the engine samples while the trainer trains (docs/concepts/in-flight.md)."""
+    kind: Literal["sync", "in_flight", "offline"] = "sync"
+    """``in_flight``: the engine samples while the trainer trains (docs/concepts/in-flight.md). ``offline``:
+    no engine; the task's items are pairs of answers (docs/guides/preferences.md)."""
     deadline_s: PositiveFloat = 1800.0
     """In flight: the longest wait in which nothing happens; who waits for what is told, and the run ends."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
 
 Say = Callable[[str], None]
+OFFLINE = Choice("none", None, "no engine runs in an offline loop")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Session:
     def loop_choices(self) -> dict[str, tuple[str, str]]:
         """What the loop resolved, each with its reason."""
         recipe = self.pair.recipe
-        if recipe.loop.kind == "sync":
+        if recipe.loop.kind != "in_flight":
             return {}
         n, size = recipe.rollout.max_lag, self.pair.trainer.nbytes
         reason = f"{n} versions of {size / 1e6:.0f} MB in {recipe.rollout.ring}"
@@ -105,6 +106,9 @@ def open_session(
         EngineError: when the engine does not start.
     """
     choice, model_path = preflight(recipe, api_key_env)
+    if choice == OFFLINE:
+        got, hint = "an offline loop", "--set loop.kind=sync"
+        raise RecipeError("recipe, key loop.kind", got=got, expected="a loop with an engine", hint=hint)
     say(f"model {recipe.model.path}, engine {_named(choice)}")
     task, held_out = Task(recipe.task, recipe.training.seed), held_out_of(recipe)
     directory = weights_directory()
@@ -183,6 +187,8 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
     """
     refuse_objective(recipe.objective)
     refuse_correction(recipe.objective)
+    if recipe.loop.kind == "offline":
+        return OFFLINE, resolve_model(recipe.model.path)
     return choose(recipe.engine, api_key_env), resolve_model(recipe.model.path)
 
 

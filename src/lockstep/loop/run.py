@@ -52,7 +52,7 @@ class Run:
     @property
     def max_lag(self) -> int:
         """Versions that a token may be old by when it is trained on."""
-        return 0 if self.recipe.loop.kind == "sync" else self.recipe.rollout.max_lag
+        return self.recipe.rollout.max_lag if self.recipe.loop.kind == "in_flight" else 0
 
     @property
     def recipe(self) -> Recipe:

@@ -10,9 +10,12 @@ its weights were held to the canary in the engine. A killed run goes on from its
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 from lockstep.config.recipe import Recipe
 from lockstep.loop.evaluate import evaluate
+from lockstep.loop.open import Plants, Say, Session, open_session
 from lockstep.loop.proofs import prove
 from lockstep.loop.resume import catch_up
 from lockstep.loop.run import Run, certified
@@ -22,13 +25,24 @@ from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.manifest import finished
 
 
+def session_of(
+    recipe: Recipe, engine_log: Path, say: Say, plants: Plants | None = None, api_key_env: str = ""
+) -> AbstractContextManager[Session]:
+    """What the recipe's loop needs: :func:`open_session`, or the trainer alone."""
+    if recipe.loop.kind != "offline":
+        return open_session(recipe, engine_log, say, plants, api_key_env)
+    from lockstep.loop.offline import open_offline
+
+    return open_offline(recipe, say)
+
+
 def steps_of(recipe: Recipe) -> Callable[..., None]:
-    """The loop that a recipe asks for: :func:`run_steps`, here or in flight."""
+    """The loop that a recipe asks for: :func:`run_steps`, here, in flight or offline."""
     if recipe.loop.kind == "sync":
         return run_steps
-    from lockstep.loop import in_flight
+    from lockstep.loop import in_flight, offline
 
-    return in_flight.run_steps
+    return in_flight.run_steps if recipe.loop.kind == "in_flight" else offline.run_steps
 
 
 def run_steps(run: Run, *, resumed: bool) -> None:

@@ -54,6 +54,13 @@ def outside_clip(log_ratio: np.ndarray, clip_low: float, clip_high: float) -> np
     return ~((ratio >= 1.0 - clip_low) & (ratio <= 1.0 + clip_high))
 
 
+MISMATCH = (
+    *("gap_abs_mean_nats", "gap_abs_p50_nats", "gap_abs_p999_nats", "gap_abs_max_nats"),
+    *("mismatch_ratio_mean", "mismatch_kl_k3_nats", "mismatch_ess", "phantom_clip_fraction"),
+)
+"""What :func:`mismatch_figures` gives."""
+
+
 def mismatch_figures(gap: np.ndarray, clip_low: float, clip_high: float) -> dict[str, float]:
     """Every figure of trainer against engine on version-exact tokens, by catalog name."""
     quantiles = quantiles_abs(gap)

@@ -103,6 +103,8 @@ class LossOutputs:
     """Tokens whose gradient the objective removed."""
     value_loss: Float[Tensor, ""] | None = None
     """Of it, what is the value head's; for the figures."""
+    margins: Float[Tensor, "P"] | None = None
+    """How much further the chosen of each pair has moved up than the rejected, nats; for the figures."""
 
 
 def truncated(weight: Float[Tensor, "T"], low: float, high: float) -> Float[Tensor, "T"]:

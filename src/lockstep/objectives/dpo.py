@@ -29,7 +29,9 @@ def dpo(inputs: LossInputs, *, beta: float, kind: Literal["sigmoid", "ipo"]) -> 
     h = chosen - rejected
     losses = -logsigmoid(beta * h) if kind == "sigmoid" else (h - 1 / (2 * beta)).square()
     paired = torch.isin(inputs.sequence_ids, inputs.pairs)
-    return LossOutputs(loss=inputs.pair_weight * losses.sum(), clipped=~paired & inputs.loss_mask)
+    return LossOutputs(
+        loss=inputs.pair_weight * losses.sum(), clipped=~paired & inputs.loss_mask, margins=h.detach()
+    )
 
 
 def pairs_of(rewards: np.ndarray, group_size: int) -> np.ndarray:

@@ -42,6 +42,11 @@ class Task:
         self._short: ShortPrompts | None = None
 
     @property
+    def n_items(self) -> int:
+        """Of the dataset, before it starts over."""
+        return len(self._items)
+
+    @property
     def tools(self) -> list[dict[str, Any]]:
         """JSON schemas of what the model may call; none without an environment."""
         return self.environments.tools if self.environments is not None else []

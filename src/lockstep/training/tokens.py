@@ -22,6 +22,8 @@ class Tokens:
     other: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """What not every objective has, by the name of its field."""
     value_loss: list[float] = field(default_factory=list)
+    margins: list[np.ndarray] = field(default_factory=list)
+    """Of pairs, nats."""
 
     def add(self, inputs: LossInputs, outputs: LossOutputs, correction: Correction | None) -> None:
         """A microbatch's."""
@@ -43,6 +45,8 @@ class Tokens:
                 self.other.setdefault(name, []).append(_of(inputs, values))
         if outputs.value_loss is not None:
             self.value_loss.append(float(outputs.value_loss))
+        if outputs.margins is not None:
+            self.margins.append(outputs.margins.numpy(force=True))
 
     def figures(self, objective: Objective) -> dict[str, float]:
         """By catalog name; what the objective does not have is absent."""
@@ -57,6 +61,10 @@ class Tokens:
         if "weight" in other:
             found["correction_mass_removed"] = 1.0 - float(other["weight"].sum() / other["uncut"].sum())
             found["correction_masked_fraction"] = float((other["weight"] == 0.0).mean())
+        margins = np.concatenate([np.empty(0), *self.margins])
+        if margins.size:
+            found["pair_margin_mean_nats"] = float(margins.mean())
+            found["pair_accuracy"] = float((margins > 0.0).mean())
         if self.value_loss:
             found["value_loss"] = float(sum(self.value_loss))
             found["value_explained_variance"] = explained_variance(other["old_values"], other["returns"])
