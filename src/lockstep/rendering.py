@@ -20,7 +20,9 @@ def _told(what: str, path: Path, hint: str) -> Iterator[None]:
         raise ModelError(f"{what} of {path}", got=got, expected="one that works", hint=hint) from error
 
 
-ANSWERED = ({"role": "user", "content": "."}, {"role": "assistant", "content": "."})
+ASKED = {"role": "user", "content": "."}
+ANSWER = "7531"
+ANSWERED = (ASKED, {"role": "assistant", "content": ANSWER})
 """A conversation that stands in the place of any other, to see what a template puts behind an answer."""
 
 
@@ -61,19 +63,21 @@ class Renderer:
         Raises:
             ModelError: for a tokenizer without a chat template, or one that refuses the conversation.
         """
-        template = self.tokenizer.chat_template
-        if template is None:
+        if self.tokenizer.chat_template is None:
             raise ModelError(
                 "chat template",
                 got="a tokenizer without one",
                 expected="chat_template.jinja beside the tokenizer",
                 hint="use an instruction-tuned checkpoint, or add its template",
             )
+        return self._with_tools(messages)
+
+    def _with_tools(self, messages: Sequence[dict[str, str]], **options: Any) -> np.ndarray:
         if not self.tools:
-            return self._ids(messages)
-        if "tools" in str(template):
-            return self._ids(messages, tools=self.tools)
-        return self._ids(_with_tools(messages, self.tools))
+            return self._ids(messages, **options)
+        if "tools" in str(self.tokenizer.chat_template):
+            return self._ids(messages, tools=self.tools, **options)
+        return self._ids(_told_of(messages, self.tools), **options)
 
     def answer(self, messages: Sequence[dict[str, str]], text: str) -> np.ndarray:
         """Token ids int32 [N] of an answer that nobody sampled, its stop token included.
@@ -83,7 +87,8 @@ class Renderer:
             RetokenisedError: for a template that writes the conversation otherwise once it is answered.
         """
         prompt = self.prompt(messages)
-        whole = self._ids([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
+        answered = [*messages, {"role": "assistant", "content": text}]
+        whole = self._with_tools(answered, add_generation_prompt=False)
         if not np.array_equal(whole[: len(prompt)], prompt):
             raise RetokenisedError(
                 f"chat template of {self.path}",
@@ -99,29 +104,41 @@ class Renderer:
     def between(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """Token ids int32 [N] that stand between an answer, its stop token included, and the next one.
 
-        They are found beside another conversation, so that no answer is ever written anew.
+        They are found beside another conversation: no answer is ever written anew, whatever a template makes
+        of earlier ones (some leave out their reasoning).
 
         Args:
             messages: what is said there, such as a tool's result.
 
         Raises:
             ModelError: as :meth:`prompt`.
-            RetokenisedError: for a template that writes an answer otherwise once something follows it.
+            RetokenisedError: for a template that drops or moves an answer once something follows it.
         """
-        shut = self._ids(ANSWERED, add_generation_prompt=False)
-        whole = self._ids([*ANSWERED, *messages])
-        # The model draws the stop token itself; what the template puts behind it is no part of the answer.
-        stops = np.flatnonzero(np.isin(shut, self.stop_token_ids))
-        opened = self._ids(ANSWERED[:1])
-        end = int(stops[-1]) + 1 if stops.size and stops[-1] >= len(opened) else len(shut)
-        if not np.array_equal(whole[:end], shut[:end]):
+        asked, shut, whole = (
+            self._ids([ASKED], add_generation_prompt=False),
+            self._ids(ANSWERED, add_generation_prompt=False),
+            self._ids([*ANSWERED, *messages]),
+        )
+        end = self._end_of_answer(asked, shut, whole)
+        there = self.tokenizer.decode(whole[len(asked) : end])
+        if not np.array_equal(whole[: len(asked)], asked) or ANSWER not in there.replace(" ", ""):
             raise RetokenisedError(
                 f"chat template of {self.path}",
                 got=f"{self.tokenizer.decode(whole[:end])!r} before {messages[0]['role']}'s message",
-                expected=f"{self.tokenizer.decode(shut[:end])!r}, as it was when the model answered",
-                hint="use a template that leaves earlier turns as they were",
+                expected=f"{self.tokenizer.decode(shut)!r}: the answer, where it was when the model gave it",
+                hint="use a template that leaves the turns before where they are",
             )
         return whole[end:]
+
+    def _end_of_answer(self, asked: np.ndarray, shut: np.ndarray, whole: np.ndarray) -> int:
+        """Where the answer ends in a conversation that goes on behind it.
+
+        The model draws its stop token itself; what the template puts behind that is no part of the answer. A
+        template without one ends where it ended when nothing followed.
+        """
+        before, in_all = (int(np.isin(ids, self.stop_token_ids).sum()) for ids in (asked, shut))
+        stops = np.flatnonzero(np.isin(whole, self.stop_token_ids))
+        return int(stops[before]) + 1 if in_all > before and before < stops.size else len(shut)
 
     def _ids(self, messages: Sequence[dict[str, str]], **options: Any) -> np.ndarray:
         what = f"chat template, on messages of {', '.join(message['role'] for message in messages)},"
@@ -136,7 +153,7 @@ class Renderer:
         return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
 
-def _with_tools(messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def _told_of(messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """The conversation with its tools in the system prompt, a line each."""
     lines = []
     for tool in tools:

@@ -67,12 +67,20 @@ def test_a_template_without_an_end_of_turn_is_gone_on_with_as_it_is(checkpoint):
     assert between.replace(" ", "").replace("<unk>", "") == "12"
 
 
-def test_a_template_that_writes_an_answer_anew_is_refused(checkpoint):
-    """As those that drop an answer's reasoning once the conversation goes on."""
+def test_a_template_that_rewrites_the_last_answer_alone_is_gone_on_with(checkpoint):
+    """As Qwen3's, which puts empty reasoning before it: what was sampled stays, what follows is the same."""
+    reasoned = "{{ '-' if loop.last and m.role == 'assistant' }}{{ m.content }}</s>="
+    template = f"{{% for m in messages %}}<s>{reasoned}{{% endfor %}}{{{{ '<s>' if add_generation_prompt }}}}"
+    renderer = with_template(checkpoint, template)
+    between = renderer.tokenizer.decode(renderer.between([{"role": "tool", "content": "12"}]))
+    assert between.replace(" ", "") == "=<s>12</s>=<s>"
+
+
+def test_a_template_that_drops_an_answer_is_refused(checkpoint):
     kept = "{% if loop.last or m.role != 'assistant' %}{{ m.content }}</s>{% endif %}"
     kept = "{% if loop.last or m.role != 'assistant' %}{{ m.content }}</s>{% endif %}"
     dropping = f"{{% for m in messages %}}{kept}{{% endfor %}}"
-    with pytest.raises(RetokenisedError, match="as it was when the model answered"):
+    with pytest.raises(RetokenisedError, match="where it was when the model gave it"):
         with_template(checkpoint, dropping).between([{"role": "tool", "content": "12"}])
 
 
@@ -94,3 +102,9 @@ def test_tools_are_told_by_the_template_or_in_the_system_prompt(checkpoint):
     assert asked[-1][0][0] == {"role": "system", "content": f"Be brief.\n{told}"}
     renderer.prompt([{"role": "user", "content": "1"}])
     assert asked[-1][0] == [{"role": "system", "content": told}, {"role": "user", "content": "1"}]
+
+
+def test_an_answer_that_nobody_sampled_is_the_templates(checkpoint):
+    asked = [{"role": "user", "content": "1"}]
+    for renderer in (with_template(checkpoint, CHAT), with_template(checkpoint, CHAT, [TOOL])):
+        assert renderer.tokenizer.decode(renderer.answer(asked, "77")).replace(" ", "") == "77</s>"
