@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import with_sets
 from lockstep.faults.at_load import AtLoad
-from lockstep.faults.campaign import planted
+from lockstep.faults.campaign import climbed, planted
 from lockstep.faults.catalogue import FAULTS
 from lockstep.faults.proxies import RawNumbers, edits, numbers_of, with_numbers
 from lockstep.parity.canary import Canary
@@ -49,13 +49,14 @@ test_partial_faults.py has the last three sharper."""
 def test_a_planted_fault_is_named(pair, recipe, fault):
     pair.recipe = with_sets(recipe, fault.sets)
     with planted(pair, fault):
-        verdicts = climb(pair).verdicts
+        verdicts = climbed(pair, fault)
     statuses = [v.status for v in verdicts]
     assert "FAIL" in statuses, [v.summary for v in verdicts]
     failed = verdicts[statuses.index("FAIL")]
     assert (failed.layer, failed.findings[0].cause) == (fault.layer, fault.cause), failed
     assert statuses[: statuses.index("FAIL")] == ["PASS"] * statuses.index("FAIL")
     assert failed.findings[0].fix
+    assert fault.must_say in failed.findings[0].evidence
     if fault.name == "top_p_unmodelled":  # the bias is log(kept mass)
         assert 0.0 < failed.findings[0].effect_nats <= -math.log(0.8)
 
@@ -103,7 +104,6 @@ def test_every_cause_has_a_planted_fault_or_says_nothing_is_known():
         "chunked_prefill",
         "async_scheduling",
         "preemption",
-        "in_flight_update",
         "systematic_departure",
     }
     of_logs = {

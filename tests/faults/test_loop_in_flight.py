@@ -10,6 +10,7 @@ from lockstep import api
 from lockstep.config.recipe import with_sets
 from lockstep.errors import CapabilityError, EngineDied, EngineError, RecipeError, Stopped
 from lockstep.loop.flights import Flights
+from lockstep.records.capabilities import Capability
 from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps, read_verdicts
@@ -142,7 +143,10 @@ def test_ctrl_c_saves_what_is_whole_and_the_run_goes_on(recipe, tmp_path, monkey
     assert [row["step"] for row in ledger(layout)] == list(range(STEPS))
 
 
-def test_an_engine_without_a_pause_is_told_before_anything_is_drawn(recipe, tmp_path):
+def test_an_engine_without_a_pause_is_told_before_anything_is_drawn(recipe, tmp_path, monkeypatch):
+    from lockstep.engines import transformers
+
+    monkeypatch.setitem(transformers.CAN, "pause_keep", Capability(False, "not this one"))
     with pytest.raises(CapabilityError, match=r"rollout.update=wait"):
         run(recipe, tmp_path / "run", "loop.kind=in_flight")
 

@@ -12,10 +12,7 @@ from torch import nn
 from lockstep.policy.attention import NAME, altered, packed_attention
 from lockstep.policy.model import EAGER, load_policy
 from lockstep.policy.packing import Block, pack
-from lockstep.policy.replay import kept_cache_logprobs
-from lockstep.policy.variants import Earlier, Perturbed
 from lockstep.records.samples import Group
-from lockstep.training.trainer import Trainer
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 MODULE = nn.Identity()
@@ -157,54 +154,3 @@ def test_another_sides_attention_is_held_and_put_back(policy, rng):
     with pytest.raises(KeyboardInterrupt), altered(scale=math.inf):
         raise KeyboardInterrupt
     np.testing.assert_array_equal(policy.score(groups, 1.0)[0], before)
-
-
-# ── replay over an earlier cache ────────────────────────────────────────────────────────────────────────────
-
-
-def by_hand(policy, prompt, tokens, n, old):
-    """Token by token as an engine decodes: the weights change after token ``n``, the cache stays as it is."""
-    from transformers import DynamicCache
-
-    cache, found = DynamicCache(), []
-    policy.model.set_attn_implementation(EAGER)
-    try:
-        with torch.no_grad():
-            with Earlier(old).held(policy):
-                for token in (*prompt, *tokens[: n - 1]):
-                    policy.model(
-                        input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True
-                    )
-            for token, drawn in zip(tokens[n - 1 :], tokens[n:], strict=False):
-                out = policy.model(
-                    input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True
-                )
-                found.append(float((out.logits[0, -1] / 0.8).log_softmax(-1)[int(drawn)]))
-    finally:
-        policy.model.set_attn_implementation(NAME)
-    return np.array(found, np.float32)
-
-
-def test_tokens_after_a_switch_are_scored_over_the_cache_that_the_old_weights_filled(policy, rng):
-    trainer = Trainer(policy, None)
-    old = trainer.snapshot()
-    pieces = [(ids(rng, 6), ids(rng, 8), 1), (ids(rng, 3), ids(rng, 9), 5), (ids(rng, 4), ids(rng, 6), 5)]
-    with trainer.holding(Perturbed(old, 0.05, 3)):
-        found = kept_cache_logprobs(policy, pieces, old, 0.8)
-        expected = [by_hand(policy, *piece, old) for piece in pieces]
-        throughout = trainer.score([Group(prompt, [tokens]) for prompt, tokens, _ in pieces], 0.8)
-    assert [len(row) for row in found] == [7, 4, 1]
-    for got, wanted, new, (_, _, n) in zip(found, expected, throughout, pieces, strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
-        assert np.abs(got - new[n:]).max() > 1e-2, "another than under the new weights throughout"
-    assert policy.model.config._attn_implementation == NAME
-    after = trainer.snapshot()
-    assert all(torch.equal(old.values[name], value) for name, value in after.values.items())
-
-
-def test_where_the_weights_did_not_change_it_is_the_plain_score(policy, rng):
-    trainer = Trainer(policy, None)
-    pieces = [(ids(rng, 6), ids(rng, 8), 3)]
-    (found,) = trainer.across_switch(pieces, trainer.snapshot(), 1.0)
-    (plainly,) = trainer.score([Group(pieces[0][0], [pieces[0][1]])], 1.0)
-    np.testing.assert_allclose(found, plainly[3:], rtol=0, atol=1e-4)

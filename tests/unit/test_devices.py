@@ -13,6 +13,8 @@ import torch
 from lockstep.policy.model import load_policy
 from lockstep.policy.packing import Group
 from lockstep.policy.variants import Earlier, EarlierHead, InDtype, Perturbed, Quantised, Scaled
+from lockstep.records.samples import Sample
+from lockstep.records.versions import VersionSpan
 from lockstep.training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -82,7 +84,14 @@ def test_what_parity_asks_mixes_no_devices(trainer):
         for variant in (Earlier(noise.before), EarlierHead(noise.before), Scaled((names[1],), 2.0)):
             with trainer.holding(variant):
                 assert np.isfinite(trainer.score(groups, 1.0)[0]).all()
-        trainer.across_switch([(groups[0].prompt, groups[0].completions[0], 3)], noise.before, 1.0)
+        spans = (VersionSpan(0, 3, 0), VersionSpan(3, 7, 1))
+        spanning = Sample(
+            group=0, sample=0, item=0, prompt_ids=groups[0].prompt, token_ids=groups[0].completions[0],
+            loss_mask=np.ones(7, bool), engine_logprobs=np.zeros(7, np.float32), version_spans=spans,
+            finish_reason="length",
+        )  # fmt: skip
+        for kept in (True, False):
+            trainer.versions_of({0: noise.before}).piecewise([spanning], 1, 1.0, kept=kept)
     for variant in (InDtype("bfloat16"), Quantised("int8")):
         with trainer.holding(variant):
             trainer.score(groups, 1.0)

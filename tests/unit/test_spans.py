@@ -140,7 +140,7 @@ def test_what_is_not_audited_says_so_and_stands_in_as_the_engines(trainer):
 
 @pytest.mark.parametrize("kept", [True, False], ids=["keep", "recompute"])
 def test_a_clean_sequence_passes_and_says_that_it_would_have_shown(pair, kept):
-    verdict = spans.judge(pair, decoded(pair.trainer, SPANS, kept), NOW, kept=kept)
+    verdict = spans.judge(spans.Replay.of(pair, NOW), decoded(pair.trainer, SPANS, kept), kept=kept)
     assert verdict.status == "PASS", verdict
     assert verdict.figures["told_apart"] == 1.0
     assert verdict.figures["replay_gap_abs_max_nats"] <= EXACT_NATS < APART_NATS
@@ -172,7 +172,7 @@ def swapped(sample):
 )
 def test_a_planted_fault_is_found_and_named(pair, spoil, kept, named):
     sample = spoil(decoded(pair.trainer, SPANS, True))
-    verdict = spans.judge(pair, sample, NOW, kept=kept)
+    verdict = spans.judge(spans.Replay.of(pair, NOW), sample, kept=kept)
     assert verdict.status == "FAIL"
     assert verdict.findings[0].cause == "in_flight_update"
     assert named in verdict.findings[0].evidence
@@ -181,7 +181,7 @@ def test_a_planted_fault_is_found_and_named(pair, spoil, kept, named):
 def test_what_nothing_nearby_explains_is_said_to_be_so(pair):
     sample = decoded(pair.trainer, SPANS, True)
     other = dataclasses.replace(sample, engine_logprobs=sample.engine_logprobs - np.float32(0.4))
-    verdict = spans.judge(pair, other, NOW, kept=True)
+    verdict = spans.judge(spans.Replay.of(pair, NOW), other, kept=True)
     assert "no cache rule, span or version nearby fits" in verdict.summary
 
 

@@ -121,7 +121,7 @@ def transformers_engine(tiny_checkpoint, tmp_path_factory):
 
 def _wait_until_it_draws(engine):
     until = time.monotonic() + SOON_S
-    while not engine._busy.locked():
+    while not engine.turns.busy:
         assert time.monotonic() < until
         time.sleep(0.001)
 
@@ -160,3 +160,45 @@ def test_what_is_being_drawn_is_cancelled_with_what_there_is(transformers_engine
     assert found.finish_reason == "abort"
     assert len(found.token_ids) // 4 < 200
     assert isinstance(handle, Handle)
+
+
+def _other_norm(engine, version, scale):
+    from safetensors.torch import save_file
+
+    from lockstep.records.versions import WeightUpdate
+
+    path = engine.weights_dir / f"weights-{version}.safetensors"
+    save_file({"model.norm.weight": engine.model.state_dict()["model.norm.weight"] * scale}, path)
+    return WeightUpdate(version=version, path=str(path))
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_a_load_in_flight_comes_between_two_tokens_and_the_spans_say_where(transformers_engine, mode):
+    engine, asked = transformers_engine, SamplingParams(max_tokens=120, n=2, seed=3)
+    version = engine.version
+    (handle,) = engine.submit(PROMPTS[:1], [asked])
+    _wait_until_it_draws(engine)
+    receipt = engine.load(_other_norm(engine, version + 1, 1.5), mode)
+    try:
+        drawn = handle.result(SOON_S)
+        assert receipt.cache_cleared == (mode == "recompute")
+        for c in drawn:
+            first, second = c.version_spans
+            assert (first.version, second.version) == (version, version + 1)
+            assert (first.start, first.stop, second.stop) == (0, second.start, 120)
+            ids, numbers = np.frombuffer(c.token_ids, "<i4"), np.frombuffer(c.logprobs, "<f4")
+            assert len(ids) == len(numbers) == 120
+            now = engine.score([np.r_[PROMPTS[0], ids]])[0]
+            # A norm before the head moves no cache: either rule gives the new weights' numbers.
+            assert (
+                np.abs(now - numbers)[second.start :].max() < 1e-4 < np.abs(now - numbers)[: first.stop].max()
+            )
+    finally:
+        engine.load(_other_norm(engine, version, 1 / 1.5))
+
+
+def test_weights_change_where_nothing_is_drawn_too(transformers_engine):
+    engine, version = transformers_engine, transformers_engine.version
+    engine.load(_other_norm(engine, version + 1, 1.0), "keep")
+    (c,) = engine.sample(PROMPTS[:1], [SamplingParams(max_tokens=3)])
+    assert [span.version for span in c.version_spans] == [version + 1]

@@ -62,12 +62,12 @@ def _findings(pair: Pair, replayed: Replayed) -> list[Finding]:
     if not replayed.right.size:
         return []
     right = np.r_[replayed.before, replayed.right]
-    if within(pair.noise, right):
+    if within(pair.noise, right) and not replayed.fits_instead:
         return []
     text = (
         f"mode {replayed.mode}: before the switch {replayed.before.max():.1e} nats, "
         f"after it {replayed.right.max():.1e}, "
-        f"under the other assumption {replayed.wrong.max():.1e} (largest)"
+        f"under the other assumption {replayed.wrong.max():.1e} (largest); {replayed.fits_instead}"
     )
     return [
         finding(

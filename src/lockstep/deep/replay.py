@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lockstep.parity.evidence import within
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.perturbation import PROBE_VERSION, perturbed
 from lockstep.parity.probes import probe_prompts
+from lockstep.parity.spans import Claim, Replay
 from lockstep.policy.parameters import Snapshot
-from lockstep.policy.variants import Earlier
-from lockstep.records.samples import Group, Samples
+from lockstep.records.samples import Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import LoadMode
 
@@ -40,6 +41,8 @@ class Replayed:
     """Tokens after it, under the new weights over the old cache."""
     recomputed: np.ndarray
     """The same tokens, under the new weights throughout."""
+    fits_instead: str = ""
+    """What one completion fits in place of what the engine says of it, where it does not fit that."""
     undisturbed_s: float = 0.0
     """What the sample takes without an update."""
 
@@ -86,31 +89,17 @@ def replay(pair: Pair, mode: LoadMode, undisturbed_s: float | None = None) -> Re
 
 def _against(pair: Pair, sample: Samples, before: Snapshot, mode: LoadMode) -> Replayed:
     """The trainer holds the new weights."""
-    pieces, engine = [], []
-    for s in sample:
-        if [span.version for span in s.version_spans] == [pair.version, PROBE_VERSION]:
-            pieces.append((s.prompt_ids, s.token_ids, s.version_spans[0].stop))
-            engine.append(s.engine_logprobs)
-    if not pieces:
-        empty = np.empty(0, np.float32)
-        return Replayed(mode, 0, empty, empty, empty)
-    groups = [Group(prompt, [tokens]) for prompt, tokens, _ in pieces]
-    new = pair.trainer.score(groups, 1.0)
-    with pair.trainer.holding(Earlier(before)):
-        old = pair.trainer.score(groups, 1.0)
-    kept = pair.trainer.across_switch(pieces, before, 1.0)
-    after = [e[n:] for e, (_, _, n) in zip(engine, pieces, strict=True)]
-    return Replayed(
-        mode,
-        len(pieces),
-        before=_gap(
-            [o[:n] for o, (_, _, n) in zip(old, pieces, strict=True)],
-            [e[:n] for e, (_, _, n) in zip(engine, pieces, strict=True)],
-        ),
-        kept=_gap(kept, after),
-        recomputed=_gap([c[n:] for c, (_, _, n) in zip(new, pieces, strict=True)], after),
-    )
-
-
-def _gap(trainer: list[np.ndarray], engine: list[np.ndarray]) -> np.ndarray:
-    return np.abs(np.concatenate(trainer) - np.concatenate(engine))
+    old = pair.trainer.versions_of({pair.version: before})
+    again = Replay(pair, old, PROBE_VERSION, sample.temperature)
+    spanning = [s for s in sample if len(s.version_spans) > 1 and again.knows(s)]
+    none = np.empty(0, np.float32)
+    parts = [(none, none, none)]
+    fits_instead = ""
+    for s in spanning:
+        kept, anew = (again.gap(s, Claim("", s.version_spans, rule)) for rule in (True, False))
+        edge, right = s.version_spans[0].stop, kept if mode == "keep" else anew
+        parts.append((right[:edge], kept[edge:], anew[edge:]))
+        if not fits_instead and not within(pair.noise, right):
+            fits_instead = again.in_place_of(s, Claim("", s.version_spans, mode == "keep"))
+    before_switch, kept, anew = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Replayed(mode, len(spanning), before_switch, kept, anew, fits_instead)

@@ -2,7 +2,8 @@
 
 The embedded default where no vLLM is installed, and a second opinion everywhere else. Log-probabilities are
 taken from the scores that tokens were drawn from (``output_scores``: after temperature and truncation, before
-softmax), one step at a time.
+softmax), one step at a time. Weights are exchanged between requests, or in flight between two tokens
+(``turns.py``); a cache that is to be computed anew is, by a second ``generate`` over what there is.
 """
 
 import threading
@@ -31,12 +32,13 @@ from transformers import (
 
 from lockstep.engines.base import Engine, EngineFacts, EngineSpec, vocabulary_of
 from lockstep.engines.streaming import Begun
+from lockstep.engines.turns import Turns
 from lockstep.errors import EngineError, UsageError
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Ready
 from lockstep.records.settings import resolved_settings
 from lockstep.records.tokens import FLOAT32, Completion, SamplingParams, pack_ids, pack_logprobs
-from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate, tiled
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FACTS = EngineFacts(
@@ -47,15 +49,14 @@ FACTS = EngineFacts(
     defaults={"attn_implementation": "sdpa", "max_batch_size": 128},
 )
 
-_SYNCHRONOUS = "requests are not held: generate is one call"
 CAN = {
     "rescore": Capability(True, "a forward pass, no cache"),
     "rescore_at_temperature": Capability(True, "the same pass, logits divided"),
-    "load": Capability(True, "in place, between requests"),
+    "load": Capability(True, "in place, between requests or between two tokens of one"),
     "pause_wait": Capability(True, "a load waits for generate to return"),
     "pause_abort": Capability(True, "a stopping criterion ends generate after the present token"),
-    "pause_keep": Capability(False, _SYNCHRONOUS),
-    "version_spans": Capability(True, "no load overlaps a request, so that each completion has one version"),
+    "pause_keep": Capability(True, "a stopping criterion holds generate while weights are exchanged"),
+    "version_spans": Capability(True, "counted there: how many tokens a request in flight had"),
     "resolved_config": Capability(True, "the model is in this process"),
     "per_request_seed": Capability(True, "one for each prompt, shared by its samples' batch"),
     "native_fp32_head": Capability(True, "the last product is replaced by one in the dtype asked for"),
@@ -95,8 +96,8 @@ class TransformersEngine(Engine):
         self.weights_dir = spec.weights_dir
         self.version = 0
         self.vocabulary = vocabulary_of(spec.model_path)
-        self._busy = threading.Lock()
-        self._loading = threading.Lock()
+        self.turns = Turns()
+        self._recomputes = 0  # loads so far over which no cache may stay
         self._aborting = threading.Event()
         resolved = {
             "worker.parameter_dtype": str(self.model.dtype),
@@ -120,13 +121,9 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """One prompt at a time, its samples as one batch: nothing is padded."""
-        with self._loading:  # a load that waits for the request before this one comes first
-            self._busy.acquire()
-        try:
+        with self.turns.drawing():
             self._aborting.clear()
             return self._in_turn(prompts, params)
-        finally:
-            self._busy.release()
 
     def _in_turn(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         completions: list[list[Completion]] = [[] for _ in prompts]
@@ -153,29 +150,37 @@ class TransformersEngine(Engine):
     def _generate(
         self, number: int, prompt: np.ndarray, sampling: SamplingParams, first: int, n: int
     ) -> list[Completion]:
-        taken = _TakeLogprobs()
+        taken, flight = _TakeLogprobs(), _Flight(self, len(prompt))
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device).expand(n, -1)
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed + first)
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=_generation_config(sampling),
-                logits_processor=LogitsProcessorList([*_processors(sampling), taken]),
-                stopping_criteria=StoppingCriteriaList(
-                    [lambda ids, _: torch.full(ids.shape[:1], self._aborting.is_set())]
-                ),
-            )
-        logprobs = taken.finish(output).cpu()  # [n, steps]
-        tokens = output[:, len(prompt) :].cpu()
+            while True:
+                left = sampling.max_tokens - (ids.shape[1] - len(prompt))
+                ids = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=_generation_config(sampling, left),
+                    logits_processor=LogitsProcessorList([*_processors(sampling), taken]),
+                    stopping_criteria=StoppingCriteriaList([flight]),
+                )
+                if not flight.goes_on or ids.shape[1] - len(prompt) == sampling.max_tokens:
+                    break
+        logprobs = taken.finish(ids).cpu()  # [n, steps]
+        tokens = ids[:, len(prompt) :].cpu()
         return [
-            self._completion(number, first + i, tokens[i].tolist(), logprobs[i].tolist(), sampling)
+            self._completion(number, first + i, tokens[i].tolist(), logprobs[i].tolist(), sampling, flight)
             for i in range(n)
         ]
 
     def _completion(
-        self, number: int, sample: int, ids: list[int], logprobs: list[float], sampling: SamplingParams
+        self,
+        number: int,
+        sample: int,
+        ids: list[int],
+        logprobs: list[float],
+        sampling: SamplingParams,
+        flight: "_Flight",
     ) -> Completion:
         stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))
         stopped = bool(stop and ids[stop - 1] in sampling.stop_token_ids)
@@ -186,7 +191,7 @@ class TransformersEngine(Engine):
             token_ids=pack_ids(ids[:stop]),
             logprobs=pack_logprobs(values),
             finish_reason="stop" if stopped else ("abort" if stop < sampling.max_tokens else "length"),
-            version_spans=(VersionSpan(0, stop, self.version),),
+            version_spans=tiled(flight.switches, flight.began, stop),
             missing=values.count(None),
         )
 
@@ -203,8 +208,6 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
-        if mode != "wait":
-            self.need("pause_keep")
         began = time.perf_counter()
         if Path(update.path).parent.resolve() != self.weights_dir.resolve():
             raise EngineError(
@@ -214,12 +217,15 @@ class TransformersEngine(Engine):
                 hint="use the run's publisher",
             )
         weights = self.model.state_dict()
-        with self._loading, self._busy, safe_open(update.path, framework="pt") as file:
+        in_flight = mode != "wait"
+        with self.turns.loading(in_flight=in_flight), safe_open(update.path, framework="pt") as file:
             names = list(file.keys())
             for name in names:
                 weights[name].copy_(file.get_tensor(name))
             self.version = update.version
-        return LoadReceipt(update.version, len(names), time.perf_counter() - began, (), cache_cleared=True)
+            self._recomputes += mode == "recompute"
+        took = time.perf_counter() - began
+        return LoadReceipt(update.version, len(names), took, (), cache_cleared=mode != "keep")
 
     def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
         """One at a time: what is submitted meanwhile waits, and a load goes first."""
@@ -228,7 +234,7 @@ class TransformersEngine(Engine):
 
     def abort(self) -> int:
         """See :meth:`Engine.abort`. From another thread: ``sample`` holds its own."""
-        busy = self._busy.locked()
+        busy = self.turns.busy
         if busy:
             self._aborting.set()
         return int(busy)
@@ -237,6 +243,31 @@ class TransformersEngine(Engine):
         """See :meth:`Engine.close`. There is no process to end."""
         self.abort()
         self.streams.close()
+
+
+class _Flight:
+    """A stopping criterion: between two tokens it lets loads in, and notes where the weights changed."""
+
+    def __init__(self, engine: TransformersEngine, n_prompt: int) -> None:
+        self._engine, self._n_prompt = engine, n_prompt
+        self.began = engine.version
+        self.switches: list[VersionSpan] = []
+        """Where, and to which version."""
+        self.goes_on = False
+        """True where ``generate`` was ended only for the cache to be computed anew."""
+        self._recomputes = engine._recomputes
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """See ``transformers.StoppingCriteria``; bool [n]."""
+        engine = self._engine
+        engine.turns.boundary()
+        last = self.switches[-1].version if self.switches else self.began
+        if engine.version != last:
+            drawn = ids.shape[1] - self._n_prompt
+            self.switches.append(VersionSpan(drawn, drawn, engine.version))
+        self.goes_on = self._recomputes != engine._recomputes and not engine._aborting.is_set()
+        self._recomputes = engine._recomputes
+        return torch.full(ids.shape[:1], self.goes_on or engine._aborting.is_set())
 
 
 class _TakeLogprobs(LogitsProcessor):
@@ -278,11 +309,12 @@ class _Bias(LogitsProcessor):
         )
 
 
-def _generation_config(sampling: SamplingParams) -> GenerationConfig:
+def _generation_config(sampling: SamplingParams, left: int) -> GenerationConfig:
+    """Args: left: tokens that are still to be drawn at most."""
     return GenerationConfig(
         do_sample=sampling.temperature > 0.0,
         top_k=0,  # the default is 50
-        max_new_tokens=sampling.max_tokens,
+        max_new_tokens=left,
         eos_token_id=list(sampling.stop_token_ids) or None,
         pad_token_id=sampling.stop_token_ids[0] if sampling.stop_token_ids else 0,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from lockstep.config.recipe import Recipe, with_sets
+from lockstep.deep import in_flight
 from lockstep.engines.registry import Choice, choose
 from lockstep.errors import LockstepError
 from lockstep.faults.at_load import AtLoad, plants
@@ -62,6 +63,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     statuses: tuple[str, ...]
     seconds: float
     evidence: str
+    must_say: str = ""
+    """What the evidence must say."""
     not_run: str = ""
     """Why it could not be planted here; such an outcome is neither hit nor miss."""
 
@@ -75,7 +78,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
             return set(self.statuses) == {"PASS"}
         above = self.statuses[: self.statuses.index("FAIL")] if "FAIL" in self.statuses else ("NOT_RUN",)
         same = (self.found_layer, self.found_cause) == (self.planted_layer, self.planted_cause)
-        return same and set(above) <= {"PASS"}
+        return same and set(above) <= {"PASS"} and self.must_say in self.evidence
 
 
 def run_campaign(
@@ -151,8 +154,15 @@ def _climb(pair: Pair, name: str, fault: Fault | None) -> Outcome:
         )
     began = time.perf_counter()
     with planted(pair, fault) if fault is not None else ExitStack():
-        verdicts = climb(pair).verdicts
+        verdicts = climbed(pair, fault)
     return _outcome(name, fault, verdicts, time.perf_counter() - began)
+
+
+def climbed(pair: Pair, fault: Fault | None) -> list[Verdict]:
+    """The ladder's verdicts, with what the fault needs to show."""
+    if fault is None or not fault.in_flight:
+        return climb(pair).verdicts
+    return climb(pair, deeper={"weights": lambda verdict: in_flight.deepen(pair, verdict)}).verdicts
 
 
 def _outcome(
@@ -170,6 +180,7 @@ def _outcome(
         statuses=tuple(v.status for v in verdicts),
         seconds=seconds,
         evidence=finding.evidence if finding else next((v.reason for v in verdicts if v.reason), ""),
+        must_say=fault.must_say if fault else "",
         not_run=not_run,
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from lockstep.errors import UsageError
 from lockstep.faults import partial_proxies as some
 from lockstep.faults import proxies as p
-from lockstep.faults.fault import V1, Fault, in_trainer
+from lockstep.faults.fault import HELD, V1, Fault, in_trainer
 from lockstep.faults.semantics import SEMANTICS
 
 
@@ -132,6 +132,36 @@ _WEIGHTS = (
     ),
 )
 
+_IN_FLIGHT = (
+    Fault(
+        "span_moved_by_a_token",
+        "in_flight_update",
+        "proxy: completions that span an update say that it came a token later",
+        proxy=p.edits(edit_completions=p.first_switch_edited(p.moved)),
+        in_flight=True,
+        must_say="span: it fits",
+        generations=HELD,
+    ),
+    Fault(
+        "cache_rule_swapped",
+        "in_flight_update",
+        "proxy: updates in flight keep the cache that should be computed anew, and the other way round",
+        proxy=p.OtherCacheRule,
+        in_flight=True,
+        must_say="cache rule: it fits",
+        generations=HELD,
+    ),
+    Fault(
+        "versions_swapped",
+        "in_flight_update",
+        "proxy: completions that span an update exchange the versions before and after it",
+        proxy=p.edits(edit_completions=p.first_switch_edited(p.exchanged)),
+        in_flight=True,
+        must_say="version: it fits",
+        generations=HELD,
+    ),
+)
+
 _NUMERICS = (
     Fault(
         "head_in_bf16",
@@ -228,7 +258,9 @@ _OBJECTIVE = (
     ),
 )
 
-FAULTS: dict[str, Fault] = {f.name: f for f in (*SEMANTICS, *_PATH, *_WEIGHTS, *_NUMERICS, *_OBJECTIVE)}
+FAULTS: dict[str, Fault] = {
+    f.name: f for f in (*SEMANTICS, *_PATH, *_WEIGHTS, *_IN_FLIGHT, *_NUMERICS, *_OBJECTIVE)
+}
 
 AT_LOAD = tuple(sorted({name for fault in FAULTS.values() for name in fault.worker}))
 """What ``--plant`` knows: faults of the worker's own loads, for checks and for training runs."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
 
 V1 = ("V1",)
+HELD = ("V1", "generate")
+"""Those that hold requests over a load."""
 TrainerPlant = Callable[["Pair"], AbstractContextManager[None]]
 
 
@@ -42,6 +44,10 @@ class Fault(Struct, frozen=True):
     """The proxy's weights are loaded before the ladder begins."""
     lifted: bool = False
     """The proxy is taken away again before the ladder begins."""
+    in_flight: bool = False
+    """It shows where weights are loaded in flight: layer 3 does so besides, as at full depth."""
+    must_say: str = ""
+    """What the evidence must say, where one cause has several forms."""
     generations: tuple[str, ...] = ("V0", "V1", "generate")
     """Engine generations that it can be planted in."""
 

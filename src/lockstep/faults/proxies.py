@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from lockstep.faults.relay import Relay
 from lockstep.records.tokens import CLAMPED_LOGPROB, FLOAT32, INT32, Completion, SamplingParams
-from lockstep.records.versions import LoadMode, LoadReceipt, WeightUpdate
+from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
 
 if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
@@ -295,3 +295,37 @@ def version_one_off(self: Proxy, completions: Completions) -> Completions:
         replace(c, version_spans=tuple(replace(s, version=s.version + 1) for s in c.version_spans))
         for c in completions
     ]
+
+
+def first_switch_edited(
+    edit: Callable[[VersionSpan, VersionSpan], tuple[VersionSpan, VersionSpan]],
+) -> Callable[..., Any]:
+    """A hook: what completions that span an update say of their first two pieces."""
+
+    def edited(c: Completion) -> Completion:
+        if len(c.version_spans) < 2:
+            return c
+        left, right, *rest = c.version_spans
+        return replace(c, version_spans=(*edit(left, right), *rest))
+
+    return lambda self, completions: [edited(c) for c in completions]
+
+
+def moved(left: VersionSpan, right: VersionSpan) -> tuple[VersionSpan, VersionSpan]:
+    """The switch a token later, or where there is none left a token earlier."""
+    edge = left.stop + (1 if right.stop - right.start > 1 else -1)
+    return replace(left, stop=edge), replace(right, start=edge)
+
+
+def exchanged(left: VersionSpan, right: VersionSpan) -> tuple[VersionSpan, VersionSpan]:
+    """Each piece under the other's version."""
+    return replace(left, version=right.version), replace(right, version=left.version)
+
+
+class OtherCacheRule(Proxy):
+    """Updates in flight that keep the cache where it should be computed anew, and the other way round."""
+
+    def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
+        """See :meth:`Engine.load`."""
+        other: dict[LoadMode, LoadMode] = {"keep": "recompute", "recompute": "keep", "wait": "wait"}
+        return self.inner.load(update, other[mode])

@@ -147,12 +147,13 @@ def _replay(run: Run, step: int, rollouts: Samples) -> dict[str, float]:
     """
     figures: dict[str, float] = {}
     seen: set[int] = set()
+    replay = spans.Replay.of(run.pair, step)
     for sample in rollouts:
         entered = {span.version for span in sample.version_spans[1:]} - seen
         if not entered:
             continue
         seen |= entered
-        verdict = spans.judge(run.pair, sample, step, kept=run.recipe.rollout.update == "keep")
+        verdict = spans.judge(replay, sample, kept=run.recipe.rollout.update == "keep")
         run.recorder.verdict(InFlight(max(entered)), verdict)
         if verdict.status != "PASS":
             store.refuse(run.layout, step)

@@ -24,6 +24,7 @@ from lockstep.parity.pair import Pair
 from lockstep.records.samples import Sample
 from lockstep.records.verdicts import Verdict
 from lockstep.records.versions import VersionSpan
+from lockstep.training.versions import Versions
 
 MOVES = (-1, 1, -2, 2)
 """Tokens by which a boundary is tried to be off."""
@@ -40,18 +41,56 @@ class Claim:
     kept: bool
 
 
-def judge(pair: Pair, sample: Sample, version: int, *, kept: bool) -> Verdict:
+@dataclass(frozen=True)
+class Replay:
+    """What sequences are replayed with."""
+
+    pair: Pair
+    versions: Versions
+    """The weights of earlier versions."""
+    version: int
+    """That the trainer holds."""
+    temperature: float
+
+    @classmethod
+    def of(cls, pair: Pair, version: int) -> "Replay":
+        """A run's: the versions that its trainer keeps."""
+        return cls(pair, pair.trainer.versions, version, pair.recipe.sampling.temperature)
+
+    def knows(self, sample: Sample) -> bool:
+        """True where there are weights of every version that the sample names."""
+        named = {span.version for span in sample.version_spans}
+        return named <= {self.version, *self.versions.ring.versions}
+
+    def gap(self, sample: Sample, claim: Claim) -> np.ndarray:
+        """|trainer − engine|, nats, of each token under a claim; float [T]."""
+        sequence = dataclasses.replace(sample, version_spans=claim.spans)
+        # Over a kept cache versions go up: a claim of versions that go down was drawn over none.
+        rising = all(a.version <= b.version for a, b in pairwise(claim.spans))
+        (numbers,) = self.versions.piecewise(
+            [sequence], self.version, self.temperature, kept=claim.kept and rising
+        )
+        return np.abs(numbers - sample.engine_logprobs)
+
+    def in_place_of(self, sample: Sample, claim: Claim) -> str:
+        """What fits where the claim does not; says so where nothing does."""
+        named = [span.version for span in sample.version_spans]
+        known = [v for v in self.versions.ring.versions if v >= min(named) - 2]
+        tried = alternatives(claim, [*known, self.version])
+        fits = (other for other in tried if within(self.pair.noise, self.gap(sample, other)))
+        return next((other.what for other in fits), "no cache rule, span or version nearby fits")
+
+
+def judge(replay: Replay, sample: Sample, *, kept: bool) -> Verdict:
     """Replay one spanning sequence as the engine and the run's update rule say, or name what fits instead.
 
     Args:
-        version: that the trainer holds; it keeps the others that the sample names.
         kept: the rule of the run (``rollout.update = "keep"``).
     """
-    claimed = Claim("", sample.version_spans, kept)
-    gap = _gap(pair, sample, version, claimed)
+    pair, claimed = replay.pair, Claim("", sample.version_spans, kept)
+    gap, other = replay.gap(sample, claimed), replay.gap(sample, replace_rule(claimed))
     shape = " then ".join(f"{span.version} for {span.stop - span.start}" for span in sample.version_spans)
     where = f"question {sample.item}, sample {sample.sample}, drawn by version {shape} tokens"
-    other = _gap(pair, sample, version, replace_rule(claimed))
     figures = {
         "replay_gap_abs_max_nats": float(gap.max()),
         "replay_other_cache_abs_max_nats": float(other.max()),
@@ -61,9 +100,7 @@ def judge(pair: Pair, sample: Sample, version: int, *, kept: bool) -> Verdict:
     if within(pair.noise, gap):
         summary = f"{where}, {rule}: replayed to {gap.max():.1e} nats"
         return Verdict(layer="weights", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)
-    fits = (alternative for alternative in alternatives(claimed, _known(pair, sample, version)))
-    found = next((a for a in fits if within(pair.noise, _gap(pair, sample, version, a))), None)
-    what = found.what if found else "no cache rule, span or version nearby fits"
+    what = replay.in_place_of(sample, claimed)
     evidence = f"{where}, {rule}: |gap| up to {gap.max():.1e} nats; {what}"
     named = finding(
         "in_flight_update", gap, np.zeros(gap.size, int), evidence, pair.engine.fix("in_flight_update")
@@ -99,19 +136,3 @@ def alternatives(claim: Claim, versions: list[int]) -> Iterator[Claim]:
             fits, said = (", ".join(map(str, these)) for these in (order, named))
             what = f"version: it fits with versions {fits}, not {said}"
             yield Claim(what, spans, claim.kept)
-
-
-def _known(pair: Pair, sample: Sample, version: int) -> list[int]:
-    named = [span.version for span in sample.version_spans]
-    around = range(max(0, min(named) - 2), version + 1)
-    return [v for v in around if v == version or v in pair.trainer.versions]
-
-
-def _gap(pair: Pair, sample: Sample, version: int, claim: Claim) -> np.ndarray:
-    """|trainer − engine|, nats, of each token under a claim; float [T]."""
-    sequence = dataclasses.replace(sample, version_spans=claim.spans)
-    temperature = pair.recipe.sampling.temperature
-    # Over a kept cache versions go up: a claim of versions that go down was drawn over none.
-    rising = all(a.version <= b.version for a, b in pairwise(claim.spans))
-    (numbers,) = pair.trainer.versions.piecewise([sequence], version, temperature, kept=claim.kept and rising)
-    return np.abs(numbers - sample.engine_logprobs)

@@ -22,42 +22,6 @@ from lockstep.policy.variants import Earlier
 from lockstep.records.samples import Sample
 from lockstep.records.versions import VersionSpan
 
-Piece = tuple[np.ndarray, np.ndarray, int]
-"""Prompt int32 [P], completion int32 [T], and n ≥ 1: how many of its tokens were drawn before the switch."""
-
-
-@torch.no_grad()
-def kept_cache_logprobs(
-    policy: Policy, pieces: Sequence[Piece], old: Snapshot, temperature: float
-) -> list[np.ndarray]:
-    """Log-probabilities of the tokens after the switch, over a cache that the old weights filled.
-
-    Nats, float32 [T − n] each.
-
-    The policy holds the new weights.
-
-    Args:
-        old: the weights before the switch.
-    """
-    caches = []
-    scores = []
-    with attention_of(policy.model, EAGER):
-        with Earlier(old).held(policy):
-            for prompt, tokens, n in pieces:
-                cache = DynamicCache()
-                ids = _ids(policy, np.r_[prompt, tokens[: n - 1]])
-                policy.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-                caches.append(cache)
-        for cache, (_, tokens, n) in zip(caches, pieces, strict=True):
-            ids = _ids(policy, tokens[n - 1 : -1])
-            hidden = policy.model.base_model(
-                input_ids=ids[None], past_key_values=cache, use_cache=True
-            ).last_hidden_state[0]
-            scores.append(
-                policy.project(hidden, _ids(policy, tokens[n:]), temperature).logprobs.numpy(force=True)
-            )
-    return scores
-
 
 @torch.no_grad()
 def over_kept_caches(

@@ -1,5 +1,6 @@
 """Weight versions: integers counted by the trainer, 0 for the weights that the run started from."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -15,6 +16,19 @@ class VersionSpan(Struct, frozen=True):
     start: int
     stop: int
     version: int
+
+
+def tiled(switches: Sequence[VersionSpan], version: int, n: int) -> tuple[VersionSpan, ...]:
+    """Version spans that tile [0, n).
+
+    Args:
+        switches: where the weights changed and to which version, in order.
+        version: the one that sampling began under.
+    """
+    starts = [VersionSpan(0, 0, version), *switches]
+    ends = [*(switch.start for switch in switches), n]
+    pieces = (VersionSpan(s.start, min(end, n), s.version) for s, end in zip(starts, ends, strict=True))
+    return tuple(piece for piece in pieces if piece.start < piece.stop)
 
 
 class NcclBroadcast(Struct, frozen=True):

@@ -10,7 +10,7 @@
 Device, dtypes, head and memory layout hide behind these verbs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from lockstep.config.recipe import Recipe
 from lockstep.objectives.registry import needs_of
-from lockstep.policy import pulls, replay, slopes
+from lockstep.policy import pulls, slopes
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
 from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of
 from lockstep.policy.pretrained import resolve_model
 from lockstep.policy.pulls import Asked, Pulls
-from lockstep.policy.replay import Piece
 from lockstep.policy.slopes import Slope
 from lockstep.policy.values import ValueHead
 from lockstep.policy.variant_settings import base_of, epsilon_of, rotary_of
@@ -196,11 +195,12 @@ class Trainer:
         """From hidden states that predict ``targets`` to their log-probabilities."""
         return self._policy.project(hidden, targets, temperature)
 
-    def across_switch(
-        self, pieces: Sequence[Piece], before: Snapshot, temperature: float
-    ) -> list[np.ndarray]:
-        """Log-probabilities after a change of weights, over the old ones' cache (``policy/replay.py``)."""
-        return replay.kept_cache_logprobs(self._policy, pieces, before, temperature)
+    def versions_of(self, weights: Mapping[int, Snapshot]) -> Versions:
+        """Earlier weights beside those of now, to replay sequences that span both."""
+        ring = Ring(len(weights))
+        for version, snapshot in weights.items():
+            ring.remember(version, snapshot)
+        return Versions(lambda: self._policy, ring)
 
     # ── hypotheses ──────────────────────────────────────────────────────────────────────────────────────────
 

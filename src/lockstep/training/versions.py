@@ -52,9 +52,6 @@ class Versions:
         self._policy = policy
         self.ring = ring
 
-    def __contains__(self, version: int) -> bool:
-        return version in self.ring
-
     def remember(self, version: int) -> None:
         """The weights as they are now are ``version``; they are kept."""
         if self.ring.depth:

@@ -27,6 +27,11 @@ class Ring:
     def __contains__(self, version: int) -> bool:
         return version in self._held
 
+    @property
+    def versions(self) -> list[int]:
+        """Those that are kept, the oldest first."""
+        return sorted(self._held)
+
     def remember(self, version: int, weights: Snapshot) -> None:
         """Keep a version; the oldest beyond the depth goes."""
         if not self.depth:

@@ -32,7 +32,7 @@ from lockstep.records.tokens import (
     pack_logprobs,
     unpack_ids,
 )
-from lockstep.records.versions import LoadReceipt, VersionSpan
+from lockstep.records.versions import LoadReceipt, VersionSpan, tiled
 
 EXTENSION: str = "lockstep.engines.worker.vllm_extension.WeightsExtension"
 
@@ -85,7 +85,7 @@ class VllmWorker(ABC):
         named = await asyncio.gather(*[self._named(i, p, of) for i, p in zip(prompts, asked, strict=True)])
         return [
             completion_of(
-                index, o, spans([s for at, s in switches if at == o.index], version, len(o.token_ids))
+                index, o, tiled([s for at, s in switches if at == o.index], version, len(o.token_ids))
             )
             for index, (output, switches) in enumerate(named)
             for o in sorted(output.outputs, key=lambda o: o.index)
@@ -306,19 +306,6 @@ def checked_path(config: Config, request: Load) -> Path:
 
 INTERNAL = re.compile(r"(?:(\d+)_)?(r\d+)(?:-.*)?")
 """vLLM's name of a request: the sample's number before it where n > 1; later versions add a random part."""
-
-
-def spans(switches: list[VersionSpan], version: int, n: int) -> tuple[VersionSpan, ...]:
-    """Version spans that tile [0, n).
-
-    Args:
-        switches: where the weights changed and to which version, in order.
-        version: the one that sampling began under.
-    """
-    starts = [VersionSpan(0, 0, version), *switches]
-    ends = [*(switch.start for switch in switches), n]
-    tiled = (VersionSpan(s.start, min(end, n), s.version) for s, end in zip(starts, ends, strict=True))
-    return tuple(span for span in tiled if span.start < span.stop)
 
 
 def completion_of(prompt_index: int, output: Any, version_spans: tuple[VersionSpan, ...]) -> Completion:
