@@ -1,27 +1,44 @@
 """The two loops on the same samples, in turn: samples a second, and how long each side had nothing to do.
 
-    python benchmarks/in_flight.py [--recipe recipes/quickstart.toml] [--steps 6] [--rounds 3] [--lags 1 2 4]
+    python benchmarks/in_flight.py [--recipe RECIPE] [--workload long] [--cores 0 1] [--lags 1 2]
     python benchmarks/in_flight.py --token-s 0.05 --train-s 1.5 …    an accelerator simulated on each side
 
-Each loop is ``lockstep train`` in a process of its own, synchronous and in flight in turn; counted are the
-steps after the first two. The ratio is of neighbours, so that a slow hour of the machine is in both. With
-``--token-s`` (on the transformers engine) a group is held back for its longest sample's tokens times that,
-whoever else is drawn, as on an accelerator whose batch has room; with ``--train-s`` a step takes so much
-longer. *bound* is then max(generate, train) over what the synchronous steps measured: their sampling, and
-their rest.
+Each loop is ``lockstep train`` in a process of its own, synchronous and in flight in turn. Both are given the
+same questions and seeds. *steady*: the steps after the first two, and before the last ``max_lag``, in which
+nothing is left to be drawn. *whole*: every step, the pipeline's filling and draining among them. The ratio is
+of neighbours, so that a slow hour of the machine is in both. The ladder before the first step is a small one,
+and in neither figure. ``--cores N``: so many are the engine's, the others the trainer's; 0: both have all.
+
+With ``--token-s`` (on the transformers engine) a group is held back for its longest sample's tokens times
+that, whoever else is drawn, as on an accelerator whose batch has room; with ``--train-s`` a step takes so
+much longer. *bound* is then max(generate, train) over what the synchronous steps measured: their sampling,
+and their rest.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import long_answers
 
 WARM_STEPS = 2
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+WORKLOADS = {"short": [], "long": long_answers.sets(tokens=96, prompts=4, group_size=8)}
+SMALL_LADDER = [
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=8",
+    "parity.draw_tokens=256",
+    "parity.draws_see=1.0",
+    "training.checkpoint_every=1000",
+]
+TIMES = ("step_s", "sample_s", "earlier_s", "replay_s", "reward_s", "train_s", "sync_s", "canary_s")
 
 
 def one(recipe: str, sets: list[str], out: str, token_s: float, train_s: float) -> None:
@@ -81,83 +98,115 @@ def _pace_trainer(train_s: float) -> None:
     Trainer.step = paced
 
 
-def measured(args: argparse.Namespace, sets: list[str]) -> dict[str, float]:
-    """Means over the counted steps of one run."""
+def measured(args: argparse.Namespace, sets: list[str], lag: int) -> dict[str, float]:
+    """One run: means over its steady steps, and the whole."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, "--one", f"{scratch}/run", "--recipe", args.recipe]
         command += ["--token-s", str(args.token_s), "--train-s", str(args.train_s)]
-        steps = f"training.steps={args.steps + WARM_STEPS}"
-        for text in (*args.set, *sets, steps, "training.checkpoint_every=1000"):
+        steps = f"training.steps={WARM_STEPS + args.steps + lag}"
+        for text in (*SMALL_LADDER, *WORKLOADS[args.workload], *args.set, *sets, steps):
             command += ["--set", text]
         subprocess.run(command, check=True, stdout=sys.stderr)
         lines = (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line)["metrics"] for line in lines][WARM_STEPS:]
-    mean = {name: statistics.fmean(row[name] for row in rows) for name in ("step_s", "sample_s", "n_samples")}
-    idle = mean["sample_s"] / mean["step_s"]
-    engine = [row["engine_idle_s"] / row["step_s"] for row in rows if "engine_idle_s" in row]
+    every = [json.loads(line)["metrics"] for line in lines]
+    rows = every[WARM_STEPS : WARM_STEPS + args.steps]
+    mean = {name: statistics.fmean(row.get(name, 0.0) for row in rows) for name in TIMES}
+    trainer_idle = mean["sample_s"] / mean["step_s"]
+    drew = [row["engine_idle_s"] / row["step_s"] for row in rows if "engine_idle_s" in row]
+    engine_idle = statistics.fmean(drew) if drew else 1.0 - trainer_idle
     return {
-        "step_s": mean["step_s"],
-        "samples_per_s": mean["n_samples"] / mean["step_s"],
-        "generate_s": mean["sample_s"],
-        "trainer_idle": idle,
-        "engine_idle": statistics.fmean(engine) if engine else 1.0 - idle,
+        **mean,
+        "samples_per_s": sum(row["n_samples"] for row in rows) / sum(row["step_s"] for row in rows),
+        "whole_samples_per_s": sum(row["n_samples"] for row in every) / sum(row["step_s"] for row in every),
+        "trainer_idle": trainer_idle,
+        "engine_idle": engine_idle,
+        "overlap": max(0.0, 1.0 - trainer_idle - engine_idle),
+        "spanning": statistics.fmean(row.get("spanning_fraction", 0.0) for row in rows),
+        "gap_abs_max_nats": max(row["gap_abs_max_nats"] for row in every),
+        "tokens_mean": statistics.fmean(row["completion_tokens_mean"] for row in rows),
         "reward": statistics.fmean(row["reward_mean"] for row in rows),
     }
 
 
-def compared(args: argparse.Namespace, lag: int) -> dict[str, float]:
-    """One lag beside the synchronous loop, over all rounds."""
+def compared(args: argparse.Namespace, lag: int, cores: int) -> dict[str, Any]:
+    """One lag and one split of the cores beside the synchronous loop, over all rounds."""
     update = "wait" if args.token_s else args.update
     flight = ["loop.kind=in_flight", f"rollout.max_lag={lag}", f"rollout.update={update}"]
-    pairs = [(measured(args, []), measured(args, flight)) for _ in range(args.rounds)]
-    ratios = [ours["samples_per_s"] / theirs["samples_per_s"] for theirs, ours in pairs]
+    flight.append(f"rollout.cores={cores}")
+    pairs = [(measured(args, [], lag), measured(args, flight, lag)) for _ in range(args.rounds)]
     sync, ours = ({k: statistics.fmean(p[side][k] for p in pairs) for k in pairs[0][0]} for side in (0, 1))
-    bound = max(sync["generate_s"], sync["step_s"] - sync["generate_s"])
+    bound = max(sync["sample_s"], sync["step_s"] - sync["sample_s"])
+    steady, whole = (
+        [ours[name] / theirs[name] for theirs, ours in pairs]
+        for name in ("samples_per_s", "whole_samples_per_s")
+    )
     return {
         "lag": lag,
-        "sync_samples_per_s": sync["samples_per_s"],
-        "samples_per_s": ours["samples_per_s"],
-        "ratio": statistics.fmean(ratios),
-        "ratio_least": min(ratios),
-        "ratio_most": max(ratios),
+        "cores": cores,
+        "ratio": statistics.fmean(steady),
+        "ratio_least": min(steady),
+        "ratio_most": max(steady),
+        "whole_ratio": statistics.fmean(whole),
         "of_bound": bound / ours["step_s"],
-        "trainer_idle": ours["trainer_idle"],
-        "engine_idle": ours["engine_idle"],
-        "sync_trainer_idle": sync["trainer_idle"],
-        "reward": ours["reward"],
-        "sync_reward": sync["reward"],
+        "synchronous": sync,
+        "in_flight": ours,
     }
 
 
+def told(row: dict[str, Any]) -> str:
+    """A row for people."""
+    ours, sync = row["in_flight"], row["synchronous"]
+    split = f"engine {row['cores']} of the cores" if row["cores"] else "all cores to both"
+    parts = ", ".join(f"{name[:-2]} {ours[name]:.2f} ({sync[name]:.2f})" for name in TIMES)
+    spread = f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})"
+    idle = (
+        f"trainer {ours['trainer_idle']:.0%} ({sync['trainer_idle']:.0%}), "
+        f"engine {ours['engine_idle']:.0%} ({sync['engine_idle']:.0%})"
+    )
+    return (
+        f"lag {row['lag']}, {split}: {ours['samples_per_s']:.2f} samples/s, synchronous "
+        f"{sync['samples_per_s']:.2f}; ratio {spread}, whole {row['whole_ratio']:.2f}; "
+        f"{row['of_bound']:.0%} of max(generate, train)\n"
+        f"  idle (synchronous): {idle}; both busy {ours['overlap']:.0%}\n"
+        f"  seconds a step (synchronous): {parts}\n"
+        f"  {ours['spanning']:.0%} of the samples span an update; |gap| max {ours['gap_abs_max_nats']:.1e}"
+    )
+
+
 def main() -> None:
-    """Print a line a lag."""
+    """Print a line a lag and split."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipe", default=str(RECIPE))
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workload", choices=WORKLOADS, default="long")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lags", type=int, nargs="+", default=[1])
+    parser.add_argument("--cores", type=int, nargs="+", default=[0])
     parser.add_argument("--update", default="keep")
     parser.add_argument("--token-s", type=float, default=0.0)
     parser.add_argument("--train-s", type=float, default=0.0)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="Where the figures go, as JSON.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         one(args.recipe, args.set, args.one, args.token_s, args.train_s)
         return
-    table = [compared(args, lag) for lag in args.lags]
-    if args.json:
-        print(json.dumps({"schema": "lockstep.bench.in_flight/1", "rows": table}))
-        return
-    for row in table:
-        spread = f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})"
-        idle = f"trainer {row['trainer_idle']:.0%} (synchronous {row['sync_trainer_idle']:.0%})"
-        print(
-            f"lag {row['lag']}: {row['samples_per_s']:.2f} samples/s, synchronous "
-            f"{row['sync_samples_per_s']:.2f}; ratio {spread}; {row['of_bound']:.0%} of "
-            f"max(generate, train); idle: {idle}, engine {row['engine_idle']:.0%}"
-        )
+    began, table = time.perf_counter(), []
+    for cores in args.cores:
+        for lag in args.lags:
+            table.append(compared(args, lag, cores))
+            print(told(table[-1]), flush=True)
+    if args.out:
+        machine = {
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg(),
+            "seconds": time.perf_counter() - began,
+        }
+        settings = {name: str(value) for name, value in vars(args).items() if name not in ("one", "out")}
+        document = {"schema": "lockstep.bench.in_flight/2", **machine, "settings": settings, "rows": table}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

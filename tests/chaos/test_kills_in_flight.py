@@ -16,7 +16,7 @@ from tests.chaos.whole_run import FIRST, LAST, MIDDLE, RECIPE, STEPS, state_of
 
 IN_FLIGHT = """
 loop = { kind = "in_flight" }
-rollout = { max_lag = %d, update = "wait" }
+rollout = { max_lag = %d, update = "%s" }
 """
 IDLE = {"waiting": ("lockstep.loop.flights:Flights.next_batch", "enter", 0)}
 TRAINED = {"trained_not_counted": ("lockstep.loop.flights:Flights.trained", "enter", 0)}
@@ -30,25 +30,26 @@ CASES = [(name, step) for name in WHERE for step in (FIRST, MIDDLE, LAST) if ste
 QUICK = {("waiting", MIDDLE), ("between_two_updates", LAST), ("written_not_named", MIDDLE), ("saved", LAST)}
 
 
-def recipe_of(zygote, model, max_lag):
-    path = zygote.root / f"lag-{max_lag}.toml"
+def recipe_of(zygote, model, max_lag, steps=STEPS, update="wait"):
+    path = zygote.root / f"lag-{max_lag}-{update}-{steps}.toml"
     head, task = RECIPE % {"model": model, "engine": "transformers"}, "[task]"
-    path.write_text(head.replace(task, (IN_FLIGHT % max_lag) + "\n" + task))
+    text = head.replace(task, IN_FLIGHT % (max_lag, update) + "\n" + task)
+    path.write_text(text.replace(f"steps = {STEPS}", f"steps = {steps}"))
     return path
 
 
-def assert_accounted(layout):
+def assert_accounted(layout, steps=STEPS):
     """Every prompt of the data order in exactly one step, and a ledger that says so."""
     items = Counter(
         row["item"]
-        for step in range(STEPS)
+        for step in range(steps)
         for row in read_rollouts(layout.rollouts(step))
         if row["sample"] == 0
     )
-    assert items == Counter(range(STEPS * 2)), "no prompt skipped, none trained twice"
+    assert items == Counter(range(steps * 2)), "no prompt skipped, none trained twice"
     last = json.loads(layout.ledger.read_text().splitlines()[-1])
-    assert (last["step"], last["open_groups"]) == (STEPS - 1, 0)
-    assert last["issued"] == last["trained"] == STEPS * 2 * 2
+    assert (last["step"], last["open_groups"]) == (steps - 1, 0)
+    assert last["issued"] == last["trained"] == steps * 2 * 2
     assert last["drawn_tokens"] == last["trained_tokens"]
     assert not list((layout.root / "rollouts" / "drawn").glob("*"))
     assert not list(layout.root.rglob(".partial*"))

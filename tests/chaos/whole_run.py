@@ -42,11 +42,11 @@ class Zygote:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=root
         )
 
-    def __call__(self, *args, kill=None):
+    def __call__(self, *args, kill=None, kills=()):
         """Exit status and output of ``lockstep args``."""
         log = self.root / "output.log"
         log.unlink(missing_ok=True)
-        order = {"args": list(map(str, args)), "kill": kill, "log": str(log)}
+        order = {"args": list(map(str, args)), "kills": [kill] if kill else list(kills), "log": str(log)}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline()), log.read_text()
@@ -69,13 +69,13 @@ def state_of(layout):
     return saved.name, digests, figures
 
 
-def undisturbed(zygote, recipe):
+def undisturbed(zygote, recipe, steps=STEPS):
     layout = RunLayout(recipe.parent / "undisturbed" / recipe.stem)
     code, output = zygote("train", recipe, "--out", layout.root)
     assert code == 0, output
     expected = state_of(layout)
-    assert expected[0] == f"step-{STEPS:06d}"
-    assert [row[0] for row in expected[2]] == list(range(STEPS))
+    assert expected[0] == f"step-{steps:06d}"
+    assert [row[0] for row in expected[2]] == list(range(steps))
     assert all(row[2] > 0 for row in expected[2]), (
         "every step must move the weights, or a lost one would not show"
     )

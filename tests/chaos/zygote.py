@@ -1,7 +1,7 @@
 """Runs ``lockstep`` commands one after another, each in a forked child that kills itself where it is told to.
 
 torch is imported once, and no operation of it runs before a fork. Reads one JSON order a line: ``args``;
-``kill`` (see :class:`Kill`) or null; ``log``, a file for the command's output. Answers each with the exit
+``kills`` (see :class:`Kill`); ``log``, a file for the command's output. Answers each with the exit
 status, negative for a signal.
 """
 
@@ -27,12 +27,16 @@ class Kill:
         target: ``module:function`` or ``module:Class.method``, as the caller looks it up.
         when: ``enter`` or ``exit``.
         call: which call in that step, from 0.
-        step: in which step.
+        step: in which step; −1: before the first that is not replayed.
         whom: ``trainer``, ``engine`` or ``both``.
+        told: a file that gets a line for each strike.
     """
 
-    def __init__(self, target: str, when: str, call: int, step: int, whom: str = "trainer") -> None:
+    def __init__(
+        self, target: str, when: str, call: int, step: int, whom: str = "trainer", told: str = ""
+    ) -> None:
         self.target, self.when, self.call, self.step, self.whom = target, when, call, step, whom
+        self.told = told
         self.now, self.calls = -1, 0
 
     def install(self) -> None:
@@ -70,10 +74,26 @@ class Kill:
 
     def strike(self) -> None:
         """End whom it is to end."""
+        if self.told:
+            with open(self.told, "a") as told:
+                told.write(f"{self.whom} at {self.target} {self.when}, step {self.now}\n")
         if self.whom != "trainer":
-            os.killpg(self.run.pair.engine._process.popen.pid, signal.SIGKILL)
+            end_engine(self.run.pair.engine)
         if self.whom != "engine":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_engine(engine: Any) -> None:
+    """Its process group's end; of one in this process, whatever is asked of it from now on ends like that."""
+    if hasattr(engine, "_process"):
+        os.killpg(engine._process.popen.pid, signal.SIGKILL)
+        return
+    from lockstep.errors import EngineDied
+
+    def dead(*args, **kwargs):
+        raise EngineDied("engine", got="its end", expected="a running engine", hint="none")
+
+    engine._in_turn = engine._score = engine.load = dead
 
 
 def child(order: dict[str, Any]) -> None:
@@ -81,8 +101,8 @@ def child(order: dict[str, Any]) -> None:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if order["kill"]:
-        Kill(**order["kill"]).install()
+    for kill in order["kills"]:
+        Kill(**kill).install()
     from lockstep.cli.main import main
 
     sys.argv = ["lockstep", *order["args"]]

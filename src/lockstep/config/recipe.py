@@ -160,10 +160,14 @@ class Rollout(_Section, frozen=True):
 
     max_lag: NonNegative = 1
     """Versions between drawing a token and training on it, at most. 0: synchronous."""
-    update: Literal["keep", "recompute", "wait"] = "keep"
-    """Of what is being drawn: ``keep`` its cache, ``recompute`` it under the new weights, or ``wait``."""
+    update: Literal["keep", "recompute", "wait", "abort"] = "keep"
+    """Of what is being drawn: ``keep`` its cache, ``recompute`` it under the new weights, ``wait`` for its
+    end, or ``abort`` it and go on by its prefix."""
     in_flight: NonNegative = 0
     """Samples with the engine at once; 0: as many as it runs side by side."""
+    cores: NonNegative = 0
+    """Where engine and trainer compute on the same ones: so many are the engine's, the others the trainer's.
+    0: both have all."""
     stale: Literal["wait", "drop"] = "wait"
     """A group that would be too old is waited for; or it is dropped, which falls on long answers."""
     ring: Literal["memory", "disk"] = "memory"
@@ -195,6 +199,12 @@ class Recipe(_Section, frozen=True):
     recording: Recording = Recording()
     loop: Loop = Loop()
     rollout: Rollout = Rollout()
+
+    @property
+    def engine_cores(self) -> int:
+        """The engine's own while it draws beside the trainer; 0: it has all."""
+        overlaps = self.loop.kind == "in_flight" and self.rollout.max_lag > 0
+        return self.rollout.cores if overlaps else 0
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> Recipe:

@@ -35,6 +35,8 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     """The variable that the command line confirmed as holding a server's key; empty where it named none."""
     weights: Literal["shared_memory", "nccl"] = "shared_memory"
     """What will carry published weights to it."""
+    cores: int = 0
+    """Of this machine that it computes on, where it computes on them; 0: all."""
     launcher: str = ""
     """A module that runs the engine's worker, given its name first; empty: the worker is run itself."""
 

@@ -6,6 +6,8 @@
     trainer's thread   └ next_batch() ◄──────── schedule ready          waits, with a deadline
     engine's threads                            └─ ended(handle)
 
+Where an update cuts off what is drawn (``rollout.update = "abort"``), a handle ends early, and what it was of
+goes on by its prefix after the update (``rollout/pieces.py``).
 The schedule (``rollout/schedule.py``) is touched under one lock. An error of the rollout thread, an engine's
 death among them, is the trainer's at its next question. ``quiet`` holds admission and lets what is drawn end;
 ``lose`` gives up what is drawn, which is then issued again.
@@ -26,9 +28,10 @@ from lockstep.engines.streaming import Handle
 from lockstep.errors import EngineError
 from lockstep.loop.run import Run
 from lockstep.records.samples import Sample, Samples
-from lockstep.records.tokens import INT32, SamplingParams
+from lockstep.records.tokens import SamplingParams
 from lockstep.rollout import collect, store
 from lockstep.rollout.ledger import Bound, State
+from lockstep.rollout.pieces import CUT, Pieces
 from lockstep.rollout.schedule import Schedule
 from lockstep.runs.durable import make_directory
 from lockstep.training.versions import Drawing
@@ -76,7 +79,12 @@ class Flights:
         self._samples: dict[int, list[Sample]] = {}
         for sample in finished or ():
             self._samples.setdefault(sample.group, []).append(sample)
-        self._groups: dict[Handle, int] = {}
+        self._groups: dict[Handle, tuple[int, Sample | None]] = {}
+        """The group that a request is of, and the sample that it goes on with."""
+        self._pieces = Pieces()
+        self._cut: dict[int, list[Sample]] = {}
+        """What waits to go on, by group."""
+        self._cuts = run.recipe.rollout.update == "abort"
         self._inbox: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -112,6 +120,8 @@ class Flights:
                 with contextlib.suppress(EngineError):
                     handle.cancel()
             self._groups.clear()
+            self._pieces.clear()
+            self._cut.clear()
             self.schedule.lost()
             self._thread, self._ending, self._error = None, False, None
             self._held -= 1
@@ -169,13 +179,37 @@ class Flights:
         Raises:
             EngineError: when what is drawn does not end within ``loop.deadline_s``.
         """
+        with self._idle("a proof that needs an idle engine"):
+            yield
+
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """What is being drawn ends with what there is of it, and goes on after the body.
+
+        Raises:
+            EngineError: when it does not end within ``loop.deadline_s``.
+        """
+        with self._changed:
+            self._held += 1
+            for handle in self._groups:
+                handle.cancel()
+        try:
+            with self._idle("an update that cuts off what is drawn"):
+                yield
+        finally:
+            with self._changed:
+                self._held -= 1
+            self._inbox.put(None)
+
+    @contextlib.contextmanager
+    def _idle(self, why: str) -> Iterator[None]:
         with self._changed:
             self._held += 1
         try:
             limit = self._run.recipe.loop.deadline_s
             if left := self._run.pair.engine.drain(limit):
                 raise EngineError(
-                    "loop in flight, a proof that needs an idle engine",
+                    f"loop in flight, {why}",
                     got=f"{left} requests that have not ended in {limit:g} s",
                     expected="none",
                     hint="the engine's log says more",
@@ -259,47 +293,70 @@ class Flights:
 
     def _admit(self) -> None:
         with self._changed:
-            flights = []
-            while self._held == 0 and self.schedule.room:
-                flights.append(self.schedule.admit())
-            asked = [self._request(flight.group) for flight in flights]
-            if not asked:
+            if self._held:
                 return
+            of: list[tuple[int, Sample | None]] = []
+            for group, samples in self._cut.items():
+                # Of a group that had not begun nothing need be drawn one by one.
+                begun = any(len(sample.token_ids) for sample in samples)
+                of += [(group, sample) for sample in samples] if begun else [(group, None)]
+            self._cut.clear()
+            while self.schedule.room:
+                of.append((self.schedule.admit().group, None))
+            if not of:
+                return
+            asked = [self._request(group, sample) for group, sample in of]
             if self._empty_since is not None:
                 self._idle_s += time.monotonic() - self._empty_since
                 self._empty_since = None
             # Under the lock: what ends at once finds its group.
             prompts, params = [prompt for prompt, _ in asked], [sampling for _, sampling in asked]
             handles = self._run.pair.engine.submit(prompts, params, self._inbox.put)
-            self._groups.update(zip(handles, (flight.group for flight in flights), strict=True))
+            self._groups.update(zip(handles, of, strict=True))
+            for group, _ in of:
+                self._pieces.asked(group)
 
-    def _request(self, group: int) -> tuple[np.ndarray, SamplingParams]:
-        pair, training = self._run.pair, self._run.recipe.training
-        seed = collect.sampling_seed(training.seed, group // training.prompts_per_step, group)
-        prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(group)))
-        return prompt, collect.request(self._run.recipe, pair.renderer, seed)
+    def _request(self, group: int, cut: Sample | None) -> tuple[np.ndarray, SamplingParams]:
+        pair, recipe = self._run.pair, self._run.recipe
+        place = group // recipe.training.prompts_per_step, group
+        if cut is None:
+            prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(group)))
+            seed = collect.sampling_seed(recipe.training.seed, *place)
+            return prompt, collect.request(recipe, pair.renderer, seed)
+        n = len(cut.token_ids)
+        seed = collect.sampling_seed(recipe.training.seed, *place, cut.sample, n)
+        left = recipe.sampling.max_tokens - n
+        asked = collect.request(recipe, pair.renderer, seed, n=1, max_tokens=left)
+        return np.r_[cut.prompt_ids, cut.token_ids], asked
 
     def _take_in(self, handle: Handle) -> None:
         completions = handle.result(0.0)
         with self._changed:
-            group = self._groups.pop(handle, None)
+            group, cut = self._groups.pop(handle, (None, None))
             if group is None:
                 return  # it was given up
-            collect.refuse_empty(completions)
-            renderer = self._run.pair.renderer
-            samples = [
-                Sample.of(c, handle.prompt, group, renderer.text(np.frombuffer(c.token_ids, INT32)), group)
-                for c in completions
-            ]
+            self._news = time.monotonic()
+            if not self._groups:
+                self._empty_since = self._news
+            collect.refuse_empty([c for c in completions if not (self._cuts and c.finish_reason == CUT)])
+            pieces = [Sample.of(c, handle.prompt, group, group=group) for c in completions]
+            if cut is not None:
+                pieces = [replace(piece, sample=cut.sample) for piece in pieces]
+            drawn = self._pieces.add(group, pieces)
+            open_samples = [s for s in drawn or () if self._cuts and s.finish_reason == CUT]
+            if open_samples:
+                self._cut[group] = open_samples
+            if drawn is None or open_samples:
+                return
+            self._pieces.forget(group)
+            text = self._run.pair.renderer.text
+            samples = [replace(sample, text=text(sample.token_ids)) for sample in drawn]
             oldest = min(span.version for sample in samples for span in sample.version_spans)
             self._samples[group] = samples
             self.schedule.finish(group, oldest, [len(sample.token_ids) for sample in samples])
             for gone in self._samples.keys() - self.schedule.state.finished.keys():
                 if gone not in self.schedule.state.training:
                     del self._samples[gone]
-            self._news = time.monotonic()
-            if not self._groups:
-                self._empty_since = self._news
             self._changed.notify_all()
 
 

@@ -30,6 +30,7 @@ from lockstep.loop.flights import QUEUE, SCHEDULE, Flights, drawing_of
 from lockstep.loop.proofs import prove
 from lockstep.loop.resume import catch_up
 from lockstep.loop.run import Run, certified
+from lockstep.loop.shown import show
 from lockstep.loop.stages import checkpoint, leave_out, record, reward, sync, train_gated
 from lockstep.parity import spans
 from lockstep.records.capabilities import CAPABILITIES
@@ -41,6 +42,7 @@ from lockstep.runs.checkpoints import newest_checked
 from lockstep.runs.durable import make_directory
 from lockstep.runs.manifest import finished
 from lockstep.runs.strict import append, drop_partial_line, plain, read_lines
+from lockstep.weights.sync import threads
 
 T = TypeVar("T")
 DRAIN_S = 5.0
@@ -57,7 +59,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
     """
     _refuse_update(run)
     _keep_versions(run)
-    with certified(run):
+    with certified(run), threads(lambda every: _threads_left(run, every)):
         flights = _gone_on(run) if resumed else Flights(run)
         first = flights.schedule.state.step
         run.quiet = flights.quiet
@@ -78,16 +80,23 @@ def run_steps(run: Run, *, resumed: bool) -> None:
             run.say(told(flights.schedule.state))
 
 
+def _threads_left(run: Run, every: int) -> int:
+    """The trainer's threads: OpenMP threads that outnumber the cores wait by spinning."""
+    return max(1, every - run.recipe.engine_cores) if run.pair.shares_cores else every
+
+
 def _refuse_update(run: Run) -> None:
-    engine, update = run.pair.engine, run.recipe.rollout.update
+    engine, update = run.pair.engine, _update(run)
     engine.need("load")
-    pause = engine.ready.capabilities["pause_keep"]
-    if _mode(run) != "wait" and not pause.supported:
+    can = engine.ready.capabilities
+    needs = {"wait": "pause_wait", "abort": "pause_abort"}.get(update, "pause_keep")
+    if update != "wait" and not can[needs].supported:
+        other = "abort" if needs == "pause_keep" and can["pause_abort"].supported else "wait"
         raise CapabilityError(
             f"engine {engine.ready.engine} {engine.ready.version}, rollout.update = {update!r}",
-            got=pause.how,
-            expected=CAPABILITIES["pause_keep"],
-            hint="--set rollout.update=wait",
+            got=can[needs].how,
+            expected=CAPABILITIES[needs],
+            hint=f"--set rollout.update={other}",
         )
 
 
@@ -98,8 +107,9 @@ def _step(run: Run, flights: Flights) -> None:
     flights.refuse_stale(rollouts)
     leave_out(run, step, rollouts)
     figures = train(run, step, rollouts)
+    show(run, step, rollouts)
     flights.trained(rollouts)
-    figures |= _alive(run, flights, lambda: sync(run, step + 1, _mode(run)), lambda: _proven_again(run))
+    figures |= _alive(run, flights, lambda: _sync(run, flights, step + 1), lambda: _proven_again(run))
     flights.confirm(step + 1)
     figures |= flights.figures() | evaluate(run, step + 1)
     record(run, step, figures, time.perf_counter() - began)
@@ -167,7 +177,15 @@ def _replay(run: Run, step: int, rollouts: Samples) -> dict[str, float]:
     return figures
 
 
-def _mode(run: Run) -> Any:
+def _sync(run: Run, flights: Flights, version: int) -> dict[str, float]:
+    update = _update(run)
+    if update == "abort":
+        with flights.cut_off():
+            return sync(run, version)
+    return sync(run, version, update)
+
+
+def _update(run: Run) -> Any:
     """With a lag of 0 nothing is drawn while weights are loaded, and no cache need survive."""
     return run.recipe.rollout.update if run.recipe.rollout.max_lag else "wait"
 

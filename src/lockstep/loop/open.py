@@ -211,6 +211,7 @@ def _spec(
         options=recipe.engine.options,
         weights=recipe.engine.weights,
         weights_dir=directory,
+        cores=recipe.engine_cores,
         log_path=log.resolve(),
         api_key_env=api_key_env,
         launcher=launcher,

@@ -64,7 +64,7 @@ def push(
     with ThreadPoolExecutor(1, "weight-load") as thread:
         load = thread.submit(engine.load, update, mode)
         try:
-            with _threads(_share if shares_cores else _all):
+            with threads(_share if shares_cores else _all):
                 yield pushed
             pushed.receipt = load.result()
         except (Stopped, KeyboardInterrupt):
@@ -86,7 +86,7 @@ def _share(threads: int) -> int:
 
 
 @contextmanager
-def _threads(policy: Callable[[int], int]) -> Iterator[None]:
+def threads(policy: Callable[[int], int]) -> Iterator[None]:
     """This process's threads as ``policy`` has them of what they were."""
     before = torch.get_num_threads()
     torch.set_num_threads(policy(before))

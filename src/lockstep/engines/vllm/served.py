@@ -33,6 +33,8 @@ REFUSED = {
 }
 """Engine options that no recipe can set, and what should be."""
 
+CORES = "VLLM_CPU_OMP_THREADS_BIND"
+
 LOCAL = {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 """Nothing is fetched, and what torch.distributed listens on is the loopback."""
 
@@ -97,7 +99,8 @@ class VllmEngine(WorkerEngine):
         config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
         program = WorkerProgram(self.worker, spec.launcher, ENTRY_POINTS, ("VLLM_RPC_BASE_PATH",), CORE_ERROR)
         try:
-            super().__init__(spec, environment, program, config, LOCAL | _eager(environment, args))
+            variables = LOCAL | _eager(environment, args) | _cores(environment, spec.cores)
+            super().__init__(spec, environment, program, config, variables)
         except BaseException:
             self._forget_scratch()
             raise
@@ -120,6 +123,12 @@ def _eager(environment: Environment, args: dict[str, Any]) -> dict[str, str]:
     """
     eager = environment.flavour == "cpu" and args.get("enforce_eager")
     return {"TORCHDYNAMO_DISABLE": "1"} if eager else {}
+
+
+def _cores(environment: Environment, cores: int) -> dict[str, str]:
+    """The first of those that it would otherwise have all of."""
+    every = environment.launch_env().get(CORES, "").split(",")
+    return {CORES: ",".join(every[:cores])} if environment.flavour == "cpu" and cores else {}
 
 
 def refuse_options(options: dict[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""Updates in flight on a real engine, each token held to the version that the engine says drew it.
+
+    python benchmarks/spanning_updates.py --engine vllm==0.32.0 --update keep --out evidence/in_flight
+
+The quick start in flight at lag 1, on answers that are long enough to span updates. Every token of every
+step is scored under its own version, over the cache that the rule says; of each update one sequence is
+replayed piece by piece besides (``parity/spans.py``), over the other cache too. What is written down is of
+all of them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import long_answers
+
+from lockstep.records.verdicts import InFlight
+from lockstep.runs.read import read_verdicts
+
+HERE = Path(__file__).parent
+SETS = [
+    "loop.kind=in_flight",
+    "rollout.max_lag=1",
+    "objective.old_logprobs=sampling",
+    "optimizer.lr=3e-5",
+    "training.checkpoint_every=1000",
+    "parity.probe_prompts=4",
+    "parity.probe_tokens=8",
+    "parity.draw_tokens=256",
+    "parity.draws_see=1.0",
+    *long_answers.sets(tokens=64, prompts=2, group_size=4),
+]
+
+
+def figures_of(run: Path) -> dict[str, Any]:
+    """What a run's records say of its spans."""
+    steps = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_verdicts(run / "verdicts.jsonl")
+    replays = [record.verdict for record in records if isinstance(record.when, InFlight)]
+    told = {
+        name: [verdict.figures[name] for verdict in replays]
+        for name in ("replay_gap_abs_max_nats", "replay_other_cache_abs_max_nats", "told_apart")
+    }
+    step_s = sum(step["step_s"] for step in steps)
+    return {
+        "steps": len(steps),
+        "updates_replayed": len(replays),
+        "replays_passed": sum(verdict.status == "PASS" for verdict in replays),
+        "replay_gap_abs_max_nats": max(told["replay_gap_abs_max_nats"], default=None),
+        "other_cache_gap_abs_max_nats": sorted(told["replay_other_cache_abs_max_nats"]),
+        "updates_told_apart": sum(told["told_apart"]),
+        "tokens": sum(step["n_tokens"] for step in steps),
+        "gap_abs_max_nats": max(step["gap_abs_max_nats"] for step in steps),
+        "spanning_fraction": sum(step["spanning_fraction"] for step in steps) / len(steps),
+        "earlier_fraction": sum(step["earlier_fraction"] for step in steps) / len(steps),
+        "lag_max_steps": max(step["lag_max_steps"] for step in steps),
+        "replay_share_of_time": sum(step["replay_s"] for step in steps) / step_s,
+        "earlier_share_of_time": sum(step["earlier_s"] for step in steps) / step_s,
+        "step_s_mean": step_s / len(steps),
+        "reward_first_last_quarter": [
+            sum(step["reward_mean"] for step in part) / len(part)
+            for part in (steps[: len(steps) // 4], steps[-(len(steps) // 4) :])
+        ],
+        "ledger": json.loads((run / "ledger.jsonl").read_text().splitlines()[-1]),
+    }
+
+
+def main() -> None:
+    """Run, and write the figures down."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engine", default="vllm==0.32.0")
+    parser.add_argument("--update", default="keep")
+    parser.add_argument("--steps", type=int, default=54)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    name, _, version = args.engine.partition("==")
+    sets = [*SETS, f"rollout.update={args.update}", f"training.steps={args.steps}", *args.set]
+    sets += [f"engine.version={version}"] if version else []
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        command = [sys.executable, "-m", "lockstep.cli.main", "train"]
+        command += [str(HERE.parent / "recipes" / "quickstart.toml"), "--engine", name, "--out", str(run)]
+        for text in sets:
+            command += ["--set", text]
+        code = subprocess.run(command, env=env).returncode
+        found = figures_of(run)
+    document = {"schema": "lockstep.bench.spans/1", "exit_code": code, "engine": args.engine}
+    document |= {"update": args.update, "sets": sets} | found
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"spans-{args.engine.replace('==', '-')}-{args.update}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
