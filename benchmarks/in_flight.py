@@ -1,4 +1,4 @@
-"""The two loops on the same samples, in turn: samples a second, and how long each side had nothing to do.
+"""The two loops on the same questions, in turn: samples a second, and how long each side had nothing to do.
 
     python benchmarks/in_flight.py [--recipe RECIPE] [--workload long] [--cores 0 1] [--lags 1 2]
     python benchmarks/in_flight.py --token-s 0.05 --train-s 1.5 …    an accelerator simulated on each side
@@ -16,6 +16,7 @@ and their rest.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -98,12 +99,16 @@ def _pace_trainer(train_s: float) -> None:
     Trainer.step = paced
 
 
-def measured(args: argparse.Namespace, sets: list[str], lag: int) -> dict[str, float]:
-    """One run: means over its steady steps, and the whole."""
+def measured(args: argparse.Namespace, sets: list[str], tail: int) -> dict[str, float]:
+    """One run: means over its steady steps, and the whole.
+
+    Args:
+        tail: steps after them.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, "--one", f"{scratch}/run", "--recipe", args.recipe]
         command += ["--token-s", str(args.token_s), "--train-s", str(args.train_s)]
-        steps = f"training.steps={WARM_STEPS + args.steps + lag}"
+        steps = f"training.steps={WARM_STEPS + args.steps + tail}"
         for text in (*SMALL_LADDER, *WORKLOADS[args.workload], *args.set, *sets, steps):
             command += ["--set", text]
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -128,12 +133,21 @@ def measured(args: argparse.Namespace, sets: list[str], lag: int) -> dict[str, f
     }
 
 
-def compared(args: argparse.Namespace, lag: int, cores: int) -> dict[str, Any]:
-    """One lag and one split of the cores beside the synchronous loop, over all rounds."""
+def round_of(args: argparse.Namespace) -> tuple[dict[str, float], dict[tuple[int, int], dict[str, float]]]:
+    """The synchronous loop, then each lag and split of the cores beside it."""
     update = "wait" if args.token_s else args.update
-    flight = ["loop.kind=in_flight", f"rollout.max_lag={lag}", f"rollout.update={update}"]
-    flight.append(f"rollout.cores={cores}")
-    pairs = [(measured(args, [], lag), measured(args, flight, lag)) for _ in range(args.rounds)]
+    tail = max(args.lags)
+    sync = measured(args, [], tail)
+    flights = {}
+    for lag, cores in itertools.product(args.lags, args.cores):
+        sets = ["loop.kind=in_flight", f"rollout.max_lag={lag}", f"rollout.update={update}"]
+        flights[lag, cores] = measured(args, [*sets, f"rollout.cores={cores}"], tail)
+        print(told(compared([(sync, flights[lag, cores])], lag, cores)), flush=True)
+    return sync, flights
+
+
+def compared(pairs: list[tuple[dict[str, float], dict[str, float]]], lag: int, cores: int) -> dict[str, Any]:
+    """One lag and split over all rounds: the synchronous loop's figures and its own."""
     sync, ours = ({k: statistics.fmean(p[side][k] for p in pairs) for k in pairs[0][0]} for side in (0, 1))
     bound = max(sync["sample_s"], sync["step_s"] - sync["sample_s"])
     steady, whole = (
@@ -192,11 +206,13 @@ def main() -> None:
     if args.one:
         one(args.recipe, args.set, args.one, args.token_s, args.train_s)
         return
-    began, table = time.perf_counter(), []
-    for cores in args.cores:
-        for lag in args.lags:
-            table.append(compared(args, lag, cores))
-            print(told(table[-1]), flush=True)
+    began = time.perf_counter()
+    rounds = [round_of(args) for _ in range(args.rounds)]
+    table = [
+        compared([(sync, flights[chosen]) for sync, flights in rounds], *chosen) for chosen in rounds[0][1]
+    ]
+    if args.rounds > 1:
+        print(f"over {args.rounds} rounds:", *map(told, table), sep="\n")
     if args.out:
         machine = {
             "cores": os.cpu_count(),

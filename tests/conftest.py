@@ -1,14 +1,13 @@
 """Shared by all tests: a tiny random model, made here, so that unit tests need no download."""
 
 import gc
-import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+from tests.tiny_checkpoint import write_checkpoint, write_model
 
 # What torch and transformers make in being imported lives to the end: a fifth of the time of the unit tests
 # went into looking through it for garbage. Off until it is all there; then left out (gc.freeze).
@@ -104,43 +103,10 @@ def monkeypatch_module():
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """A 2-layer Llama with tied embeddings and 97 tokens, as safetensors; no tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        max_position_embeddings=512,
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(path)
-    assert json.loads((path / "config.json").read_text())["tie_word_embeddings"]
-    return path
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_model_dir, tmp_path_factory):
     """The tiny model with a tokenizer and a chat template beside it."""
-    import shutil
-
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", "<unk>", *"0123456789+-=?.", *(f"w{n}" for n in range(79))]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(tiny_model_dir, path)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(path)
-    return path
+    return write_checkpoint(tiny_model_dir, tmp_path_factory.mktemp("models") / "tiny")

@@ -32,6 +32,7 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.rollout import collect, store
 from lockstep.rollout.ledger import Bound, State
 from lockstep.rollout.pieces import CUT, Pieces
+from lockstep.rollout.rewards_ahead import RewardsAhead
 from lockstep.rollout.schedule import Schedule
 from lockstep.runs.durable import make_directory
 from lockstep.training.versions import Drawing
@@ -85,6 +86,7 @@ class Flights:
         self._cut: dict[int, list[Sample]] = {}
         """What waits to go on, by group."""
         self._cuts = run.recipe.rollout.update == "abort"
+        self._rewards = RewardsAhead(run.pair.task)
         self._inbox: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -125,6 +127,7 @@ class Flights:
             self.schedule.lost()
             self._thread, self._ending, self._error = None, False, None
             self._held -= 1
+        self._rewards.close()
 
     def next_batch(self) -> Samples:
         """The next step's samples, in the order of the data, once they are there.
@@ -147,11 +150,12 @@ class Flights:
                     )
                 self._changed.wait(left)
             step, taken = self.schedule.state.step, self.schedule.take()
-            samples = [
-                replace(sample, group=place)
-                for place, found in enumerate(taken)
-                for sample in self._samples[found.group]
-            ]
+            groups = [(found.group, self._samples[found.group]) for found in taken]
+        samples = [
+            replace(sample, group=place)
+            for place, (group, drawn) in enumerate(groups)
+            for sample in self._rewards.rewards(group, drawn)
+        ]
         waited = time.perf_counter() - began
         task = self._run.pair.task
         figures = task.figures() if self._run.recipe.task.max_prompt_tokens else {}
@@ -353,6 +357,7 @@ class Flights:
             samples = [replace(sample, text=text(sample.token_ids)) for sample in drawn]
             oldest = min(span.version for sample in samples for span in sample.version_spans)
             self._samples[group] = samples
+            self._rewards.begin(group, samples)
             self.schedule.finish(group, oldest, [len(sample.token_ids) for sample in samples])
             for gone in self._samples.keys() - self.schedule.state.finished.keys():
                 if gone not in self.schedule.state.training:

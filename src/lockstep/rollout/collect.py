@@ -88,7 +88,7 @@ def request(recipe: Recipe, renderer: Renderer, seed: int, **changes: Any) -> Sa
 
 
 def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
-    """Fill in rewards and the advantages that the recipe's objective makes of them.
+    """Fill in the rewards that are missing, and the advantages that the recipe's objective makes of them.
 
     Raises:
         RewardError: at the first reward that is none; the rewards before it stay filled in.
@@ -113,17 +113,20 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
 
 
 def reward(rollouts: Samples, task: Task, recipe: Recipe) -> None:
-    """Fill in what each completion is worth, and the figures of several rewards.
+    """Fill in what each completion is worth, where it is not there yet, and the figures of several rewards.
 
     Raises:
         RewardError: at the first that is none; of one reward, those before it stay filled in.
     """
-    items = [task.item(sample.item) for sample in rollouts]
-    texts = [sample.text for sample in rollouts]
     if not recipe.task.rewards:
-        for at, value in enumerate(task.rewards(texts, items)):
+        missing = np.flatnonzero(np.isnan(rollouts.rewards)).tolist()
+        texts = [rollouts[at].text for at in missing]
+        items = [task.item(rollouts[at].item) for at in missing]
+        for at, value in zip(missing, task.rewards(texts, items), strict=True):
             rollouts.samples[at] = replace(rollouts[at], reward=value)
         return
+    items = [task.item(sample.item) for sample in rollouts]
+    texts = [sample.text for sample in rollouts]
     total = np.zeros(len(rollouts))
     for part in task.parts:
         values = np.array(list(part.judge.rewards(texts, items)))
