@@ -333,6 +333,10 @@ class Flights:
         asked = collect.request(recipe, pair.renderer, seed, n=1, max_tokens=left)
         return np.r_[cut.prompt_ids, cut.token_ids], asked
 
+    def _goes_on(self, sample: Sample) -> bool:
+        cut = self._cuts and sample.finish_reason == CUT
+        return cut and len(sample.token_ids) < self._run.recipe.sampling.max_tokens
+
     def _take_in(self, handle: Handle) -> None:
         completions = handle.result(0.0)
         with self._changed:
@@ -347,7 +351,7 @@ class Flights:
             if cut is not None:
                 pieces = [replace(piece, sample=cut.sample) for piece in pieces]
             drawn = self._pieces.add(group, pieces)
-            open_samples = [s for s in drawn or () if self._cuts and s.finish_reason == CUT]
+            open_samples = [s for s in drawn or () if self._goes_on(s)]
             if open_samples:
                 self._cut[group] = open_samples
             if drawn is None or open_samples:

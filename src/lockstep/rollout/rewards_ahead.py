@@ -47,7 +47,7 @@ class RewardsAhead:
         return list(samples)
 
     def close(self) -> None:
-        """What has not begun is given up, what has is waited for; each has its deadline."""
+        """What has not begun is given up."""
         if "_thread" in self.__dict__:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown(wait=False, cancel_futures=True)
             del self._thread
