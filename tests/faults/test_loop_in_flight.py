@@ -77,7 +77,7 @@ def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(
     sets = [*IN_FLIGHT, f"rollout.update={update}", f"rollout.max_lag={max_lag}", "rollout.ring=disk"]
     found = run(recipe, tmp_path / "run", *sets, "sampling.max_tokens=90", "recording.sinks=['csv']")
     steps = read_steps(found.metrics)
-    assert steps.column("lag_max_steps").max() == max_lag
+    assert 0 < steps.column("lag_max_steps").max() <= max_lag
     assert steps.column("gap_abs_max_nats").max() < 1e-4, "the mismatch is measured at the sampling version"
     assert steps.column("policy_kl_k3_nats").max() > 1e-9, "what is left is the policy's own move"
     assert steps.column("spanning_fraction").max() > 0.0
