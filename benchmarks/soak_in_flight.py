@@ -11,29 +11,23 @@ caches.
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import tiny
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 SETS = [
     "loop.kind=in_flight",
     "rollout.max_lag=2",
-    "training.prompts_per_step=2",
-    "training.group_size=2",
     "training.checkpoint_every=20",
     "optimizer.lr=1e-4",
-    "task.reward=tests.faults.test_loop_in_flight:varied",
     "parity.probe_prompts=4",
     "parity.probe_tokens=4",
     "parity.draw_tokens=128",
     "parity.draws_see=1.0",
-    "engine.max_model_len=128",
-    "sampling.max_tokens=60",
 ]
 MEASURED = ("rss_mb", "descriptors", "threads", "shared_memory_mb")
 
@@ -83,13 +77,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    import torch
-    from tests.tiny_checkpoint import write_checkpoint, write_model
-
     from lockstep import api
     from lockstep.config.recipe import load_recipe
 
-    torch.set_num_threads(1)
     rows, began = [], time.monotonic()
 
     def say(text: str) -> None:
@@ -101,9 +91,8 @@ def main() -> None:
                 raise EnoughError
 
     with tempfile.TemporaryDirectory() as scratch:
-        model = write_checkpoint(write_model(Path(scratch) / "model"), Path(scratch) / "tiny")
-        sets = [*SETS, f"model.path={model}", f"training.steps={args.steps}", "task.examples=0", *args.set]
-        recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", sets, "transformers")
+        sets = [*tiny.sets(Path(scratch)), *SETS, f"training.steps={args.steps}", *args.set]
+        recipe = load_recipe(RECIPE, sets, "transformers")
         try:
             api.train(recipe, out=Path(scratch) / "run", say=say)
         except EnoughError:

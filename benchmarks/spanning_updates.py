@@ -1,6 +1,7 @@
 """Updates in flight on a real engine, each token held to the version that the engine says drew it.
 
     python benchmarks/spanning_updates.py --engine vllm==0.32.0 --update keep --out evidence/in_flight
+    python benchmarks/spanning_updates.py --tiny --update abort …      a tiny model, the transformers engine
 
 The quick start in flight at lag 1, on answers that are long enough to span updates. Every token of every
 step is scored under its own version, over the cache that the rule says; of each update one sequence is
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import long_answers
+import tiny
 
 from lockstep.records.verdicts import InFlight
 from lockstep.runs.read import read_verdicts
@@ -33,7 +35,6 @@ SETS = [
     "parity.probe_tokens=8",
     "parity.draw_tokens=256",
     "parity.draws_see=1.0",
-    *long_answers.sets(tokens=64, prompts=2, group_size=4),
 ]
 
 
@@ -76,20 +77,24 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm==0.32.0")
     parser.add_argument("--update", default="keep")
     parser.add_argument("--steps", type=int, default=54)
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    name, _, version = args.engine.partition("==")
-    sets = [*SETS, f"rollout.update={args.update}", f"training.steps={args.steps}", *args.set]
-    sets += [f"engine.version={version}"] if version else []
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory() as scratch:
+        if args.tiny:
+            args.engine = "transformers"
+        name, _, version = args.engine.partition("==")
+        sets = [*SETS, f"rollout.update={args.update}", f"training.steps={args.steps}"]
+        sets += tiny.sets(Path(scratch)) if args.tiny else long_answers.sets(64, prompts=2, group_size=4)
+        sets += [*args.set, *([f"engine.version={version}"] if version else [])]
         run = Path(scratch) / "run"
         command = [sys.executable, "-m", "lockstep.cli.main", "train"]
         command += [str(HERE.parent / "recipes" / "quickstart.toml"), "--engine", name, "--out", str(run)]
         for text in sets:
             command += ["--set", text]
-        code = subprocess.run(command, env=env).returncode
+        paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}).returncode
         found = figures_of(run)
     document = {"schema": "lockstep.bench.spans/1", "exit_code": code, "engine": args.engine}
     document |= {"update": args.update, "sets": sets} | found
