@@ -19,9 +19,7 @@ TABLE = {
     ("kind", "max_lag", "asked", "engines"),
     [("in_flight", 1, 1, 1), ("in_flight", 1, 0, 0), ("in_flight", 0, 1, 0), ("sync", 1, 1, 0)],
 )
-def test_the_engine_has_its_own_cores_only_while_it_draws_beside_the_trainer(
-    kind, max_lag, asked, engines
-):
+def test_the_engine_has_its_own_cores_only_while_it_draws_beside_the_trainer(kind, max_lag, asked, engines):
     settings = {"loop": {"kind": kind}, "rollout": {"max_lag": max_lag, "cores": asked}}
     assert parse_recipe(TABLE | settings, "test").engine_cores == engines
 
