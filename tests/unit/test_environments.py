@@ -1,7 +1,5 @@
 """Tasks of several turns: rows exact to the token, tools, and what the model did not sample left out."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +14,6 @@ from lockstep.objectives.regularisers import regulariser
 from lockstep.policy.logprobs import TokenScores
 from lockstep.records.versions import VersionSpan
 from lockstep.rollout import collect, store
-from lockstep.rollout.environments.calculator import Calculator, Questions
-from lockstep.rollout.environments.calls import Call, UnreadableCallError, in_json, in_python, parser_named
 from lockstep.rollout.environments.protocol import Environments
 from lockstep.rollout.environments.row import Row
 from lockstep.rollout.tasks import Task
@@ -278,9 +274,32 @@ def test_what_an_environment_must_not_do_is_told(environment, error, told):
 
 def test_what_a_reset_says_stands_behind_the_question():
     pair = pair_of(environment_options={"greeting": "hello"})
-    assert pair.task.messages({"question": "1"}, "hello") == [{"role": "user", "content": "1\nhello"}]
+    assert pair.task.messages({"question": "1"}, "hello") == [{"role": "user", "content": "1hello"}]
     alone = drawn(pair_of())[0].prompt_ids
-    assert len(drawn(pair)[0].prompt_ids) == len(alone) + len("\nhello")
+    assert len(drawn(pair)[0].prompt_ids) == len(alone) + len("hello")
+
+
+class Asynchronous(TwoTurns):
+    async def reset(self, **item):
+        return None
+
+    async def push(self, key: str) -> str:
+        """Press a key.
+
+        Args:
+            key: The key.
+        """
+        return TwoTurns.push(self, key)
+
+    async def get_reward(self):
+        return 0.25
+
+
+def test_methods_may_be_async():
+    rollouts = drawn(pair_of("Asynchronous"))
+    assert set(rollouts.rewards) == {0.25}
+    assert rollouts.figures["tool_calls_failed_fraction"] == 0.0
+    assert rollouts.figures["turns_mean"] > 1.5
 
 
 class NoReward:
@@ -312,88 +331,3 @@ def test_environments_are_of_the_synchronous_loop():
     }
     with pytest.raises(RecipeError, match=r"key task\.environment"):
         parse_recipe(table, "tests")
-
-
-# ── calls and tools ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("parse", "text", "calls"),
-    [
-        (
-            in_json,
-            'ok <tool_call>\n{"name": "f", "arguments": {"a": [1]}}\n</tool_call>',
-            [Call("f", {"a": [1]})],
-        ),
-        (in_json, '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}', [Call("f"), Call("g")]),
-        (in_json, "the answer is 5", []),
-        (in_python, 'f("12 * 7")', [Call("f", {}, ("12 * 7",))]),
-        (in_python, "[f(a=1), g()]", [Call("f", {"a": 1}), Call("g")]),
-        (in_python, "15846", []),
-        (in_python, "f(1) = 2", []),
-        (in_python, "[f(1), 2]", []),
-        (in_python, "", []),
-    ],
-)
-def test_calls_are_read(parse, text, calls):
-    assert parse(text) == calls
-
-
-@pytest.mark.parametrize(
-    ("parse", "text"),
-    [
-        (in_json, "<tool_call>{</tool_call>"),
-        (in_json, "<tool_call>[1]</tool_call>"),
-        (in_json, '<tool_call>{"name": 3}</tool_call>'),
-        (in_python, "f(x)"),
-        (in_python, "f(**{})"),
-    ],
-)
-def test_calls_that_cannot_be_read_are_told(parse, text):
-    with pytest.raises(UnreadableCallError):
-        parse(text)
-
-
-def test_a_parser_that_is_none_is_refused():
-    with pytest.raises(RecipeError, match=r"task\.tool_calls"):
-        parser_named("xml")
-
-
-def calculator():
-    config = TaskConfig(
-        name="a:b",
-        environment="lockstep.rollout.environments.calculator:Calculator",
-        tool_calls="python",
-    )
-    return Environments(config)
-
-
-@pytest.mark.parametrize(
-    ("text", "said", "in_vain"),
-    [
-        ('calculate("417 * 38")', "15846", 0),
-        ('calculate(expression="2 - -3 * 4")', "14", 0),
-        ('calculate("2 ** 9")', "error: ValueError: whole numbers with +, - and * alone", 1),
-        ('calculate("__import__(1)")', "error: ValueError: whole numbers with +, - and * alone", 1),
-        ("calculate()", "error: calculate: missing a required argument: 'expression'", 1),
-        ("compute(1)", "error: there is no compute; there is calculate", 1),
-        ("calculate(x)", "error: arguments are numbers, text", 1),
-    ],
-)
-def test_the_model_is_told_what_a_call_comes_to(text, said, in_vain):
-    environments = calculator()
-    (answer,), vain = environments.answers(environments.made(), text)
-    assert answer.startswith(said)
-    assert vain == in_vain
-
-
-def test_a_calculator_is_worth_the_right_last_answer():
-    item = Questions(seed=3, shots=1)[8]
-    environment = Calculator()
-    environment.reset(**item)
-    assert environment.get_reward(f" {item['answer']}\n") == 1.0
-    assert environment.get_reward(item["answer"] + "0") == 0.0
-    roles = [message["role"] for message in item["messages"]]
-    assert roles == ["user", "assistant", "tool", "assistant", "user"]
-    assert item == Questions(seed=3, shots=1)[8]
-    assert partial(Questions, 4)()[8] != item

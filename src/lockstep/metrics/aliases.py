@@ -30,6 +30,7 @@ class Alias(Struct, frozen=True):
 
 _AFTER = "the ratio is bounded before it is averaged there; here never"
 _MIXED = "its denominator is the engine's: staleness and mismatch are in one number there"
+_UNREAD = "a call that cannot be read is none there; here it is one, in vain"
 _WHOLE = "it is counted whatever the advantage's sign in both, but averaged over sequences first there"
 
 ALIASES: tuple[Alias, ...] = (
@@ -50,6 +51,10 @@ ALIASES: tuple[Alias, ...] = (
         "reference_kl_k3_nats",
         "k3 to the reference in its synchronous trainer, to the engine's policy in its asynchronous one",
     ),
+    Alias("trl", "tools/call_frequency", "tool_calls_mean", _UNREAD),
+    Alias("trl", "tools/failure_frequency", "tool_calls_failed_fraction", _UNREAD),
+    Alias("trl", "rewards/accuracies", "pair_accuracy"),
+    Alias("trl", "rewards/margins", "pair_margin_mean_nats", "it is times beta there"),
     Alias("trl", "grad_norm", "grad_norm"),
     Alias("trl", "learning_rate", "lr"),
     Alias(

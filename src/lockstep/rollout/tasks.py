@@ -66,15 +66,14 @@ class Task:
         """The conversation that ends with the question.
 
         Args:
-            also: what an environment has to say of it, on a line of its own.
+            also: what an environment has to say of it, right behind it.
         """
         system = (
             [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
         )
         own = item.get("messages") or [{"role": "user", "content": str(item["question"])}]
         *before, last = [dict(message) for message in own]
-        if also:
-            last["content"] = "\n".join(filter(None, [last["content"], also]))
+        last["content"] += also
         return [*system, *self._shots, *before, last]
 
     def rewards(self, completions: Sequence[str], items: Sequence[Item]) -> Iterator[float]:

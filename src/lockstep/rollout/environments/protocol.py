@@ -14,10 +14,11 @@ It may have more: ``done``, an attribute that is true once the conversation is t
 with an answer that calls no tool); ``close()``; and ``next_prompt(token_ids, messages)``, for one that has a
 template of its own: all token ids of the next turn's prompt, which must begin with those that there are.
 
-Beside ``Stopped``, whatever a tool raises the model is told, as its answer, and it is counted. What the other
-methods raise ends the run.
+Any of its methods may be ``async``. Whatever a tool raises the model is told, as its answer, and it is
+counted; what the other methods raise ends the run.
 """
 
+import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -84,7 +85,8 @@ class Environments:
         seconds = self.config.reward_timeout_s
         try:
             with deadline(seconds):
-                return method(*args, **kwargs)
+                found: Any = method(*args, **kwargs)
+                return asyncio.run(found) if inspect.iscoroutine(found) else found
         except Stopped:
             raise
         except Overdue:
