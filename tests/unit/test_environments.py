@@ -1,5 +1,7 @@
 """Tasks of several turns: rows exact to the token, tools, and what the model did not sample left out."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -277,6 +279,33 @@ def test_what_a_reset_says_stands_behind_the_question():
     assert pair.task.messages({"question": "1"}, "hello") == [{"role": "user", "content": "1hello"}]
     alone = drawn(pair_of())[0].prompt_ids
     assert len(drawn(pair)[0].prompt_ids) == len(alone) + len("hello")
+
+
+class Counted(TwoTurns):
+    """Fails in the middle where it is to; closes what it began."""
+
+    open = 0
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.fails = fails
+        Counted.open += 1
+
+    def get_reward(self):
+        if self.fails:
+            raise ValueError("no reward")
+        return 0.0
+
+    def close(self):
+        Counted.open -= 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_is_closed_whatever_happens(fails):
+    pair = pair_of("Counted", environment_options={"fails": fails})
+    with pytest.raises(EnvironmentFault, match="no reward") if fails else nullcontext():
+        drawn(pair)
+    assert Counted.open == 0
 
 
 class Asynchronous(TwoTurns):

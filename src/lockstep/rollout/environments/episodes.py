@@ -73,7 +73,7 @@ class Table:
         """
         item = self.task.item(item_number)
         objects = [self.environments.made() for _ in range(n)]
-        said = [self.environments.call(one.reset, **item) for one in objects]
+        said = [str(self.environments.call(one.reset, **item) or "") for one in objects]
         if len(set(said)) > 1:
             raise EnvironmentFault(
                 f"environment {self.environments.name}, reset",
@@ -81,7 +81,7 @@ class Table:
                 expected="the same of every sample of a group: their rewards are compared with each other",
                 hint="make what is random in it a function of the item",
             )
-        messages = self.task.messages(item, str(said[0] or ""))
+        messages = self.task.messages(item, said[0])
         prompt = self.renderer.prompt(messages)
         return [
             Episode(group, number, item_number, one, Row(prompt), list(messages))
@@ -132,8 +132,6 @@ class Table:
             reward = math.nan
         if not math.isfinite(reward):
             raise refused(f"{self.environments.name}.get_reward", repr(said), text, item)
-        if hasattr(episode.environment, "close"):
-            self.environments.call(episode.environment.close)
         return episode.row.sample(episode.group, episode.number, episode.item_number, reward, text)
 
 
@@ -154,7 +152,7 @@ def play(table: Table, items: Sequence[int], params: SamplingParams, seed: Seed)
     """
     ended: queue.SimpleQueue[Handle] = queue.SimpleQueue()
     under_way: dict[Handle, list[Episode]] = {}
-    groups = [table.begun(group, item, params.n) for group, item in enumerate(items)]
+    groups: list[list[Episode]] = []
 
     def submit(requests: Sequence[list[Episode]]) -> None:
         asked = [_asked(members, params, seed) for members in requests]
@@ -162,20 +160,22 @@ def play(table: Table, items: Sequence[int], params: SamplingParams, seed: Seed)
         under_way.update(zip(table.engine.submit(prompts, asked, ended.put), requests, strict=True))
 
     try:
+        groups += [table.begun(group, item, params.n) for group, item in enumerate(items)]
         submit(groups)
         while under_way:
             handle = ended.get()
             members, completions = under_way.pop(handle), handle.result(0.0)
             _refuse_empty(completions, members)
             submit(alike([m for m, c in zip(members, completions, strict=True) if table.heard(m, c)]))
-    except BaseException:
-        for handle in under_way:
+        episodes = [episode for members in groups for episode in members]
+        found = [table.task.item(item) for item in items]
+        return Played([table.finished(e, found[e.group]) for e in episodes], figures(episodes))
+    finally:
+        for handle in under_way:  # after an error
             with contextlib.suppress(EngineError):
                 handle.cancel()
-        raise
-    episodes = [episode for members in groups for episode in members]
-    found = [table.task.item(item) for item in items]
-    return Played([table.finished(e, found[e.group]) for e in episodes], figures(episodes))
+        for episode in (episode for members in groups for episode in members):
+            table.environments.close(episode.environment)
 
 
 @dataclass

@@ -10,6 +10,7 @@
             '''
         def get_reward(self) -> float:             asked once, when the conversation has ended; it may take
                                                    an argument: the text of the model's last answer
+
 It may have more: ``done``, an attribute that is true once the conversation is to end (without it, it ends
 with an answer that calls no tool); ``close()``; and ``next_prompt(token_ids, messages)``, for one that has a
 template of its own: all token ids of the next turn's prompt, which must begin with those that there are.
@@ -59,8 +60,16 @@ class Environments:
         if lacking:
             self._refuse(f"a class without {' and '.join(lacking)}", "reset(**item) and get_reward()")
         self.tools = self._schemas(first)
-        if hasattr(first, "close"):
-            self.call(first.close)
+        self.close(first)
+
+    def close(self, environment: Any) -> None:
+        """End one that has something to end.
+
+        Raises:
+            EnvironmentFault: as :meth:`call`.
+        """
+        if hasattr(environment, "close"):
+            self.call(environment.close)
 
     def made(self) -> Any:
         """Another object, before its reset.
