@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
         if "zygote" in item.fixturenames and not item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.xdist_group("zygote"))
         folder, params = item.path.parent.name, getattr(item, "callspec", None)
-        if folder in ("e2e", "unit"):
+        if folder in ("e2e", "unit", "processes"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         elif folder == "contract":
             engines = (

@@ -19,7 +19,7 @@ from lockstep.records.messages import (
 )
 from lockstep.records.tokens import SamplingParams, Scores, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadReceipt, NcclBroadcast, VersionSpan, WeightUpdate
-from tests.unit.worker_that_lies import READY, completion
+from tests.worker_that_lies import READY, completion
 
 PROMPT = pack_ids([1, 2, 3])
 REQUESTS = [

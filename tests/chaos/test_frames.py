@@ -32,7 +32,7 @@ from lockstep.records.messages import (
 from lockstep.records.tokens import FLOAT32, INT32, Scores, pack_logprobs
 from lockstep.records.versions import LoadReceipt
 from tests.chaos.frames import REPLIES, REPLY_FRAMES, REQUEST_FRAMES, REQUESTS, mutant
-from tests.unit.worker_that_lies import READY, completion, framed
+from tests.worker_that_lies import READY, completion, framed
 
 COUNTS = [10_000, pytest.param(100_000, marks=pytest.mark.chaos)]
 FRAME_LIMIT_S = 1.0

@@ -18,8 +18,8 @@ from lockstep.cli import main
 from lockstep.engines.environments.locate import MARKER, Environment
 from lockstep.engines.environments.recipes import recipe_for
 from lockstep.errors import EngineDied, EngineError, Stopped
+from tests import worker_that_lies
 from tests.commands.tiny_run import write_recipe
-from tests.unit import worker_that_lies
 
 LOCKSTEP = [sys.executable, "-m", "lockstep.cli.main"]
 AT_ONCE_S = 5.0

@@ -13,7 +13,7 @@ from lockstep.errors import EngineError
 from lockstep.faults.relay import Relay
 from lockstep.records.tokens import SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import VersionSpan
-from tests.unit.worker_that_lies import READY, completion
+from tests.worker_that_lies import READY, completion
 
 PROMPTS = [np.array([1, 2], np.int32), np.array([3], np.int32)]
 ASKED = SamplingParams(max_tokens=3, n=2)

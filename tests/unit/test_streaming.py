@@ -12,7 +12,7 @@ from lockstep.errors import EngineDied, EngineError
 from lockstep.faults.relay import Relay
 from lockstep.records.tokens import SamplingParams
 from tests.unit.test_engine import Canned
-from tests.unit.worker_that_lies import completion
+from tests.worker_that_lies import completion
 
 PROMPTS = [np.array([n], np.int32) for n in (1, 2, 3)]
 TWO = SamplingParams(max_tokens=3, n=2)

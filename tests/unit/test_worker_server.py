@@ -27,7 +27,7 @@ from lockstep.records.messages import (
 )
 from lockstep.records.tokens import SamplingParams, Scores, pack_ids, pack_logprobs
 from lockstep.records.versions import LoadReceipt, WeightUpdate
-from tests.unit.worker_that_lies import READY, completion
+from tests.worker_that_lies import READY, completion
 
 PARAMS = (SamplingParams(max_tokens=2),)
 

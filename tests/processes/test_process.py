@@ -26,7 +26,7 @@ from lockstep.engines.worker_engine import WorkerEngine
 from lockstep.errors import EngineDied, EngineError, ProtocolError
 from lockstep.records.messages import Draw, Drawn, Score, Scored
 from lockstep.records.tokens import SamplingParams, pack_ids
-from tests.unit import worker_that_lies
+from tests import worker_that_lies
 
 LOG = """\
 (EngineCore pid=31) ERROR 11-22 01:18:52 [core.py:1512] EngineCore encountered a fatal error.

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # as in an engine's environment, where nothing of th
 from lockstep.engines.worker import vllm_terms as terms
 from lockstep.records.messages import Load, Ready
 from lockstep.records.versions import LoadReceipt
-from tests.unit.worker_that_lies import READY
+from tests.worker_that_lies import READY
 
 
 class OwnWorker:

@@ -20,7 +20,7 @@ from lockstep.errors import EngineError
 from lockstep.faults.at_load import LAUNCHER, AtLoad, plants
 from lockstep.records.messages import Count, Counted, Load, Loaded
 from lockstep.records.versions import WeightUpdate
-from tests.unit.worker_that_lies import READY
+from tests.worker_that_lies import READY
 
 HERE = Path(__file__).parent
 OLD, NEW = 1.0, 2.0
