@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ SETS = [
     "rollout.max_lag=1",
     "objective.old_logprobs=sampling",
     "optimizer.lr=3e-5",
-    "training.checkpoint_every=1000",
     "parity.probe_prompts=4",
     "parity.probe_tokens=8",
     "parity.draw_tokens=256",
@@ -71,12 +71,26 @@ def figures_of(run: Path) -> dict[str, Any]:
     }
 
 
+def lockstep(command: list[str], run: Path, kill_at: int) -> int:
+    """The command's exit code; killed once ``kill_at`` steps are recorded, where that is not 0."""
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    process = subprocess.Popen([sys.executable, "-m", "lockstep.cli.main", *command], env=env)
+    metrics = run / "metrics.jsonl"
+    while kill_at and process.poll() is None:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
+            process.kill()
+        time.sleep(0.2)
+    return process.wait()
+
+
 def main() -> None:
     """Run, and write the figures down."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", default="vllm==0.32.0")
     parser.add_argument("--update", default="keep")
     parser.add_argument("--steps", type=int, default=54)
+    parser.add_argument("--kill-at", type=int, default=0, help="SIGKILL after so many steps, then resume.")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
@@ -88,16 +102,18 @@ def main() -> None:
         sets = [*SETS, f"rollout.update={args.update}", f"training.steps={args.steps}"]
         sets += tiny.sets(Path(scratch)) if args.tiny else long_answers.sets(64, prompts=2, group_size=4)
         sets += [*args.set, *([f"engine.version={version}"] if version else [])]
+        sets.append(f"training.checkpoint_every={20 if args.kill_at else 1000}")
         run = Path(scratch) / "run"
-        command = [sys.executable, "-m", "lockstep.cli.main", "train"]
-        command += [str(HERE.parent / "recipes" / "quickstart.toml"), "--engine", name, "--out", str(run)]
+        recipe = str(HERE.parent / "recipes" / "quickstart.toml")
+        command = ["train", recipe, "--engine", name, "--out", str(run)]
         for text in sets:
             command += ["--set", text]
-        paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}).returncode
+        code = lockstep(command, run, args.kill_at)
+        if args.kill_at:
+            code = lockstep(["train", "--resume", str(run)], run, 0)
         found = figures_of(run)
     document = {"schema": "lockstep.bench.spans/1", "exit_code": code, "engine": args.engine}
-    document |= {"update": args.update, "sets": sets} | found
+    document |= {"update": args.update, "killed_at": args.kill_at, "sets": sets} | found
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"spans-{args.engine.replace('==', '-')}-{args.update}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
