@@ -196,7 +196,8 @@ class Flights:
         with self._changed:
             self._held += 1
             for handle in self._groups:
-                handle.cancel()
+                with contextlib.suppress(EngineError):  # its death is told by what is asked of it next
+                    handle.cancel()
         try:
             with self._idle("an update that cuts off what is drawn"):
                 yield
