@@ -101,11 +101,12 @@ def main() -> None:
     if args.one:
         one(args.one, args.set, small=args.tiny, raw=args.raw)
         return
-    found = {name: measured(args, lag, raw=raw) for name, (lag, raw) in RUNS.items()}
     print("| run | " + " | ".join(FIGURES) + " |")
     print("|---" * (len(FIGURES) + 1) + "|")
-    for name, row in found.items():
-        print(f"| {name} | " + " | ".join(f"{row[figure]:.3g}" for figure in FIGURES) + " |")
+    found = {}
+    for name, (lag, raw) in RUNS.items():
+        row = found[name] = measured(args, lag, raw=raw)
+        print(f"| {name} | " + " | ".join(f"{row[figure]:.3g}" for figure in FIGURES) + " |", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         document = {"schema": "lockstep.bench.decomposition/1", "steps": args.steps, "tiny": args.tiny}
