@@ -255,3 +255,19 @@ def test_alarms_and_a_run_without_proof_are_said_first(tmp_path):
     assert sections["Alarms"].tables[0].rows[0][:3] == ("4", "mismatch", "semantics")
     assert all("not proven" in plot.title for plot in sections["Trajectories"].plots)
     assert made.SCRIPT not in page(told)
+
+
+def test_what_is_measured_every_so_many_steps_is_drawn_where_it_was(tmp_path):
+    from lockstep.runs.record import open_recorder
+
+    layout = made.run(tmp_path / "run", steps=4)
+    recorder = open_recorder(layout)
+    for step in (4, 5, 6):
+        held_out = {"evaluation_reward_mean": 0.1 * step} if step % 2 == 0 else {}
+        recorder.step(step, step + 1, {"rewards/brief/mean": 0.25, "reward_mean": 0.5} | held_out)
+    sections = {section.title: section for section in of_run(open_run(layout.root)).sections}
+    plots = {plot.title: plot for plot in sections["Trajectories"].plots}
+    assert plots["Held-out reward"].xs == (5.0, 7.0)
+    assert plots["Held-out reward"].lines[0].ys == pytest.approx((0.4, 0.6))
+    assert plots["Each reward, before its weight"].lines[0].name == "rewards/brief/mean"
+    assert "Turns and tool calls" not in plots

@@ -3,6 +3,7 @@
 run directory ─► verdicts, steps, manifest, rollouts ─► sections ─► Report ─► report.json ─► page.py
 """
 
+import re
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep.errors import RunError
-from lockstep.metrics.catalog import BY_NAME
+from lockstep.metrics.catalog import metric_named
 from lockstep.records.verdicts import LAYERS, AfterSync, BeforeStep, OfCheck, OfRollouts, Status, Verdict
 from lockstep.report.document import Download, Line, Plot, Report, Section, Table
 from lockstep.report.rollouts import gap_section, rollouts_section
@@ -22,6 +23,7 @@ from lockstep.summary import summarise
 
 PLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("reward_mean",)),
+    ("Held-out reward", ("evaluation_reward_mean",)),
     ("Entropy", ("entropy_mean_nats",)),
     ("Clip rate", ("clip_fraction", "outside_clip_fraction", "phantom_clip_fraction")),
     ("KL, k3", ("policy_kl_k3_nats", "mismatch_kl_k3_nats")),
@@ -30,10 +32,13 @@ PLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("|gap|", ("gap_abs_p50_nats", "gap_abs_p999_nats", "gap_abs_max_nats", "canary_gap_abs_max_nats")),
     ("Lag", ("lag_steps",)),
     ("Completion length", ("completion_tokens_mean",)),
+    ("Turns and tool calls", ("turns_mean", "tool_calls_mean")),
+    ("Pairs, the chosen further up", ("pair_accuracy",)),
     ("Gradient norm", ("grad_norm",)),
     ("Speed", ("tokens_per_s",)),
 )
 """Titles and the figures of one axis; a figure that the run has not is left out."""
+PART_OF_REWARD = re.compile(r"rewards/[^/]+/mean")
 RESOLVED_SHOWN = 400
 
 
@@ -206,13 +211,17 @@ def _trajectories(run: RunRecord) -> Section:
     steps = np.array([record.step + 1 for record in run.steps], np.float64)
     plots = []
     stamped = any(record.override for record in run.steps)
-    for title, names in PLOTS:
+    of_each = {name for record in run.steps for name in record.metrics if PART_OF_REWARD.fullmatch(name)}
+    for title, names in (*PLOTS, ("Each reward, before its weight", tuple(sorted(of_each)))):
         there = [name for name in names if run.steps.measured(name).any()]
         if there:
-            lines = tuple(Line(name=name, ys=tuple(run.steps.column(name).tolist())) for name in there)
-            unit = BY_NAME[there[0]].unit
-            title = f"{title}, not proven" if stamped else title
-            plots.append(Plot(title=title, unit=unit, x_label="step", xs=tuple(steps.tolist()), lines=lines))
+            # Of what is measured every so many steps, these.
+            at = np.any([run.steps.measured(name) for name in there], axis=0)
+            lines = tuple(Line(name=name, ys=tuple(run.steps.column(name)[at].tolist())) for name in there)
+            metric = metric_named(there[0])
+            assert metric is not None
+            title, xs = f"{title}, not proven" if stamped else title, tuple(steps[at].tolist())
+            plots.append(Plot(title=title, unit=metric.unit, x_label="step", xs=xs, lines=lines))
     return Section(title="Trajectories", plots=tuple(plots))
 
 
