@@ -1,6 +1,8 @@
 """Several rewards, length's price, prompts that are too long, and questions that are held out."""
 
+import asyncio
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -103,6 +105,29 @@ def test_a_figure_of_a_reward_is_its_familys_and_gets_a_column(tmp_path):
     head, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
     assert head.split(",")[-1] == "rewards/brief/mean"
     assert [row.split(",")[-1] for row in rows] == ["0.5", "1.5"]
+
+
+async def slow(text, item):
+    await asyncio.sleep(60 if text == "hangs" else 0.1)
+    if text == "raises":
+        raise KeyError("judge")
+    return float(len(text))
+
+
+def test_calls_of_an_async_reward_wait_side_by_side():
+    task = Task(TaskConfig(name=f"{HERE}:questions", reward=f"{HERE}:slow"), 0)
+    began = time.monotonic()
+    assert list(task.rewards(["a" * n for n in range(40)], [{}] * 40)) == list(range(40))
+    assert time.monotonic() - began < 2.0, "one after the other they take 4 s"
+
+
+@pytest.mark.parametrize(("text", "told"), [("hangs", "no answer in 0.5 s"), ("raises", "KeyError: 'judge'")])
+def test_one_that_hangs_or_raises_is_told_and_those_before_it_stay(text, told):
+    task = Task(TaskConfig(name=f"{HERE}:questions", reward=f"{HERE}:slow", reward_timeout_s=0.5), 0)
+    rewards = task.rewards(["a", "bb", text], [{"question": "q"}] * 3)
+    assert [next(rewards), next(rewards)] == [1.0, 2.0]
+    with pytest.raises(RewardError, match=told):
+        next(rewards)
 
 
 # ── overlong completions ────────────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,11 @@
 """A reward at work: in this process under its deadline, or in processes of its own."""
 
+import asyncio
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -11,6 +14,9 @@ from lockstep.errors import RecipeError, Stopped
 from lockstep.rollout.deadline import Overdue, deadline
 from lockstep.rollout.reward_workers import RewardWorkers
 from lockstep.rollout.rewards import UNTIMED, Item, computed, raised, refused, reward_named
+
+AT_ONCE = 64
+"""Calls of an ``async`` reward under way in this process."""
 
 
 class Judge:
@@ -34,8 +40,14 @@ class Judge:
             RewardError: at the first whose reward raises, ends the process, takes longer than
                 ``task.reward_timeout_s`` or is no finite number; prompt and completion are shown.
         """
-        here = (self._here(completion, item) for completion, item in zip(completions, items, strict=True))
-        values = here if self._workers is None else self._workers.rewards(completions, items)
+        if self._workers is not None:
+            values = self._workers.rewards(completions, items)
+        elif inspect.iscoroutinefunction(self._reward):
+            values = self._side_by_side(self._reward, completions, items)
+        else:
+            values = (
+                self._here(completion, item) for completion, item in zip(completions, items, strict=True)
+            )
         for value, completion, item in zip(values, completions, items, strict=True):
             if not math.isfinite(value):
                 raise refused(self.config.reward, str(value), completion, item)
@@ -45,6 +57,27 @@ class Judge:
         """End the processes that compute rewards, where there are any."""
         if self._workers is not None:
             self._workers.close()
+
+    def _side_by_side(
+        self, reward: Callable[..., Any], completions: Sequence[str], items: Sequence[Item]
+    ) -> Iterator[float]:
+        """Of an ``async`` reward: what waits for a server waits with the others, each for so long at most."""
+        seconds, places = self.config.reward_timeout_s or None, asyncio.Semaphore(AT_ONCE)
+
+        async def one(completion: str, item: Item) -> float:
+            async with places:
+                return float(await asyncio.wait_for(reward(completion, item), seconds))
+
+        async def every() -> list[float | BaseException]:
+            asked = (one(*each) for each in zip(completions, items, strict=True))
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        for value, completion, item in zip(asyncio.run(every()), completions, items, strict=True):
+            if isinstance(value, TimeoutError) and seconds:
+                raise refused(self.config.reward, f"no answer in {seconds:g} s", completion, item) from None
+            if isinstance(value, BaseException):
+                raise refused(self.config.reward, raised(value), completion, item) from value
+            yield value
 
     def _here(self, completion: str, item: Item) -> float:
         assert self._reward is not None
