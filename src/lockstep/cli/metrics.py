@@ -9,7 +9,7 @@ from lockstep.cli.console import emit, show
 from lockstep.cli.flags import Json
 from lockstep.errors import UsageError
 from lockstep.metrics.aliases import ALIASES, SYSTEMS, System, alias_named
-from lockstep.metrics.catalog import BY_NAME, METRICS
+from lockstep.metrics.catalog import BY_NAME, METRICS, metric_named
 from lockstep.metrics.metric import Metric
 
 
@@ -29,7 +29,7 @@ def metrics(
     """
     system = _system(aliases)
     if name is not None:
-        chosen = BY_NAME[name] if name in BY_NAME else BY_NAME[alias_named(name, system).ours]
+        chosen = metric_named(name) or BY_NAME[alias_named(name, system).ours]
         emit("catalog", {"metrics": [_told(chosen)]}) if as_json else show(_one(chosen))
     elif as_json:
         emit("catalog", {"metrics": [_told(metric) for metric in METRICS]})

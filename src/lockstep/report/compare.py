@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import Struct
 
 from lockstep.errors import UsageError
-from lockstep.metrics.catalog import BY_NAME
+from lockstep.metrics.catalog import metric_named
 from lockstep.records.verdicts import Status
 from lockstep.report.bands import Band, band_of, onset
 from lockstep.report.pattern import JUDGED, Since, points_at
@@ -228,7 +228,7 @@ def _figure(name: str, judged: Judged, side: _Sides, since: Since) -> Figure:
     at = since.place if judged.verdict == "different" else None
     return Figure(
         name=name,
-        unit=BY_NAME[name].unit if name in BY_NAME else "",
+        unit=metric.unit if (metric := metric_named(name)) is not None else "",
         verdict=judged.verdict,
         reference_mean=float(side.sample.a.mean()) if side.sample.a.size else float("nan"),
         difference=judged.difference,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import nan
 
-from lockstep.metrics.catalog import BY_NAME
+from lockstep.metrics.catalog import metric_named
 from lockstep.report.build import shown
 from lockstep.report.compare import Against, Comparison, Figure, Series
 from lockstep.report.document import Line, Plot, Report, Section, Table
@@ -70,7 +70,8 @@ def _row(figure: Figure) -> tuple[str, ...]:
 
 def _side_by_side(figure: str, series: Sequence[Series]) -> Plot:
     xs = tuple(sorted(set().union(*(one.steps for one in series))))
-    unit = BY_NAME[figure].unit if figure in BY_NAME else ""
+    metric = metric_named(figure)
+    unit = metric.unit if metric is not None else ""
     lines = tuple(_line(one, xs) for one in series)
     return Plot(title=figure, unit=unit, x_label="step", xs=xs, lines=lines)
 
