@@ -21,7 +21,7 @@ from lockstep.config.recipe import Recipe, load_recipe, with_sets
 from lockstep.errors import LockstepError, UsageError
 
 if TYPE_CHECKING:
-    from lockstep.engines.audit import Row
+    from lockstep.engines.audit import KnobRow
     from lockstep.loop.open import Plants, Session
     from lockstep.parity.ladder import LadderResult
     from lockstep.records.verdicts import Status, Verdict
@@ -328,7 +328,7 @@ class Audit:
     """``name version (generation)``."""
     before: str
     """The version whose defaults stand beside."""
-    rows: "list[Row]"
+    rows: "list[KnobRow]"
 
     @property
     def status(self) -> "Status":

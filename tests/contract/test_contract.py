@@ -14,7 +14,7 @@ import torch
 from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, logprobs_of
 
 from lockstep.config.recipe import Model, Recipe, TaskConfig, Training, load_recipe
-from lockstep.deep.replay import replay
+from lockstep.deep.switch import replay_switch
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineError, UsageError
 from lockstep.faults.at_load import AtLoad
@@ -318,7 +318,7 @@ def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
     pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
     found = None
     for mode in ("keep", "recompute"):
-        found = replay(pair, mode, found and found.undisturbed_s)
+        found = replay_switch(pair, mode, found and found.undisturbed_s)
         assert found.n_spanning >= 3
         # 1.1e-4 on a CPU without AVX-512, 1/100 of the wrong one.
         assert max(found.before.max(), found.right.max()) <= EXACT_NATS

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lockstep.parity.canary import Canary
 from lockstep.parity.evidence import gather
 from lockstep.parity.explain.weights import attribution
-from lockstep.parity.explain.weights.attribution import Slopes, label, rounded, scaled, stale
+from lockstep.parity.explain.weights.attribution import SlopesAndGap, label, rounded, scaled, stale
 from lockstep.parity.explain.weights.model_settings import Departure, departures
 from lockstep.parity.perturbation import perturbed
 from lockstep.policy.variants import Earlier, Scaled
@@ -107,11 +107,11 @@ def test_to_first_order_the_set_that_made_the_gap_is_ranked_first(data):
     moves = rng.normal(size=(24, len(names)))
     chosen = data.draw(st.sampled_from([(4,), (0, 1), (2, 5, 8), (6, 7, 8)]))
     gap = moves[:, list(chosen)].sum(1)
-    ranked = attribution._ranked(Slopes(moves, gap), names, free=False)
+    ranked = attribution._ranked(SlopesAndGap(moves, gap), names, free=False)
     assert set(ranked[0].names) == {names[at] for at in chosen}
     assert ranked[0].miss == pytest.approx(0.0, abs=1e-9)
     assert [hypothesis.miss for hypothesis in ranked] == sorted(hypothesis.miss for hypothesis in ranked)
-    one = attribution._ranked(Slopes(moves, -0.3 * moves[:, 4]), names, free=True)
+    one = attribution._ranked(SlopesAndGap(moves, -0.3 * moves[:, 4]), names, free=True)
     assert one[0].names == (names[4],)
     assert one[0].factor == pytest.approx(0.7)
 

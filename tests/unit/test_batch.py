@@ -15,7 +15,7 @@ from lockstep.training.batch import minibatches
 from lockstep.training.beside import score_under_sampling_weights
 from lockstep.training.rehearsal import rehearse
 from lockstep.training.step import accumulate
-from lockstep.training.tokens import Tokens as StepTokens
+from lockstep.training.tokens import StepTokens
 from tests.unit.bag_pair import VOCABULARY, Bag, BagPolicy, recipe_of
 
 

@@ -14,7 +14,7 @@ from lockstep.report.arms import read_arms
 from lockstep.report.bands import band_of, onset
 from lockstep.report.compare import against, compare
 from lockstep.report.pattern import Since, points_at
-from lockstep.report.statistics import LEVEL, Judged, Sample, judge_all
+from lockstep.report.statistics import LEVEL, Judged, SeedMeans, judge_all
 from lockstep.report.student import cdf, quantile, two_sided
 from lockstep.report.trajectories import Arm, Trajectory
 
@@ -141,11 +141,11 @@ def test_a_value_that_is_not_finite_is_told_and_decides_nothing():
 def test_many_figures_share_one_chance_of_error():
     random = np.random.default_rng(3)
     a, apart = 0.1 * random.normal(size=8), np.linspace(-1.0, 1.0, 8)
-    p02 = Sample(a, a + 1.0 + apart * 0.975 / apart.std(ddof=1), True)  # t = 2.9 over 7 degrees of freedom
+    p02 = SeedMeans(a, a + 1.0 + apart * 0.975 / apart.std(ddof=1), True)  # t = 2.9 over 7 degrees of freedom
     alone = judge_all({"x": p02})["x"]
     assert alone.verdict == "different"
     assert 0.01 < alone.p < 0.05
-    crowd = {f"y{n}": Sample(a, a + random.normal(size=8), True) for n in range(20)}
+    crowd = {f"y{n}": SeedMeans(a, a + random.normal(size=8), True) for n in range(20)}
     assert judge_all({"x": p02} | crowd)["x"].verdict != "different"
 
 

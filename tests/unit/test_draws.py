@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.parity.explain.semantics.draws import CROWD, TILTS, Drawn, weigh
+from lockstep.parity.explain.semantics.draws import CROWD, TILTS, BothWeighed, weigh
 from lockstep.parity.tolerances import DRAWS_FALSE_ALARM, DRAWS_POWER
 
 SIMULATIONS = 200
@@ -70,7 +70,7 @@ class Check:
         for name, (logprobs, n) in self.parts.items():
             products = self.products(name, *drawn(logprobs, n, rng, **faults.get(name, {})))
             found[name] = replace(self.weighed[name], log_products=products)
-        return Drawn(**found)
+        return BothWeighed(**found)
 
 
 @pytest.fixture(scope="module")

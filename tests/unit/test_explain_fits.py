@@ -22,7 +22,7 @@ from lockstep.parity.explain.semantics.held import (
     spread,
     tokens_of_every_part,
 )
-from lockstep.parity.explain.semantics.joint import Cut, hidden_cut
+from lockstep.parity.explain.semantics.joint import UnderTruncation, hidden_cut
 from lockstep.parity.explain.semantics.penalties import seen_before
 from lockstep.parity.explain.semantics.portions import places_of_rows, rows_off, temperatures_of_rows, where
 from lockstep.parity.explain.semantics.unasked import unasked
@@ -157,7 +157,7 @@ def drawn_under(setting, seed=0, n=96, temperature=1.0):
 @pytest.mark.parametrize("k", [2, 7, 40])
 def test_every_top_k_is_tried_at_once(k):
     held = drawn_under(SamplingParams(max_tokens=1, top_k=k))
-    cut = Cut(*held)
+    cut = UnderTruncation(*held)
     miss, name = cut.best()
     assert (name, miss < LIMIT) == (f"top-k {k}", True)
     assert cut.top_k(k) == miss
@@ -166,13 +166,13 @@ def test_every_top_k_is_tried_at_once(k):
 
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.95])
 def test_the_least_kept_mass_gives_the_top_p(p):
-    miss, name = Cut(*drawn_under(SamplingParams(max_tokens=1, top_p=p))).best()
+    miss, name = UnderTruncation(*drawn_under(SamplingParams(max_tokens=1, top_p=p))).best()
     assert (name, miss < LIMIT) == (f"top-p {p:g}", True)
 
 
 def test_a_token_that_a_truncation_leaves_out_is_impossible_under_it():
     held = drawn_under(SamplingParams(max_tokens=1, top_k=40))
-    assert Cut(*held).top_k(1) == np.inf
+    assert UnderTruncation(*held).top_k(1) == np.inf
 
 
 def seen_of(n):

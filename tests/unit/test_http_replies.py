@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lockstep.cli.console import OBEYED, printable
-from lockstep.engines.openai_http.replies import Completions, completion_bytes, decode
+from lockstep.engines.openai_http.replies import CompletionsReply, completion_bytes, decode
 from lockstep.errors import EngineDied, EngineError, LockstepError, UsageError
 from lockstep.records.tokens import FLOAT32
 from tests.hostile_http import VOCABULARY, ask, completions, engine_on, held, hostile_bodies, raw_server
@@ -293,4 +293,4 @@ def test_hostile_bodies_over_a_socket(engine, server):
 def test_the_honest_reply_is_accepted(engine, server):
     server.bodies["/v1/completions"] = body_of(completions())
     held(ask(engine))
-    assert decode(body_of(completions()), Completions, "x").choices[0].token_ids == [7, 8, 9]
+    assert decode(body_of(completions()), CompletionsReply, "x").choices[0].token_ids == [7, 8, 9]

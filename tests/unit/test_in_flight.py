@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lockstep.deep import in_flight
-from lockstep.deep.replay import Replayed
+from lockstep.deep.switch import Replayed
 from lockstep.parity.tolerances import REPLAY_WRONG_MULTIPLE
 from lockstep.records.verdicts import Verdict
 from tests.unit.bag_pair import bag_pair

@@ -14,7 +14,7 @@ from lockstep.parity.delivered import Missing
 from lockstep.parity.evidence import gather
 from lockstep.parity.explain.numerics.systematic import Direction
 from lockstep.parity.layers import weights
-from lockstep.parity.left_behind import Left
+from lockstep.parity.left_behind import TensorLeft
 from lockstep.parity.perturbation import PROBE_VERSION
 from lockstep.records.versions import LoadReceipt, VersionSpan
 from tests.unit.bag_pair import Bag, bag_pair
@@ -239,7 +239,9 @@ def test_sides_that_differ_anyway_are_judged_by_their_moves(sides, monkeypatch):
     assert verdict.status == "PASS"
     assert "no stale tensor, where 7 of 9 would have shown" in verdict.summary
     assert (verdict.figures["tensors"], verdict.figures["tensors_seen"]) == (9, 7)
-    old = Left(Direction("old", ("a",), "a"), Missing(1.0, 0.1, 4), np.ones(4), np.arange(4), again=False)
+    old = TensorLeft(
+        Direction("old", ("a",), "a"), Missing(1.0, 0.1, 4), np.ones(4), np.arange(4), again=False
+    )
     monkeypatch.setattr(weights, "proven_each", lambda pair: (asked, [old]))
     named = sides.judged()
     assert (cause(named), named.summary.endswith("a is old")) == ("stale_tensors", True)

@@ -11,7 +11,7 @@ import torch
 from lockstep.config.recipe import load_recipe
 from lockstep.parity.canary import Canary
 from lockstep.parity.delivered import Moves
-from lockstep.parity.left_behind import LeftBehind, Tokens
+from lockstep.parity.left_behind import AskedTokens, LeftBehind
 from lockstep.parity.tolerances import noise_of
 from lockstep.policy.model import load_policy
 from lockstep.policy.parameters import assign, parameters_of
@@ -117,7 +117,7 @@ def drawn(pair, seed, variant=None):
 
 
 def asked(*drawn_as):
-    return Tokens.of(*drawn(*drawn_as))
+    return AskedTokens.of(*drawn(*drawn_as))
 
 
 def suspected(pair, since, variant, steps=1):

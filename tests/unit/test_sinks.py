@@ -16,11 +16,11 @@ from lockstep.records.verdicts import BeforeStep, Verdict
 from lockstep.report.sources.read import read_runs
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.record import open_recorder
-from lockstep.runs.sinks.base import Completions, table
+from lockstep.runs.sinks.base import ShownCompletions, table
 
 PASSED = Verdict(layer="semantics", status="PASS", summary="the sampler's", n_tokens=8)
 ALARM = Alarm(step=1, name="flat groups", layer="task", sentence="95% of the groups teach nothing")
-SHOWN = Completions(step=0, rows=(("1 + 1 =", "2 | or\nthree", 0.5, "stop"),))
+SHOWN = ShownCompletions(step=0, rows=(("1 + 1 =", "2 | or\nthree", 0.5, "stop"),))
 
 
 @pytest.fixture

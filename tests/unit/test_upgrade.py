@@ -10,7 +10,7 @@ from lockstep.diagnose import upgrade as module
 from lockstep.diagnose.changes import TOPICS
 from lockstep.diagnose.sides import FirstRun, Left, Side, telling_temperature
 from lockstep.diagnose.upgrade import RECIPE, Step, settings, upgrade
-from lockstep.engines.audit import Row
+from lockstep.engines.audit import KnobRow
 from lockstep.records.verdicts import LAYERS, Finding, Verdict
 
 TABLE = {
@@ -28,8 +28,10 @@ NO_CACHE = "engine.options.enable_prefix_caching = false"
 def side(engine, mode, gap, *, tempered, cache):
     can = {"rescore": True, "rescore_at_temperature": tempered, "pause_keep": not tempered, "load": True}
     rows = (
-        Row("log-probability mode", "-", mode, "-", "change" if "raw" in mode else "ok", "why", PROCESSED),
-        Row(
+        KnobRow(
+            "log-probability mode", "-", mode, "-", "change" if "raw" in mode else "ok", "why", PROCESSED
+        ),
+        KnobRow(
             "prefix cache",
             "-",
             cache,
@@ -38,8 +40,8 @@ def side(engine, mode, gap, *, tempered, cache):
             "no update clears it",
             NO_CACHE,
         ),
-        Row("head precision", "-", "torch.float32", "-", "ok", "why", 'engine.head_dtype = "float32"'),
-        Row("KV cache dtype", "-", "auto", "-", "ok", "why", "x"),
+        KnobRow("head precision", "-", "torch.float32", "-", "ok", "why", 'engine.head_dtype = "float32"'),
+        KnobRow("KV cache dtype", "-", "auto", "-", "ok", "why", "x"),
     )
     return Side(
         engine=engine,

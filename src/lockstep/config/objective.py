@@ -8,15 +8,15 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 AdvantageScale = Literal["std", "batch", "none"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
-Correction = Literal["none", "tis", "sequence_tis", "masked_is", "geometric_rejection", "sequence_mask"]
+CorrectionName = Literal["none", "tis", "sequence_tis", "masked_is", "geometric_rejection", "sequence_mask"]
 KlEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 
-class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
+class ConfigSection(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the recipe: every key is known, and none changes."""
 
 
-class Kl(_Section, frozen=True):
+class Kl(ConfigSection, frozen=True):
     """The divergence of the policy from a frozen reference, both at the temperature of sampling."""
 
     coef: NonNegativeFloat = 0.0
@@ -28,7 +28,7 @@ class Kl(_Section, frozen=True):
     """A model as in ``model.path``; empty: the weights that the run starts from."""
 
 
-class Objective(_Section, frozen=True):
+class Objective(ConfigSection, frozen=True):
     """The loss as a function of log-probabilities and advantages."""
 
     name: str = "grpo"
@@ -51,14 +51,14 @@ class Objective(_Section, frozen=True):
     old_logprobs: Literal["trainer", "sampling", "engine"] = "trainer"
     """Denominator of the clipped ratio. ``trainer``, or ``sampling``, which says it: the trainer's under the
     weights that drew the token. ``engine`` skips that pass: the certificate's dividend."""
-    correction: Correction = "none"
+    correction: CorrectionName = "none"
     """A factor on each token for what is left of a proven backend's mismatch: ``objectives/corrections/``."""
     correction_low: PositiveFloat | None = None
     """None: the published bound of each, ``objectives/corrections/registry.py``."""
     correction_high: PositiveFloat | None = None
 
 
-class ValueHead(_Section, frozen=True):
+class ValueHeadConfig(ConfigSection, frozen=True):
     """For objectives with values: a head on the trainer's hidden states, never published to an engine."""
 
     lr: PositiveFloat = 1e-3

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, field
 
 from lockstep.config.evaluation import Evaluation, refuse_evaluation
 from lockstep.config.keys import refuse_unknown_keys, set_key, value_at
-from lockstep.config.objective import NonNegativeFloat, Objective, PositiveFloat, ValueHead
+from lockstep.config.objective import (
+    ConfigSection,
+    NonNegativeFloat,
+    Objective,
+    PositiveFloat,
+    ValueHeadConfig,
+)
 from lockstep.config.task import TaskConfig, refuse_task
 from lockstep.config.values import refuse_recomputed, refuse_unrepeatable
 from lockstep.errors import RecipeError
@@ -23,7 +29,7 @@ from lockstep.records.tokens import NonNegative, Positive, SamplingParams
 
 Dtype = Literal["float32", "bfloat16"]
 EngineDtype = Literal["float32", "bfloat16", "float16"]
-Schedule = Literal[
+LrSchedule = Literal[
     "constant",
     "linear",
     "cosine",
@@ -36,11 +42,7 @@ Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 """What every generator of random numbers takes, numpy's and an engine's among them."""
 
 
-class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class Model(_Section, frozen=True):
+class Model(ConfigSection, frozen=True):
     """The policy that is trained."""
 
     path: str
@@ -53,7 +55,7 @@ class Model(_Section, frozen=True):
     """Where the trainer computes: ``cpu``, ``cuda``, ``cuda:1``. ``auto``: CUDA if there is one, else CPU."""
 
 
-class EngineConfig(_Section, frozen=True):
+class EngineConfig(ConfigSection, frozen=True):
     """What samples tokens."""
 
     name: str = "auto"
@@ -75,15 +77,15 @@ class EngineConfig(_Section, frozen=True):
     reads. Costs two copies of them in memory; without it the published file is the trainer's own memory."""
     restarts: NonNegative = 2
     """In flight: how often an engine that died is started again in a run; its requests are issued again."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
     """Passed to the engine by its own names; each overrides what Lockstep would set."""
 
 
-class Optimizer(_Section, frozen=True):
+class Optimizer(ConfigSection, frozen=True):
     """AdamW over fp32 weights."""
 
     lr: PositiveFloat = 1e-6
-    schedule: Schedule = "constant"
+    schedule: LrSchedule = "constant"
     """Over all optimizer steps of the run, as transformers has it by that name; ``constant``: warm-up, then
     ``lr``."""
     warmup_steps: NonNegative = 0
@@ -94,7 +96,7 @@ class Optimizer(_Section, frozen=True):
     max_grad_norm: PositiveFloat = 1.0
 
 
-class Training(_Section, frozen=True):
+class Training(ConfigSection, frozen=True):
     """How long and in what portions."""
 
     steps: Positive
@@ -111,7 +113,7 @@ class Training(_Section, frozen=True):
     seed: Seed = 0
 
 
-class Parity(_Section, frozen=True):
+class Parity(ConfigSection, frozen=True):
     """How much the ladder compares."""
 
     probe_prompts: Annotated[int, Meta(ge=4)] = 16
@@ -145,7 +147,7 @@ class Parity(_Section, frozen=True):
     """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
 
 
-class Loop(_Section, frozen=True):
+class Loop(ConfigSection, frozen=True):
     """Which loop puts the stages in order."""
 
     kind: Literal["sync", "in_flight", "offline"] = "sync"
@@ -155,7 +157,7 @@ class Loop(_Section, frozen=True):
     """In flight: the longest wait in which nothing happens; who waits for what is told, and the run ends."""
 
 
-class Rollout(_Section, frozen=True):
+class Rollout(ConfigSection, frozen=True):
     """In flight: how far sampling may run ahead, and what an update does to what is being drawn."""
 
     max_lag: NonNegative = 1
@@ -174,7 +176,7 @@ class Rollout(_Section, frozen=True):
     """Where the weights of the last ``max_lag`` versions are kept; the manifest says how large they are."""
 
 
-class Recording(_Section, frozen=True):
+class Recording(ConfigSection, frozen=True):
     """Where figures and verdicts go, beside the run's own files."""
 
     sinks: tuple[str, ...] = ()
@@ -183,7 +185,7 @@ class Recording(_Section, frozen=True):
     """Sinks also get figures under this system's names, those alone whose formula is the same."""
 
 
-class Recipe(_Section, frozen=True):
+class Recipe(ConfigSection, frozen=True):
     """A whole run. Example: ``recipes/quickstart.toml``."""
 
     model: Model
@@ -193,7 +195,7 @@ class Recipe(_Section, frozen=True):
     engine: EngineConfig = EngineConfig()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
-    value_head: ValueHead = ValueHead()
+    value_head: ValueHeadConfig = ValueHeadConfig()
     parity: Parity = Parity()
     evaluation: Evaluation = Evaluation()
     recording: Recording = Recording()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lockstep.deep.replay import Replayed, replay
+from lockstep.deep.switch import Replayed, replay_switch
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import within
 from lockstep.parity.pair import Pair
@@ -24,7 +24,7 @@ def deepen(pair: Pair, weights: Verdict) -> Verdict:
     n = 0
     undisturbed_s = None
     for mode in MODES:
-        replayed = replay(pair, mode, undisturbed_s)
+        replayed = replay_switch(pair, mode, undisturbed_s)
         undisturbed_s = replayed.undisturbed_s
         figures |= {
             f"in_flight_{mode}_{name}_abs_max_nats": float(part.max()) if part.size else float("nan")

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
-from lockstep.engines.audit import VERSIONS, Row, audit
+from lockstep.engines.audit import VERSIONS, KnobRow, audit
 from lockstep.engines.registry import choose, facts_of
 from lockstep.faults.campaign import planted
 from lockstep.faults.catalogue import FAULTS
@@ -65,7 +65,7 @@ class Side(Struct, frozen=True, kw_only=True):
     can: dict[str, bool]
     how: dict[str, str]
     resolved: dict[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[KnobRow, ...]
     """The audit: each setting that moves numbers or state."""
 
 

@@ -15,10 +15,10 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 
 Standing = Literal["ok", "watch", "change", "unknown"]
-Judge = Callable[[Any, Recipe], tuple[Standing, str]]
+JudgeOfKnob = Callable[[Any, Recipe], tuple[Standing, str]]
 
 
-class Row(Struct, frozen=True):
+class KnobRow(Struct, frozen=True):
     """One knob of one engine."""
 
     knob: str
@@ -43,15 +43,15 @@ class Knob:
     """The engine argument."""
     defaults: dict[str, str]
     """vLLM version → its own default."""
-    judge: Judge
+    judge: JudgeOfKnob
     flag: str
 
 
-def _is(wanted: Any, why: str) -> Judge:
+def _is(wanted: Any, why: str) -> JudgeOfKnob:
     return lambda value, recipe: ("ok" if value == wanted else "change", why)
 
 
-def _watched_when(wanted: Any, why: str) -> Judge:
+def _watched_when(wanted: Any, why: str) -> JudgeOfKnob:
     return lambda value, recipe: ("watch" if value == wanted else "ok", why)
 
 
@@ -250,7 +250,7 @@ VERSIONS = ("0.8.5", "0.18.1", "0.32.0")
 """Whose defaults are known here."""
 
 
-def audit(engine: Engine, recipe: Recipe, before: str) -> list[Row]:
+def audit(engine: Engine, recipe: Recipe, before: str) -> list[KnobRow]:
     """One row for each knob.
 
     Args:
@@ -259,7 +259,7 @@ def audit(engine: Engine, recipe: Recipe, before: str) -> list[Row]:
     return [_row(knob, engine, recipe, before) for knob in KNOBS]
 
 
-def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> Row:
+def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> KnobRow:
     resolved = engine.ready.resolved
     key = next((key for key in knob.keys if key in resolved), None)
     if key is None:
@@ -269,7 +269,7 @@ def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> Row:
         value = str(resolved[key])
         verdict, why = knob.judge(resolved[key], recipe)
     asked = engine.asked.get(knob.option, "-")
-    return Row(knob.name, str(asked), value, knob.defaults[before], verdict, why, knob.flag)
+    return KnobRow(knob.name, str(asked), value, knob.defaults[before], verdict, why, knob.flag)
 
 
 def _absent(knob: Knob, engine: Engine) -> tuple[Standing, str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import replace
 
+from lockstep.engines.streaming import Completions
 from lockstep.faults.relay import Relay
 from lockstep.records.tokens import CLAMPED_LOGPROB, FLOAT32, INT32, Completion, SamplingParams
 from lockstep.records.versions import LoadMode, LoadReceipt, VersionSpan, WeightUpdate
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lockstep.parity.pair import Pair
 
 Prompts = list[np.ndarray]
-Completions = list[Completion]
 
 
 class Proxy(Relay):

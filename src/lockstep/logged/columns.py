@@ -55,7 +55,7 @@ SETTINGS = (
 LARGEST_ID = 2**31 - 1
 SHOWN = 40
 
-Row = Mapping[str, Any]
+LogRow = Mapping[str, Any]
 """A row by column: lists as JSON has them, or numpy arrays; scalars."""
 
 
@@ -69,7 +69,7 @@ class UnusableError(Exception):
         super().__init__(column, got, expected)
 
 
-def ids_of(name: str, row: Row) -> np.ndarray:
+def ids_of(name: str, row: LogRow) -> np.ndarray:
     """Token ids, int32."""
     expected = f"a list of ids from 0 to {LARGEST_ID}"
     values = _list(name, row, expected)
@@ -89,7 +89,7 @@ def ids_of(name: str, row: Row) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def logprobs_of(names: dict[str, str], row: Row, n_tokens: int) -> np.ndarray:
+def logprobs_of(names: dict[str, str], row: LogRow, n_tokens: int) -> np.ndarray:
     """Log-probabilities, float64; NaN for null."""
     name = names["logprobs"]
     expected = "a list of numbers; null, NaN and the infinities are counted as missing"
@@ -111,7 +111,7 @@ def logprobs_of(names: dict[str, str], row: Row, n_tokens: int) -> np.ndarray:
         raise UnusableError(name, culprit, expected) from None
 
 
-def mask_of(name: str, row: Row, n_prompt: int, n_tokens: int) -> np.ndarray:
+def mask_of(name: str, row: LogRow, n_prompt: int, n_tokens: int) -> np.ndarray:
     """bool [T]; of one over prompt and completion the completion's part."""
     bits = _bits(name, row)
     if len(bits) not in (n_tokens, n_prompt + n_tokens):
@@ -120,7 +120,7 @@ def mask_of(name: str, row: Row, n_prompt: int, n_tokens: int) -> np.ndarray:
     return bits[len(bits) - n_tokens :]
 
 
-def unpadded_of(names: dict[str, str], row: Row, n_prompt: int, n_tokens: int) -> tuple[slice, slice]:
+def unpadded_of(names: dict[str, str], row: LogRow, n_prompt: int, n_tokens: int) -> tuple[slice, slice]:
     """What of prompt and completion is no padding, as the attention masks say."""
     kept = [slice(0, n_prompt), slice(0, n_tokens)]
     for name in (name for name in ATTENTION if name in names):
@@ -165,7 +165,7 @@ def prompt_alone(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return prompt[: len(prompt) - len(tokens)]
 
 
-def told_of(row: Row) -> tuple:
+def told_of(row: LogRow) -> tuple:
     """The settings of a row, in the order of ``SETTINGS``; None where it has none."""
     told = tuple(row.get(name) for name in SETTINGS)
     for name, value in zip(SETTINGS, told, strict=True):
@@ -198,7 +198,7 @@ def _is_id(value: Any) -> bool:
     return is_id and bool(0 <= value <= LARGEST_ID)
 
 
-def _bits(name: str, row: Row) -> np.ndarray:
+def _bits(name: str, row: LogRow) -> np.ndarray:
     expected = "a list of 0 and 1, or of false and true"
     values = _list(name, row, expected)
     try:
@@ -210,7 +210,7 @@ def _bits(name: str, row: Row) -> np.ndarray:
     return bits == 1.0
 
 
-def _list(name: str, row: Row, expected: str) -> Any:
+def _list(name: str, row: LogRow, expected: str) -> Any:
     values = row.get(name)
     if not isinstance(values, list | np.ndarray):
         got = "nothing" if values is None else f"{type(values).__name__} {ascii(values)[:SHOWN]}"

@@ -21,7 +21,7 @@ from lockstep.logged.columns import (
     MASKS,
     SETTINGS,
     SHOWN,
-    Row,
+    LogRow,
     UnusableError,
     ends_with,
     ids_of,
@@ -87,7 +87,9 @@ def read_logged(path: Path, default: SamplingParams) -> Logged:
     return logged
 
 
-def _take(found: Collected, names: dict[str, str], number: int, row: Row, setting: int, whole: bool) -> bool:
+def _take(
+    found: Collected, names: dict[str, str], number: int, row: LogRow, setting: int, whole: bool
+) -> bool:
     """Take a row in.
 
     Returns whether ``input_ids`` holds prompt and completion together, which the first row says.
@@ -109,7 +111,7 @@ def _take(found: Collected, names: dict[str, str], number: int, row: Row, settin
     return whole
 
 
-def _opened(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
+def _opened(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
     """Column by role (and by its own name where it has no role), and the rows with their numbers."""
     wanted = "a .parquet or .jsonl file"
     try:
@@ -145,21 +147,21 @@ def _named(path: Path, lists: dict[str, bool]) -> dict[str, str]:
     return names | {name: name for name in (*MASKS, *ATTENTION, *SETTINGS) if name in lists}
 
 
-def _jsonl(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
+def _jsonl(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
     lines = _lines(path)
     first = next(lines, None)
     if first is None:
         raise _unusable(path, "no row", "at least one completion")
     names = _named(path, {name: isinstance(value, list) for name, value in first[1].items()})
 
-    def rows() -> Iterator[tuple[int, Row]]:
+    def rows() -> Iterator[tuple[int, LogRow]]:
         yield first
         yield from lines
 
     return names, rows()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Row]]:
+def _lines(path: Path) -> Iterator[tuple[int, LogRow]]:
     """The objects of a JSONL file with the numbers of their lines."""
     number = 0
     try:
@@ -203,7 +205,7 @@ def _decoded(line: bytes) -> Any:
         return json.loads(line.decode())  # which takes NaN and the infinities: they are counted as missing
 
 
-def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
+def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -222,7 +224,7 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, Row]]]:
         _refuse_type(pa, path, name, schema.field(name).type)
     at_once = _rows_at_once(path, file.metadata)
 
-    def rows() -> Iterator[tuple[int, Row]]:
+    def rows() -> Iterator[tuple[int, LogRow]]:
         number = 0
         try:
             for batch in file.iter_batches(at_once, columns=columns):

@@ -18,7 +18,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.logged import REASON, LoggedEngine
 from lockstep.logged.masks import settle
 from lockstep.logged.numbers import rows_off
-from lockstep.logged.part import Part
+from lockstep.logged.part import LogPart
 from lockstep.logged.rows import Logged
 from lockstep.parity.layers.numerics import judge_gap
 from lockstep.parity.pair import Pair
@@ -72,7 +72,7 @@ def judge(
     return verdicts
 
 
-def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -> list[Part]:
+def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -> list[LogPart]:
     """One for each sampling setting, those of the most rows first."""
     usable = logged.usable()
     measured = usable
@@ -89,7 +89,7 @@ def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -
             "those of the most completions"
         )
         logged.notes.append(text)
-    return [Part(pair, logged, groups[int(logged.settings[rows[0]])], rows, wrong_mask) for rows in chosen]
+    return [LogPart(pair, logged, groups[int(logged.settings[rows[0]])], rows, wrong_mask) for rows in chosen]
 
 
 def _by_setting(logged: Logged, rows: np.ndarray) -> list[np.ndarray]:
@@ -98,7 +98,7 @@ def _by_setting(logged: Logged, rows: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(logged.settings[order])) + 1)
 
 
-def _semantics(parts: Sequence[Part], logged: Logged) -> Verdict:
+def _semantics(parts: Sequence[LogPart], logged: Logged) -> Verdict:
     """The verdict of layer 1 over all parts, with what was left out and what was assumed."""
     verdict = _worst([part.semantics() for part in parts[:MOST_SETTINGS]])
     rows = {"rows": len(logged.spans), "rows_measured": sum(len(part.rows) for part in parts)}
@@ -108,7 +108,7 @@ def _semantics(parts: Sequence[Part], logged: Logged) -> Verdict:
     return replace(verdict, summary="; ".join([verdict.summary, *logged.notes])) if logged.notes else verdict
 
 
-def _numerics(parts: Sequence[Part]) -> Verdict:
+def _numerics(parts: Sequence[LogPart]) -> Verdict:
     """The verdict of layer 4 over all parts."""
     pair = parts[0].pair
     gaps = [part.gaps for part in parts]
@@ -132,7 +132,7 @@ def _numerics(parts: Sequence[Part]) -> Verdict:
     )
 
 
-def _deeper(part: Part, verdict: Verdict, deepen: Deepen | None) -> Verdict:
+def _deeper(part: LogPart, verdict: Verdict, deepen: Deepen | None) -> Verdict:
     wanted = deepen is not None and verdict.status == "PASS"
     return deepen(part.pair, verdict, part.portion) if wanted else verdict
 

@@ -58,7 +58,7 @@ MENDS_OF_A_LOG = {
 """Of causes whose general mend speaks of an engine alone."""
 
 
-class Part:
+class LogPart:
     """The completions of a log that were drawn under one setting, and a few of them for hypotheses.
 
     Args:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.delivered import Missing, Moves, missing
-from lockstep.parity.left_behind import TOKENS, LeftBehind, Tokens, left_behind
+from lockstep.parity.left_behind import TOKENS, AskedTokens, LeftBehind, left_behind
 from lockstep.parity.pair import Pair
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.variants import Earlier
@@ -90,7 +90,7 @@ def _tensor_by_tensor(
     pair: Pair, tensors: LeftBehind, version: int, rollouts: Samples, moves: Moves, verdict: Verdict
 ) -> Verdict:
     """The verdict on the whole update; or the refusal of a tensor that an experiment shows is not served."""
-    suspect = tensors.suspect(pair, Tokens.of(rollouts, moves))
+    suspect = tensors.suspect(pair, AskedTokens.of(rollouts, moves))
     figures = verdict.figures | {
         "update_tensors": float(tensors.n_tensors),
         "update_tensors_seen": float(tensors.n_seen),

@@ -2,7 +2,7 @@
 
 from lockstep.loop.run import Run
 from lockstep.records.samples import Samples
-from lockstep.runs.sinks.base import Completions
+from lockstep.runs.sinks.base import ShownCompletions
 
 SHOWN = 8
 """Of a step: the first of each of so many groups."""
@@ -24,4 +24,4 @@ def show(run: Run, step: int, rollouts: Samples) -> None:
         )
         for sample in firsts
     ]
-    run.recorder.completions(Completions(step=step, rows=tuple(rows)))
+    run.recorder.completions(ShownCompletions(step=step, rows=tuple(rows)))

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from lockstep.config.objective import PositiveFloat
+
 Fraction = Annotated[float, Meta(gt=0, lt=1)]
-PositiveFloat = Annotated[float, Meta(gt=0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0)]
 AtLeast1 = Annotated[float, Meta(ge=1)]
 
 

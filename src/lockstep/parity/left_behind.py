@@ -44,7 +44,7 @@ EACH = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class AskedTokens:
     """What is asked: tokens of some completions, and how far the engine is from the trainer in each."""
 
     groups: Sequence[Group]
@@ -60,7 +60,7 @@ class Tokens:
     """The trainer's, float64 [T]."""
 
     @classmethod
-    def of(cls, rollouts: Samples, moves: Moves) -> "Tokens":
+    def of(cls, rollouts: Samples, moves: Moves) -> "AskedTokens":
         """Those of a step that the model sampled."""
         groups = rollouts.apart().groups
         prompts = prompts_of(rollouts)
@@ -78,7 +78,7 @@ class Suspect:
 
 
 @dataclass(frozen=True, eq=False)
-class Left:
+class TensorLeft:
     """A tensor that stayed behind, as the experiment showed."""
 
     place: Direction
@@ -110,7 +110,7 @@ class LeftBehind:
     _steps: list[dict[Direction, tuple[np.ndarray, np.ndarray]]] = field(default_factory=list)
     """Of each step, of each tensor: pulls of the gap and of what is known, float64 [prompts] each."""
 
-    def suspect(self, pair: Pair, asked: Tokens) -> Suspect | None:
+    def suspect(self, pair: Pair, asked: AskedTokens) -> Suspect | None:
         """What these tokens, with those of the steps before, point to."""
         self._steps.append(self._pulled(pair, asked))
         while len(self._steps) > 1 and sum(map(_width, self._steps[1:])) >= PROMPTS:
@@ -134,7 +134,7 @@ class LeftBehind:
         likely = tuple(places[n] for n in alike(pulls, best) if n in open_yet)
         return Suspect(likely[:TRIED], float(scored.t[best]), float(scored.p[best]))
 
-    def tried(self, pair: Pair, suspect: Suspect, canary: Canary) -> list[Left]:
+    def tried(self, pair: Pair, suspect: Suspect, canary: Canary) -> list[TensorLeft]:
         """Those of the suspects that really did not arrive; the others are cleared.
 
         Leaves trainer and engine with the weights that they are meant to have.
@@ -157,7 +157,7 @@ class LeftBehind:
         tried = [_moved_alone(pair, each, canary, now, served - new) for each in suspect.places]
         return [found for found in tried if found is not None]
 
-    def _pulled(self, pair: Pair, asked: Tokens) -> dict[Direction, tuple[np.ndarray, np.ndarray]]:
+    def _pulled(self, pair: Pair, asked: AskedTokens) -> dict[Direction, tuple[np.ndarray, np.ndarray]]:
         def back(name: str, value: Tensor) -> Tensor | None:
             return self._back(pair, name, value)
 
@@ -191,7 +191,7 @@ class LeftBehind:
         return found
 
 
-def proven_each(pair: Pair) -> tuple[LeftBehind, list[Left]]:
+def proven_each(pair: Pair) -> tuple[LeftBehind, list[TensorLeft]]:
     """All tensors moved at once, sent and scored: what did not arrive?
 
     Leaves trainer and engine with the weights that they had.
@@ -209,12 +209,12 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[Left]]:
             new = canary.trainer_scores(pair).astype(np.float64)
         every = np.ones(new.size, bool)
         gap = canary.engine_scores(pair) - new - start
-        suspect = tensors.suspect(pair, Tokens(canary.groups, np.arange(n), 1.0, every, gap, new))
+        suspect = tensors.suspect(pair, AskedTokens(canary.groups, np.arange(n), 1.0, every, gap, new))
     pair.sync(pair.version)
     return tensors, [] if suspect is None else tensors.tried(pair, suspect, canary)
 
 
-def left_behind(pair: Pair, left: Sequence[Left], found: str = "") -> Finding:
+def left_behind(pair: Pair, left: Sequence[TensorLeft], found: str = "") -> Finding:
     """The finding that tensors stayed behind, the first with its size."""
     first = left[0]
     cause = "stale_tensors"
@@ -250,7 +250,7 @@ def _far(pair: Pair, tensors: Snapshot) -> Perturbed:
 
 def _moved_alone(
     pair: Pair, place: Direction, canary: Canary, now: Snapshot, start: np.ndarray
-) -> Left | None:
+) -> TensorLeft | None:
     """One tensor moved far, sent, and put back; None where the move arrived.
 
     Args:
@@ -275,8 +275,8 @@ def _scores_with_old(pair: Pair, canary: Canary, place: Direction, before: Snaps
         return canary.trainer_scores(pair)
 
 
-def _left(place: Direction, moves: Moves, *, again: bool) -> Left | None:
+def _left(place: Direction, moves: Moves, *, again: bool) -> TensorLeft | None:
     found = missing(moves)
     if not found.refuted:
         return None
-    return Left(place, found, np.abs(found.share * moves.moved), moves.owners, again)
+    return TensorLeft(place, found, np.abs(found.share * moves.moved), moves.owners, again)

@@ -33,7 +33,7 @@ from lockstep.records.samples import Group
 
 HEAD = "head"
 """The last matrix product, whose tensor may be the input embedding's too."""
-Direction = Callable[[str, Tensor], Tensor | None]
+Towards = Callable[[str, Tensor], Tensor | None]
 """Name and whole value of a parameter → D, of its shape; None where it is not thought to have moved. ``HEAD``
 is asked too."""
 
@@ -49,7 +49,7 @@ class Asked:
 
     weights: np.ndarray
     """a_i, float [T] over all completions' tokens in order."""
-    families: Mapping[str, Direction]
+    families: Mapping[str, Towards]
     """Name → direction; ``scale`` costs nothing beside the backward pass."""
 
 

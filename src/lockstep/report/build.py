@@ -15,7 +15,7 @@ from lockstep.metrics.catalog import metric_named
 from lockstep.records.verdicts import LAYERS, AfterSync, BeforeStep, OfCheck, OfRollouts, Status, Verdict
 from lockstep.report.document import Download, Line, Plot, Report, Section, Table
 from lockstep.report.rollouts import gap_section, rollouts_section
-from lockstep.report.tokens import Gaps, read_gaps
+from lockstep.report.tokens import GapCounts, read_gaps
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import RunRecord, read_verdicts
 from lockstep.runs.sinks.base import VerdictRecord
@@ -194,17 +194,17 @@ def _alarms(run: RunRecord) -> Section | None:
     return Section(title="Alarms", tables=(Table(title="Alarms by step", columns=columns, rows=rows),))
 
 
-def _gaps(layout: RunLayout) -> tuple[Gaps, str]:
+def _gaps(layout: RunLayout) -> tuple[GapCounts, str]:
     """The counts over all admitted rollouts, and why there are none."""
     paths = sorted((layout.root / "rollouts").glob("step-*.parquet"))
     if not paths:
-        return Gaps(), "no rollouts were admitted"
+        return GapCounts(), "no rollouts were admitted"
     try:
         return read_gaps(paths), ""
     except ModuleNotFoundError as error:
-        return Gaps(), f'not read: this Python has no {error.name}: pip install "lockstep-rl[report]"'
+        return GapCounts(), f'not read: this Python has no {error.name}: pip install "lockstep-rl[report]"'
     except RunError as error:
-        return Gaps(), f"not read: {error.boundary}: {error.got}"
+        return GapCounts(), f"not read: {error.boundary}: {error.got}"
 
 
 def _trajectories(run: RunRecord) -> Section:
@@ -273,7 +273,7 @@ def shown(value: object) -> str:
     return str(value)
 
 
-def _words(run: RunRecord, ladder: Sequence[Verdict], gaps: Gaps) -> list[str]:
+def _words(run: RunRecord, ladder: Sequence[Verdict], gaps: GapCounts) -> list[str]:
     words = ladder_words(ladder)
     if run.manifest.planted:
         words.insert(0, planted_words(run.manifest.planted))

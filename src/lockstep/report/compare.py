@@ -15,7 +15,7 @@ from lockstep.metrics.catalog import metric_named
 from lockstep.records.verdicts import Status
 from lockstep.report.bands import Band, band_of, onset
 from lockstep.report.pattern import JUDGED, Since, points_at
-from lockstep.report.statistics import Judged, Sample, judge_all
+from lockstep.report.statistics import Judged, SeedMeans, judge_all
 from lockstep.report.trajectories import Arm, Trajectory, another_formula
 
 SCHEMA = "lockstep.compare/1"
@@ -174,7 +174,7 @@ def _two_formulas(reference: Arm, arm: Arm, name: str) -> str:
 class _Sides:
     """One figure of both over their common steps. N is how many these are."""
 
-    sample: Sample
+    sample: SeedMeans
     steps: np.ndarray
     """float64 [N]."""
     difference: np.ndarray
@@ -198,11 +198,11 @@ def _sides(reference: Arm, arm: Arm, name: str, first_step: float) -> _Sides:
     ]
     if not steps.size:
         empty = np.empty(0)
-        return _Sides(Sample(empty, empty, False), steps, empty, (*notes, "no common step"))
+        return _Sides(SeedMeans(empty, empty, False), steps, empty, (*notes, "no common step"))
     if lost := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
         notes.append(f"{lost} of {a.size + b.size} values are not finite")
     identical = a.shape == b.shape and bool(np.array_equal(a, b))
-    sample = Sample(_means(a), _means(b), paired is not None, identical)
+    sample = SeedMeans(_means(a), _means(b), paired is not None, identical)
     return _Sides(sample, steps, b.mean(0) - a.mean(0), tuple(notes))
 
 

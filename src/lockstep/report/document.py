@@ -59,7 +59,7 @@ class Token(Struct, frozen=True, kw_only=True):
     """As the trainer scored it under the weights that drew it; NaN where it was not scored."""
 
 
-class Rollout(Struct, frozen=True, kw_only=True):
+class ShownRollout(Struct, frozen=True, kw_only=True):
     """One completion, its tokens to be tinted by |trainer − engine|."""
 
     title: str
@@ -76,7 +76,7 @@ class Section(Struct, frozen=True, kw_only=True):
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
-    rollouts: tuple[Rollout, ...] = ()
+    rollouts: tuple[ShownRollout, ...] = ()
 
 
 class Download(Struct, frozen=True, kw_only=True):

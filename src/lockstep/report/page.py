@@ -16,7 +16,7 @@ from math import isfinite
 import msgspec
 
 from lockstep.records.printable import OBEYED, escaped, printable
-from lockstep.report.document import Plot, Report, Rollout, Section, Table
+from lockstep.report.document import Plot, Report, Section, ShownRollout, Table
 from lockstep.report.svg import svg
 from lockstep.runs.strict import plain
 
@@ -147,7 +147,7 @@ def _plot_data(plot: Plot) -> dict:
     return {"xs": list(plot.xs), "x": plot.x_label, "log": plot.log_x, "lines": lines}
 
 
-def _rollout(rollout: Rollout) -> str:
+def _rollout(rollout: ShownRollout) -> str:
     gaps = [abs(token.trainer - token.engine) for token in rollout.tokens]
     largest = max((gap for gap in gaps if isfinite(gap)), default=0.0)
     spans = "".join(_token(token.text, gap, largest) for token, gap in zip(rollout.tokens, gaps, strict=True))

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.report.document import Line, Plot, Rollout, Section, Table, Token
+from lockstep.report.document import Line, Plot, Section, ShownRollout, Table, Token
 from lockstep.report.tokens import (
     DECADES,
     PER_DECADE,
     POSITIONS,
     PROBABILITIES,
-    Gaps,
+    GapCounts,
     edges,
     quantile_of,
     read_places,
@@ -26,7 +26,7 @@ TOKENS_SHOWN = 256
 BARS_PER_DECADE = 8
 
 
-def gap_section(gaps: Gaps, lost: str) -> Section:
+def gap_section(gaps: GapCounts, lost: str) -> Section:
     """How far trainer and engine are apart: over all tokens, by probability, by position."""
     title = "The gap, trainer − engine"
     if lost:
@@ -59,12 +59,12 @@ def _quantiles(title: str, rows: Sequence[tuple[str, np.ndarray]], largest: str 
     return Table(title=title, columns=columns, rows=tuple(cells), note="|gap| in nats")
 
 
-def _by_probability(gaps: Gaps) -> list[tuple[str, np.ndarray]]:
+def _by_probability(gaps: GapCounts) -> list[tuple[str, np.ndarray]]:
     names = [f"{low:g} to {high:g}" for low, high in pairwise(PROBABILITIES)]
     return list(zip(names, gaps.by_probability, strict=True))
 
 
-def _by_position(gaps: Gaps) -> list[tuple[str, np.ndarray]]:
+def _by_position(gaps: GapCounts) -> list[tuple[str, np.ndarray]]:
     ends = [*POSITIONS[1:], None]
     names = [
         f"{first} on" if end is None else str(first) if end == first + 1 else f"{first} to {end - 1}"
@@ -73,7 +73,7 @@ def _by_position(gaps: Gaps) -> list[tuple[str, np.ndarray]]:
     return list(zip(names, gaps.by_position, strict=True))
 
 
-def _histogram(gaps: Gaps) -> Plot:
+def _histogram(gaps: GapCounts) -> Plot:
     """Share of tokens by |gap|, in eighths of a decade, from the first that has any to the last."""
     upper = edges()
     counts = gaps.counts[1:-1]
@@ -96,7 +96,7 @@ def _histogram(gaps: Gaps) -> Plot:
     )
 
 
-def rollouts_section(gaps: Gaps, model: Path, lost: str) -> Section | None:
+def rollouts_section(gaps: GapCounts, model: Path, lost: str) -> Section | None:
     """The completions with the largest gaps, and some from all over the run."""
     if lost or not gaps.shown:
         return None
@@ -115,7 +115,7 @@ def rollouts_section(gaps: Gaps, model: Path, lost: str) -> Section | None:
     return Section(title="Rollouts", text=tuple(text), rollouts=rollouts)
 
 
-def _rollout(row: dict[str, Any], text_of: Any) -> Rollout:
+def _rollout(row: dict[str, Any], text_of: Any) -> ShownRollout:
     engine, trainer = row["engine_logprobs"], row["sampling_logprobs"]
     n = len(engine)
     trainer = trainer if trainer is not None else [float("nan")] * n
@@ -130,4 +130,4 @@ def _rollout(row: dict[str, Any], text_of: Any) -> Rollout:
         ("weights of version", str(row["weight_version"])),
     )
     title = f"Step {row['step'] + 1}, completion {row['sample']}"
-    return Rollout(title=title, facts=facts, tokens=tuple(tokens), left_out=max(0, n - TOKENS_SHOWN))
+    return ShownRollout(title=title, facts=facts, tokens=tuple(tokens), left_out=max(0, n - TOKENS_SHOWN))

@@ -59,7 +59,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SeedMeans:
     """A figure's means over the common steps: one number a seed, in the same order where ``paired``."""
 
     a: np.ndarray
@@ -69,7 +69,7 @@ class Sample:
     """Every value of every step is the same in both."""
 
 
-def judge_all(samples: dict[str, Sample]) -> dict[str, Judged]:
+def judge_all(samples: dict[str, SeedMeans]) -> dict[str, Judged]:
     """A verdict for each figure, the chance of error held over all of them together."""
     first = {name: _tested(sample) for name, sample in samples.items()}
     known = sorted((test.p, name) for name, test in first.items() if isfinite(test.p))
@@ -96,7 +96,7 @@ class _Test:
     spread_freedom: float
 
 
-def _tested(sample: Sample) -> _Test:
+def _tested(sample: SeedMeans) -> _Test:
     a, b = sample.a, sample.b
     difference = float(b.mean() - a.mean()) if a.size and b.size else nan
     spread_freedom = float(a.size + b.size - 2)
@@ -123,7 +123,7 @@ def _pooled(a: np.ndarray, b: np.ndarray, freedom: float) -> float:
     return sqrt(squares / freedom) if freedom > 0 and min(a.size, b.size) else nan
 
 
-def _judged(sample: Sample, test: _Test, limit: float, strictest: float) -> Judged:
+def _judged(sample: SeedMeans, test: _Test, limit: float, strictest: float) -> Judged:
     seeds = int(min(sample.a.size, sample.b.size))
     margin = MARGIN_SPREADS * test.spread
     common = {"difference": test.difference, "margin": margin, "p": test.p, "seeds": seeds}

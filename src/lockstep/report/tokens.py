@@ -43,7 +43,7 @@ class Place:
 
 
 @dataclass
-class Gaps:
+class GapCounts:
     """Counts of tokens."""
 
     by_probability: np.ndarray = field(
@@ -90,14 +90,14 @@ def quantile_of(counts: np.ndarray, share: float) -> float:
     return float(np.sqrt(upper[at - 1] * upper[min(at, CLASSES - 2)]))
 
 
-def read_gaps(paths: Sequence[Path]) -> Gaps:
+def read_gaps(paths: Sequence[Path]) -> GapCounts:
     """Count every token of the files.
 
     Raises:
         RunError: for a file that is damaged.
         ModuleNotFoundError: without pyarrow.
     """
-    gaps = Gaps()
+    gaps = GapCounts()
     worst = []
     spread = []
     for path in paths:
@@ -114,7 +114,7 @@ def read_gaps(paths: Sequence[Path]) -> Gaps:
     return gaps
 
 
-def _count(gaps: Gaps, batch: "pyarrow.RecordBatch") -> np.ndarray:
+def _count(gaps: GapCounts, batch: "pyarrow.RecordBatch") -> np.ndarray:
     """Add a batch; returns the largest |gap| of each row, −1 where nothing was compared, float64 [rows]."""
     lengths = np.diff(np.asarray(batch["engine_logprobs"].offsets))
     engine = batch["engine_logprobs"].flatten().to_numpy()

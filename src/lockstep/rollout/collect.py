@@ -18,7 +18,7 @@ from lockstep.objectives.registry import advantage_of
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import INT32, Completion, SamplingParams
 from lockstep.rendering import Renderer
-from lockstep.rollout.environments.episodes import Seed, Table, play
+from lockstep.rollout.environments.episodes import EpisodeContext, SeedOf, play
 from lockstep.rollout.tasks import Task
 
 
@@ -48,7 +48,7 @@ def drawn(
     renderer: Renderer,
     recipe: Recipe,
     items: Sequence[int],
-    seed: Seed,
+    seed: SeedOf,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Samples:
     """Completions of some questions, or conversations about them.
@@ -62,7 +62,7 @@ def drawn(
     """
     sampling = request(recipe, renderer, 0, **changes)
     if recipe.task.environment:
-        played = play(Table(engine, task, renderer, recipe), items, sampling, seed)
+        played = play(EpisodeContext(engine, task, renderer, recipe), items, sampling, seed)
         return Samples(played.samples, recipe.sampling, figures=played.figures)
     prompts = [renderer.prompt(task.messages(task.item(item))) for item in items]
     params = [msgspec.structs.replace(sampling, seed=seed(item)) for item in items]

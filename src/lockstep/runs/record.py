@@ -18,7 +18,7 @@ from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import Verdict, When
 from lockstep.runs import sinks
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Completions, Sink, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import ShownCompletions, Sink, StepRecord, VerdictRecord
 
 KEY = "recipe, key recording.sinks"
 
@@ -64,7 +64,7 @@ class Recorder:
         """True where a sink was asked for beside the run's own files."""
         return len(self.sinks) > 1
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """Record some of a step's completions.
 
         Raises:

@@ -13,7 +13,7 @@ from lockstep.config.recipe import Recipe
 from lockstep.policy.model import Policy
 from lockstep.records.samples import Samples
 from lockstep.training import batch, beside, step
-from lockstep.training.tokens import Tokens
+from lockstep.training.tokens import StepTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +55,12 @@ def rehearse(rollouts: Samples, policy: Policy, recipe: Recipe) -> Rehearsal:
     )
 
 
-def _losses(policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str) -> tuple[Tokens, float]:
+def _losses(
+    policy: Policy, parts: list[batch.Minibatch], recipe: Recipe, old: str
+) -> tuple[StepTokens, float]:
     """As in training, uncorrected: a correction hides what is judged here."""
     own = replace(recipe, objective=replace(recipe.objective, old_logprobs=old, correction="none"))
-    tokens = Tokens()
+    tokens = StepTokens()
     try:
         loss = sum(step.accumulate(part, policy, own, tokens, on_sampling_weights=False) for part in parts)
         step.refuse_divergence(loss)

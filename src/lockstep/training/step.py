@@ -22,7 +22,7 @@ from lockstep.records.samples import Samples
 from lockstep.training.batch import Microbatch, Minibatch, minibatches
 from lockstep.training.beside import Beside, prepare
 from lockstep.training.optimizer import MasterAdamW
-from lockstep.training.tokens import Tokens
+from lockstep.training.tokens import StepTokens
 from lockstep.training.versions import Before
 
 
@@ -41,7 +41,7 @@ class AtSampling:
 
 
 ALONE = Beside()
-Gate = Callable[[AtSampling], None]
+Admission = Callable[[AtSampling], None]
 """Raises where a step must not be trained on. Called once a step, before its first optimizer update."""
 
 
@@ -51,7 +51,7 @@ def train(
     optimizer: MasterAdamW,
     recipe: Recipe,
     step: int,
-    gate: Gate,
+    gate: Admission,
     beside: Beside = ALONE,
     before: Before | None = None,
 ) -> dict[str, float]:
@@ -73,7 +73,7 @@ def train(
     began = time.perf_counter()
     parts = minibatches(rollouts, policy, recipe, before)
     prepare(parts, rollouts, policy, beside, recipe)
-    tokens, first, *rest = Tokens(), *parts
+    tokens, first, *rest = StepTokens(), *parts
     losses = [
         accumulate(first, policy, recipe, tokens, on_sampling_weights=True, value_head=beside.value_head)
     ]
@@ -140,7 +140,7 @@ def accumulate(
     part: Minibatch,
     policy: Policy,
     recipe: Recipe,
-    tokens: Tokens,
+    tokens: StepTokens,
     *,
     on_sampling_weights: bool,
     value_head: ValueHead | None = None,

@@ -13,7 +13,7 @@ from lockstep.objectives.corrections import Correction
 
 
 @dataclass
-class Tokens:
+class StepTokens:
     """Of the tokens that the model sampled; ratios before anything bounds them."""
 
     log_ratio: list[np.ndarray] = field(default_factory=list)

@@ -41,7 +41,7 @@ from lockstep.training import checkpoint, rehearsal
 from lockstep.training.beside import Beside
 from lockstep.training.optimizer import MasterAdamW
 from lockstep.training.rehearsal import Rehearsal
-from lockstep.training.step import Gate, train
+from lockstep.training.step import Admission, train
 from lockstep.training.versions import Before, Versions
 from lockstep.weights.publish import Publisher
 from lockstep.weights.ring import Ring
@@ -287,7 +287,7 @@ class Trainer:
         self.versions = Versions(lambda: self._policy, Ring(depth, directory))
 
     def step(
-        self, rollouts: Samples, number: int, gate: Gate, before: Before | None = None
+        self, rollouts: Samples, number: int, gate: Admission, before: Before | None = None
     ) -> dict[str, float]:
         """Train on one step's rollouts, once the gate has admitted every token.
 

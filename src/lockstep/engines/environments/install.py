@@ -26,7 +26,7 @@ from lockstep.config.cache import locked
 from lockstep.engines.environments.hashes import constraints, exactly
 from lockstep.engines.environments.locate import MARKER, Environment, complete, path_of, scrubbed_env
 from lockstep.engines.environments.mends import MENDS
-from lockstep.engines.environments.recipes import EnvironmentRecipe, Step, recipe_for, refuse_machine
+from lockstep.engines.environments.recipes import EnvironmentRecipe, PipCall, recipe_for, refuse_machine
 from lockstep.engines.environments.smoke import drives, smoke_test
 from lockstep.errors import InstallError
 
@@ -133,7 +133,7 @@ class _Build:
         _write_whole(self.path / MARKER, environment)
         return environment
 
-    def _pip(self, number: int, step: Step) -> None:
+    def _pip(self, number: int, step: PipCall) -> None:
         command = [str(self.python), *PIP]
         lock = step.path
         if step.requirements:

@@ -28,7 +28,7 @@ MARKER = "lockstep-environment.json"
 LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD", "PYTHONDONTWRITEBYTECODE")
 """What would change what a foreign environment imports, or keep it from being compiled once."""
 
-State = Literal["installed", "incomplete", "not installed"]
+InstallState = Literal["installed", "incomplete", "not installed"]
 
 
 class Environment(Struct, frozen=True, kw_only=True):
@@ -104,7 +104,7 @@ def complete(recipe: EnvironmentRecipe) -> Environment | None:
     return environment if same and environment.python.exists() else None
 
 
-def state(recipe: EnvironmentRecipe) -> State:
+def state(recipe: EnvironmentRecipe) -> InstallState:
     """What there is of a recipe's environment."""
     if complete(recipe) is not None:
         return "installed"

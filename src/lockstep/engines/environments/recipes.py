@@ -17,7 +17,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 Flavour = Literal["cpu", "cuda"]
 
 
-class Step(Struct, frozen=True, forbid_unknown_fields=True):
+class PipCall(Struct, frozen=True, forbid_unknown_fields=True):
     """One call of pip, from wheels alone and with the hash of each.
 
     A lock by itself is installed as it is. With requirements, pip resolves those, and may choose only files
@@ -62,7 +62,7 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     disk_gb: float
     smoke: str
     """Python that imports the engine and prints its versions."""
-    steps: tuple[Step, ...]
+    steps: tuple[PipCall, ...]
     left_out: dict[str, str]
     """Package → why it is not installed although the engine declares it."""
     system_needs: dict[str, str]

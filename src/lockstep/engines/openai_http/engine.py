@@ -20,14 +20,14 @@ from msgspec.structs import replace
 
 from lockstep.engines.base import Engine, EngineFacts, EngineSpec, vocabulary_of
 from lockstep.engines.openai_http.exchange import Exchange
-from lockstep.engines.openai_http.options import Options, key_of, options_of
+from lockstep.engines.openai_http.options import ServerOptions, key_of, options_of
 from lockstep.engines.openai_http.replies import (
     ABOUT_BYTES,
     CONFIG_BYTES,
     MAX_ID,
-    Choice,
-    Completions,
+    CompletionsReply,
     Models,
+    ServerChoice,
     ServerInfo,
     Version,
     completion_bytes,
@@ -79,7 +79,7 @@ class OpenAIHttpEngine(Engine):
 
     facts = FACTS
 
-    def __init__(self, spec: EngineSpec, options: Options) -> None:
+    def __init__(self, spec: EngineSpec, options: ServerOptions) -> None:
         began = time.perf_counter()
         self.options = options
         self.asked: dict[str, Any] = {}
@@ -203,7 +203,7 @@ class OpenAIHttpEngine(Engine):
 
     async def _complete(self, number: int, prompt: np.ndarray, params: SamplingParams) -> list[Completion]:
         limit = completion_bytes(len(prompt), params.max_tokens, params.n)
-        asking = self._exchange.ask("/v1/completions", Completions, limit, self._request(prompt, params))
+        asking = self._exchange.ask("/v1/completions", CompletionsReply, limit, self._request(prompt, params))
         task = asyncio.ensure_future(asking)
         self._in_flight.add(task)
         try:
@@ -250,7 +250,7 @@ class OpenAIHttpEngine(Engine):
         }
         return body | (extras if self._vllm else {"return_tokens_as_token_ids": True})
 
-    def _completion(self, number: int, choice: Choice, prompt_tokens: int, most: int) -> Completion:
+    def _completion(self, number: int, choice: ServerChoice, prompt_tokens: int, most: int) -> Completion:
         named = (choice.logprobs.tokens if choice.logprobs else None) or []
         sent = [_token_id(token) for token in named] if choice.token_ids is None else choice.token_ids
         ids = [token for token in sent if token is not None]
@@ -291,7 +291,7 @@ class OpenAIHttpEngine(Engine):
             "prompt_logprobs": 0,
         }
         limit = completion_bytes(len(sequence), 1, scored=len(sequence))
-        choices = (await self._exchange.ask("/v1/completions", Completions, limit, body)).choices
+        choices = (await self._exchange.ask("/v1/completions", CompletionsReply, limit, body)).choices
         if len(choices) != 1:
             raise self._odd(f"{len(choices)} choices", "1, as asked for")
         entries = choices[0].prompt_logprobs or []

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx2 as httpx
 from msgspec import Struct
 
-from lockstep.engines.openai_http.options import Options, authorization
+from lockstep.engines.openai_http.options import ServerOptions, authorization
 from lockstep.engines.openai_http.replies import decode, short
 from lockstep.errors import EngineDied, EngineError, UsageError
 
@@ -54,7 +54,7 @@ class Exchange:
         key: sent with every request, and taken out of whatever the server sends back.
     """
 
-    def __init__(self, options: Options, key: str) -> None:
+    def __init__(self, options: ServerOptions, key: str) -> None:
         self.options = options
         header = authorization(options, key)
         sent = header.get("Authorization", "").rpartition(" ")[2]  # of ``basic`` another form of the key

@@ -23,7 +23,7 @@ URL_HINT = "--set engine.options.base_url=http://127.0.0.1:8000"
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 
 
-class Options(Struct, frozen=True, forbid_unknown_fields=True):
+class ServerOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """The recipe's ``engine.options`` for this engine."""
 
     base_url: str
@@ -44,7 +44,7 @@ class Options(Struct, frozen=True, forbid_unknown_fields=True):
     """Which distribution the server's log-probabilities are of, where it cannot be found out by scoring."""
 
 
-def options_of(raw: dict[str, Any], confirmed: str = "") -> Options:
+def options_of(raw: dict[str, Any], confirmed: str = "") -> ServerOptions:
     """The options, checked; nothing is sent.
 
     Args:
@@ -54,7 +54,7 @@ def options_of(raw: dict[str, Any], confirmed: str = "") -> Options:
         UsageError: for an unknown or a missing option, a URL that is none, a variable that holds no key.
     """
     try:
-        options = msgspec.convert(raw, Options)
+        options = msgspec.convert(raw, ServerOptions)
     except msgspec.ValidationError as error:
         raise UsageError(
             "engine.options of an HTTP engine",
@@ -79,7 +79,7 @@ def options_of(raw: dict[str, Any], confirmed: str = "") -> Options:
     return options
 
 
-def _refuse_url(options: Options) -> None:
+def _refuse_url(options: ServerOptions) -> None:
     url = options.base_url
     fault = ""
     try:
@@ -111,7 +111,7 @@ def _refuse_url(options: Options) -> None:
     )
 
 
-def key_of(options: Options) -> str:
+def key_of(options: ServerOptions) -> str:
     """The key, empty where there is none.
 
     Raises:
@@ -128,7 +128,7 @@ def key_of(options: Options) -> str:
     return key
 
 
-def authorization(options: Options, key: str) -> dict[str, str]:
+def authorization(options: ServerOptions, key: str) -> dict[str, str]:
     """The header that carries the key; none without one."""
     if not key:
         return {}

@@ -19,7 +19,7 @@ R = TypeVar("R", bound=Struct)
 MAX_ID = 2**31 - 1
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
-Count = Annotated[int, Meta(ge=0, le=MAX_ID)]
+Natural = Annotated[int, Meta(ge=0, le=MAX_ID)]
 Logprob = Annotated[float, Meta(ge=-1e30, le=1e30)]
 """Wide: what is no log-probability is for layer semantics to say. It fits a float32."""
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
@@ -58,32 +58,32 @@ class Logprobs(Struct, frozen=True):
     token_logprobs: list[Logprob | None] | None = None
 
 
-class Scored(Struct, frozen=True):
+class ScoredToken(Struct, frozen=True):
     """One token of one position of ``prompt_logprobs``."""
 
     logprob: Logprob | None = None
 
 
-class Choice(Struct, frozen=True):
+class ServerChoice(Struct, frozen=True):
     """One completion."""
 
-    index: Count
+    index: Natural
     token_ids: list[TokenId] | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
-    prompt_logprobs: list[dict[str, Scored] | None] | None = None
+    prompt_logprobs: list[dict[str, ScoredToken] | None] | None = None
 
 
 class Usage(Struct, frozen=True):
     """What the server counted."""
 
-    prompt_tokens: Count | None = None
+    prompt_tokens: Natural | None = None
 
 
-class Completions(Struct, frozen=True):
+class CompletionsReply(Struct, frozen=True):
     """``POST /v1/completions``."""
 
-    choices: list[Choice]
+    choices: list[ServerChoice]
     usage: Usage | None = None
 
 

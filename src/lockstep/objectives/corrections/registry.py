@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownCorrection:
     """A correction and where its bounds come from."""
 
     function: str
@@ -25,11 +25,13 @@ class Known:
 
 OURS = "lockstep.objectives.corrections."
 CORRECTIONS = {
-    "tis": Known(f"{OURS}truncation:tis", 0.0, 2.0, "verl, SkyRL; TRL has 3"),
-    "sequence_tis": Known(f"{OURS}truncation:sequence_tis", 0.0, 2.0, "verl; SkyRL has 5"),
-    "masked_is": Known(f"{OURS}rejection:masked_is", 0.5, 5.0, "IcePop; NeMo-RL's and verl's presets"),
-    "geometric_rejection": Known(f"{OURS}rejection:geometric_rejection", 0.999, 1.001, "verl"),
-    "sequence_mask": Known(f"{OURS}rejection:sequence_mask", 0.5, 2.0, "SkyRL"),
+    "tis": KnownCorrection(f"{OURS}truncation:tis", 0.0, 2.0, "verl, SkyRL; TRL has 3"),
+    "sequence_tis": KnownCorrection(f"{OURS}truncation:sequence_tis", 0.0, 2.0, "verl; SkyRL has 5"),
+    "masked_is": KnownCorrection(
+        f"{OURS}rejection:masked_is", 0.5, 5.0, "IcePop; NeMo-RL's and verl's presets"
+    ),
+    "geometric_rejection": KnownCorrection(f"{OURS}rejection:geometric_rejection", 0.999, 1.001, "verl"),
+    "sequence_mask": KnownCorrection(f"{OURS}rejection:sequence_mask", 0.5, 2.0, "SkyRL"),
 }
 
 

@@ -41,7 +41,7 @@ BINS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class TestedDirections:
     """What a gap says of each direction."""
 
     t: np.ndarray
@@ -62,7 +62,7 @@ class Scored:
         return bool(self.p[self.best] <= SCORE_LEVEL)
 
 
-def score_test(pulls: np.ndarray, seed: int = 0) -> Scored:
+def score_test(pulls: np.ndarray, seed: int = 0) -> TestedDirections:
     """Test every direction against no direction at all.
 
     Args:
@@ -82,7 +82,7 @@ def score_test(pulls: np.ndarray, seed: int = 0) -> Scored:
         null = np.maximum(null, flipped.max(0, initial=0.0))
     beaten = np.searchsorted(np.sort(null), np.abs(t) - 1e-9)
     p = (1.0 + SCORE_FLIPS - beaten) / (1.0 + SCORE_FLIPS)
-    return Scored(t, p, float(np.quantile(null, 1.0 - SCORE_LEVEL)))
+    return TestedDirections(t, p, float(np.quantile(null, 1.0 - SCORE_LEVEL)))
 
 
 def statistic(pulls: np.ndarray) -> np.ndarray:

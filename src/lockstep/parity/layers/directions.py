@@ -34,11 +34,11 @@ MARGIN = 1.1
 MORE = 4
 """Times as many sequences where so few show nothing of any size."""
 
-Drawn = Callable[[int, int], Samples]
+DrawMore = Callable[[int, int], Samples]
 """(which, n) → n sequences, or as many as there are; each ``which`` has prompts of its own."""
 
 
-def deepen(pair: Pair, numerics: Verdict, drawn: Drawn | None = None) -> Verdict:
+def deepen(pair: Pair, numerics: Verdict, drawn: DrawMore | None = None) -> Verdict:
     """Layer 4's verdict with every direction tested besides; one that is proven fails it.
 
     Args:
@@ -94,7 +94,7 @@ def _untestable(sample: Samples) -> str:
     return f"{n} prompts in one half, {FEWEST_PROMPTS} are needed" if n < FEWEST_PROMPTS else ""
 
 
-def _tested(pair: Pair, sample: Samples, trainer: np.ndarray, drawn: Drawn) -> tuple[Samples, Tested]:
+def _tested(pair: Pair, sample: Samples, trainer: np.ndarray, drawn: DrawMore) -> tuple[Samples, Tested]:
     """Every direction on enough sequences for the size that is to be seen, or on all that there are.
 
     Args:

@@ -38,7 +38,7 @@ CACHE_PROMPTS = 4
 
 
 @dataclass(eq=False)
-class Measured:
+class PerturbationScores:
     """Scores around one perturbation; float32 [T] of the canary's tokens."""
 
     limit: float
@@ -176,7 +176,7 @@ def _receipt_figures(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
+def _measure(pair: Pair, canary: Canary, sample: Samples) -> PerturbationScores:
     # The prefix cache keeps whole blocks of tokens, which only the longest prompts fill.
     cached = sorted(sample.prompts, key=len)[-CACHE_PROMPTS:]
     few = SamplingParams(max_tokens=CACHE_TOKENS)
@@ -193,7 +193,7 @@ def _measure(pair: Pair, canary: Canary, sample: Samples) -> Measured:
         cache_gap = after.scored(pair.trainer) - after.engine_logprobs
         with pair.trainer.holding(EarlierHead(noise.before)):
             old_head = canary.trainer_scores(pair)
-        measured = Measured(
+        measured = PerturbationScores(
             limit=limit,
             noise=pair.noise.p50,
             first=first,
@@ -237,7 +237,7 @@ SERVED = "after a sync the engine does not serve the weights it was sent: "
 
 
 def _failed(
-    pair: Pair, canary: Canary, sample: Samples, measured: Measured, restored: float
+    pair: Pair, canary: Canary, sample: Samples, measured: PerturbationScores, restored: float
 ) -> Failed | None:
     """The first thing that is wrong: the update, its version, the prefix cache, the way back, the start. None
     when nothing is.
@@ -258,7 +258,7 @@ def _failed(
     )
 
 
-def _not_served(canary: Canary, measured: Measured) -> Failed:
+def _not_served(canary: Canary, measured: PerturbationScores) -> Failed:
     """Which mixture of old and new weights the engine serves after the update."""
     residues = {
         "all new": measured.residue(measured.new),
@@ -293,7 +293,7 @@ def _not_served(canary: Canary, measured: Measured) -> Failed:
     return failed("stale_tensors", f"{named.label} is old", f"old in the engine: {named.label} {agrees}")
 
 
-def _stale_cache(pair: Pair, measured: Measured) -> Failed | None:
+def _stale_cache(pair: Pair, measured: PerturbationScores) -> Failed | None:
     """Tokens drawn after the update over prompts that were cached before it are not of the new weights."""
     size = np.abs(measured.cache_gap)
     if size.max() <= _cache_limit(pair, measured):
@@ -306,7 +306,7 @@ def _stale_cache(pair: Pair, measured: Measured) -> Failed | None:
     return Failed("stale_prefix_cache", summary, evidence, size, measured.cached.owners)
 
 
-def _not_put_back(canary: Canary, measured: Measured, restored: float) -> Failed | None:
+def _not_put_back(canary: Canary, measured: PerturbationScores, restored: float) -> Failed | None:
     """The second sync, which puts the old weights back, did not arrive."""
     if restored <= measured.limit:
         return None
@@ -319,7 +319,9 @@ def _not_put_back(canary: Canary, measured: Measured, restored: float) -> Failed
     return Failed(cause, "weights that were put back did not arrive", evidence, size, canary.owners)
 
 
-def _other_checkpoint(pair: Pair, canary: Canary, measured: Measured, restored: float) -> Failed | None:
+def _other_checkpoint(
+    pair: Pair, canary: Canary, measured: PerturbationScores, restored: float
+) -> Failed | None:
     """The gap that the first sync ever closed was there because the engine had been started on other
     weights."""
     if canary.clean_gap_nats:  # a sync was measured before: the engine has had the trainer's weights
@@ -332,7 +334,7 @@ def _other_checkpoint(pair: Pair, canary: Canary, measured: Measured, restored: 
     return Failed("checkpoint_differs", summary, evidence, measured.ground, canary.owners)
 
 
-def _cache_limit(pair: Pair, measured: Measured) -> float:
+def _cache_limit(pair: Pair, measured: PerturbationScores) -> float:
     """Largest |gap| over a prompt that was cached before the update, nats.
 
     What the sides differ by over the same prompts before it is no sign of a stale cache; it is scored where

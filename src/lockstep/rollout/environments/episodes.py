@@ -51,7 +51,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Table:
+class EpisodeContext:
     """What every conversation of a step is held by."""
 
     engine: Engine
@@ -135,11 +135,11 @@ class Table:
         return episode.row.sample(episode.group, episode.number, episode.item_number, reward, text)
 
 
-Seed = Callable[..., int]
+SeedOf = Callable[..., int]
 """Of (question, turn, first member), the last two left out at the first turn: of what one request draws."""
 
 
-def play(table: Table, items: Sequence[int], params: SamplingParams, seed: Seed) -> "Played":
+def play(table: EpisodeContext, items: Sequence[int], params: SamplingParams, seed: SeedOf) -> "Played":
     """Every conversation of some questions, from first to last turn.
 
     Args:
@@ -220,7 +220,7 @@ def figures(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def _asked(members: Sequence[Episode], params: SamplingParams, seed: Seed) -> SamplingParams:
+def _asked(members: Sequence[Episode], params: SamplingParams, seed: SeedOf) -> SamplingParams:
     first = members[0]
     later = (first.turns, first.number) if first.turns else ()
     return replace(params, n=len(members), seed=seed(first.item_number, *later))

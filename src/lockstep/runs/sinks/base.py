@@ -33,7 +33,7 @@ class VerdictRecord(Struct, frozen=True, kw_only=True):
     verdict: Verdict
 
 
-class Completions(Struct, frozen=True, kw_only=True):
+class ShownCompletions(Struct, frozen=True, kw_only=True):
     """Some of a step's completions, for people."""
 
     step: int
@@ -41,7 +41,7 @@ class Completions(Struct, frozen=True, kw_only=True):
     rows: tuple[tuple[str, str, float, str], ...]
 
 
-def table(completions: Completions) -> str:
+def table(completions: ShownCompletions) -> str:
     """The completions as Markdown."""
     lines = [completions.columns, tuple("---" for _ in completions.columns), *completions.rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
@@ -64,5 +64,5 @@ class Sink(Protocol):
     def alarm(self, alarm: Alarm) -> None:
         """Take one alarm."""
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """Take some of a step's completions; the run's own files have all of them elsewhere."""

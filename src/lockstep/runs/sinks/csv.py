@@ -13,7 +13,7 @@ from lockstep.records.alarms import Alarm
 from lockstep.runs.durable import append_line, write_atomically
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps
-from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord
 
 COLUMNS = ("step", "weight_version", *(m.name for m in METRICS if "NAME" not in m.name), "override")
 """And behind these the figures that the run's own names make of a family."""
@@ -49,7 +49,7 @@ class CsvSink:
     def alarm(self, alarm: Alarm) -> None:
         """Nor for one of these."""
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """Nor for these."""
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord
 from lockstep.runs.strict import append, plain, strict
 
 SCHEMA_METRICS = "lockstep.metrics/1"
@@ -52,7 +52,7 @@ class JsonlSink:
         """
         append(self.layout.alarms, {"schema": SCHEMA_ALARM, **plain(alarm)})
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """All of them lie in ``rollouts/``."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord
 
 EXPERIMENT = "lockstep"
 
@@ -44,7 +44,7 @@ class MlflowSink:
         """A tag for each step that has one."""
         self._client_tag(f"alarm.{alarm.step:06d}", str(alarm))
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """A table, as an artifact of the step."""
         columns = zip(completions.columns, zip(*completions.rows, strict=True), strict=True)
         content = {name: list(values) for name, values in columns}

@@ -9,7 +9,7 @@ from typing import Any
 
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord, table
+from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord, table
 
 
 class TensorBoardSink:
@@ -48,7 +48,7 @@ class TensorBoardSink:
         """A text."""
         self._say("alarm", alarm.step, str(alarm))
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """A table as text."""
         self._say("completions", completions.step, table(completions))
 

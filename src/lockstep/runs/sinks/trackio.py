@@ -7,7 +7,7 @@ from typing import Any
 
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord
 
 
 class TrackioSink:
@@ -33,7 +33,7 @@ class TrackioSink:
         self._opened()
         self._trackio.alert(title=alarm.name, text=str(alarm))
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """A table."""
         import pandas
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.sinks.base import Completions, StepRecord, VerdictRecord
+from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord
 
 
 class WandbSink:
@@ -37,7 +37,7 @@ class WandbSink:
         self._opened().summary["alarm"] = str(alarm)
         self._opened().alert(title=alarm.name, text=str(alarm))
 
-    def completions(self, completions: Completions) -> None:
+    def completions(self, completions: ShownCompletions) -> None:
         """A table."""
         rows = [list(row) for row in completions.rows]
         made = self._wandb.Table(columns=list(completions.columns), data=rows)

@@ -12,7 +12,7 @@ a step along it        rotary base, positions, norm epsilon,        one forward 
 =====================  ===========================================  =========================================
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -222,10 +222,6 @@ def _capped(trainer: Trainer, theta: float) -> float | None:
     if trainer.softcap is not None:
         return trainer.softcap * (1.0 + theta)
     return CAP_UNIT / float(np.sqrt(theta)) if theta > 0.0 else None
-
-
-Slopes = Mapping[str, np.ndarray]
-"""Family → ∂ log p_i / ∂θ, float64 [T]."""
 
 
 def all_slopes(pair: Pair, sample: Samples, here: np.ndarray) -> dict[str, np.ndarray]:

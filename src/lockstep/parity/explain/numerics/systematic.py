@@ -32,7 +32,7 @@ from lockstep.parity.explain.numerics.direction import (
     token_classes,
 )
 from lockstep.parity.explain.score_test import (
-    Scored,
+    TestedDirections,
     alike,
     curvature,
     detectable,
@@ -89,7 +89,7 @@ class Tested:
     """All directions, put to the test together."""
 
     directions: list[Direction]
-    scored: Scored
+    scored: TestedDirections
     sees: dict[Direction, float]
     """|θ| that would have been called with a chance of SCORE_POWER: of each scale, and of what acts on the
     distribution alone."""

@@ -72,7 +72,7 @@ class Weighed:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class BothWeighed:
     """Both samples, weighed."""
 
     singles: Weighed
@@ -135,7 +135,7 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> Drawn:
+def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> BothWeighed:
     """Draw the singles and the crowd, ``n_tokens`` in all, and weigh them; then as much more of a crowd as
     ``parity.draws_see`` needs.
 
@@ -178,9 +178,9 @@ def _requested(pair: Pair, prompts: list[np.ndarray], sampling: SamplingParams, 
 
 
 @torch.no_grad()
-def weigh_many(trainer: Trainer, singles: Samples, crowd: Samples) -> Drawn:
+def weigh_many(trainer: Trainer, singles: Samples, crowd: Samples) -> BothWeighed:
     """Weigh both samples under the trainer's distributions."""
-    return Drawn(_weighed(trainer, singles, TILTS["singles"]), _weighed(trainer, crowd, TILTS["crowd"]))
+    return BothWeighed(_weighed(trainer, singles, TILTS["singles"]), _weighed(trainer, crowd, TILTS["crowd"]))
 
 
 def _weighed(trainer: Trainer, sample: Samples, tilts: tuple[float, ...]) -> Weighed:

@@ -23,7 +23,7 @@ LEAST_P = 0.02
 """Quantile of the kept masses: their least is the top-p, but for noise."""
 
 
-class Cut:
+class UnderTruncation:
     """Numbers under a truncation of processed logits.
 
     Args:
@@ -88,11 +88,11 @@ def hidden_cut(
         limit: a fit is an explanation when it misses by at most this, nats.
     """
     few = spread(len(held.ids), SCREENED_TOKENS)
-    without = Cut(held.logits / temperature, held.ids, held.engine).best()[0]
+    without = UnderTruncation(held.logits / temperature, held.ids, held.engine).best()[0]
     for cause, name, grid, edit in _kinds(seen, temperature):
 
-        def cut(value: float, at: np.ndarray, edit=edit) -> Cut:
-            return Cut(edit(held.logits[at], value, at), held.ids[at], held.engine[at])
+        def cut(value: float, at: np.ndarray, edit=edit) -> UnderTruncation:
+            return UnderTruncation(edit(held.logits[at], value, at), held.ids[at], held.engine[at])
 
         best = fitted(grid, lambda v, cut=cut: cut(v, few).best()[0], without, tries=30)
         if not best.miss <= SCREEN_SLACK * limit:

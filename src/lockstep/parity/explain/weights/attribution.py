@@ -60,7 +60,7 @@ class Hypothesis:
 
 
 @dataclass(frozen=True, eq=False)
-class Slopes:
+class SlopesAndGap:
     """What tensors do to the tokens with the largest gaps."""
 
     moves: np.ndarray
@@ -101,16 +101,16 @@ def rounded(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Nam
 
 def _slopes(
     pair: Pair, canary: Canary, engine: np.ndarray, names: list[str], towards: Snapshot | None = None
-) -> Slopes:
+) -> SlopesAndGap:
     """``Trainer.slopes`` of the tokens with the largest gaps."""
     gap = engine - canary.trainer_scores(pair)
     chosen = np.argsort(-np.abs(gap))[:TOKENS]
     slopes = pair.trainer.slopes(canary.groups, chosen, canary.temperature, names, towards, keep_looking)
     moves = np.array([slope.moves for slope in slopes])
-    return Slopes(moves, np.array([gap[slope.token] for slope in slopes], np.float64))
+    return SlopesAndGap(moves, np.array([gap[slope.token] for slope in slopes], np.float64))
 
 
-def _ranked(slopes: Slopes, names: list[str], *, free: bool) -> list[Hypothesis]:
+def _ranked(slopes: SlopesAndGap, names: list[str], *, free: bool) -> list[Hypothesis]:
     """Sets of tensors by how well they fit to first order, the best first.
 
     Args:

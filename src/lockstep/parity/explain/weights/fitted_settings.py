@@ -30,7 +30,7 @@ CAPS = (5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 75.0, 100.0, 1e4)
 
 
 @dataclass(frozen=True)
-class Setting:
+class FittedSetting:
     """One number of the model."""
 
     told: str
@@ -42,12 +42,12 @@ class Setting:
     """True when the body's pass is the same under every value."""
 
 
-def settings_of(trainer: Trainer) -> Iterator[Setting]:
+def settings_of(trainer: Trainer) -> Iterator[FittedSetting]:
     """Those that this trainer can take."""
-    yield Setting("logits capped at {:.4g}", CAPS, LogitsCapped, of_head=True)
+    yield FittedSetting("logits capped at {:.4g}", CAPS, LogitsCapped, of_head=True)
     if not math.isnan(trainer.rotary_base):
-        yield Setting("a rotary base of {:.4g}", ROTARY_BASES, RotaryBase)
-        yield Setting("positions divided by {:.4g}", INTERPOLATIONS, PositionsDivided)
-    yield Setting("a norm epsilon of {:.4g}", EPSILONS, NormEpsilon)
+        yield FittedSetting("a rotary base of {:.4g}", ROTARY_BASES, RotaryBase)
+        yield FittedSetting("positions divided by {:.4g}", INTERPOLATIONS, PositionsDivided)
+    yield FittedSetting("a norm epsilon of {:.4g}", EPSILONS, NormEpsilon)
     if trainer.shares_prompts:
-        yield Setting("attention scores times {:.4g}", SCALES, AttentionScaled)
+        yield FittedSetting("attention scores times {:.4g}", SCALES, AttentionScaled)

@@ -20,7 +20,7 @@ from lockstep.parity.canary import Canary
 from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.numerics.precision import Explanation, precision
 from lockstep.parity.explain.weights import attribution
-from lockstep.parity.explain.weights.fitted_settings import Setting, settings_of
+from lockstep.parity.explain.weights.fitted_settings import FittedSetting, settings_of
 from lockstep.parity.explain.weights.model_settings import Departure, departures
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks, keep_looking
@@ -122,7 +122,7 @@ class _Settings:
             "model_config_differs", f"{_named(engines)}; so configured the trainer agrees to {left:.1e} nats"
         )
 
-    def _fitted(self, setting: Setting) -> Explanation | None:
+    def _fitted(self, setting: FittedSetting) -> Explanation | None:
         def miss(value: float) -> float:
             tried = setting.variant(value)
             return self._of_head(tried) if setting.of_head else self._miss(self.least, tried)

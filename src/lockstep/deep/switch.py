@@ -1,4 +1,4 @@
-"""Piecewise replay: are tokens sampled across an in-flight update scored by the weights that drew them?
+"""One switch of weights in flight: are tokens sampled across it scored by the weights that drew them?
 
 While the engine samples, perturbed weights are loaded under it. Each completion is then replayed by the
 trainer: what lies before the switch under the old weights; what lies after it under the new ones, over a
@@ -57,7 +57,7 @@ class Replayed:
         return self.recomputed if self.mode == "keep" else self.kept
 
 
-def replay(pair: Pair, mode: LoadMode, undisturbed_s: float | None = None) -> Replayed:
+def replay_switch(pair: Pair, mode: LoadMode, undisturbed_s: float | None = None) -> Replayed:
     """Update in flight, replay, and put the weights back on both sides.
 
     Args:
