@@ -67,7 +67,8 @@ def _pace_engine(token_s: float) -> None:
         import threading
         from concurrent.futures import Future
 
-        begun, ended = begin(self, prompt, params), Future()
+        begun = begin(self, prompt, params)
+        ended = Future()
 
         def later(future: Future) -> None:
             completions = future.result()

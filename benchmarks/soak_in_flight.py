@@ -55,7 +55,8 @@ def plot(rows: np.ndarray, path: Path) -> None:
     width, height = 640, 110
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height * len(MEASURED)}">']
     for number, (name, values) in enumerate(zip(MEASURED, rows.T, strict=True)):
-        top, most = number * height + 20, max(values.max(), 1e-9)
+        top = number * height + 20
+        most = max(values.max(), 1e-9)
         points = " ".join(
             f"{10 + 620 * at / max(1, len(values) - 1):.1f},{top + 80 - 75 * value / most:.1f}"
             for at, value in enumerate(values)
@@ -80,7 +81,8 @@ def main() -> None:
     from lockstep import api
     from lockstep.config.recipe import load_recipe
 
-    rows, began = [], time.monotonic()
+    rows = []
+    began = time.monotonic()
 
     def say(text: str) -> None:
         if text.startswith("step "):

@@ -18,7 +18,9 @@ class Phonebook:
 
     def reset(self, name: str, number: str, **item: Any) -> None:
         """Begin with one of :func:`questions`; its keys are the arguments."""
-        self._name, self._number, self._found = name, number, False
+        self._name = name
+        self._number = number
+        self._found = False
 
     def look_up(self, name: str) -> str:
         """Find a person's number in the phonebook.
@@ -42,6 +44,7 @@ def questions(seed: int, size: int = 10_000) -> list[dict[str, str]]:
     draw = random.Random(seed)
     made = []
     for _ in range(size):
-        name, number = draw.choice(NAMES), str(draw.randrange(1000, 10_000))
+        name = draw.choice(NAMES)
+        number = str(draw.randrange(1000, 10_000))
         made.append({"question": f"What is {name}'s number?", "name": name, "number": number})
     return made

@@ -1,11 +1,21 @@
-"""Functions of at most 60 lines, modules of at most 400, no exceptions. Run by ``make check``."""
+"""What no linter of ours holds. Run by ``make check``.
+
+Functions of at most 60 lines, modules of at most 400, no exceptions.
+
+One assignment a line: several at once only where the values are one expression but for one name or constant
+(``low, high = min(values), max(values)``), or where one after the other would be another thing (a swap).
+Unpackings of one value are not meant.
+"""
 
 import ast
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MAX_FUNCTION, MAX_MODULE = 60, 400
 FOLDERS = ("src", "tests", "benchmarks", "examples")
+ONE_A_LINE = ("src", "benchmarks", "examples")
+"""Where assignments are held too."""
 
 
 def too_long(path: Path) -> list[str]:
@@ -21,12 +31,87 @@ def too_long(path: Path) -> list[str]:
     return found
 
 
+def unrelated(path: Path) -> list[str]:
+    """One line for each assignment of the file that is several."""
+    return [
+        f"{path}:{node.lineno}: one assignment a line: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+        and len(node.targets[0].elts) == len(node.value.elts)
+        and not swaps(node.targets[0].elts, node.value.elts)
+        and (texts(node.targets[0].elts, node.value.elts) or not alike(node.value.elts))
+    ]
+
+
+def swaps(targets: Sequence[ast.expr], values: Sequence[ast.expr]) -> bool:
+    """True where a later value reads an earlier target, which would have changed by then."""
+    return any(
+        ast.unparse(node) == ast.unparse(target)
+        for place, target in enumerate(targets)
+        for value in values[place + 1 :]
+        for node in ast.walk(value)
+        if isinstance(node, ast.Name | ast.Attribute | ast.Subscript)
+    )
+
+
+def texts(targets: Sequence[ast.expr], values: Sequence[ast.expr]) -> bool:
+    """Sentences are never of one form, whatever the tree says; constants that are texts may be."""
+    local = all(isinstance(target, ast.Name) and target.id.islower() for target in targets)
+    return local and all(place(value) == "text" for value in values)
+
+
+def alike(values: Sequence[ast.expr]) -> bool:
+    """True where they are the same expression but for one place, of the same kind there."""
+    first, *others = ([*places(value)] for value in values)
+    return all(
+        len(first) == len(other)
+        and all(ours[0] == theirs[0] for ours, theirs in zip(first, other, strict=True))
+        and sum(ours != theirs for ours, theirs in zip(first, other, strict=True)) <= 1
+        for other in others
+    )
+
+
+def places(tree: object) -> Iterator[tuple[str, str]]:
+    """(kind, content) of each node, in order; constants, and sums of them, have no parts."""
+    if isinstance(tree, ast.AST):
+        kind = place(tree)
+        if kind:
+            yield kind, ast.dump(tree)
+            return
+        if isinstance(tree, ast.operator):  # another one is another content, and no other form
+            kind = "operator"
+        yield kind or type(tree).__name__, type(tree).__name__
+        for name, part in ast.iter_fields(tree):
+            if name != "ctx":
+                yield from places(part)
+    elif isinstance(tree, list):
+        yield "list", str(len(tree))
+        for part in tree:
+            yield from places(part)
+    else:
+        yield "name", repr(tree)
+
+
+def place(tree: ast.AST) -> str:
+    """Of what kind a constant is; empty for anything else."""
+    if isinstance(tree, ast.JoinedStr) or (isinstance(tree, ast.Constant) and isinstance(tree.value, str)):
+        return "text"
+    if isinstance(tree, ast.Constant):
+        return "bytes" if isinstance(tree.value, bytes) else "constant"
+    parts = ast.BinOp | ast.UnaryOp | ast.Constant | ast.operator | ast.unaryop
+    sums = isinstance(tree, ast.BinOp | ast.UnaryOp)
+    return "constant" if sums and all(isinstance(node, parts) for node in ast.walk(tree)) else ""
+
+
 def main() -> int:
-    """Exit code 1 if anything is too long."""
+    """Exit code 1 if anything is too long, or assigned with something else."""
     files = sorted(path for folder in FOLDERS for path in Path(folder).rglob("*.py"))
     found = [line for path in files for line in too_long(path)]
-    print("\n".join([*found, f"sizes: {len(files)} files, {len(found)} too long"]))
-    return bool(found)
+    several = [line for path in files if path.parts[0] in ONE_A_LINE for line in unrelated(path)]
+    print("\n".join([*found, *several, f"sizes: {len(files)} files, {len(found)} too long"]))
+    return bool(found or several)
 
 
 if __name__ == "__main__":

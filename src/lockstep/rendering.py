@@ -114,11 +114,9 @@ class Renderer:
             ModelError: as :meth:`prompt`.
             RetokenisedError: for a template that drops or moves an answer once something follows it.
         """
-        asked, shut, whole = (
-            self._ids([ASKED], add_generation_prompt=False),
-            self._ids(ANSWERED, add_generation_prompt=False),
-            self._ids([*ANSWERED, *messages]),
-        )
+        asked = self._ids([ASKED], add_generation_prompt=False)
+        shut = self._ids(ANSWERED, add_generation_prompt=False)
+        whole = self._ids([*ANSWERED, *messages])
         end = self._end_of_answer(asked, shut, whole)
         there = self.tokenizer.decode(whole[len(asked) : end])
         if not np.array_equal(whole[: len(asked)], asked) or ANSWER not in there.replace(" ", ""):
@@ -162,7 +160,8 @@ def _told_of(messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]]
         arguments = ", ".join(f"{name}: {schema.get('type', 'any')}" for name, schema in named.items())
         lines.append(f"{function['name']}({arguments}): {' '.join(function['description'].split())}")
     told = "\n".join(["Tools that you can call:", *lines])
-    first, rest = messages[0], messages[1:]
+    first = messages[0]
+    rest = messages[1:]
     if first["role"] == "system":
         return [{"role": "system", "content": f"{first['content']}\n{told}"}, *rest]
     return [{"role": "system", "content": told}, *messages]

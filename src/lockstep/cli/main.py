@@ -154,7 +154,8 @@ def _end_in_order() -> None:
 
 def _wrong_usage(error, as_json: bool) -> int:
     if as_json:
-        expected, hint = "a command as --help shows it", "lockstep --help"
+        expected = "a command as --help shows it"
+        hint = "lockstep --help"
         fail(
             UsageError("command line", got=error.format_message(), expected=expected, hint=hint), as_json=True
         )
@@ -165,7 +166,8 @@ def _wrong_usage(error, as_json: bool) -> int:
 
 def _no_path(error: OSError, as_json: bool) -> int:
     """No path of ours is such; one that was typed may be."""
-    where, got = f"path {error.filename}", error.strerror or str(error)
+    where = f"path {error.filename}"
+    got = error.strerror or str(error)
     told = UsageError(where, got=got, expected="a path that the system takes", hint="give a shorter one")
     fail(told, as_json=as_json)
     return told.exit_code
@@ -176,7 +178,8 @@ def _without_extra(name: str, as_json: bool) -> int:
 
     What the user's own modules lack is told where they are imported.
     """
-    expected, hint = "the trainer's packages beside it", 'pip install "lockstep-rl[trainer]"'
+    expected = "the trainer's packages beside it"
+    hint = 'pip install "lockstep-rl[trainer]"'
     error = NotInstalledError("this Python", got=f"no {name}", expected=expected, hint=hint)
     fail(error, as_json=as_json)
     return error.exit_code

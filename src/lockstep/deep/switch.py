@@ -97,7 +97,8 @@ def _against(pair: Pair, sample: Samples, before: Snapshot, mode: LoadMode) -> R
     fits_instead = ""
     for s in spanning:
         kept, anew = (again.gap(s, Claim("", s.version_spans, rule)) for rule in (True, False))
-        edge, right = s.version_spans[0].stop, kept if mode == "keep" else anew
+        edge = s.version_spans[0].stop
+        right = kept if mode == "keep" else anew
         parts.append((right[:edge], kept[edge:], anew[edge:]))
         if not fits_instead and not within(pair.noise, right):
             fits_instead = again.in_place_of(s, Claim("", s.version_spans, mode == "keep"))

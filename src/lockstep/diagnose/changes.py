@@ -189,7 +189,8 @@ def _speed(old: Side, new: Side) -> Iterator[Difference]:
 def _configuration(old: Side, new: Side) -> Iterator[Difference]:
     """Settings that move numbers or state and resolved otherwise, or that RL needs otherwise."""
     for row in new.rows:
-        before, held = _resolved(old, row.knob), row.verdict in ("change", "watch")
+        before = _resolved(old, row.knob)
+        held = row.verdict in ("change", "watch")
         if row.resolved != before or held:
             yield Difference(
                 topic="configuration",

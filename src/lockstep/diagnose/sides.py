@@ -111,7 +111,8 @@ def telling_temperature(recipe: Recipe) -> float:
 
 def observed(pair: Pair) -> Side:
     """Measure one running pair."""
-    parity, ready = pair.recipe.parity, pair.engine.ready
+    parity = pair.recipe.parity
+    ready = pair.engine.ready
     temperature = telling_temperature(pair.recipe)
     prompts = probe_prompts(pair, parity.probe_prompts, pair.seed)
     neutral = SamplingParams(max_tokens=parity.probe_tokens)
@@ -173,7 +174,8 @@ def at_update(pair: Pair) -> list[Left]:
 
 
 def _left(pair: Pair, plain: Samples, name: str, what: str) -> Left:
-    fault, ready = FAULTS[name], pair.engine.ready
+    fault = FAULTS[name]
+    ready = pair.engine.ready
     reason = _cannot(fault.generations, ready.generation, name, ready.resolved)
     if reason:
         return Left(fault=name, what=what, reason=reason)

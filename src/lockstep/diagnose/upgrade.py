@@ -145,7 +145,8 @@ def _first_run(pair: "Pair") -> FirstRun:
 
 def _mended(bench: Bench, recipe: Recipe, after: str, verdicts: list[Verdict]) -> list[Step]:
     """Climb with one flag more each time, as the failing layer names it: until one passes, or names none."""
-    steps, flags = [_step((), verdicts)], []
+    steps = [_step((), verdicts)]
+    flags = []
     while steps[-1].status == "FAIL" and len(flags) < MOST_FLAGS:
         found = [flag for flag in settings(steps[-1].fix) if flag not in flags]
         if not found:

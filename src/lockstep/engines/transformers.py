@@ -150,7 +150,8 @@ class TransformersEngine(Engine):
     def _generate(
         self, number: int, prompt: np.ndarray, sampling: SamplingParams, first: int, n: int
     ) -> list[Completion]:
-        taken, flight = _TakeLogprobs(), _Flight(self, len(prompt))
+        taken = _TakeLogprobs()
+        flight = _Flight(self, len(prompt))
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device).expand(n, -1)
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
@@ -301,7 +302,8 @@ class _Bias(LogitsProcessor):
     """Adds to chosen logits, before penalties, as vLLM does."""
 
     def __init__(self, bias: dict[int, float]) -> None:
-        self._ids, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
+        self._ids = torch.tensor(list(bias))
+        self._values = torch.tensor(list(bias.values()))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores.index_add(

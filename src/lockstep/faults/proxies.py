@@ -263,7 +263,8 @@ class OneBehind(Proxy):
 
     def edit_update(self, update: WeightUpdate) -> WeightUpdate:
         """See :meth:`Proxy.edit_update`."""
-        old, self._last = self._last, self.pair.trainer.weights()
+        old = self._last
+        self._last = self.pair.trainer.weights()
         return edited_file(update, lambda name, tensor: old[name])
 
 

@@ -65,7 +65,8 @@ def dry_run(recipe: Recipe, out: Path | None, api_key_env: str = "") -> DryRun:
         prompts = tuple(_prompt(renderer, task, number) for number in range(SHOWN))
     finally:
         task.close()
-    parameters, training = _parameters(path), recipe.training
+    parameters = _parameters(path)
+    training = recipe.training
     root = str(out) if out is not None else "runs/<date>-<random>"
     return DryRun(
         engine=f"{choice.name} {choice.environment.version if choice.environment else ''}".strip(),

@@ -49,7 +49,9 @@ def evaluate(run: Run, version: int) -> dict[str, float]:
 
 
 def _answers(run: Run) -> Samples:
-    evaluation, pair, task = run.recipe.evaluation, run.pair, run.session.held_out
+    evaluation = run.recipe.evaluation
+    pair = run.pair
+    task = run.session.held_out
     assert task is not None, "a session whose recipe evaluates has them"
     seed = partial(collect.sampling_seed, run.recipe.training.seed, SEED)
     changes = {"n": evaluation.samples, "temperature": evaluation.temperature}

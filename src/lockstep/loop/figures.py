@@ -10,7 +10,8 @@ from lockstep.records.samples import Samples
 
 def rollout_figures(rollouts: Samples, version: int) -> dict[str, float]:
     """What can be said of rollouts before the weights ``version`` are trained on them, by catalog name."""
-    n_samples, n_tokens = len(rollouts), float(rollouts.loss_mask.sum() + rollouts.left_out)
+    n_samples = len(rollouts)
+    n_tokens = float(rollouts.loss_mask.sum() + rollouts.left_out)
     rewards = rollouts.rewards.reshape(-1, rollouts.group_size)
     return {
         "reward_mean": float(rewards.mean()),

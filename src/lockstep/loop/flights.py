@@ -46,7 +46,8 @@ SCHEDULE, QUEUE = "rollout/schedule.json", "rollout/finished.parquet"
 
 def bound_of(run: Run) -> Bound:
     """The recipe's, on the engine as it resolved."""
-    recipe, engine = run.recipe, run.pair.engine
+    recipe = run.recipe
+    engine = run.pair.engine
     most = recipe.rollout.in_flight or int(engine.ready.resolved.get(engine.facts.side_by_side, 0))
     training = recipe.training
     every = (recipe.rollout.max_lag + 1) * training.prompts_per_step
@@ -135,7 +136,8 @@ class Flights:
         Raises:
             EngineError: of the rollout thread; or when nothing has happened for ``loop.deadline_s``.
         """
-        began, limit = time.perf_counter(), self._run.recipe.loop.deadline_s
+        began = time.perf_counter()
+        limit = self._run.recipe.loop.deadline_s
         with self._changed:
             self._news = time.monotonic()
             while not self.schedule.ready():
@@ -149,7 +151,8 @@ class Flights:
                         hint="the engine's log says more; loop.deadline_s is the longest wait",
                     )
                 self._changed.wait(left)
-            step, taken = self.schedule.state.step, self.schedule.take()
+            step = self.schedule.state.step
+            taken = self.schedule.take()
             groups = [(found.group, self._samples[found.group]) for found in taken]
         samples = [
             replace(sample, group=place)
@@ -228,9 +231,11 @@ class Flights:
     def figures(self) -> dict[str, float]:
         """Of the moment, by catalog name; the engine's idle time is since the last call."""
         with self._changed:
-            state, now = self.schedule.state, time.monotonic()
+            state = self.schedule.state
+            now = time.monotonic()
             idle = self._idle_s + (now - self._empty_since if self._empty_since is not None else 0.0)
-            self._idle_s, self._empty_since = 0.0, now if self._empty_since is not None else None
+            self._idle_s = 0.0
+            self._empty_since = now if self._empty_since is not None else None
             size = self.schedule.bound.group_size
             return {
                 "in_flight_samples": float(size * len(state.in_flight)),
@@ -315,7 +320,8 @@ class Flights:
                 self._idle_s += time.monotonic() - self._empty_since
                 self._empty_since = None
             # Under the lock: what ends at once finds its group.
-            prompts, params = [prompt for prompt, _ in asked], [sampling for _, sampling in asked]
+            prompts = [prompt for prompt, _ in asked]
+            params = [sampling for _, sampling in asked]
             handles = self._run.pair.engine.submit(prompts, params, self._inbox.put)
             self._groups.update(zip(handles, of, strict=True))
             for group, _ in of:

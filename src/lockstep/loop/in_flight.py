@@ -86,7 +86,8 @@ def _threads_left(run: Run, every: int) -> int:
 
 
 def _refuse_update(run: Run) -> None:
-    engine, update = run.pair.engine, _update(run)
+    engine = run.pair.engine
+    update = _update(run)
     engine.need("load")
     can = engine.ready.capabilities
     needs = {"wait": "pause_wait", "abort": "pause_abort"}.get(update, "pause_keep")
@@ -101,7 +102,8 @@ def _refuse_update(run: Run) -> None:
 
 
 def _step(run: Run, flights: Flights) -> None:
-    began, step = time.perf_counter(), flights.schedule.state.step
+    began = time.perf_counter()
+    step = flights.schedule.state.step
     rollouts = _alive(run, flights, flights.next_batch)
     store.save(run.layout.drawn(step), rollouts)
     flights.refuse_stale(rollouts)
@@ -124,7 +126,8 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
 
     Returns figures by catalog name.
     """
-    trainer, began = run.pair.trainer, time.perf_counter()
+    trainer = run.pair.trainer
+    began = time.perf_counter()
     before = trainer.versions.before(rollouts, step, drawing_of(run))
     known = np.where(before.audited, before.logprobs, np.float32("nan"))
     scored = time.perf_counter()
@@ -212,7 +215,8 @@ def _alive(run: Run, flights: Flights, do: Callable[[], T], after: Callable[[], 
 
 def _revive(run: Run, flights: Flights, death: EngineDied) -> None:
     state = flights.schedule.state
-    lost, version = len(state.in_flight), state.step
+    lost = len(state.in_flight)
+    version = state.step
     many = f"restart {run.restarts} of at most {run.recipe.engine.restarts}"
     run.say(f"the engine died ({death.got}); {many}, {lost} groups are issued again")
     flights.stop()

@@ -85,7 +85,8 @@ def run_steps(run: Run, *, resumed: bool) -> None:
     recorded = _recorded(run) if resumed else set()
     newest = newest_checked(run.layout.checkpoints, lambda told: run.say(f"resume: checkpoint {told}"))
     first = run.pair.trainer.restore(newest) if newest else 0
-    pairs, training = Preferences(run.pair.task, run.pair.renderer, run.recipe), run.recipe.training
+    pairs = Preferences(run.pair.task, run.pair.renderer, run.recipe)
+    training = run.recipe.training
     for step in range(first, training.steps):
         began = time.perf_counter()
         samples = pairs.step(step)

@@ -66,7 +66,8 @@ class Session:
         recipe = self.pair.recipe
         if recipe.loop.kind != "in_flight":
             return {}
-        n, size = recipe.rollout.max_lag, self.pair.trainer.nbytes
+        n = recipe.rollout.max_lag
+        size = self.pair.trainer.nbytes
         reason = f"{n} versions of {size / 1e6:.0f} MB in {recipe.rollout.ring}"
         return {"rollout.ring": (f"{n * size} bytes", f"rollout.max_lag = {n}: {reason}")}
 
@@ -75,7 +76,8 @@ class Session:
         """What runs here, with the weights' digests when first asked for: before the first step."""
         from lockstep.policy.fingerprint import tokenizer_digest
 
-        pair, environment = self.pair, self.choice.environment
+        pair = self.pair
+        environment = self.choice.environment
         choices = {
             "engine": (_named(self.choice), self.choice.reason),
             **pair.trainer.choices(),
@@ -107,10 +109,12 @@ def open_session(
     """
     choice, model_path = preflight(recipe, api_key_env)
     if choice == OFFLINE:
-        got, hint = "an offline loop", "--set loop.kind=sync"
+        got = "an offline loop"
+        hint = "--set loop.kind=sync"
         raise RecipeError("recipe, key loop.kind", got=got, expected="a loop with an engine", hint=hint)
     say(f"model {recipe.model.path}, engine {_named(choice)}")
-    task, held_out = Task(recipe.task, recipe.training.seed), held_out_of(recipe)
+    task = Task(recipe.task, recipe.training.seed)
+    held_out = held_out_of(recipe)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
         stack.callback(remove_weights, directory)

@@ -87,8 +87,10 @@ def judge(replay: Replay, sample: Sample, *, kept: bool) -> Verdict:
     Args:
         kept: the rule of the run (``rollout.update = "keep"``).
     """
-    pair, claimed = replay.pair, Claim("", sample.version_spans, kept)
-    gap, other = replay.gap(sample, claimed), replay.gap(sample, replace_rule(claimed))
+    pair = replay.pair
+    claimed = Claim("", sample.version_spans, kept)
+    gap = replay.gap(sample, claimed)
+    other = replay.gap(sample, replace_rule(claimed))
     shape = " then ".join(f"{span.version} for {span.stop - span.start}" for span in sample.version_spans)
     where = f"question {sample.item}, sample {sample.sample}, drawn by version {shape} tokens"
     figures = {

@@ -51,7 +51,8 @@ def _piece(
     policy: Policy, sequence: Sample, span: VersionSpan, cache: DynamicCache, temperature: float
 ) -> np.ndarray:
     """The span's log-probabilities, by the weights held now; the cache grows by what they read."""
-    tokens, n = sequence.token_ids, span.stop - span.start
+    tokens = sequence.token_ids
+    n = span.stop - span.start
     first = span.start == 0
     read = (
         np.r_[sequence.prompt_ids, tokens[: span.stop - 1]]

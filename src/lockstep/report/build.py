@@ -220,7 +220,8 @@ def _trajectories(run: RunRecord) -> Section:
             lines = tuple(Line(name=name, ys=tuple(run.steps.column(name)[at].tolist())) for name in there)
             metric = metric_named(there[0])
             assert metric is not None
-            title, xs = f"{title}, not proven" if stamped else title, tuple(steps[at].tolist())
+            title = f"{title}, not proven" if stamped else title
+            xs = tuple(steps[at].tolist())
             plots.append(Plot(title=title, unit=metric.unit, x_label="step", xs=xs, lines=lines))
     return Section(title="Trajectories", plots=tuple(plots))
 

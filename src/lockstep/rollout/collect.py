@@ -35,7 +35,8 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
         EnvironmentFault, RewardError: the environment's, where the task has one.
     """
     began = time.perf_counter()
-    n, seed = recipe.training.prompts_per_step, partial(sampling_seed, recipe.training.seed, step)
+    n = recipe.training.prompts_per_step
+    seed = partial(sampling_seed, recipe.training.seed, step)
     found = drawn(engine, task, renderer, recipe, range(step * n, (step + 1) * n), seed)
     if recipe.task.max_prompt_tokens:
         found.figures |= task.figures()
@@ -101,7 +102,8 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
         _give(rollouts, rollouts.rewards - paid)
         rollouts.figures |= _figures("overlong", -paid)
     rewards = Rewards(rollouts.rewards, rollouts.group_size, rollouts.owners, rollouts.loss_mask)
-    estimator, scale = advantage_of(recipe.objective), recipe.objective.advantage_scale
+    estimator = advantage_of(recipe.objective)
+    scale = recipe.objective.advantage_scale
     # What a value head is to say the trainer fills in, before its first update.
     estimate = (
         np.zeros(len(rewards.owners), np.float32)
@@ -137,7 +139,8 @@ def reward(rollouts: Samples, task: Task, recipe: Recipe) -> None:
 
 def overlong_penalties(rollouts: Samples, recipe: Recipe) -> np.ndarray:
     """float64 [samples]: DAPO's soft punishment of length, eq. 13; what was cut pays all of it."""
-    most, margin = recipe.sampling.max_tokens * recipe.task.turns, recipe.task.overlong_tokens
+    most = recipe.sampling.max_tokens * recipe.task.turns
+    margin = recipe.task.overlong_tokens
     lengths = np.array([np.count_nonzero(sample.loss_mask) for sample in rollouts])
     cut = np.array([sample.finish_reason == "length" for sample in rollouts])
     within = np.clip((lengths - (most - margin)) / margin, 0.0, 1.0) if margin else np.zeros(len(rollouts))

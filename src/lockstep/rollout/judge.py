@@ -62,7 +62,8 @@ class Judge:
         self, reward: Callable[..., Any], completions: Sequence[str], items: Sequence[Item]
     ) -> Iterator[float]:
         """Of an ``async`` reward: what waits for a server waits with the others, each for so long at most."""
-        seconds, places = self.config.reward_timeout_s or None, asyncio.Semaphore(AT_ONCE)
+        seconds = self.config.reward_timeout_s or None
+        places = asyncio.Semaphore(AT_ONCE)
 
         async def one(completion: str, item: Item) -> float:
             async with places:

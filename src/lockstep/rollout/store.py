@@ -187,7 +187,8 @@ def move(source: Path, target: Path) -> Path:
 def _arrays(column: "pyarrow.ChunkedArray") -> list[np.ndarray | None]:
     """A column of lists as one array a row; None where it is null."""
     joined = column.combine_chunks()
-    offsets, values = joined.offsets.to_numpy(), joined.values.to_numpy(zero_copy_only=False)
+    offsets = joined.offsets.to_numpy()
+    values = joined.values.to_numpy(zero_copy_only=False)
     known = joined.is_valid().to_numpy(zero_copy_only=False)
     spans = zip(pairwise(offsets), known, strict=True)
     return [values[start:stop].copy() if there else None for (start, stop), there in spans]

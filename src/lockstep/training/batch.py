@@ -68,7 +68,8 @@ def minibatches(
     Args:
         before: what is known of tokens that earlier weights drew; None: those of now drew them all.
     """
-    n, per_part = int(rollouts.lengths.sum()), len(rollouts) // recipe.training.minibatches
+    n = int(rollouts.lengths.sum())
+    per_part = len(rollouts) // recipe.training.minibatches
     known = before or Before(np.full(n, np.nan, np.float32), np.ones(n, bool))
     ends = np.r_[0, np.cumsum(rollouts.lengths)]
     parts = []
@@ -80,7 +81,8 @@ def minibatches(
 
 
 def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before) -> Minibatch:
-    loss_mask, kept = samples.loss_mask, _kept(samples, recipe)
+    loss_mask = samples.loss_mask
+    kept = _kept(samples, recipe)
     learned = loss_mask & kept[samples.owners]
     per_token = {
         "engine_logprobs": samples.engine_logprobs,
@@ -114,7 +116,8 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
         micro = Microbatch(row.to(device), **flat)
         if pairs is not None:
             own = pairs[np.isin(pairs[:, 0], row.completions)]
-            micro.pairs, micro.pair_weight = torch.tensor(own, device=device), 1.0 / max(1, len(pairs))
+            micro.pairs = torch.tensor(own, device=device)
+            micro.pair_weight = 1.0 / max(1, len(pairs))
         parts.append(micro)
     return parts
 

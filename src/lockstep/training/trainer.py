@@ -271,7 +271,9 @@ class Trainer:
     @cached_property
     def _beside(self) -> Beside:
         """What the objective needs beside the policy; made when first needed."""
-        needs, reference, head = needs_of(self._recipe.objective), None, None
+        needs = needs_of(self._recipe.objective)
+        reference = None
+        head = None
         if needs.reference:
             assert self._reference_path is not None, "a trainer without a checkpoint has no reference"
             model = self._recipe.model

@@ -87,7 +87,8 @@ def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawi
     ]
     for row in lacking:
         if not chosen[row]:
-            scores[row][:], audited[row][:] = rollouts[row].engine_logprobs, False
+            scores[row][:] = rollouts[row].engine_logprobs
+            audited[row][:] = False
     scored = [row for row in lacking if chosen[row]]
     for row, numbers in _scored(rollouts, scored, policy, ring, version, drawing):
         scores[row][:] = numbers

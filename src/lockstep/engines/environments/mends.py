@@ -84,12 +84,15 @@ def _needed_versions(elf: bytes) -> Iterator[tuple[int, int]]:
 
     The first field of an entry is its hash.
     """
-    (table,), (size, count) = struct.unpack_from("<Q", elf, 0x28), struct.unpack_from("<HH", elf, 0x3A)
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count = struct.unpack_from("<HH", elf, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * size) for i in range(count)]
     for section in sections:
         if section[1] != SHT_GNU_VERNEED:
             continue
-        strings, need, more = sections[section[6]][4], section[4], 1
+        strings = sections[section[6]][4]
+        need = section[4]
+        more = 1
         while more:
             _, entries, _, first, more = struct.unpack_from("<HHIII", elf, need)
             entry = need + first
@@ -121,7 +124,8 @@ def _path_of_loaded(library: str) -> Path:
 
 def _compile(target: Path, source: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        file, built = Path(scratch) / "shim.cpp", Path(scratch) / target.name
+        file = Path(scratch) / "shim.cpp"
+        built = Path(scratch) / target.name
         file.write_text(source)
         done = subprocess.run(["g++", "-shared", "-fPIC", "-o", built, file], capture_output=True, text=True)
         if done.returncode:

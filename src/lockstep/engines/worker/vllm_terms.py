@@ -79,7 +79,9 @@ class VllmWorker(ABC):
 
     async def sample(self, request: Draw) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        prompts, version, of = [unpack_ids(prompt) for prompt in request.prompts], self.version, request.id
+        prompts = [unpack_ids(prompt) for prompt in request.prompts]
+        version = self.version
+        of = request.id
         checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
         asked = [self.params(params) for params in request.params]
         named = await asyncio.gather(*[self._named(i, p, of) for i, p in zip(prompts, asked, strict=True)])
@@ -152,13 +154,16 @@ class VllmWorker(ABC):
 
     def receipt(self, loaded: dict[str, Any], cleared: bool, began: float) -> LoadReceipt:
         """What was loaded, as ``version``, since ``began`` on the performance counter."""
-        took, repacked = time.perf_counter() - began, tuple(loaded["repacked"])
+        took = time.perf_counter() - began
+        repacked = tuple(loaded["repacked"])
         return LoadReceipt(self.version, loaded["n_tensors"], took, repacked, cache_cleared=cleared)
 
 
 def serve(engine: Callable[[Config], Any]) -> None:
     """The entry point of a worker process: ``LISTENER_FD LIFELINE_FD CONFIG.json``."""
-    listener_fd, lifeline_fd, config_path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    listener_fd = int(sys.argv[1])
+    lifeline_fd = int(sys.argv[2])
+    config_path = Path(sys.argv[3])
     config = msgspec.json.decode(config_path.read_bytes(), type=Config)
     run(listener_fd, lifeline_fd, engine(config).start, scratch=(config.weights_dir, str(config_path.parent)))
 

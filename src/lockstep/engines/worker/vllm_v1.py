@@ -119,7 +119,8 @@ class V1Worker(terms.VllmWorker):
                 )
             cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
-            self.version, self.kept = request.update.version, self.kept or keep
+            self.version = request.update.version
+            self.kept = self.kept or keep
             # A request that waits to be scheduled is not known to the worker yet: it has no token.
             self.switched(dict.fromkeys(self.llm.output_processor.request_states, 0) | loaded["in_flight"])
         finally:

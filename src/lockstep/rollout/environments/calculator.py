@@ -91,6 +91,7 @@ class Questions:
         return {"question": question, "answer": answer, "messages": messages}
 
     def _asked(self, entropy: list[int]) -> tuple[str, str, str]:
-        low, high = 10 ** (self.digits - 1), 10**self.digits
+        low = 10 ** (self.digits - 1)
+        high = 10**self.digits
         a, b = np.random.default_rng(entropy).integers(low, high, 2).tolist()
         return f"What is {a} * {b}?", f"{a} * {b}", str(a * b)

@@ -40,7 +40,8 @@ def in_json(text: str) -> list[Call]:
     for body, _ in TAGGED.findall(text):
         try:
             read = json.loads(body)
-            name, arguments = read["name"], read.get("arguments", {})
+            name = read["name"]
+            arguments = read.get("arguments", {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UnreadableCallError(f"no tool call in JSON: {type(error).__name__}") from error
         if not isinstance(name, str) or not isinstance(arguments, dict):

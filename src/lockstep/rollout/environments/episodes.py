@@ -164,7 +164,8 @@ def play(table: EpisodeContext, items: Sequence[int], params: SamplingParams, se
         submit(groups)
         while under_way:
             handle = ended.get()
-            members, completions = under_way.pop(handle), handle.result(0.0)
+            members = under_way.pop(handle)
+            completions = handle.result(0.0)
             _refuse_empty(completions, members)
             submit(alike([m for m, c in zip(members, completions, strict=True) if table.heard(m, c)]))
         episodes = [episode for members in groups for episode in members]

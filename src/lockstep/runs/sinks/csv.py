@@ -23,7 +23,8 @@ class CsvSink:
     """``metrics.jsonl`` as a table."""
 
     def __init__(self, layout: RunLayout) -> None:
-        self.layout, self.path = layout, layout.root / "metrics.csv"
+        self.layout = layout
+        self.path = layout.root / "metrics.csv"
         self._columns: tuple[str, ...] = ()
 
     def step(self, record: StepRecord) -> None:
