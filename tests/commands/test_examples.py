@@ -98,6 +98,24 @@ def test_a_run_trains_with_both(tmp_path):
     assert "(grpo in the place of my_objective:cispo)" in judged
 
 
+def test_a_run_trains_on_the_phonebook_and_asks_held_out_questions(tmp_path):
+    write_recipe(tmp_path, 64)
+    figures, _, _ = trained(
+        tmp_path,
+        "phonebook",
+        "task.name=my_environment:questions",
+        "task.options={}",
+        "task.environment=my_environment:Phonebook",
+        "task.tool_calls=python",
+        "engine.max_model_len=400",
+        "evaluation.every=1",
+        "evaluation.prompts=2",
+    )
+    assert figures["turns_mean"] == 1.0, "a random model calls nothing"
+    assert figures["evaluation_reward_mean"] == 0.0
+    assert figures["evaluation_tokens_mean"] > 0.0
+
+
 def test_the_loop_on_one_page_gives_the_figures_of_lockstep_train(tmp_path, examples):
     from rl_loop import run
 
