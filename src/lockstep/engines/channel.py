@@ -118,6 +118,7 @@ class Channel:
         with self._lock:
             if self._ended:
                 raise self._why()
+            # Before it is sent: the reply may come before this thread goes on.
             self._waiting[number] = waiting
         self._send(_LENGTH.pack(len(body)) + body, deadline)
         return Posted(number, waiting.future)
@@ -131,11 +132,14 @@ class Channel:
         """End the stream; everyone who waits is told. Safe to call twice, and from any thread."""
         with contextlib.suppress(OSError):  # the worker was faster
             self._peer.shutdown(socket.SHUT_RDWR)
+        # ``on_end`` runs in the reader, and closes too.
         if threading.current_thread() is not self._reader:
             self._reader.join(JOIN_S)
 
     def _send(self, frame: bytes, deadline: float) -> None:
         """Raises TimeoutError while the worker, or another thread's earlier request, takes too long."""
+        # The lock keeps frames whole; a frame that the deadline cuts off has broken the stream, and who asked
+        # then ends the worker.
         if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TimeoutError
         try:
@@ -146,6 +150,8 @@ class Channel:
                 if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                     raise TimeoutError
                 try:
+                    # Poll says that something fits, not that all does: a send that blocks would outwait the
+                    # deadline.
                     left = left[self._peer.send(left, socket.MSG_DONTWAIT) :]
                 except BlockingIOError:
                     continue
@@ -183,6 +189,8 @@ class Channel:
     def _refuse_oversize(self, length: int) -> None:
         with self._lock:
             waiting = list(self._waiting.values())
+        # Before a byte of the body is read: which request it answers is inside, so the largest that anybody
+        # waits for is allowed.
         limit = max((entry.limit for entry in waiting), default=0)
         if length > limit:
             asked = ", ".join(describe(entry.request) for entry in waiting[:3]) or "nothing that was asked"
@@ -206,6 +214,8 @@ class Channel:
                 expected=f"a reply to one of {sorted(self._waiting)[:8]}",
                 hint="the engine was ended: its worker is broken, or of another Lockstep",
             )
+        # It is still waited for while it is checked, so that a reply that cannot be is told to who asked.
+        # Only this thread takes entries out.
         check_reply(waiting.request, reply)
         with self._lock:
             self._waiting.pop(number, None)

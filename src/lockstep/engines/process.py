@@ -104,13 +104,18 @@ class WorkerProcess:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(str(self.directory / "engine.sock"))
+            # Bound before the worker starts: the connection below waits in the kernel's queue, so nobody
+            # polls for a file, and a worker that dies before it accepts is an end of file.
             listener.listen(4)
             self._write_files(config)
             temporary = dict.fromkeys(("TMPDIR", *self.program.temporary), str(self.directory / TEMPORARY))
             env = env | temporary | {"PYTHONPATH": str(self.directory / "path")}
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(_private_log(self.log_path))
+            # A resumed run appends to its log: what an earlier engine died of is not this one's cause.
             self._log_from = log.tell()
+            # Python makes descriptors close-on-exec, so this process alone holds the end that is written to,
+            # and the pipe ends when it does, however that comes.
             lifeline, write_end = os.pipe()
             stack.callback(os.close, lifeline)
             held = contextlib.ExitStack()  # what outlives this function, unless it fails
@@ -130,7 +135,9 @@ class WorkerProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=(listener.fileno(), lifeline),
+                    # Ctrl-C reaches the terminal's group; the engine's own is ended in order by this process.
                     start_new_session=True,
+                    # ``-m`` puts the working directory before all others on the import path: not the user's.
                     cwd=self.directory,
                 )
                 peer.connect(str(self.directory / "engine.sock"))
@@ -144,6 +151,8 @@ class WorkerProcess:
         # Only this package is lent to the foreign environment, never the trainer's site-packages.
         plugin = self.directory / "path" / "lockstep_engine-0.dist-info"
         plugin.mkdir(parents=True)
+        # A directory of this form is a distribution to importlib.metadata, where an engine looks for plugins;
+        # nothing is installed into the environment that is lent.
         (plugin / "METADATA").write_text(METADATA)
         (plugin / "entry_points.txt").write_text(self.program.entry_points)
         (self.directory / "path" / "lockstep").symlink_to(Path(lockstep.__file__).parent)
@@ -211,11 +220,14 @@ class WorkerProcess:
             expected="a reply",
             hint=f"the engine was ended; its log is {self.log_path}{self._tail_text()}",
         )
+        # Told to the others first: once the worker ends, theirs would be the error of a death that has no
+        # cause.
         self._channel.give_up(overdue)
         self.close()
         return overdue
 
     def _failure(self, reply: Failure, what: str) -> EngineError | UsageError:
+        # Before the log is read: the engine's last words are in it once its processes are gone.
         if reply.fatal:
             self.close()
         error = UsageError if reply.usage else (EngineDied if reply.fatal else EngineError)

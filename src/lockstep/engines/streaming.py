@@ -88,10 +88,12 @@ class Streams:
         """From now on the handle is open; once the request has ended, it is not, and ``ended`` is called."""
         with self._changed:
             self._open.add(handle)
+        # Before the callback, which runs here and now where the request has ended already.
         handle._cancel = begun.cancel
 
         def settle(future: "Future[Completions]") -> None:
             try:
+                # The outcome comes first: who was in ``drain`` asks for it next.
                 handle._outcome.set_result(future.result())
             except CancelledError:
                 handle._outcome.set_result(aborted(handle.params))
@@ -100,6 +102,7 @@ class Streams:
             with self._changed:
                 self._open.discard(handle)
                 self._changed.notify_all()
+            # Outside the lock: this may submit the next request.
             ended(handle)
 
         begun.future.add_done_callback(settle)
@@ -114,6 +117,7 @@ class Streams:
 
     def close(self) -> None:
         """Nothing is begun any more."""
+        # Not made in order to be closed.
         if "pool" in self.__dict__:
             self.pool.shutdown(wait=False, cancel_futures=True)
 

@@ -76,6 +76,7 @@ class Gate:
         if reasons := unscored(tokens):
             return reasons
         gap = tokens.sampling_logprobs.astype(np.float64) - tokens.engine_logprobs
+        # All are asked: a refusal that names every sign of one fault says more of its cause than the first.
         found = (
             self._width(gap, tokens),
             self._bulk(gap),
@@ -94,6 +95,7 @@ class Gate:
         return max(NEGLIGIBLE_NATS, self.noise.p50 / GATE_MEDIAN_MULTIPLE)
 
     def _width(self, gap: np.ndarray, tokens: AtSampling) -> str:
+        # Of a gap that is next to nothing the ratio is one rounding over another, and may be anything.
         if self.own is None or float(np.median(np.abs(gap))) <= NEGLIGIBLE_NATS:
             return ""
         ratio = self.own.ratio(gap, tokens.sampling_logprobs, tokens.owners, self.temperature)
@@ -101,6 +103,8 @@ class Gate:
 
     def _bulk(self, gap: np.ndarray) -> str:
         own = self.measured.p50
+        # A pair that the ladder found close is held close; one that it found wide gets no more than
+        # arithmetic brings.
         limit = min(self.noise.p50, max(self._unfelt, GATE_MEDIAN_MULTIPLE * own))
         median = float(np.median(np.abs(gap)))
         return (
@@ -112,6 +116,7 @@ class Gate:
     def _bias(self, gap: np.ndarray, owners: np.ndarray) -> str:
         mean, error = mean_over_sequences(gap, owners)
         slack = abs(self.measured.mean) + max(self._unfelt, self.measured.p50)
+        # Both means are estimates, the ladder's and this step's, and their errors are independent.
         limit = slack + BIAS_Z * float(np.hypot(error, self.measured.mean_se))
         return (
             ""
@@ -120,9 +125,13 @@ class Gate:
         )
 
     def _tail(self, gap: np.ndarray, tokens: AtSampling) -> str:
+        # By the likelier of the two numbers: a wrong one that is too low would raise the limit that it is
+        # held to.
         likelier = np.maximum(tokens.sampling_logprobs, tokens.engine_logprobs)
         limits = largest_gap(likelier, self.noise, self.temperature)
         if self.own is not None:
+            # By the less likely one here: what was measured in bins of log-probability is wider there, and
+            # this limit only ever tightens the other.
             least = np.minimum(tokens.sampling_logprobs, tokens.engine_logprobs)
             limits = np.minimum(limits, self.own.largest(least, self.temperature))
         beyond = np.flatnonzero(np.abs(gap) > limits)

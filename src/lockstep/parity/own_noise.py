@@ -69,17 +69,21 @@ class OwnNoise:
             engine: widths of whichever is the wider are taken, each float [T], nats.
             trainer: float [T], nats.
         """
+        # A median of fewer tokens is noise about noise.
         n = max(1, min(BINS, logprobs.size // FEWEST))
         edges = np.quantile(logprobs, np.linspace(0.0, 1.0, n + 1)[1:-1])
         bins = np.searchsorted(edges, logprobs)
         odds = _unlikely(logprobs)
 
         def widths(error: np.ndarray) -> np.ndarray:
+            # An error of the logits moves log p by (1 − p) of it: what is left is of the logits, and alike
+            # over tokens.
             sizes = np.abs(error) / odds
             return np.array(
                 [SIGMA * np.median(sizes[bins == b]) if (bins == b).any() else 0.0 for b in range(n)]
             )
 
+        # There are several ways in which an engine differs from itself; the gap has whichever is the widest.
         of_engine = np.max([widths(error) for error in engine], axis=0)
         return cls(tuple(edges.tolist()), tuple(of_engine.tolist()), tuple(widths(trainer).tolist()))
 
@@ -95,6 +99,7 @@ class OwnNoise:
 
     def widths(self, logprobs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Of the gap at each token, nats, float64 [T]."""
+        # Two computations that round independently.
         both = np.hypot(self.engine, self.trainer) / min(1.0, temperature)
         bins = np.searchsorted(self.edges, np.asarray(logprobs, np.float64) * max(1e-9, temperature))
         return np.maximum(both[bins] * _unlikely(logprobs), np.finfo(np.float32).eps)
@@ -123,6 +128,7 @@ class OwnNoise:
         for at, ratio in enumerate(GRID):
             by_sequence = np.bincount(owners, sizes > ratio, lengths.size)
             beyond[at] = by_sequence.sum() / sizes.size
+            # Tokens of a sequence share noise through its hidden states: sequences are what is independent.
             error[at] = np.sqrt(np.square(by_sequence - beyond[at] * lengths).sum()) / sizes.size
         surely = beyond - OWN_NOISE_Z * error > 0.5
         never = beyond + OWN_NOISE_Z * error < 0.5

@@ -53,12 +53,14 @@ def packed_attention(
                 key[:, :, rows],
                 value[:, :, rows],
                 attn_mask=mask,
+                # The kernel without a mask is another one, and the faster.
                 is_causal=mask is None,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
         )
+    # [1, N, heads, d], contiguous: the layers join heads and d by a reshape, which then copies nothing.
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -94,6 +96,8 @@ def altered(
             kwargs["sliding_window"] = window
         return packed_attention(module, query * scale, key, value, *args, **kwargs)
 
+    # transformers' registry is global; a variant is held by one thread at a time, so nothing else is scored
+    # meanwhile.
     AttentionInterface.register(NAME, other)
     try:
         yield

@@ -92,12 +92,14 @@ def _validate(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float)
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, bias, targets, temperature, softcap, with_entropy, head_dtype):
+        # fp64 is for the tests that hold gradients to finite differences.
         wide = head.dtype if head.dtype == torch.float64 else torch.float32
         operand = head.to(head_dtype if wide == torch.float32 else wide)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         normaliser = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         blocks = _blocks(len(hidden), head)
+        # Not for capped logits: the cap's slope needs them as they were, and what is kept is normalised.
         ctx.kept = []
         keep_from = (
             len(blocks) - KEPT_BLOCKS if softcap is None and any(ctx.needs_input_grad[:3]) else len(blocks)
@@ -107,6 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
             if entropy is not None:
+                # In place: the exponential makes one more [t, V] already.
                 logits.sub_(normaliser[rows, None])
                 entropy[rows] = -torch.linalg.vecdot(logits.exp(), logits)
             if at >= keep_from:
@@ -128,6 +131,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=normaliser.dtype) if wants_head else None
         grad_bias = torch.zeros_like(bias, dtype=normaliser.dtype) if wants_bias else None
+        # From the last block on: those are the ones that were kept, and each is freed as it is used.
         for rows in reversed(_blocks(len(hidden), head)):
             slope = None
             if ctx.kept:

@@ -109,12 +109,15 @@ class _Tree:
     def grown(self, branch: _Branch, max_block: int) -> bool:
         """Take a branch in, if its prompt shares enough and the block does not grow too long."""
         if self.branches:
+            # A shorter trunk is computed again in every branch, so the length is asked of the tree as it
+            # would be.
             trunk = _common(self.branches[0].prompt[: self.trunk], branch.prompt)
             taller = _Tree(trunk, [*self.branches, branch])
             if trunk < MIN_TRUNK_TOKENS or taller.length > max_block:
                 return False
             self.trunk = trunk
         else:
+            # Of one branch the whole prompt is trunk; the next one shortens it to what they share.
             self.trunk = len(branch.prompt)
         self.branches.append(branch)
         return True
@@ -179,11 +182,13 @@ class _Layout:
     def add_completion(self, number: int, ids: np.ndarray, last_of_prompt: int, position: int) -> None:
         """Append a completion's inputs and note who predicts its tokens."""
         n = len(ids)
+        # The first token is predicted from the prompt, which may lie far before it in the row.
         self.predictors.append(np.r_[last_of_prompt, self.length : self.length + n - 1])
         self.targets.append(ids)
         self.numbers.append(number)
         self.spans.append(slice(self.n_targets, self.n_targets + n))
         self.n_targets += n
+        # The last token predicts nothing.
         self.add(ids[:-1], position)
 
 
@@ -227,5 +232,6 @@ def _mask(tree: _Tree) -> Bool[Tensor, "L L"] | None:
         n_completions += len(branch.completions)
     allowed = torch.ones(tree.length, tree.length, dtype=torch.bool).tril()
     for owner in (torch.from_numpy(np.concatenate(branches)), torch.from_numpy(np.concatenate(completions))):
+        # Once for branches and once for completions: a token sees what all share, and its own.
         allowed &= (owner[None, :] == 0) | (owner[None, :] == owner[:, None])
     return allowed

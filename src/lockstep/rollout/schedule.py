@@ -42,6 +42,7 @@ class Schedule:
         self.bound = bound
         self.state = state or State(confirmed=dict.fromkeys(engines, 0))
         if state is not None:
+            # The step was not in the checkpoint: its groups are whole, and it is trained again.
             self.state.finished |= self.state.training
             self.state.training = {}
             self.lost()
@@ -74,6 +75,8 @@ class Schedule:
         """Groups that were never admitted and may be, as far as steps and staleness go."""
         bound, state = self.bound, self.state
         live = state.step * bound.groups_per_step + len(state.training) + self.outstanding
+        # Counted from the version that every engine serves, not from the trainer's: a group that is admitted
+        # now may be drawn by the slowest of them.
         return max(0, min(bound.steps, self.version + bound.max_lag + 1) * bound.groups_per_step - live)
 
     def ready(self) -> bool:
@@ -89,8 +92,10 @@ class Schedule:
         if bound.drops:
             return lacking
         due = {flight.group: flight.born for flight in state.in_flight.values()}
+        # They will be admitted under the version of now at the earliest, whatever they were born under.
         due |= dict.fromkeys(state.reissue, self.version)
         for ends in range(state.step, state.step + bound.max_lag):
+            # Groups this old or older can be trained on in this step at the latest.
             oldest = ends - bound.max_lag
             there = sum(group.oldest <= oldest for group in state.finished.values())
             to_come = sum(born <= oldest for born in due.values())
@@ -104,6 +109,7 @@ class Schedule:
         """Finished groups that the next step may train on, those first that are due first."""
         oldest = self.state.step - self.bound.max_lag
         groups = [group for group in self.state.finished.values() if group.oldest >= oldest]
+        # Earliest deadline first: the order under which, if any order does, all are in time.
         return sorted(groups, key=lambda group: (group.oldest, group.group))
 
     def waits_for(self) -> str:
@@ -131,6 +137,7 @@ class Schedule:
         if not self.room:
             raise _wrong("admission", f"a group beyond {self.outstanding} outstanding", "room for it")
         if state.reissue:
+            # The lowest number is the oldest in the order of the data, and is waited for first.
             group = min(state.reissue)
             flight = Flight(group, self.version, state.reissue.pop(group) + 1)
             state.ledger.reissued += self.bound.group_size
@@ -192,6 +199,8 @@ class Schedule:
         """
         state = self.state
         taken = {group: found.lengths for group, found in state.training.items()}
+        # Length by length: a completion that was cut or replaced between queue and loss is not what was
+        # counted as drawn.
         if dict(lengths) != taken or not taken:
             raise _wrong(
                 f"step {state.step}", f"groups {sorted(lengths)} trained", f"those taken: {sorted(taken)}"
@@ -248,6 +257,7 @@ class Schedule:
             raise _wrong(
                 f"step {state.step}", f"{len(lengths)} groups stored", str(self.bound.groups_per_step)
             )
+        # Issued after the checkpoint: the schedule that is gone on with has never heard of them.
         while state.next_group <= max(lengths):
             state.reissue[state.next_group] = 0
             state.ledger.issued += self.bound.group_size

@@ -40,6 +40,8 @@ def weights_directory() -> Path:
 
     Those that killed trainers left in either are removed: they would hold as much memory as their models.
     """
+    # Called inside the suppression: the cache may not be writable, and that is no reason to start without
+    # weights.
     for root in (lambda: SHARED, _cache):
         with contextlib.suppress(OSError):
             for left in root().glob(f"{PREFIX}*"):
@@ -79,6 +81,7 @@ def reserve(directory: Path, size: int, say: Callable[[str], None], name: str = 
         if error.errno not in NO_ROOM:
             raise
         full = _room(directory)
+    # It lay in the cache already: there is nowhere else to go.
     if directory.parent != SHARED:
         raise _no_room(size, full)
     try:
@@ -104,6 +107,8 @@ def _reserved(path: Path, size: int) -> BinaryIO:
     try:
         os.fchmod(file.fileno(), 0o600)
         if hasattr(os, "posix_fallocate"):
+            # Every page is taken now: ENOSPC here, an error with a hint, in the place of SIGBUS later,
+            # without a word.
             os.posix_fallocate(file.fileno(), 0, size)
         else:
             file.truncate(size)
@@ -116,6 +121,8 @@ def _reserved(path: Path, size: int) -> BinaryIO:
 
 def _new(root: Path) -> Path:
     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+    # The kernel lets go of a lock when its process ends, be it killed: no number in a file has to be
+    # believed.
     _held[directory] = os.open(directory, os.O_RDONLY)
     fcntl.flock(_held[directory], fcntl.LOCK_EX)
     return directory

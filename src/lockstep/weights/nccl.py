@@ -57,6 +57,8 @@ class NcclPublisher:
 
     def publish(self, version: int) -> WeightUpdate:
         """Start sending the present weights as ``version``; the engine's load receives them."""
+        # One communicator carries one publish at a time, in the order in which the receivers' loads ask for
+        # it.
         self.settle()
         self._sending = Future()
         # A daemon: one that a stuck receiver holds in NCCL must not hold the end of the process too.
@@ -93,7 +95,10 @@ class NcclPublisher:
         with torch.cuda.device(device):
             if self._comm is None:
                 self._comm = nccl.init_rank(self._offer.world_size, self._offer.unique_id, 0)
+                # vLLM's side warms the communicator up with one; an unmatched collective would be paired with
+                # the first tensor's.
                 nccl.all_reduce([torch.zeros(1, device=device)], comms=[self._comm])
             for tensor in tensors.values():
                 nccl.broadcast([tensor.detach().contiguous()], root=0, comms=[self._comm])
+            # A broadcast is only queued when the call returns; the weights may change once this has.
             torch.cuda.synchronize(device)

@@ -64,6 +64,7 @@ class _File:
             self._map = mmap.mmap(file.fileno(), size)
         self.path = directory / name
         self._map[: len(header)] = header
+        # The metadata come first, so no tensor's name can be taken for the version.
         self._stamp_at = header.index(b"000000000000")
         self.tensors = {
             name: torch.frombuffer(
@@ -102,6 +103,8 @@ class WeightPublisher:
         """What lies in the map beside the trainer's memory, and is copied there by each :meth:`publish`."""
         for name, tensor in tensors.items():
             shared = self._file.tensors[name]
+            # A checkpoint may hold a tensor in another form than the model does (experts apart, or joined):
+            # that one is made anew at each publish, and copied.
             if tensor is own.get(name) and tensor.device.type == "cpu":
                 shared.copy_(tensor)
                 # The parameter stays the object that it is: optimizer, head and hooks hold on to it.
@@ -189,5 +192,6 @@ def _header(tensors: dict[str, Tensor], version: int) -> tuple[bytes, dict[str, 
         }
         at += tensor.nbytes
     body = json.dumps(entries, separators=(",", ":")).encode()
+    # Whole pages: the tensors begin on one, so that elements are aligned whatever the header's length.
     body = body.ljust(-(-(len(body) + 8) // _PAGE) * _PAGE - 8)
     return len(body).to_bytes(8, "little") + body, offsets

@@ -36,6 +36,7 @@ class Ring:
         """Keep a version; the oldest beyond the depth goes."""
         if not self.depth:
             return
+        # A resumed run trains a step again, and makes its version a second time.
         self._held.pop(version, None)
         while len(self._held) >= self.depth:
             self._forget(min(self._held))

@@ -70,6 +70,7 @@ def push(
         except (Stopped, KeyboardInterrupt):
             engine.close()  # or leaving the thread would wait for the load
             raise
+    # Not where the load failed: what the engine has read by then nobody knows, and the error ends the sync.
     source.settle()
 
 
@@ -88,6 +89,7 @@ def _share(threads: int) -> int:
 @contextmanager
 def threads(policy: Callable[[int], int]) -> Iterator[None]:
     """This process's threads as ``policy`` has them of what they were."""
+    # Of the whole process, not of a thread: torch has no narrower setting.
     before = torch.get_num_threads()
     torch.set_num_threads(policy(before))
     try:

@@ -47,12 +47,15 @@ def fitted(grid: Sequence[float], miss: Callable[[float], float], now: float, tr
     for value in grid:
         keep_looking()
         misses.append(miss(value))
+    # Misses over a wide range have more than one dip, which golden sections alone would not see: the grid
+    # finds the right one.
     at = int(np.argmin(misses))
     if not misses[at] < IMPROVES * now:
         return Fitted(misses[at], grid[at])
     low = grid[max(at - 1, 0)]
     high = grid[min(at + 1, len(grid) - 1)]
     exact = _golden(low, high, miss, tries)
+    # A round value wins only where it misses less: noise moves the exact one off what was set.
     rounded = [float(f"{exact:.{digits}g}") for digits in ROUNDED_TO]
     known = Fitted(misses[at], grid[at])
     return min(known, *(Fitted(miss(value), value) for value in {exact, *rounded} - {grid[at]}))

@@ -115,6 +115,8 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
     """
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
     families = {SCALED: scale, **{form: rounding(form) for form in QUANTISED}}
+    # The same tokens with a random sign each: a gap as wide and with no direction in it, by which is known
+    # what would have shown.
     signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), gap.size)
     asked = [
         Asked(token_weights(gap, trainer), families),
@@ -131,6 +133,7 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         noise = sums[[place[direction] for direction in probed]]
         shown = detectable(noise, known, scored.critical, pair.seed)
         sees = dict(zip(probed, shown.tolist(), strict=True))
+        # Fitting θ costs passes of the model: only where there is something to fit.
         if not scored.significant:
             return Tested(directions, scored, sees, pulled.uncovered, None)
         best = directions[scored.best]
@@ -171,6 +174,7 @@ def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -
 
 def _size(gap: np.ndarray, slopes: np.ndarray, trainer: np.ndarray) -> float:
     """θ by one Gauss–Newton step on the clipped gap."""
+    # Clipped, so that a few wild tokens set no size; the curvature is that of the clipped loss.
     bent = float((slopes * slopes * curvature(gap, trainer)).sum())
     return float((slopes * token_weights(gap, trainer)).sum()) / max(bent, np.finfo(float).tiny)
 
@@ -229,6 +233,7 @@ def _moved(
 
 
 def _with_tensors(pair: Pair, sample: Samples, best: Direction, theta: float, here: np.ndarray) -> np.ndarray:
+    # Scaling the head is dividing the temperature, and needs no other model.
     if best.tensors == (HEAD,):
         return np.concatenate(pair.trainer.score(sample.groups, sample.temperature / (1.0 + theta)))
     with pair.trainer.holding(Along(best.family, best.tensors, theta)):

@@ -67,6 +67,8 @@ class Weighed:
     def smallest_temperature(self, threshold: float) -> float:
         """The least |1/T − 1| that would have been seen with :data:`POWER`."""
         z = NormalDist().inv_cdf(DRAWS_POWER)
+        # Prompts whose next token is certain tell nothing: the size that would show is then beyond all
+        # bounds, and no division by 0.
         v = max(self.variance, 1e-12)
         return min((threshold + z * abs(t) * v**0.5 + t * t * v / 2) / (abs(t) * v) for t in self.tilts)
 
@@ -161,6 +163,8 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> BothWeighe
 def _after_one_id(
     pair: Pair, rng: np.random.Generator, n: int, sampling: SamplingParams, seed: int
 ) -> Samples:
+    # One arbitrary token as the prompt: distributions are wide behind those, and draws from wide ones tell
+    # more.
     ids = rng.integers(0, pair.trainer.vocabulary, (n, 1)).astype(np.int32)
     return _requested(pair, list(ids), sampling, seed)
 
@@ -186,6 +190,7 @@ def weigh_many(trainer: Trainer, singles: Samples, crowd: Samples) -> BothWeighe
 def _weighed(trainer: Trainer, sample: Samples, tilts: tuple[float, ...]) -> Weighed:
     """Tokens by their prompt: each prompt's distribution is computed once."""
     ids = np.array([s.token_ids[0] for s in sample], np.int64)
+    # A crowd's draws share their prompt.
     contexts, owners = np.unique(np.stack(sample.prompts), axis=0, return_inverse=True)
     hidden = torch.cat(trainer.hidden([Group(prompt, [np.zeros(1, np.int32)]) for prompt in contexts]))
     parts = []
@@ -202,7 +207,9 @@ def weigh(logprobs: Tensor, rows: Tensor, ids: Tensor, tilts: tuple[float, ...])
     """Draws ``ids`` [N] from the rows ``rows`` [N] of ``logprobs`` [L, V], float32."""
     rows, ids = rows.to(logprobs.device), ids.to(logprobs.device)
     p = logprobs.exp()
+    # 0 · log 0 is 0 in an entropy, and NaN in floating point.
     finite = logprobs.masked_fill(p == 0.0, 0.0)
+    # Sums over thousands of draws decide; in fp32 their error would pass for evidence.
     mean = (p * finite).sum(-1).double()
     variance = (p * finite.square()).sum(-1).double() - mean.square()
     drawn = logprobs[rows, ids].double()

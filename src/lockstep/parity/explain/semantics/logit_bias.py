@@ -40,6 +40,8 @@ class BiasFit:
         self.ids = ids
         drawn = logprobs.gather(1, ids[:, None])[:, 0]
         self.gap = (engine - drawn).double()
+        # A token's direction over all draws has the squared length Σ (p − [drawn])² = Σ p² + Σ_drawn (1 −
+        # 2p).
         self.length = (
             self.p.square().sum(0).index_add_(0, ids, 1.0 - 2.0 * drawn.exp()).clamp(min=1e-6).sqrt()
         )
@@ -57,7 +59,9 @@ class BiasFit:
     def step(self) -> float:
         """Give the token that mends most its bias, be it a new one or not; the mean |left| then, nats."""
         left = self.left(self.biases)
+        # The miss along [drawn = x] − p_x, for every x at once: one product with [N, V].
         along = (-(left.float() @ self.p)).index_add_(0, self.ids, left.float())
+        # By the cosine and not by the product, which frequent tokens would always win.
         best = (along.abs() / self.length).topk(CANDIDATES).indices.tolist()
         now = float(left.abs().mean())
         mean, bias, token = min(
@@ -68,6 +72,7 @@ class BiasFit:
 
     def _fitted(self, token: int, along: float, now: float) -> tuple[float, float]:
         """The mean |left| under the best bias for ``token``, and that bias."""
+        # Sizes are fitted on a logarithmic grid, which has no sign of its own.
         sign = np.sign(self.biases.get(token, along))
 
         def miss(size: float) -> float:
@@ -84,12 +89,15 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     fit = BiasFit((held.logits / temperature).log_softmax(-1), held.ids, held.engine)
     now = np.inf
     after = float(fit.gap.abs().mean())
+    # Till it is good enough, or a token more mends nothing.
     while BIAS_ENOUGH * pair.noise.p50 < after < now and len(fit.biases) < MOST_BIASED:
         now = after
         after = fit.step()
     if not after <= EXPLAINS * float(fit.gap.abs().mean()):
         return None
     before, left = (np.abs(scored - engine) for scored in _scored(pair.trainer, sample, fit.biases))
+    # As many tokens that were off as biases could be fitted to noise with; else six numbers explain six
+    # tokens.
     supported = (before > pair.noise.p50).sum() >= BIAS_SUPPORT * len(fit.biases)
     if not (
         fit.biases and supported and within(pair.noise, left) and left.mean() <= EXPLAINS * before.mean()

@@ -34,6 +34,8 @@ def transform(engine: np.ndarray, rescored: np.ndarray, owners: np.ndarray, nois
         return None
     tail = quantiles_abs(engine - rescored)["p999"]
     for name, values in _functions(engine, rescored, owners):
+        # Within arithmetic, and far better than untransformed: numbers near 0 are near many functions of
+        # themselves.
         if within(noise, engine - values) and quantiles_abs(engine - values)["p999"] <= EXPLAINS * tail:
             return name
     return _grid(engine, rescored, noise)
@@ -58,6 +60,7 @@ def _functions(a: np.ndarray, b: np.ndarray, owners: np.ndarray) -> Iterator[tup
     yield f"none above a ceiling of {a.max():.3g}", np.minimum(b, a.max())
     yield f"{np.median(a - b):+.3g} to each", b + np.median(a - b)
     yield from _beyond(a, b)
+    # Last: a factor that is fitted would explain another base too, without its name.
     factor = float(a @ b / max(b @ b, 1e-30))
     yield f"times {factor:.3f}", factor * b
 
