@@ -59,7 +59,6 @@ CAN = {
     "version_spans": Capability(True, "counted there: how many tokens a request in flight had"),
     "resolved_config": Capability(True, "the model is in this process"),
     "per_request_seed": Capability(True, "one for each prompt, shared by its samples' batch"),
-    "native_fp32_head": Capability(True, "the last product is replaced by one in the dtype asked for"),
     "logit_bias": Capability(True, "a logits processor"),
     "penalties": Capability(False, "repetition only: transformers has no presence and no frequency penalty"),
     "nccl_weights": Capability(False, "the engine is in the trainer's process"),

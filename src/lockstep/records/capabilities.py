@@ -15,7 +15,6 @@ CAPABILITIES = {
     "version_spans": "say which weights sampled which tokens of one completion",
     "resolved_config": "read back what it resolved to",
     "per_request_seed": "a seed for each request",
-    "native_fp32_head": "compute the last matrix product in fp32 under a bf16 body",
     "logit_bias": "add to chosen logits",
     "penalties": "repetition, presence and frequency penalties",
     "nccl_weights": "take new weights over NCCL",

@@ -43,7 +43,10 @@ def rehearse(rollouts: Samples, policy: Policy, recipe: Recipe) -> Rehearsal:
     beside.score_under_sampling_weights(parts, policy, recipe.sampling.temperature)
     sampled = step.at_sampling(parts, rollouts)
     tokens, loss = _losses(policy, parts, recipe, "trainer")
-    with torch.no_grad():  # its gradients show nothing that the first loss's did not
+    # A pass of its own, though its log-probabilities are the ones of the pass before: to share them the step
+    # would have to take two objectives at once, for this alone, and what is judged here is the very code that
+    # trains. Without gradients, which would show nothing that the first loss's did not, it is the cheapest.
+    with torch.no_grad():
         _, borrowed = _losses(policy, parts, recipe, "engine")
     return Rehearsal(
         gap=sampled.sampling_logprobs - sampled.engine_logprobs,

@@ -382,7 +382,6 @@ def _capabilities(vllm: bool, told: Capability) -> dict[str, Capability]:
         ),
         "resolved_config": told,
         "per_request_seed": Capability(True, "seed"),
-        "native_fp32_head": Capability(False, "how the server was started is its owner's affair"),
         "logit_bias": Capability(True, "logit_bias"),
         "penalties": only_vllm,
         "nccl_weights": Capability(False, unsaid),

@@ -242,15 +242,7 @@ def read_back(config: Any, inside: dict[str, Any]) -> dict[str, Any]:
 
 def common_capabilities() -> dict[str, Capability]:
     """What can be seen without a running engine."""
-    native = has_native_head_dtype()
-    plugin = (
-        "not in this version: "
-        "Lockstep's plugin computes the last product in the dtype asked for, and is probed"
-    )
     return {
-        "native_fp32_head": Capability(
-            native, 'hf_overrides = {"head_dtype": "float32"}' if native else plugin
-        ),
         "per_request_seed": Capability(True, "each request and sample has a generator of its own"),
     }
 
