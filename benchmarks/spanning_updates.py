@@ -11,6 +11,7 @@ all of them.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,15 +72,23 @@ def figures_of(run: Path) -> dict[str, Any]:
     }
 
 
-def lockstep(command: list[str], run: Path, kill_at: int) -> int:
-    """The command's exit code; killed once ``kill_at`` steps are recorded, where that is not 0."""
+def lockstep(command: list[str], run: Path, *, kill_at: int = 0, limit_s: float = math.inf) -> int:
+    """The command's exit code.
+
+    Args:
+        kill_at: SIGKILL once so many steps are recorded; 0: never.
+        limit_s: it is asked to end in order after so long.
+    """
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen([sys.executable, "-m", "lockstep.cli.main", *command], env=env)
-    metrics = run / "metrics.jsonl"
-    while kill_at and process.poll() is None:
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
+    metrics, began, asked = run / "metrics.jsonl", time.monotonic(), False
+    while process.poll() is None:
+        if kill_at and metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
             process.kill()
+        elif time.monotonic() - began > limit_s and not asked:
+            process.terminate()
+            asked = True
         time.sleep(0.2)
     return process.wait()
 
@@ -91,6 +100,7 @@ def main() -> None:
     parser.add_argument("--update", default="keep")
     parser.add_argument("--steps", type=int, default=54)
     parser.add_argument("--kill-at", type=int, default=0, help="SIGKILL after so many steps, then resume.")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="End each start after so long.")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
@@ -108,9 +118,9 @@ def main() -> None:
         command = ["train", recipe, "--engine", name, "--out", str(run)]
         for text in sets:
             command += ["--set", text]
-        code = lockstep(command, run, args.kill_at)
+        code = lockstep(command, run, kill_at=args.kill_at, limit_s=args.limit_s)
         if args.kill_at:
-            code = lockstep(["train", "--resume", str(run)], run, 0)
+            code = lockstep(["train", "--resume", str(run)], run, limit_s=args.limit_s)
         found = figures_of(run)
     document = {"schema": "lockstep.bench.spans/1", "exit_code": code, "engine": args.engine}
     document |= {"update": args.update, "killed_at": args.kill_at, "sets": sets} | found
