@@ -5,6 +5,7 @@ import json
 import threading
 
 import pytest
+from transformers import LogitsProcessorList
 
 from lockstep import api
 from lockstep.config.recipe import with_sets
@@ -92,6 +93,26 @@ def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(
     replays = [record.verdict for record in records if isinstance(record.when, InFlight)]
     assert max(verdict.figures["told_apart"] for verdict in replays) == 1.0
     assert shown == list(range(STEPS)), "what is drawn in flight is shown to people too"
+
+
+def test_what_is_broken_moves_the_mismatch_and_what_was_learned_moves_the_policy(
+    recipe, tmp_path, monkeypatch
+):
+    from lockstep.engines import transformers
+
+    def raw_first(some=()):
+        """The engine reports its logits before it divides them by the temperature."""
+        return LogitsProcessorList(
+            sorted(some, key=lambda one: not isinstance(one, transformers._TakeLogprobs))
+        )
+
+    monkeypatch.setattr(transformers, "LogitsProcessorList", raw_first)
+    sets = [*IN_FLIGHT, "rollout.update=keep", "sampling.max_tokens=90", "sampling.temperature=0.7"]
+    found = run(recipe, tmp_path / "run", *sets, "parity.override=what the figures do is looked at")
+    steps = read_steps(found.metrics)
+    assert steps.column("spanning_fraction").max() > 0.0, "such a sequence is no proof of anything here"
+    assert steps.column("policy_kl_k3_nats").max() < 0.01 < steps.column("mismatch_kl_k3_nats").min()
+    assert [row["step"] for row in ledger(found)] == list(range(STEPS))
 
 
 def dies_once(monkeypatch, at):
