@@ -95,9 +95,7 @@ def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(
     assert shown == list(range(STEPS)), "what is drawn in flight is shown to people too"
 
 
-def test_what_is_broken_moves_the_mismatch_and_what_was_learned_moves_the_policy(
-    recipe, tmp_path, monkeypatch
-):
+def test_an_engine_that_was_refused_and_overridden_is_not_held_to_replays(recipe, tmp_path, monkeypatch):
     from lockstep.engines import transformers
 
     def raw_first(some=()):
