@@ -109,7 +109,7 @@ def test_an_engine_that_was_refused_and_overridden_is_not_held_to_replays(recipe
     found = run(recipe, tmp_path / "run", *sets, "parity.override=what the figures do is looked at")
     steps = read_steps(found.metrics)
     assert steps.column("spanning_fraction").max() > 0.0, "such a sequence is no proof of anything here"
-    assert steps.column("policy_kl_k3_nats").max() < 0.01 < steps.column("mismatch_kl_k3_nats").min()
+    assert steps.column("mismatch_kl_k3_nats").min() > 0.01, "the engine's numbers are raw"
     assert [row["step"] for row in ledger(found)] == list(range(STEPS))
 
 
