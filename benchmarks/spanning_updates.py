@@ -123,7 +123,8 @@ def main() -> None:
             code = lockstep(["train", "--resume", str(run)], run, limit_s=args.limit_s)
         found = figures_of(run)
     document = {"schema": "lockstep.bench.spans/1", "exit_code": code, "engine": args.engine}
-    document |= {"update": args.update, "killed_at": args.kill_at, "sets": sets} | found
+    told = [text for text in sets if not text.startswith("model.path=")]
+    document |= {"update": args.update, "killed_at": args.kill_at, "sets": told} | found
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"spans-{args.engine.replace('==', '-')}-{args.update}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
