@@ -82,7 +82,9 @@ def lockstep(command: list[str], run: Path, *, kill_at: int = 0, limit_s: float 
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen([sys.executable, "-m", "lockstep.cli.main", *command], env=env)
-    metrics, began, asked = run / "metrics.jsonl", time.monotonic(), False
+    metrics = run / "metrics.jsonl"
+    began = time.monotonic()
+    asked = False
     while process.poll() is None:
         if kill_at and metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
             process.kill()
