@@ -117,11 +117,13 @@ class Flights:
         if self._thread is not None:
             self._ending = True
             self._inbox.put(None)  # behind all that has ended
+            # Outside the lock, which the thread needs to take in what is left.
             self._thread.join(JOIN_S)
         with self._changed:
             for handle in self._groups:
                 with contextlib.suppress(EngineError):
                     handle.cancel()
+            # From here on an answer that still comes finds no group, and is dropped where it is taken in.
             self._groups.clear()
             self._pieces.clear()
             self._cut.clear()
@@ -142,6 +144,8 @@ class Flights:
             self._news = time.monotonic()
             while not self.schedule.ready():
                 self._raise()
+                # Since anything happened, and not since the question alone: long answers are no deadlock
+                # while others end.
                 left = self._news + limit - time.monotonic()
                 if left <= 0:
                     raise EngineError(
@@ -153,6 +157,8 @@ class Flights:
                 self._changed.wait(left)
             step = self.schedule.state.step
             taken = self.schedule.take()
+            # References alone under the lock; rewards may take seconds, and the rollout thread goes on
+            # meanwhile.
             groups = [(found.group, self._samples[found.group]) for found in taken]
         samples = [
             replace(sample, group=place)
@@ -249,6 +255,8 @@ class Flights:
         with self._changed:
             make_directory(checkpoint / "rollout")
             (checkpoint / SCHEDULE).write_bytes(msgspec.json.encode(self.schedule.state))
+            # Under the same lock as the schedule: a group that ended between the two would be in neither
+            # file.
             groups = sorted(self.schedule.state.finished)
             held = [sample for group in groups for sample in self._samples[group]]
         if held:
@@ -292,6 +300,7 @@ class Flights:
                     self._take_in(message)
                 elif self._ending:
                     return
+        # A thread's error is nobody's: it is kept, and raised where the trainer asks next.
         except BaseException as error:
             with self._changed:
                 self._error = error

@@ -72,6 +72,8 @@ def prove_sync(run: Run, version: int, trainer: np.ndarray) -> CanaryResult:
     run.unproven = 0 if verdict.status == "PASS" else run.unproven + 1
     if verdict.status == "PASS":
         run.deliveries.settle(version, CANARY)
+    # Rollouts have had their steps to prove it by then; the perturbation costs two loads, and tells however
+    # small the update was.
     elif version - run.deliveries.proven > run.recipe.parity.prove_within:
         prove_transport(run, version, AfterSync(version))
     return result
@@ -170,6 +172,7 @@ def _sync_verdict(run: Run, result: CanaryResult, version: int) -> Verdict:
     findings = named.findings
     if named.status != "FAIL":
         cause = "not_delivered" if result.not_delivered else "unexplained_weights"
+        # The canary keeps the mean of its tokens' gaps, and not each.
         size = np.full(result.n_tokens, result.gap_abs_mean_nats)
         findings = (finding(cause, size, np.arange(size.size), agreement, run.pair.engine.fix(cause)),)
     return Verdict(

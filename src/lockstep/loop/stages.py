@@ -111,6 +111,8 @@ def train_gated(
         if not replayed:
             if run.override is None:
                 said.update(prove_rollouts(run, version, rollouts, tokens))
+            # The name that resume trains on, given before the optimizer's step: a kill in between trains on
+            # it again, and never on what no gate has seen.
             store.admit(run.layout, step)
 
     return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit, before) | said
@@ -146,6 +148,7 @@ def sync(run: Run, version: int, mode: LoadMode = "wait") -> dict[str, float]:
         run.pair.version = version
         run.unproven += 1
         return {"unproven_syncs": float(run.unproven), "sync_s": time.perf_counter() - began}
+    # The trainer scores the canary while the engine loads: both only read the weights.
     with run.pair.loading(version, mode):
         trainer = run.canary.trainer_scores(run.pair)
     run.pair.version = version

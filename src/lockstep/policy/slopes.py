@@ -47,11 +47,15 @@ def slopes(
     found = []
     with torch.enable_grad(), _requiring_grad(chosen):
         for number in sorted(set(owners.tolist())):
+            # One row for the whole completion: its tokens share the forward pass, and each has a backward
+            # pass of its own.
             (row,) = policy.rows([groups[number]], 1 << 20)
             logprobs = policy.scores(row.to(policy.device), temperature).logprobs
             for token in tokens[owners == number].tolist():
                 before_each()
                 at = logprobs[token - int(starts[number])]
+                # Unused: a parameter that this token's number does not depend on, an expert that was not
+                # chosen.
                 grads = torch.autograd.grad(at, chosen, retain_graph=True, allow_unused=True)
                 products = [
                     0.0 if g is None else float((whole(g).float() * m).sum())

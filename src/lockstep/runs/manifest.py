@@ -125,6 +125,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = convert(exact(table), Manifest, str_keys=True)
     except ValidationError as error:
         raise RunError(f"manifest {path}", got=str(error), expected="a whole manifest", hint=hint) from error
+    # The schema alone takes an edited number, and the run would go on as another.
     if manifest.recipe_sha256 != _digest(manifest.recipe):
         raise RunError(
             f"manifest {path}", got="a recipe that was edited", expected="the recipe that was run", hint=hint

@@ -77,6 +77,7 @@ def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawi
     Raises:
         KeyError: for a version that the ring does not hold.
     """
+    # Seeded by the step: a resume audits the same samples, and its replayed figures are comparable.
     chosen = np.random.default_rng([*drawing.seed, version]).random(len(rollouts)) < drawing.share
     scores = [_stored(sample) for sample in rollouts]
     audited = [np.ones(len(known), bool) for known in scores]
@@ -114,6 +115,8 @@ def _scored(
     rollouts: Samples, rows: Sequence[int], policy: Policy, ring: Ring, version: int, drawing: Drawing
 ) -> list[tuple[int, np.ndarray]]:
     """Row and scores, float32 [T]; NaN where the step's own forward pass gives them."""
+    # A cache that was kept holds what the old weights wrote: no single pass under either version scores what
+    # followed.
     spanning = [row for row in rows if drawing.kept and len(rollouts[row].version_spans) > 1]
     plain = [row for row in rows if row not in spanning]
     found = {row: np.full(len(rollouts[row].token_ids), np.nan, np.float32) for row in plain}

@@ -35,6 +35,7 @@ def end_group(pgid: int) -> None:
                 with contextlib.suppress(OSError):
                     # libiomp5's, 1 KB each.
                     Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink()
+    # Last: a member that ended itself first would leave the others.
     if own in {pid for pid, _ in members or []}:
         os.kill(own, signal.SIGKILL)
     for pid in trackers:

@@ -117,6 +117,8 @@ async def _run(
         traceback.print_exc()
         await _refuse(listener, failure_of(0, error, fatal=True))
         sys.exit(1)
+    # Processes that the engine started through multiprocessing: an end of one is seen at once, and not by a
+    # request that hangs.
     for child in multiprocessing.active_children():
         loop.add_reader(child.sentinel, end_with_child, child)
     async with await asyncio.start_unix_server(_Server(engine, ready).serve_peer, sock=listener) as server:
@@ -229,6 +231,7 @@ class _Server:
         with contextlib.suppress(ConnectionError):
             _send(writer, _fitting(request, reply))
             await writer.drain()
+        # Only after the reply is on its way: it says what the trainer would else have to read from a log.
         if isinstance(reply, Failure) and reply.fatal:
             end_process_group()
 
@@ -240,6 +243,8 @@ class _Server:
                 return Scored(request.id, await self._tracked(lambda: self.engine.score(request)))
             case Load():
                 async with self._loading:
+                    # Holding the lock: what comes meanwhile waits behind the load, or samples would come for
+                    # ever.
                     if self._sampling and request.mode == "wait":
                         await asyncio.wait(self._sampling)
                     return Loaded(request.id, await self.engine.load(request))

@@ -78,6 +78,7 @@ class WeightsExtension:
 
     def lockstep_deliver(self, tensors: Iterator[tuple[str, Any]]) -> None:
         """Have the engine's own reload take the tensors."""
+        # V0's worker has none; there the model's own loader writes into the tensors that are there.
         if hasattr(self, "reload_weights"):
             self.reload_weights(weights_iterator=tensors)
         else:
@@ -85,6 +86,8 @@ class WeightsExtension:
 
     def lockstep_repack(self) -> list[str]:
         """Rebuild the packed copies that the reload leaves stale; returns whose."""
+        # Of tied embeddings the reload streams one tensor, the embedding: nothing tells the head that its
+        # copy is old.
         head = _head(self.model_runner.get_model())
         if not hasattr(head, "cpu_linear"):
             return []

@@ -36,6 +36,7 @@ class V1Worker(terms.VllmWorker):
         if config.device_config.device_type == "cpu":
             # As on a GPU. The CPU platform asks for spawn, which imports all of vLLM once more, for 8 s.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        # Statistics cost time at every step, and are asked for where someone counts.
         silent = self.config.args.get("disable_log_stats", True)
         self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=silent, enable_log_requests=False)
         self.vllm_config = self.llm.vllm_config
@@ -103,6 +104,7 @@ class V1Worker(terms.VllmWorker):
         path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
         keep = request.mode == "keep"
+        # The pause ends at a step's boundary: no forward pass reads weights of two versions.
         await self.llm.pause_generation(
             mode="wait" if request.mode == "wait" else "keep", clear_cache=not keep
         )
@@ -117,6 +119,8 @@ class V1Worker(terms.VllmWorker):
                 (loaded,) = await self.llm.collective_rpc(
                     "lockstep_load", args=(str(path), request.update.version)
                 )
+            # A prefix that is cached under old weights would go on answering for them; ``keep`` says that it
+            # may.
             cleared = False if keep else await self.llm.reset_prefix_cache()
             await self.llm.reset_mm_cache()
             self.version = request.update.version
@@ -124,6 +128,7 @@ class V1Worker(terms.VllmWorker):
             # A request that waits to be scheduled is not known to the worker yet: it has no token.
             self.switched(dict.fromkeys(self.llm.output_processor.request_states, 0) | loaded["in_flight"])
         finally:
+            # After an error too: requests that are held would wait for ever, and nobody would be told why.
             await self.llm.resume_generation()
         return self.receipt(loaded, cleared is not False, began)
 
