@@ -113,6 +113,8 @@ class LeftBehind:
     def suspect(self, pair: Pair, asked: AskedTokens) -> Suspect | None:
         """What these tokens, with those of the steps before, point to."""
         self._steps.append(self._pulled(pair, asked))
+        # The oldest steps go once those after them are enough: an update that was lost early is in the later
+        # gaps too.
         while len(self._steps) > 1 and sum(map(_width, self._steps[1:])) >= PROMPTS:
             del self._steps[0]
         places = list(self._steps[-1])
@@ -142,6 +144,7 @@ class LeftBehind:
         Args:
             canary: what both sides score in the experiment.
         """
+        # Scored before anything is sent: what arrives by being sent again was lost in one sync alone.
         before = canary.engine_scores(pair)
         place = suspect.places[0]
         pair.sync(pair.version)
@@ -149,6 +152,7 @@ class LeftBehind:
             new = canary.trainer_scores(pair).astype(np.float64)
             old = _scores_with_old(pair, canary, place, self.since)
         served = canary.engine_scores(pair)
+        # Cleared or named, each is tried once: an experiment costs loads, and chance will suspect it again.
         self._cleared |= set(suspect.places)
         once = _left(place, Moves(before - served, new - old, new, canary.owners), again=True)
         if once is not None:
@@ -202,6 +206,7 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[TensorLeft]]:
     noise = _far(pair, pair.trainer.snapshot())
     tensors = LeftBehind(noise.before)
     with pair.exactly():
+        # What they differ by already is no move: kernels that round otherwise would pass for a tensor.
         start = canary.engine_scores(pair) - canary.trainer_scores(pair).astype(np.float64)
     with pair.trainer.holding(noise):
         pair.sync(PROBE_VERSION)
@@ -238,6 +243,7 @@ def _by_tensor(pulled: Pulls, prompts: np.ndarray, head_name: str) -> dict[Direc
         return sums
     tables = [place for place in sums if place.tensors == (head_name,)]
     if tables:
+        # One memory, moved once; the product rule adds what it does at either end.
         sums[tables[0]] += sums[head]
     else:
         sums[Direction(STALE, (head_name,), head_name.removesuffix(".weight"))] = sums.pop(head)

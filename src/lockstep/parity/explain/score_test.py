@@ -73,14 +73,20 @@ def score_test(pulls: np.ndarray, seed: int = 0) -> TestedDirections:
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), (pulls.shape[1], SCORE_FLIPS))
     size = np.sqrt(np.square(pulls).sum(1))
     null = np.zeros(SCORE_FLIPS)
+    # In portions: every direction under every flip is a matrix that grows with the model.
     for first in range(0, len(pulls), 256):
         part = slice(first, first + 256)
         flipped = pulls[part] @ signs
         # In place: arrays of this size are given back to the system and zeroed anew each time.
         np.abs(flipped, out=flipped)
         flipped /= np.maximum(size[part, None], np.finfo(float).tiny)
+        # The largest |t| of all directions under one and the same flip: they are correlated, and a bound that
+        # took them for independent would see less.
         null = np.maximum(null, flipped.max(0, initial=0.0))
+    # A flip that gives the very t again, the identity among few sequences, counts as no smaller for its
+    # rounding.
     beaten = np.searchsorted(np.sort(null), np.abs(t) - 1e-9)
+    # What was measured is one of the flips: no p is 0.
     p = (1.0 + SCORE_FLIPS - beaten) / (1.0 + SCORE_FLIPS)
     return TestedDirections(t, p, float(np.quantile(null, 1.0 - SCORE_LEVEL)))
 
@@ -99,6 +105,7 @@ def alike(pulls: np.ndarray, one: int) -> np.ndarray:
     """
     size = np.sqrt(np.square(pulls).sum(1))
     ties = np.abs(pulls @ pulls[one]) / np.maximum(size * size[one], np.finfo(float).tiny)
+    # Itself first, whatever rounding makes of its own correlation.
     ties[one] = np.inf
     order = np.argsort(-ties, kind="stable")
     return order[ties[order] >= SCORE_ALIKE]
@@ -152,6 +159,7 @@ def detectable(pulls: np.ndarray, probed: np.ndarray, critical: float, seed: int
     def seen(shift: float) -> bool:
         return bool(np.quantile(statistic(noise + shift * known), 1.0 - SCORE_POWER) > critical)
 
+    # The chance grows with the shift, so a search by halves finds the least that is enough.
     shifts = np.geomspace(1.0, 100.0, 200)
     first = bisect_left(range(len(shifts)), True, key=lambda n: seen(float(shifts[n])))
     if first == len(shifts):

@@ -104,6 +104,7 @@ def _slopes(
 ) -> SlopesAndGap:
     """``Trainer.slopes`` of the tokens with the largest gaps."""
     gap = engine - canary.trainer_scores(pair)
+    # Each costs a backward pass; the largest gaps are the furthest above what arithmetic brings.
     chosen = np.argsort(-np.abs(gap))[:TOKENS]
     slopes = pair.trainer.slopes(canary.groups, chosen, canary.temperature, names, towards, keep_looking)
     moves = np.array([slope.moves for slope in slopes])
@@ -118,6 +119,7 @@ def _ranked(slopes: SlopesAndGap, names: list[str], *, free: bool) -> list[Hypot
     """
     gap = slopes.gap
     column = {name: slopes.moves[:, at] for at, name in enumerate(names)}
+    # A set is put together from whole moves, and under a factor that is free no move is whole.
     greedy = [] if free else [_greedy(column, gap, names)]
     candidates: dict[tuple[str, ...], Hypothesis] = {}
     for chosen in [candidate for candidate in (*_sets(names), *greedy) if candidate]:
@@ -125,6 +127,7 @@ def _ranked(slopes: SlopesAndGap, names: list[str], *, free: bool) -> list[Hypot
         size = _projected(gap, move) if free else 1.0
         miss = float(np.abs(gap - size * move).mean())
         candidates[chosen] = Hypothesis(chosen, 1.0 + size if free else 1.0, miss)
+    # First order ranks, and proves nothing: each that is left is scored again by the model itself.
     return sorted(candidates.values(), key=lambda hypothesis: hypothesis.miss)[:VERIFIED]
 
 
@@ -196,6 +199,8 @@ def _proven(
     least = min(hypothesis.miss for hypothesis in tried)
     if not least <= limit:
         return None
+    # Never below what arithmetic leaves: two that miss by nothing are alike, whatever the ratio of their
+    # misses.
     close = min(max(ALIKE * least, limit / LIMIT_OVER_ALIKE), limit)
     # Of sets that explain alike, the smallest is named.
     alike = sorted(
