@@ -14,6 +14,7 @@ from lockstep.errors import RunError
 from lockstep.metrics.catalog import metric_named
 from lockstep.records.verdicts import LAYERS, AfterSync, BeforeStep, OfCheck, OfRollouts, Status, Verdict
 from lockstep.report.document import Download, Line, Plot, Report, Section, Table
+from lockstep.report.ledger import ledger_section
 from lockstep.report.rollouts import gap_section, rollouts_section
 from lockstep.report.tokens import GapCounts, read_gaps
 from lockstep.runs.layout import RunLayout
@@ -58,6 +59,7 @@ def of_run(run: RunRecord) -> Report:
         ladder_section(ladder),
         _alarms(run),
         _proofs(verdicts),
+        ledger_section(run.layout),
         gap_section(gaps, lost),
         *([_trajectories(run)] if len(run.steps) else []),
         _configuration(run),
