@@ -51,7 +51,7 @@ def test_raw_numbers_show_in_the_mean_at_a_telling_temperature_alone(pair):
 
 def test_what_another_generation_leaves_out_is_not_measured_and_says_so(pair):
     left = at_update(pair)
-    assert [one.fault for one in left] == ["stale_head", "stale_prefix_cache"]
+    assert [one.fault for one in left] == ["stale_head", "stale_prefix_cache", "in_flight_update"]
     assert all(one.reason for one in left)
     assert all(math.isnan(one.effect_nats) for one in left)
 

@@ -106,7 +106,7 @@ def test_of_the_verbs_that_only_look(verb, tmp_path, monkeypatch, recipe):
         path="/x",
     )
     monkeypatch.setattr(recipes, "refuse_machine", lambda recipe: None)
-    monkeypatch.setattr(install, "install", lambda spec, say: environment)
+    monkeypatch.setattr(install, "install", lambda spec, say, lock_file: environment)
     monkeypatch.setattr(install, "remove", lambda spec, say: None)
     monkeypatch.setattr(pretrained, "install_model", lambda name, say: tmp_path)
     monkeypatch.setattr(locate, "installed", lambda: [environment])

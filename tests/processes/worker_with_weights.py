@@ -29,7 +29,9 @@ class OwnWorker:
         head = SimpleNamespace(
             cpu_linear=True, quant_method=SimpleNamespace(process_weights_after_loading=self._pack)
         )
-        self.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(lm_head=head))
+        self.model_runner = SimpleNamespace(
+            get_model=lambda: SimpleNamespace(lm_head=head), reload_weights=self.reload_weights
+        )
 
     def _pack(self, head: Any) -> None:
         self.packed = self.weight

@@ -14,6 +14,8 @@ GOOD = {
     "cache_config.enable_prefix_caching": False,
     "scheduler_config.async_scheduling": False,
     "scheduler_config.enable_chunked_prefill": False,
+    "scheduler_config.max_num_batched_tokens": 2048,
+    "scheduler_config.max_num_seqs": 128,
     "model_config.disable_cascade_attn": True,
     "model_config.generation_config": "vllm",
     "worker.parameter_dtype": "torch.float32",
@@ -40,7 +42,7 @@ def rows_of(resolved, *, tells=True, **sampling):
 
 def test_every_knob_knows_every_versions_default():
     assert all(set(knob.defaults) == set(VERSIONS) for knob in KNOBS)
-    assert len(KNOBS) >= 13
+    assert len(KNOBS) >= 15
 
 
 def test_a_good_configuration_needs_nothing():

@@ -45,6 +45,7 @@ def side(engine, mode, gap, *, tempered, cache):
     )
     return Side(
         engine=engine,
+        generation="V0" if tempered else "V1",
         temperature=0.7,
         n_tokens=512,
         gap_mean_nats=gap,
@@ -99,9 +100,15 @@ def no_environments(monkeypatch):
 def first(verdicts):
     head = Left(fault="stale_head", what="no re-pack", reason="no packed copy is kept here")
     cache = Left(
-        fault="stale_prefix_cache", what="no reset", effect_nats=0.09, ci95=(0.05, 0.12), fix=NO_CACHE
+        fault="stale_prefix_cache",
+        what="no reset",
+        how="planted, and scored",
+        effect_nats=0.09,
+        ci95=(0.05, 0.12),
+        fix=NO_CACHE,
     )
-    return FirstRun(NEW, [head, cache], 0.41, verdicts)
+    pause = Left(fault="in_flight_update", what="no pause", how="6 spanned one", effect_nats=0.03, fix="wait")
+    return FirstRun(NEW, [head, cache, pause], 0.41, verdicts)
 
 
 def gone(tmp_path, engines):
@@ -157,7 +164,11 @@ def test_each_difference_has_effect_cause_and_flag_and_topics_are_in_order(tmp_p
     assert mode.ci95 == pytest.approx((-0.1558, -0.1362), abs=1e-4)
     prompts = by["prompt log-probabilities"]
     assert (prompts.effect_nats, prompts.before) == (0.41, "tempered by the request's T")
-    assert by["no reset"].effect_nats == 0.09
+    assert (by["no reset"].effect_nats, by["no reset"].before) == (
+        0.09,
+        "a V0 engine has nothing of the kind",
+    )
+    assert (by["no pause"].effect_nats, by["no pause"].before, by["no pause"].flag) == (0.03, "so", "wait")
     assert (by["no re-pack"].note, math.isnan(by["no re-pack"].effect_nats)) == ("not measured here", True)
     assert by["prefix cache"].flag == NO_CACHE
     assert "KV cache dtype" not in by, "what is as before and as it should be is left out"

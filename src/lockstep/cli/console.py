@@ -153,12 +153,17 @@ def show(text: str) -> None:
 
 
 def emit(schema: str, content: dict[str, Any] | msgspec.Struct) -> None:
-    """One JSON document on stdout; what a terminal would obey is in it as JSON's own escape."""
+    """One JSON document on stdout."""
+    sys.stdout.write(document(schema, content))
+
+
+def document(schema: str, content: dict[str, Any] | msgspec.Struct) -> str:
+    """A JSON document; what a terminal would obey is in it as JSON's own escape."""
     from lockstep.runs.strict import plain
 
-    document = {"schema": f"lockstep.{schema}/1", **plain(content)}
-    text = msgspec.json.format(msgspec.json.encode(document), indent=1).decode()
-    sys.stdout.write(OBEYED.sub(lambda found: escaped(found[0], "\\u{:04x}"), text) + "\n")
+    whole = {"schema": f"lockstep.{schema}/1", **plain(content)}
+    text = msgspec.json.format(msgspec.json.encode(whole), indent=1).decode()
+    return OBEYED.sub(lambda found: escaped(found[0], "\\u{:04x}"), text) + "\n"
 
 
 def fail(error: LockstepError, *, as_json: bool) -> None:

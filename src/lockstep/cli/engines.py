@@ -20,9 +20,16 @@ def install(
     check: Annotated[
         bool, typer.Option("--check", help="Build nothing; only say whether this machine can run it.")
     ] = False,
+    lock: Annotated[
+        Path | None,
+        typer.Option(help="The closure of a version that comes without one, in place of one resolved here."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build an engine's environment, or go on building it.
+
+    Versions that come without a lock are resolved first, from wheels alone; the lock that comes of it is kept
+    beside the environment, and `engines remove` removes both.
 
     Exit code: 0 when it is built; 2 usage; 3 when it could not be built. With --check: 0 when there is a
     build for this machine, 3 when there is none.
@@ -38,7 +45,7 @@ def install(
     from lockstep.engines.environments.install import install as build
 
     with Console() as console:
-        environment = build(spec, console.say)
+        environment = build(spec, console.say, lock)
     if as_json:
         emit("engines.install", {"engine": environment})
 

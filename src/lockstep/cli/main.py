@@ -13,6 +13,7 @@ import typer
 
 import lockstep
 from lockstep.cli import (
+    atlas,
     certificate,
     check,
     check_log,
@@ -93,6 +94,7 @@ app.command("check-log")(check_log.check_log)
 app.command("diagnose")(diagnose.diagnose)
 app.command("faults")(faults.faults)
 app.command("upgrade")(upgrade.upgrade)
+app.command("atlas")(atlas.atlas)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("metrics")(metrics.metrics)

@@ -1,18 +1,22 @@
 """``lockstep upgrade RECIPE --from vllm==A --to vllm==B``: what changes, its worth, and how to go on."""
 
+import sys
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.cli.console import Console, emit, show
+from lockstep.cli.console import Console, document, show
 from lockstep.cli.flags import EXIT_CODES, Json, Sets
 from lockstep.errors import UsageError
 
 if TYPE_CHECKING:
     from lockstep.diagnose.changes import Difference
     from lockstep.diagnose.upgrade import Upgrade
+
+
+DOCUMENT = "upgrade.json"
 
 
 def upgrade(
@@ -40,6 +44,7 @@ def upgrade(
     """
     from lockstep.cli.common import recipe_of
     from lockstep.diagnose.upgrade import upgrade as go
+    from lockstep.runs.durable import write_atomically
 
     version = _version(after, "--to")
     loaded = recipe_of(recipe, set_, None)
@@ -47,10 +52,13 @@ def upgrade(
     with Console() as console:
         source = before if "://" in before else _version(before, "--from")
         found = go(loaded, source, version, directory, console.say)
+    whole = document("upgrade", {"upgrade": found})
+    write_atomically(directory / DOCUMENT, whole.encode())
     if as_json:
-        emit("upgrade", {"upgrade": found})
+        sys.stdout.write(whole)
     else:
         _show(found, every=every)
+        show(f"all of it: {directory / DOCUMENT}; lockstep report {directory / DOCUMENT} makes a page of it")
     raise typer.Exit(EXIT_CODES[found.verdict])
 
 

@@ -5,7 +5,7 @@ from math import isfinite, nan
 
 from msgspec import Struct
 
-from lockstep.diagnose.sides import FirstRun, Left, Side
+from lockstep.diagnose.sides import IN_FLIGHT, FirstRun, Left, Side, cannot
 from lockstep.records.verdicts import Verdict
 
 TOPICS = ("semantics", "path", "weight updates", "numerics", "speed", "configuration")
@@ -133,8 +133,8 @@ def _updates(old: Side, new: Side, left: Sequence[Left]) -> Iterator[Difference]
         yield Difference(
             topic="weight updates",
             what=one.what,
-            before="",
-            after=one.reason or "so by itself: planted by leaving Lockstep's mend out, and scored",
+            before=_of_old(old, one.fault),
+            after=one.reason or one.how,
             effect_nats=one.effect_nats,
             ci95=one.ci95,
             unit="mean |engine − trainer| after an update" if isfinite(one.effect_nats) else "",
@@ -148,6 +148,12 @@ def _updates(old: Side, new: Side, left: Sequence[Left]) -> Iterator[Difference]
                 f"{'yes' if side.can.get(name) else 'no'}: {side.how.get(name, '')}" for side in (old, new)
             )
             yield Difference(topic="weight updates", what=what, before=before, after=after)
+
+
+def _of_old(old: Side, fault: str) -> str:
+    if fault == IN_FLIGHT:
+        return old.how.get("pause_keep", "")
+    return cannot(fault, old.generation, old.resolved) or "so as well"
 
 
 def _numerics(old: Side, new: Side, head: Side | str) -> Iterator[Difference]:

@@ -6,6 +6,7 @@ pair   ─► observed:    the same prompts and seeds on every engine; one draw 
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
+from lockstep.deep.switch import replay_switch
 from lockstep.engines.audit import VERSIONS, KnobRow, audit
 from lockstep.engines.registry import choose, facts_of
 from lockstep.faults.campaign import planted
@@ -32,13 +34,16 @@ from lockstep.runs.manifest import steady
 
 KEPT = {"skip_tokenizer_init", "trust_remote_code"}
 """Of what Lockstep sets, what says nothing of numbers, state or speed."""
-LEFT_TO_IT = ("enable_chunked_prefill",)
-"""Set by Lockstep on a CPU, beside what its facts declare."""
+LEFT_TO_IT = ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs")
+"""Set by Lockstep on a CPU, beside what its facts declare. Not left to it: eager mode, for compiling takes
+minutes, and blocks of 32 tokens, for a prefix shorter than a block is never cached."""
 UPDATES = {
     "stale_head": "a weight update does not rebuild the head's packed copy",
     "stale_prefix_cache": "a weight update does not clear the prefix cache",
 }
 """Planted fault → what the engine's own update leaves out; Lockstep's worker does both."""
+IN_FLIGHT = "in_flight_update"
+AT_ONCE = "a weight update pauses nothing: requests in flight go on over the old weights' cache"
 
 
 class Side(Struct, frozen=True, kw_only=True):
@@ -46,6 +51,7 @@ class Side(Struct, frozen=True, kw_only=True):
 
     engine: str
     """``vllm 0.18.1 (V1)``."""
+    generation: str = ""
     temperature: float
     """The probes were drawn at."""
     n_tokens: int
@@ -74,6 +80,8 @@ class Left(Struct, frozen=True, kw_only=True):
 
     fault: str
     what: str
+    how: str = ""
+    """It was measured."""
     effect_nats: float = float("nan")
     ci95: tuple[float, float] = (float("nan"), float("nan"))
     reason: str = ""
@@ -127,6 +135,7 @@ def observed(pair: Pair) -> Side:
     before = plain.rescored(pair.engine) if can["rescore"] else np.full(1, np.nan)
     return Side(
         engine=f"{ready.engine} {ready.version} ({ready.generation})",
+        generation=ready.generation,
         temperature=temperature,
         n_tokens=int(sample.engine_logprobs.size),
         gap_mean_nats=mean,
@@ -170,29 +179,54 @@ def at_update(pair: Pair) -> list[Left]:
     parity = pair.recipe.parity
     prompts = probe_prompts(pair, parity.probe_prompts, pair.seed)
     plain = draw(pair, prompts, SamplingParams(max_tokens=parity.probe_tokens), pair.seed)
-    return [_left(pair, plain, fault, what) for fault, what in UPDATES.items()]
+    return [*(_left(pair, plain, fault, what) for fault, what in UPDATES.items()), _in_flight(pair)]
 
 
 def _left(pair: Pair, plain: Samples, name: str, what: str) -> Left:
-    fault = FAULTS[name]
     ready = pair.engine.ready
-    reason = _cannot(fault.generations, ready.generation, name, ready.resolved)
+    reason = cannot(name, ready.generation, ready.resolved)
     if reason:
         return Left(fault=name, what=what, reason=reason)
     pair.begin_search()
-    with planted(pair, fault):
+    with planted(pair, FAULTS[name]):
         verdict = weights.judge(pair, Canary.of(plain, PROOF_TOKENS), plain)
     if not verdict.findings:
         return Left(fault=name, what=what, reason=verdict.reason or "it moved no token here")
     found = verdict.findings[0]
-    return Left(fault=name, what=what, effect_nats=found.effect_nats, ci95=found.ci95, fix=found.fix)
+    return Left(
+        fault=name,
+        what=what,
+        how="so by itself: planted by leaving Lockstep's mend out, and scored",
+        effect_nats=found.effect_nats,
+        ci95=found.ci95,
+        fix=found.fix,
+    )
 
 
-def _cannot(generations: Any, generation: str, name: str, resolved: dict[str, Any]) -> str:
-    if generation not in generations:
+def _in_flight(pair: Pair) -> Left:
+    """What an update under requests in flight makes of their later tokens, where the cache is kept."""
+    can = pair.engine.ready.capabilities["pause_keep"]
+    if not can.supported:
+        return Left(fault=IN_FLIGHT, what=AT_ONCE, reason=can.how)
+    replayed = replay_switch(pair, "keep")
+    if not replayed.kept.size:
+        return Left(fault=IN_FLIGHT, what=AT_ONCE, reason="no completion of the probe spanned the update")
+    told = f"{replayed.n_spanning} completions spanned one; old cache and new weights explain them to"
+    return Left(
+        fault=IN_FLIGHT,
+        what=AT_ONCE,
+        how=f"so by itself: {told} {replayed.kept.max():.0e} nats",
+        effect_nats=float(replayed.recomputed.mean()),
+        fix="pause before a load: pause_generation(mode='wait'), or 'keep' and a trainer that replays it",
+    )
+
+
+def cannot(name: str, generation: str, resolved: Mapping[str, Any]) -> str:
+    """Why an update of this engine leaves nothing of the kind out; empty where it does."""
+    if generation not in FAULTS[name].generations:
         return f"a {generation} engine has nothing of the kind"
-    if name == "stale_head" and resolved.get("worker.head_packed") is False:
+    if name == "stale_head" and str(resolved.get("worker.head_packed")) == "False":
         return "no packed copy of the head is kept on this processor; one with AVX-512 keeps one"
-    if name == "stale_prefix_cache" and resolved.get("cache_config.enable_prefix_caching") is False:
+    if name == "stale_prefix_cache" and str(resolved.get("cache_config.enable_prefix_caching")) == "False":
         return "the prefix cache is off"
     return ""

@@ -116,7 +116,10 @@ def upgrade(
     steps = _mended(bench, plain, after, seen.verdicts)
     flags = _flags(steps, seen.side)
     final = _written(_final(recipe, after, flags), flags, out)
-    last = bench.run(final, f"{after} with every flag: the check of the recipe", _prover(flags, out))
+    if steps[-1].fix.startswith("none: "):
+        last = steps.pop()
+    else:
+        last = bench.run(final, f"{after} with every flag: the check of the recipe", _prover(flags, out))
     if last.status != "PASS":
         (out / RECIPE).unlink()
     return Upgrade(
@@ -153,7 +156,11 @@ def _mended(bench: Bench, recipe: Recipe, after: str, verdicts: list[Verdict]) -
             break
         flags += found
         what = f"{after} with {', '.join(flags)}"
-        verdicts = bench.run(with_sets(recipe, flags), what, lambda pair: climb(pair).verdicts)
+        try:
+            verdicts = bench.run(with_sets(recipe, flags), what, lambda pair: climb(pair).verdicts)
+        except LockstepError as error:
+            refused = f"none: this version refuses {', '.join(found)} ({error.got[:300]})"
+            return [*steps, replace(steps[-1], flags=tuple(flags), fix=refused)]
         steps.append(_step(tuple(flags), verdicts))
     return steps
 

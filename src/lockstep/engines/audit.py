@@ -115,6 +115,11 @@ def _chunked(value: Any, recipe: Recipe) -> tuple[Standing, str]:
     return ("watch" if value else "ok"), why
 
 
+def _batching(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+    why = "other requests in a step can round a token otherwise; layer path compares one with many"
+    return "ok", why
+
+
 OFF, ON = "off", "on"
 KNOBS = (
     Knob(
@@ -154,6 +159,30 @@ KNOBS = (
         {"0.8.5": "off below 32k tokens", "0.18.1": ON, "0.32.0": ON},
         _chunked,
         "engine.options.enable_chunked_prefill = false",
+    ),
+    Knob(
+        "tokens a step",
+        ("scheduler_config.max_num_batched_tokens",),
+        "max_num_batched_tokens",
+        {
+            "0.8.5": "max_model_len, 2048 at least",
+            "0.18.1": "4096 on a CPU, 8192 or more on a GPU",
+            "0.32.0": "4096 on a CPU, 8192 or more on a GPU",
+        },
+        _batching,
+        "engine.options.max_num_batched_tokens = 2048",
+    ),
+    Knob(
+        "requests a step",
+        ("scheduler_config.max_num_seqs",),
+        "max_num_seqs",
+        {
+            "0.8.5": "256",
+            "0.18.1": "256 on a CPU, up to 1024 on a GPU",
+            "0.32.0": "256 on a CPU, up to 1024 on a GPU",
+        },
+        _batching,
+        "engine.options.max_num_seqs = 128",
     ),
     Knob(
         "cascade attention",

@@ -201,6 +201,11 @@ class Engine(ABC):
             self.need("rescore_at_temperature")
         return self._score(sequences, temperature)
 
+    def score_as_asked(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """:meth:`score`, whatever is declared of that temperature: to see what the engine makes of it."""
+        self.need("rescore")
+        return self._score(sequences, temperature)
+
     @abstractmethod
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """What :meth:`score` does where it can be done."""

@@ -58,7 +58,7 @@ def planted_engine(engine: type[terms.VllmWorker]) -> type[terms.VllmWorker]:
     class Planted(engine):
         async def load(self, request: Load) -> LoadReceipt:
             directory = Path(self.config.weights_dir)
-            keeps = "keep_cache" in planned(directory) and hasattr(self.llm, "pause_generation")
+            keeps = "keep_cache" in planned(directory)
             try:
                 with _kept_cache(self.llm) if keeps else nullcontext():
                     return await whole(self, request)
@@ -70,20 +70,22 @@ def planted_engine(engine: type[terms.VllmWorker]) -> type[terms.VllmWorker]:
 
 @contextmanager
 def _kept_cache(llm: Any) -> Iterator[None]:
-    """V1's prefix cache is not cleared."""
-    pause = llm.pause_generation
+    """V1's prefix cache is not cleared, whether the version has a pause or none."""
+    pause = getattr(llm, "pause_generation", None)
 
     async def pause_only(**settings: Any) -> Any:
-        return await pause(**(settings | {"clear_cache": False}))
+        return await pause(**(settings | {"clear_cache": False})) if pause else None
 
     async def no_reset() -> bool:
         return False
 
-    llm.pause_generation, llm.reset_prefix_cache = pause_only, no_reset
+    own = {"reset_prefix_cache": no_reset} | ({"pause_generation": pause_only} if pause else {})
+    vars(llm).update(own)
     try:
         yield
     finally:
-        del llm.pause_generation, llm.reset_prefix_cache  # the class's own again
+        for name in own:
+            del vars(llm)[name]  # the class's own again
 
 
 def main() -> None:

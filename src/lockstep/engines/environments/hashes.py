@@ -7,7 +7,7 @@ installs exactly that.
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -33,7 +33,7 @@ def read_lock(lock: Path) -> list[Pin]:
     entries = re.split(r"\n(?=\S)", lock.read_text(encoding="utf-8"))
     pins = [(pin, entry) for entry in entries if (pin := PIN.match(entry))]
     return [
-        Pin(_plain(p["name"]), p["version"], p["line"].strip(), frozenset(HASH.findall(entry)))
+        Pin(plain_name(p["name"]), p["version"], p["line"].strip(), frozenset(HASH.findall(entry)))
         for p, entry in pins
     ]
 
@@ -54,8 +54,8 @@ def exactly(report: Path, lock: Path) -> str:
     for item in msgspec.json.decode(report.read_bytes())["install"]:
         name, version = item["metadata"]["name"], item["metadata"]["version"]
         file = item["download_info"]["url"].rpartition("/")[2]
-        digest = f"sha256:{item['download_info']['archive_info']['hashes']['sha256']}"
-        hashes = known.get((_plain(name), version.partition("+")[0]), frozenset())
+        digest = _digest(item)
+        hashes = known.get((plain_name(name), version.partition("+")[0]), frozenset())
         if digest not in hashes:
             raise InstallError(
                 f"package {name} {version}",
@@ -63,9 +63,19 @@ def exactly(report: Path, lock: Path) -> str:
                 expected=f"one of the {len(hashes)} files of {lock.name}",
                 hint="does another package index stand before the usual one (pip config list)?",
             )
-        lines.append(f"{name}=={version} --hash={digest}\n")
+        lines.append(pinned(item))
     return "".join(lines)
 
 
-def _plain(name: str) -> str:
+def pinned(item: dict[str, Any]) -> str:
+    """The line of a lock for one file that pip chose (an entry of its report)."""
+    return f"{item['metadata']['name']}=={item['metadata']['version']} --hash={_digest(item)}\n"
+
+
+def _digest(item: dict[str, Any]) -> str:
+    return f"sha256:{item['download_info']['archive_info']['hashes']['sha256']}"
+
+
+def plain_name(name: str) -> str:
+    """A distribution's name as all of its spellings come to."""
     return re.sub(r"[-_.]+", "-", name).lower()

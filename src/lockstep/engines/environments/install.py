@@ -26,9 +26,16 @@ from lockstep.config.cache import locked
 from lockstep.engines.environments.hashes import constraints, exactly
 from lockstep.engines.environments.locate import MARKER, Environment, complete, path_of, scrubbed_env
 from lockstep.engines.environments.mends import MENDS
-from lockstep.engines.environments.recipes import EnvironmentRecipe, PipCall, recipe_for, refuse_machine
+from lockstep.engines.environments.recipes import (
+    EnvironmentRecipe,
+    PipCall,
+    forget_recipe,
+    recipe_for,
+    refuse_machine,
+)
+from lockstep.engines.environments.resolve import is_of_a_series, resolve
 from lockstep.engines.environments.smoke import drives, smoke_test
-from lockstep.errors import InstallError
+from lockstep.errors import InstallError, NotInstalledError
 
 BUILD_NOTES = "lockstep-build.json"
 SAY_EVERY_S = 8.0
@@ -52,19 +59,20 @@ LOCKED = (*WHEELS, "--no-deps", "--require-hashes", "-r")
 Say = Callable[[str], None]
 
 
-def install(spec: str, say: Say) -> Environment:
+def install(spec: str, say: Say, lock_file: Path | None = None) -> Environment:
     """Build an environment, or go on building it, or return it if it is complete.
 
     Args:
-        spec: ``vllm==0.32.0``, or ``vllm`` for the newest recipe.
+        spec: ``vllm==0.32.0``, or ``vllm`` for the newest recipe; a version without one is resolved first.
         say: told of each step, and every few seconds what pip is at.
+        lock_file: the closure of a version that comes without a lock, in place of one resolved here.
 
     Raises:
-        NotInstalledError: when no recipe covers it.
+        NotInstalledError: for what is no version of an engine that is known.
         MachineError: when there is no build for this machine.
         InstallError: when the machine lacks something, or a step fails; the end of its output is shown.
     """
-    recipe = recipe_for(spec)
+    recipe = _recipe_of(spec, say, lock_file)
     refuse_machine(recipe)
     _refuse_python(recipe)
     path = path_of(recipe)
@@ -83,14 +91,26 @@ def install(spec: str, say: Say) -> Environment:
         return environment
 
 
+def _recipe_of(spec: str, say: Say, lock_file: Path | None) -> EnvironmentRecipe:
+    if lock_file is not None:
+        return resolve(spec, say, lock_file)
+    try:
+        return recipe_for(spec)
+    except NotInstalledError:
+        if not is_of_a_series(spec):
+            raise
+        return resolve(spec, say)
+
+
 def remove(spec: str, say: Say) -> None:
-    """Delete an environment, complete or not."""
+    """Delete an environment, complete or not, and what was resolved for it."""
     recipe = recipe_for(spec)
     path = path_of(recipe)
     with locked(path.with_name(f"{path.name}.lock"), say):
         # First, so that a deletion that is interrupted leaves nothing usable.
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
+        forget_recipe(recipe)
         say(f"{recipe.spec} is removed")
 
 

@@ -16,6 +16,7 @@ from lockstep.config.cache import cache_root
 from lockstep.engines.environments.recipes import (
     EnvironmentRecipe,
     all_recipes,
+    environments,
     nearest,
     recipe_for,
     refuse_machine,
@@ -91,7 +92,7 @@ def scrubbed_env() -> dict[str, str]:
 
 def path_of(recipe: EnvironmentRecipe) -> Path:
     """Where its environment lies, built or not."""
-    return cache_root() / "engines" / f"{recipe.name}-{recipe.version}-{recipe.flavour}"
+    return environments() / f"{recipe.name}-{recipe.version}-{recipe.flavour}"
 
 
 def complete(recipe: EnvironmentRecipe) -> Environment | None:

@@ -29,9 +29,14 @@ def libstdcxx(environment: Path) -> str:
     """
     if hasattr(ctypes.CDLL("libstdc++.so.6"), INITIALISER):
         return f"nothing: this system's libstdc++ has {WANTED}"
-    for core in sorted(environment.glob("lib/python*/site-packages/vllm/_C*.so")):
+    cores = sorted(environment.glob("lib/python*/site-packages/vllm/_C*.so"))
+    asking = [core for core in cores if WANTED.encode() in core.read_bytes()]
+    stand_in = environment / "lib" / "liblockstep_libstdcxx.so"
+    if not asking and not stand_in.exists():
+        return f"nothing: no compiled core here asks for {WANTED}"
+    for core in asking:
         _replace(core, lower_version(core.read_bytes(), WANTED, GIVEN))
-    _compile(environment / "lib" / "liblockstep_libstdcxx.so", f'extern "C" void {INITIALISER}() {{}}')
+    _compile(stand_in, f'extern "C" void {INITIALISER}() {{}}')
     return (
         f"this system's libstdc++ is older than {WANTED}, which vllm/_C asks for: it asks for {GIVEN} now, "
         f"and lib/liblockstep_libstdcxx.so gives it the one symbol that is missing ({INITIALISER}, empty)"

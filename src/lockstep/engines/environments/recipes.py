@@ -1,19 +1,28 @@
-"""Environment recipes: a TOML file per version range, and beside it a lock file with the exact closure."""
+"""Environment recipes: a data file for a version, and a lock file with the exact closure.
 
+Those that come with Lockstep lie beside this file (TOML). Those of other versions are resolved on a machine
+(``resolve.py``), and lie beside its environments (JSON); from then on they are alike.
+"""
+
+import contextlib
 import hashlib
+import os
 import platform
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
+from lockstep.config.cache import cache_root
 from lockstep.errors import MachineError, NotInstalledError
 
 RECIPES = Path(__file__).parent
 DRIVER = Path("/proc/driver/nvidia/version")
+RESOLVED = ".recipe.json"
 Flavour = Literal["cpu", "cuda"]
 
 
@@ -31,7 +40,8 @@ class PipCall(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def path(self) -> Path:
         """Of the lock."""
-        return RECIPES / self.lock
+        own = RECIPES / self.lock
+        return own if own.exists() else environments() / self.lock
 
     @property
     def content(self) -> list[str]:
@@ -89,6 +99,30 @@ class EnvironmentRecipe(Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
+def environments() -> Path:
+    """Where this machine's environments lie, and what was resolved for them."""
+    return cache_root() / "engines"
+
+
+def keep_recipe(recipe: EnvironmentRecipe, lock: str) -> None:
+    """Write what was resolved for a version: its lock, then its recipe."""
+    folder = environments()
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{recipe.name}-{recipe.version}-{recipe.flavour}"
+    recipe_text = msgspec.json.format(msgspec.json.encode(recipe))
+    for name, content in ((recipe.steps[0].lock, lock.encode()), (f"{stem}{RESOLVED}", recipe_text)):
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+
+
+def forget_recipe(recipe: EnvironmentRecipe) -> None:
+    """Remove what was resolved for a version; of one that comes with Lockstep, nothing."""
+    stem = f"{recipe.name}-{recipe.version}-{recipe.flavour}"
+    for name in (f"{stem}{RESOLVED}", *(step.lock for step in recipe.steps)):
+        (environments() / name).unlink(missing_ok=True)
+
+
 def read_recipe(path: Path) -> EnvironmentRecipe:
     """Read one data file, strictly."""
     return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), EnvironmentRecipe)
@@ -100,13 +134,17 @@ def machine_flavour() -> Flavour:
 
 
 def all_recipes() -> list[EnvironmentRecipe]:
-    """Every recipe of this machine's flavour, oldest version first."""
-    recipes = [
-        recipe
-        for path in RECIPES.glob("*.toml")
-        if (recipe := read_recipe(path)).flavour == machine_flavour()
-    ]
+    """Every recipe of this machine's flavour, oldest version first; those resolved here too."""
+    every = (*map(read_recipe, RECIPES.glob("*.toml")), *_resolved())
+    recipes = [recipe for recipe in every if recipe.flavour == machine_flavour()]
     return sorted(recipes, key=lambda recipe: (recipe.name, version_order(recipe.version)))
+
+
+def _resolved() -> Iterator[EnvironmentRecipe]:
+    for path in environments().glob(f"*{RESOLVED}"):
+        # One of another release of Lockstep, with other fields, is resolved again when it is installed again.
+        with contextlib.suppress(msgspec.MsgspecError):
+            yield msgspec.json.decode(path.read_bytes(), type=EnvironmentRecipe)
 
 
 def refuse_machine(recipe: EnvironmentRecipe) -> None:
@@ -159,7 +197,7 @@ def recipe_for(spec: str) -> EnvironmentRecipe:
         raise NotInstalledError(
             f"engine {spec}",
             got="no recipe for it",
-            expected=" or ".join(recipe.spec for recipe in known),
+            expected=" or ".join(recipe.spec for recipe in known) + ", or another that is installed first",
             hint=f"lockstep engines install {known[-1].spec}   (or --engine transformers, which needs none)",
         )
     return matching[-1]

@@ -96,7 +96,8 @@ class VllmEngine(WorkerEngine):
         )
         args = {name: value for name, value in args.items() if value is not None}  # None: vLLM's own default
         self.asked = args | {"head_dtype": spec.head_dtype}
-        config = {"args": args, "weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
+        config: dict[str, Any] = {"args": args, "ours": sorted(args.keys() - spec.options.keys())}
+        config |= {"weights_dir": str(spec.weights_dir), "head_dtype": spec.head_dtype}
         program = WorkerProgram(self.worker, spec.launcher, ENTRY_POINTS, ("VLLM_RPC_BASE_PATH",), CORE_ERROR)
         try:
             variables = LOCAL | _eager(environment, args) | _cores(environment, spec.cores)

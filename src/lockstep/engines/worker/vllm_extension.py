@@ -12,7 +12,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from lockstep.engines.worker.vllm_plugin import is_active
+from lockstep.engines.worker.vllm_asked import has_native_head_dtype, takes_an_iterator
+from lockstep.engines.worker.vllm_plugin import is_active, unpack
 
 PR_SET_PDEATHSIG = 1
 
@@ -47,10 +48,12 @@ class WeightsExtension:
             "head_dtype": str(_head_product(model).dtype),
             "head_tied": bool(getattr(model.config, "tie_word_embeddings", False)),
             "head_packed": _is_packed(model),
-            "logprobs_mode": str(getattr(sampler, "logprobs_mode", None)),
+            "logprobs_mode": _mode(sampler),
             "plugin_active": is_active(),
             "sampler": type(sampler).__module__,
             "flashinfer_sampler": _flashinfer(),
+            "head_by_option": has_native_head_dtype(),
+            "takes_an_iterator": takes_an_iterator(self.model_runner),
         }
 
     def lockstep_load(self, path: str, version: int) -> dict[str, Any]:
@@ -77,12 +80,16 @@ class WeightsExtension:
         }
 
     def lockstep_deliver(self, tensors: Iterator[tuple[str, Any]]) -> None:
-        """Have the engine's own reload take the tensors."""
-        # V0's worker has none; there the model's own loader writes into the tensors that are there.
-        if hasattr(self, "reload_weights"):
+        """Have the engine's own reload take the tensors; where it takes none, its loader, and pack anew."""
+        if takes_an_iterator(self.model_runner):
             self.reload_weights(weights_iterator=tensors)
-        else:
-            self.model_runner.get_model().load_weights(tensors)
+            return
+        # V0's worker has no reload, and packs nothing: the loader writes into the tensors that are there.
+        model = self.model_runner.get_model()
+        packed = unpack(model)
+        model.load_weights(tensors)
+        for layer in packed:
+            layer.quant_method.process_weights_after_loading(layer)
 
     def lockstep_repack(self) -> list[str]:
         """Rebuild the packed copies that the reload leaves stale; returns whose."""
@@ -93,6 +100,13 @@ class WeightsExtension:
             return []
         head.quant_method.process_weights_after_loading(head)
         return ["lm_head"]
+
+
+def _mode(sampler: Any) -> str:
+    """The sampler's log-probability mode. V0 has none; V1's, before there was a choice, is raw."""
+    one = "raw_logprobs" if ".v1." in type(sampler).__module__ else None
+    mode = getattr(sampler, "logprobs_mode", one)
+    return str(getattr(mode, "value", mode))
 
 
 def _head(model: Any) -> Any:

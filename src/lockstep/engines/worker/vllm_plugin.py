@@ -11,10 +11,15 @@ wake-up, some 50 µs.
 (vllm/model_executor/layers/logits_processor.py, ``_apply_head``): both operands are cast at every step. No
 copy of the weights is kept, so none can be stale.
 
+*Packed weights.* On a CPU, V1 packs a layer's weight at its first load and throws the parameter away that the
+loader fills (vllm/model_executor/layers/utils.py, ``dispatch_cpu_unquantized_gemm``). Later versions' reload
+makes it anew; in those before, the parameter is kept, without its memory, so that a load can fill it again.
+
 *Ports.* torch.distributed is set up for a single process too, through a TCP store that listens on every
 interface (vllm/v1/executor/uniproc_executor.py). A world of one meets in a file instead.
 """
 
+import importlib.util
 import os
 import tempfile
 from typing import Any
@@ -32,6 +37,7 @@ def register() -> None:
     """Apply all of it to this process; once."""
     _wait_patiently()
     _meet_in_a_file()
+    _keep_loadable()
     if HEAD_DTYPE in os.environ:
         _raise_head(os.environ[HEAD_DTYPE])
 
@@ -88,6 +94,42 @@ def _meet_in_a_file() -> None:
 
     private.lockstep = True  # type: ignore[attr-defined]
     torch.distributed.init_process_group = private
+
+
+LOADABLE = "lockstep_loadable"
+
+
+def _keep_loadable() -> None:
+    """Have each layer whose weight is packed and thrown away keep the parameter, and its shape."""
+    from vllm.model_executor.layers import utils
+
+    original = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
+    remakes = importlib.util.find_spec("vllm.model_executor.model_loader.reload") is not None
+    if original is None or remakes or hasattr(original, "lockstep"):
+        return
+
+    def keeping(layer: Any, remove_weight: bool) -> None:
+        weight = layer.weight
+        original(layer, remove_weight)
+        if layer.weight is not weight:
+            kept = weight.shape, weight.dtype
+            weight.data = weight.data.new_empty(0)  # its packed copy is the engine's own
+            setattr(layer, LOADABLE, (weight, kept))
+
+    keeping.lockstep = True  # type: ignore[attr-defined]
+    utils.dispatch_cpu_unquantized_gemm = keeping
+
+
+def unpack(model: Any) -> list[Any]:
+    """Give each layer whose weight was packed a parameter to load into; returns them, to be packed again."""
+    import torch
+
+    layers = [layer for layer in model.modules() if hasattr(layer, LOADABLE)]
+    for layer in layers:
+        weight, (shape, dtype) = getattr(layer, LOADABLE)
+        weight.data = torch.empty(shape, dtype=dtype)
+        layer.weight = weight
+    return layers
 
 
 def _raise_head(name: str) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import difflib
 import enum
 import os
 import re
@@ -17,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from lockstep.engines.worker.server import BadRequestError, run
+from lockstep.engines.worker.vllm_asked import has_native_head_dtype, options, request_fields
 from lockstep.engines.worker.vllm_environment import WRITTEN
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
@@ -46,6 +46,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """The only directory that weights are read from."""
     head_dtype: str
     """Of the last product; if not ``args["dtype"]``, by vLLM's ``head_dtype`` or, before 0.28, the plugin."""
+    ours: frozenset[str] = frozenset()
+    """Of ``args``, what no recipe asked for: a version that does not know it goes without."""
 
 
 class VllmWorker(ABC):
@@ -176,15 +178,7 @@ def engine_config(config: Config) -> Any:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
-    for option in config.args:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            guess = f"{near[0]!r} perhaps" if near else "an argument of vLLM's AsyncEngineArgs"
-            raise BadRequestError(
-                f"engine.options.{option}, which is no engine argument", guess, "python -m vllm serve --help"
-            )
-    args = dict(config.args)
+    args = options(config.args, config.ours)
     if config.head_dtype != args["dtype"]:
         if has_native_head_dtype():
             args["hf_overrides"] = {"head_dtype": config.head_dtype} | args.get("hf_overrides", {})
@@ -202,13 +196,6 @@ def engine_config(config: Config) -> Any:
         raise BadRequestError(
             str(error)[:2000], "engine options that vLLM accepts", "change engine.options in the recipe"
         ) from error
-
-
-def has_native_head_dtype() -> bool:
-    """True from 0.28 on, where ``head_dtype`` in ``hf_overrides`` holds for generating models too."""
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    return hasattr(LogitsProcessor, "_apply_head")
 
 
 def refuse_other_head(config: Config, inside: dict[str, Any]) -> None:
@@ -247,6 +234,10 @@ def common_capabilities() -> dict[str, Capability]:
     }
 
 
+FASTER = ("flat_logprobs",)
+"""Fields that change no number, and that older versions have not."""
+
+
 def sampling_params(params: SamplingParams, **extra: Any) -> Any:
     """The request in vLLM's terms, less what this version has no field for."""
     from vllm import SamplingParams as VllmParams
@@ -257,7 +248,7 @@ def sampling_params(params: SamplingParams, **extra: Any) -> Any:
     fields["top_k"] = fields["top_k"] or -1  # 0 means all tokens since V1 only; -1 does in every version
     fields |= {"logprobs": 0, "detokenize": False, "ignore_eos": True} | extra
     try:
-        return VllmParams(**fields)
+        return VllmParams(**request_fields(fields, FASTER))
     except ValueError as error:
         raise BadRequestError(str(error)[:2000], "sampling that vLLM accepts", "change [sampling]") from error
 

@@ -1,24 +1,38 @@
 """vLLM's V1 engine behind the worker protocol, through ``AsyncLLM``.
 
-Read at 0.18.1 and 0.32.0 (vllm/v1/engine/async_llm.py).
+Read at 0.18.1 and 0.32.0 (vllm/v1/engine/async_llm.py); other versions are asked (``vllm_asked.py``).
 
 Run as ``python -m lockstep.engines.worker.vllm_v1 LISTENER_FD LIFELINE_FD CONFIG.json`` inside the engine's
 environment.
 """
 
-import inspect
 import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from lockstep.engines.worker import vllm_asked as asked
 from lockstep.engines.worker import vllm_terms as terms
 from lockstep.engines.worker.server import BadRequestError
 from lockstep.engines.worker.vllm_nccl import NcclReceiver
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready
 from lockstep.records.tokens import SamplingParams
-from lockstep.records.versions import LoadReceipt
+from lockstep.records.versions import LoadMode, LoadReceipt
+
+LOADS = {
+    True: "reload_weights from a mapped safetensors file, then the head's packed copy is rebuilt",
+    False: (
+        "no reload takes tensors here: Lockstep's plugin keeps what the loader fills, "
+        "the tensors of a mapped safetensors file are loaded into it and packed anew"
+    ),
+}
+"""How weights are loaded, by whether the version's own reload takes tensors."""
+PAUSES: dict[asked.Pause, str] = {
+    "mode": "pause_generation(mode='wait')",
+    "flag": "pause_generation(wait_for_inflight_requests=True)",
+    "none": "no pause in this version: the worker lets requests end, and holds new ones",
+}
 
 
 class V1Worker(terms.VllmWorker):
@@ -38,8 +52,12 @@ class V1Worker(terms.VllmWorker):
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         # Statistics cost time at every step, and are asked for where someone counts.
         silent = self.config.args.get("disable_log_stats", True)
-        self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=silent, enable_log_requests=False)
+        quiet = asked.taking(AsyncLLM.from_vllm_config, enable_log_requests=False, disable_log_requests=True)
+        if "enable_log_requests" in quiet:
+            quiet.pop("disable_log_requests", None)
+        self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=silent, **quiet)
         self.vllm_config = self.llm.vllm_config
+        self.pause = asked.pause_of(self.llm)
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         terms.refuse_other_head(self.config, self.inside)
@@ -50,7 +68,7 @@ class V1Worker(terms.VllmWorker):
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         import vllm
 
-        mode = self.vllm_config.model_config.logprobs_mode
+        mode = asked.logprobs_mode(self.vllm_config)
         return Ready(
             engine="vllm",
             version=vllm.__version__,
@@ -63,20 +81,21 @@ class V1Worker(terms.VllmWorker):
         )
 
     def _capabilities(self) -> dict[str, Capability]:
-        pauses = "mode" in inspect.signature(self.llm.pause_generation).parameters
+        holds = self.pause == "mode"
         transfer = hasattr(self.llm, "init_weight_transfer_engine")
         return terms.common_capabilities() | {
             "rescore": Capability(True, "prompt log-probabilities; such requests read no prefix cache"),
             "rescore_at_temperature": Capability(
                 False, "prompt log-probabilities are of the raw logits, T = 1, in every mode"
             ),
-            "load": Capability(
-                True, "reload_weights from a mapped safetensors file, then the head's packed copy is rebuilt"
-            ),
-            "pause_wait": Capability(pauses, "pause_generation(mode='wait')"),
+            "load": Capability(True, LOADS[bool(self.inside["takes_an_iterator"])]),
+            "pause_wait": Capability(True, PAUSES[self.pause]),
             "pause_abort": Capability(True, "abort, which gives back what was sampled, then load"),
             "pause_keep": Capability(
-                pauses, "pause_generation(mode='keep'), its cache kept or computed anew"
+                holds,
+                "pause_generation(mode='keep'), its cache kept or computed anew"
+                if holds
+                else "this version has no pause that keeps requests",
             ),
             "version_spans": Capability(
                 True, "counted by the worker at each load: how many tokens a request in flight had"
@@ -105,9 +124,7 @@ class V1Worker(terms.VllmWorker):
         began = time.perf_counter()
         keep = request.mode == "keep"
         # The pause ends at a step's boundary: no forward pass reads weights of two versions.
-        await self.llm.pause_generation(
-            mode="wait" if request.mode == "wait" else "keep", clear_cache=not keep
-        )
+        await self._pause(request.mode)
         try:
             if offer is not None:
                 loaded: dict[str, Any] = {
@@ -129,8 +146,20 @@ class V1Worker(terms.VllmWorker):
             self.switched(dict.fromkeys(self.llm.output_processor.request_states, 0) | loaded["in_flight"])
         finally:
             # After an error too: requests that are held would wait for ever, and nobody would be told why.
-            await self.llm.resume_generation()
+            if self.pause != "none":
+                await self.llm.resume_generation()
         return self.receipt(loaded, cleared is not False, began)
+
+    async def _pause(self, mode: LoadMode) -> None:
+        """Before a load: where the version has no pause, the server let requests end, and holds new ones."""
+        if self.pause == "mode":
+            held = "wait" if mode == "wait" else "keep"
+            await self.llm.pause_generation(mode=held, clear_cache=mode != "keep")
+        elif mode != "wait":
+            hint = "leave updates in flight out: no pause here keeps requests"
+            raise BadRequestError(f"a load in mode {mode}", "mode wait", hint)
+        elif self.pause == "flag":
+            await self.llm.pause_generation(wait_for_inflight_requests=True, clear_cache=True)
 
     async def abort(self, draws: Sequence[int]) -> int:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
