@@ -102,6 +102,8 @@ class Flights:
 
     def start(self) -> None:
         """Begin to draw, from the thread's own start on."""
+        self._empty_since = time.monotonic()  # the ladder before it is no idling
+        self._idle_s = 0.0
         self._thread = threading.Thread(target=self._pump, name="rollouts", daemon=True)
         self._thread.start()
 
