@@ -21,7 +21,7 @@ POINTS = {
     "before_drawing": ("lockstep.rollout.collect:sample", "enter", 0),
     "drawn_not_stored": (f"{STORE}:save", "enter", 0),
     "stored_not_scored": (f"{STORE}:save", "exit", 0),
-    "between_two_rewards": ("lockstep.rollout.tasks:Task._here", "exit", 1),
+    "between_two_rewards": ("lockstep.rollout.judge:Judge._here", "exit", 1),
     "scored_not_stored": (f"{STORE}:save", "enter", 1),
     "scored_and_stored": (f"{STORE}:save", "exit", 1),
     "judged_not_admitted": ("lockstep.parity.gate:Gate.refusals", "exit", 0),

@@ -24,7 +24,9 @@ def replayed(mode, before=RIGHT, kept=None, recomputed=None, n=20):
 
 def deepened(monkeypatch, without=(), **by_mode):
     pair = bag_pair(without)
-    monkeypatch.setattr(in_flight, "replay", lambda pair, mode, timed: by_mode.get(mode, replayed(mode)))
+    monkeypatch.setattr(
+        in_flight, "replay_switch", lambda pair, mode, timed: by_mode.get(mode, replayed(mode))
+    )
     return in_flight.deepen(pair, WEIGHTS)
 
 
