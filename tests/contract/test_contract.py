@@ -319,7 +319,8 @@ def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
     found = None
     for mode in ("keep", "recompute"):
         found = replay_switch(pair, mode, found and found.undisturbed_s)
-        assert found.n_spanning >= 3
+        # transformers draws one prompt at a time, and only that one is under way.
+        assert found.n_spanning >= (1 if side.name == "transformers" else 3)
         # 1.1e-4 on a CPU without AVX-512, 1/100 of the wrong one.
         assert max(found.before.max(), found.right.max()) <= EXACT_NATS
         assert found.wrong.max() > 1e-2
