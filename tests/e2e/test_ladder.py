@@ -213,17 +213,18 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
 
     layout = new_run(tmp_path / "run")
     run = Run(Session(pair, None, Path()), layout, print, open_recorder(layout))
-    original, drawn = pair.task._reward, None
+    judge = pair.task._judge
+    original, drawn = judge._reward, None
     for broken, needle in (
         (lambda text, item: 1 / 0, "ZeroDivisionError"),
         (lambda text, item: float("nan"), "nan"),
     ):
-        pair.task._reward = broken
+        judge._reward = broken
         try:
             with pytest.raises(RewardError, match=needle) as raised:
                 reward(run, 0, sample(run, 0))
         finally:
-            pair.task._reward = original
+            judge._reward = original
         assert "completion" in raised.value.hint
         assert raised.value.exit_code == 2
         rows = read_rollouts(layout.drawn(0))

@@ -211,7 +211,7 @@ def _in_flight(pair: Pair) -> Left:
     replayed = replay_switch(pair, "keep")
     if not replayed.kept.size:
         return Left(fault=IN_FLIGHT, what=AT_ONCE, reason="no completion of the probe spanned the update")
-    told = f"{replayed.n_spanning} completions spanned one; old cache and new weights explain them to"
+    told = f"completions that spanned one: {replayed.n_spanning}; old cache and new weights explain them to"
     return Left(
         fault=IN_FLIGHT,
         what=AT_ONCE,
