@@ -314,13 +314,14 @@ def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
     capability = side.engine.ready.capabilities["pause_keep"]
     if not capability.supported:
         pytest.skip(f"NOT_RUN: {capability.how}")
+    if side.name == "transformers":
+        pytest.skip("NOT_RUN: one prompt at a time takes minutes here; on a tiny model in tests/faults")
     recipe, model = load_recipe(QUICKSTART, ["engine.max_model_len=256"]), resolve_model(MODEL)
     pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
     found = None
     for mode in ("keep", "recompute"):
         found = replay_switch(pair, mode, found and found.undisturbed_s)
-        # transformers draws one prompt at a time, and only that one is under way.
-        assert found.n_spanning >= (1 if side.name == "transformers" else 3)
+        assert found.n_spanning >= 3
         # 1.1e-4 on a CPU without AVX-512, 1/100 of the wrong one.
         assert max(found.before.max(), found.right.max()) <= EXACT_NATS
         assert found.wrong.max() > 1e-2
