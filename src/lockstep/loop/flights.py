@@ -30,6 +30,7 @@ from lockstep.loop.run import Run
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.rollout import collect, store
+from lockstep.rollout.empty import refuse_empty
 from lockstep.rollout.ledger import Bound, State
 from lockstep.rollout.pieces import CUT, Pieces
 from lockstep.rollout.rewards_ahead import RewardsAhead
@@ -364,7 +365,9 @@ class Flights:
             self._news = time.monotonic()
             if not self._groups:
                 self._empty_since = self._news
-            collect.refuse_empty([c for c in completions if not (self._cuts and c.finish_reason == CUT)])
+            for completion in completions:
+                if not (self._cuts and completion.finish_reason == CUT):
+                    refuse_empty(completion)
             pieces = [Sample.of(c, handle.prompt, group, group=group) for c in completions]
             if cut is not None:
                 pieces = [replace(piece, sample=cut.sample) for piece in pieces]

@@ -12,12 +12,12 @@ import numpy as np
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
-from lockstep.errors import EngineError
 from lockstep.objectives.advantages import ESTIMATORS, Rewards
 from lockstep.objectives.registry import advantage_of
 from lockstep.records.samples import Sample, Samples
-from lockstep.records.tokens import INT32, Completion, SamplingParams
+from lockstep.records.tokens import INT32, SamplingParams
 from lockstep.rendering import Renderer
+from lockstep.rollout.empty import refuse_empty
 from lockstep.rollout.environments.episodes import EpisodeContext, SeedOf, play
 from lockstep.rollout.tasks import Task
 
@@ -68,7 +68,8 @@ def drawn(
     prompts = [renderer.prompt(task.messages(task.item(item))) for item in items]
     params = [msgspec.structs.replace(sampling, seed=seed(item)) for item in items]
     completions = engine.sample(prompts, params)
-    refuse_empty(completions)
+    for completion in completions:
+        refuse_empty(completion)
     samples = [
         Sample.of(
             c,
@@ -156,15 +157,3 @@ def _give(rollouts: Samples, rewards: np.ndarray) -> None:
 def _figures(name: str, values: np.ndarray) -> dict[str, float]:
     """Of one of several rewards, by catalog name."""
     return {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": float(values.std())}
-
-
-def refuse_empty(completions: Sequence[Completion]) -> None:
-    """Raises EngineError for a completion without a token."""
-    for c in completions:
-        if not c.token_ids:
-            raise EngineError(
-                f"engine, sample {c.sample_index} of prompt {c.prompt_index}",
-                got=f"no token ({c.finish_reason})",
-                expected="at least one, to train on",
-                hint="is the prompt longer than engine.max_model_len?",
-            )

@@ -26,6 +26,7 @@ from lockstep.errors import EngineError, EnvironmentFault
 from lockstep.records.samples import Sample
 from lockstep.records.tokens import INT32, Completion, SamplingParams
 from lockstep.rendering import Renderer
+from lockstep.rollout.empty import refuse_empty
 from lockstep.rollout.environments.protocol import Environments
 from lockstep.rollout.environments.row import Row
 from lockstep.rollout.rewards import Item, refused
@@ -166,7 +167,9 @@ def play(table: EpisodeContext, items: Sequence[int], params: SamplingParams, se
             handle = ended.get()
             members = under_way.pop(handle)
             completions = handle.result(0.0)
-            _refuse_empty(completions, members)
+            for completion, episode in zip(completions, members, strict=True):
+                which = f"turn {episode.turns + 1} of sample {episode.number}"
+                refuse_empty(completion, f"{which} of question {episode.item_number}")
             submit(alike([m for m, c in zip(members, completions, strict=True) if table.heard(m, c)]))
         episodes = [episode for members in groups for episode in members]
         found = [table.task.item(item) for item in items]
@@ -196,18 +199,6 @@ def alike(episodes: Sequence[Episode]) -> list[list[Episode]]:
         return episode.row.token_ids.tobytes()
 
     return [list(members) for _, members in groupby(sorted(episodes, key=row), key=row)]
-
-
-def _refuse_empty(completions: Sequence[Completion], members: Sequence[Episode]) -> None:
-    for completion, episode in zip(completions, members, strict=True):
-        turn = episode.turns + 1
-        if not completion.token_ids:
-            raise EngineError(
-                f"engine, turn {turn} of sample {episode.number} of question {episode.item_number}",
-                got=f"no token ({completion.finish_reason})",
-                expected="at least one, to train on",
-                hint="is the prompt longer than engine.max_model_len?",
-            )
 
 
 def figures(episodes: Sequence[Episode]) -> dict[str, float]:
