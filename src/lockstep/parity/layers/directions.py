@@ -105,15 +105,19 @@ def _tested(pair: Pair, sample: Samples, trainer: np.ndarray, drawn: DrawMore) -
     which = 0
     began = time.monotonic()
     tested = systematic(pair, sample, trainer)
+    # A log that gave fewer sequences than were asked for holds no more: what these show is all.
     while asked and tested.found is None and _seen(tested) > asked and len(sample) == n:
         took = (time.monotonic() - began) / n
         seen = _seen(tested)
+        # What is seen shrinks with the root of the number of sequences.
         n = math.ceil(n * (seen / asked) ** 2 * MARGIN) if math.isfinite(seen) else n * MORE
         pair.say(
             f"directions: {len(sample)} sequences show a departure of {seen:.2%}; "
             f"{n} are taken to show {asked:.2%}, about {n * took:.0f} s"
         )
-        which += 2  # others, so that what chance put into these is not there again
+        # Others, so that what chance put into these is not there again; even, for a log keeps the prompts of
+        # odd numbers for the second look.
+        which += 2
         began = time.monotonic()
         sample = drawn(which, n)
         tested = systematic(pair, sample, sample.scored(pair.trainer))

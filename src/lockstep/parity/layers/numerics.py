@@ -49,6 +49,7 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
         "by_probability": _binned(gap, np.exp(sample.engine_logprobs), PROBABILITIES),
         "by_position": _binned(gap, sample.positions, POSITIONS),
     }
+    # Both floors may be 0: a side that repeats bit for bit. Then the gap is told in float32's own spacing.
     floor = max(figures["floor_trainer_abs_p999_nats"], floor_engine, float(np.finfo(np.float32).eps))
     figures["gap_p999_in_floors"] = quantiles_abs(gap)["p999"] / floor
     for cause, size, owners in (
@@ -134,6 +135,7 @@ def _against_own_noise(pair: Pair, evidence: Evidence, figures: dict[str, Any]) 
     rounded = trainer - exact
     of_engine = [_in_the_engines_dtype(pair, sample, trainer) - exact]
     if pair.engine.ready.capabilities["rescore"].supported:
+        # Decode and prefill each round by themselves: their difference is √2 times as wide as either.
         of_engine.append((sample.engine_logprobs - evidence.rescored) / np.sqrt(2.0))
     noise = OwnNoise.measured(exact, of_engine, rounded)
     ratio = noise.ratio(trainer - sample.engine_logprobs, exact, sample.owners)
@@ -152,7 +154,7 @@ def _in_the_engines_dtype(pair: Pair, sample: Samples, trainer: np.ndarray) -> n
     """Scores of the trainer's model as the engine rounds, float32 [T]."""
     body = pair.engine_dtype or pair.trainer.dtype
     head = pair.engine_head_dtype or pair.trainer.head_dtype
-    if (body, head) == (pair.trainer.dtype, pair.trainer.head_dtype):
+    if (body, head) == (pair.trainer.dtype, pair.trainer.head_dtype):  # those are the scores at hand
         return trainer
     with pair.trainer.holding(InDtype(body, head)):
         return sample.scored(pair.trainer)

@@ -79,6 +79,7 @@ def _verdict(pair: Pair, rehearsed: Rehearsal, figures: dict[str, Any]) -> Verdi
     elif not quantiles_abs(rehearsed.gap)["p999"] <= pair.noise.p999:  # NaN where any token is none
         cause = "task_tokens_differ"
         evidence = f"|gap| reaches {size.max():.1e} nats on the task's own tokens, not on the probes"
+    # Where every gap is 0 so is the bound, and two float32 sums may still part in their last digit.
     elif not moved <= figures["loss_bound"] + np.finfo(np.float32).eps:
         cause = "loss_not_explained"
         evidence = f"the loss moves by {moved:.1e}, the gaps allow {figures['loss_bound']:.1e}"

@@ -46,6 +46,8 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
         figures |= {f"{cause}_abs_{name}_nats": value for name, value in quantiles.items()} | {
             f"{cause}_n_tokens": gap.size
         }
+        # Decode parts from prefill wherever completions are corrupted or the floor fails: it is named only
+        # where neither was.
         if not within(pair.engine_noise, gap) and not (findings and cause == "decode_vs_prefill"):
             findings.append(_finding(pair, cause, gap, owners))
     n = sum(gap.size for gap, _ in comparisons.values())
@@ -97,6 +99,7 @@ def _decode(pair: Pair, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
     if _rescores_own(pair, evidence):
         again = own.rescored(pair.engine, own.sampling.temperature)
         gap = np.r_[gap, own.engine_logprobs - again]
+        # Counted on: row 0 of one sample and row 0 of the other are two completions.
         owners = np.r_[owners, own.owners + owners.max() + 1]
     return gap, owners
 
@@ -127,6 +130,7 @@ def _alone(pair: Pair, neutral: Samples, rescored: np.ndarray) -> tuple[np.ndarr
     gaps, owners = [], []
     for i in reversed(range(min(ALONE, len(neutral.prompts)))):
         (alone,) = pair.engine.score([neutral.sequences[i]])
+        # The first token of a sequence has no score, so the completion's begin one place before its own.
         gaps.append(alone[len(neutral.prompts[i]) - 1 :] - rescored[neutral.owners == i])
         owners.append(np.full(len(gaps[-1]), i))
     return np.concatenate(gaps), np.concatenate(owners)

@@ -57,6 +57,7 @@ class Identified:
     def margin(self) -> float:
         """How many times worse the runner-up fits; infinite where the sampling tells no two candidates
         apart."""
+        # Two sides that agree bit for bit miss by 0.
         return self.ranked[1].miss / max(self.ranked[0].miss, 1e-9) if len(self.ranked) > 1 else float("inf")
 
     def evidence(self) -> str:
@@ -98,11 +99,11 @@ def _by_the_engine_alone(pair: Pair, evidence: Evidence, identified: Identified)
     raw = fit <= pair.noise.p50
     first = [f for f in identified.ranked if (named(f.semantics) == "raw") == raw]
     rest = [f for f in identified.ranked if (named(f.semantics) == "raw") != raw]
-    return (
-        Identified([*first, *rest], identified.ground, max(identified.limit, first[0].p50))
-        if first
-        else identified
-    )
+    if not first:
+        return identified
+    # The engine has decided: what the trainer's scores miss by, too far off to judge, must not refuse it.
+    limit = max(identified.limit, first[0].p50)
+    return Identified([*first, *rest], identified.ground, limit)
 
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
@@ -115,6 +116,7 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
         evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
         return _fail(pair, evidence, "missing_logprobs", evidence_text, figures, np.full(1, np.nan))
     prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(0)))
+    # Before any fit: a setting fitted to a function of the right numbers would be a wrong name for it.
     mangled = doubled_bos(pair, prompt) or transformed(pair, evidence)
     if mangled is not None:
         return _mangled(pair, evidence, mangled, figures)
@@ -164,6 +166,7 @@ def _hidden(pair: Pair, evidence: Evidence, identified: Identified) -> Explained
         # not just come near.
         limit = min(identified.limit, EXPLAINS * identified.ranked[0].p50)
         return unasked(pair, telling, limit)
+    # What was asked for explains most numbers and not all: a setting that few tokens feel, such as a bias.
     if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
         limit = min(identified.limit, EXPLAINS * miss_of(neutral.engine_logprobs - evidence.trainer))
         return unasked(pair, neutral, limit)
@@ -212,6 +215,7 @@ def _distribution(
     text = identified.evidence()
     if asked.truncates:
         cause = "truncation_unmodelled"
+        # Not the gap: an engine that truncates the draws and reports raw numbers has none.
         parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in evidence.states(pair, own)]
         size = np.concatenate([-part.numpy(force=True) for part in parts])
     elif asked.penalises:
@@ -230,6 +234,7 @@ def _distribution(
             if _path_may_explain(pair, evidence, identified)
             else _unexplained(pair, evidence, identified)
         )
+    # At T = 1 raw numbers are the tempered ones.
     elif identified.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
         cause, text = _raw(pair, own, text)
     else:
@@ -249,6 +254,7 @@ def _unexplained(pair: Pair, evidence: Evidence, identified: Identified) -> Find
     sample, gap = _missed(evidence, identified)
     finite = gap[np.isfinite(gap)]
     text = f"{identified.evidence()}{pair.search.told()}"
+    # What is banned leaves its mass to what is allowed: a mask makes numbers larger, never smaller.
     if np.mean(gap > identified.limit) >= MOST_ROWS and np.mean(gap < -identified.limit) <= RARELY_ABOVE:
         text = (
             "hardly a number is below the trainer's, as under a mask that changes from token to token "
@@ -314,7 +320,7 @@ def _draws(pair: Pair, evidence: Evidence, identified: Identified, figures: dict
                 pair.engine.fix("draws_differ"),
                 evidence.n_tokens,
             )
-        if evidence.own is evidence.neutral:
+        if evidence.own is evidence.neutral:  # a recipe that samples plainly at T = 1: one sample, two names
             break
     return _grouped(pair, evidence, figures) or _many_draws(pair, evidence, figures)
 
@@ -348,6 +354,7 @@ def _many_draws(pair: Pair, evidence: Evidence, figures: dict) -> Finding | None
     if not drawn.odd:
         return None
     worst = max(drawn.parts, key=lambda part: max(part.log_products))
+    # Turned, not absolute: single draws scatter to both sides, and the effect is their mean.
     size = worst.excess * np.sign(worst.excess_nats)
     cause = "draws_differ"
     fix = pair.engine.fix("draws_differ")

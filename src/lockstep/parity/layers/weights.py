@@ -10,7 +10,7 @@ Where the sides differ by so much anyway that one old tensor would be lost in it
 besides (``left_behind.py``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class PerturbationScores:
     cache_gap: np.ndarray
     named: attribution.Named | None = None
     """Tensors that were not delivered."""
-    back: np.ndarray = None  # type: ignore[assignment]
-    """The engine after the old weights were loaded again."""
+    back: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """The engine after the old weights were loaded again; empty until they were."""
 
     @property
     def ground(self) -> np.ndarray:
@@ -89,7 +89,10 @@ class PerturbationScores:
         return self.limit >= self.shift or float(self.ground.mean()) > self.limit
 
     def hides_a_tensor(self, n_tensors: int) -> bool:
-        """True when one of so many could be old within the limit: it moves a token by their root's part."""
+        """True when one tensor of so many could be old within the limit.
+
+        What single tensors do to a token adds up by squares, so that one of n moves it by 1/√n of the shift.
+        """
         return self.limit * n_tensors**0.5 >= self.shift
 
     def residue(self, scores: np.ndarray) -> float:
@@ -210,12 +213,13 @@ def _measure(pair: Pair, canary: Canary, sample: Samples) -> PerturbationScores:
         # these.
         if not measured.blurred and not min(plain) <= measured.limit:
             pair.say("weights: not all arrived; looking for the tensors, which can take a minute")
+            # A rounding costs two passes and is asked first; the other two a backward pass for each token.
             measured.named = (
                 attribution.rounded(pair, canary, engine, measured.limit)
                 or attribution.stale(pair, canary, noise.before, engine, measured.limit)
                 or attribution.scaled(pair, canary, engine, measured.limit)
             )
-    pair.sync(pair.version)
+    pair.sync(pair.version)  # the trainer's own weights, which it holds again past the block
     return measured
 
 
