@@ -20,4 +20,5 @@ def rows_of(values: np.ndarray, owners: np.ndarray) -> list[np.ndarray]:
 
 def off(a: np.ndarray, b: np.ndarray, limit: float) -> bool:
     """True when two rows do not agree in the median."""
+    # ``not … <=`` and never ``>``, here and wherever a number decides: a NaN must not pass.
     return not np.median(np.abs(a - b)) <= limit

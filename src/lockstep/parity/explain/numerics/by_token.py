@@ -195,6 +195,7 @@ def _slopes(
     yield TEMPERATURE, -of_logits(raw)
     kept = p.topk(min(KEPT_AT_MOST, p.shape[1]), -1).values.cumsum(-1)
     crossing = (kept < TOP_P).sum(-1).clamp(max=kept.shape[1] - 1)
+    # The tokens that are held may come short of the mass, and rounding may take it past 1.
     yield TRUNCATED_P, -kept.gather(1, crossing[:, None])[:, 0].clamp(TOP_P, 1.0).log()
     yield TRUNCATED_K, -kept[:, min(TOP_K, kept.shape[1]) - 1].clamp(max=1.0).log()
     # What a penalty moves: the logits of the tokens seen before, and no others.
@@ -213,6 +214,7 @@ def _cap_slope(raw: Tensor, cap: float | None) -> Tensor:
     """∂z / ∂θ of every logit."""
     if cap is None:
         return -(raw**3) / (3.0 * CAP_UNIT**2)
+    # In float32 a logit may reach the cap itself, whose atanh is infinite.
     share = (raw / cap).clamp(-1.0 + 1e-6, 1.0 - 1e-6)
     return raw - cap * share.atanh() * (1.0 - share.square())
 

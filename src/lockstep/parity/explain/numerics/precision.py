@@ -63,7 +63,7 @@ def precision(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | Non
                 f"head in {head}, trainer's in {trainer.head_dtype}: alone worth {expected:.1e} nats (median)"
             )
             return Explanation("head_precision", text)
-    if body == trainer.dtype != "torch.float32":
+    if body == trainer.dtype != "torch.float32":  # in fp32 there is no finer one to be coarser than
         return _coarser(pair, sample, ours)
     return None
 
@@ -136,6 +136,7 @@ def forms(pair: Pair, sample: Samples, gap: np.ndarray) -> list[Form]:
         keep_looking()
         with pair.trainer.holding(variant):
             moved = few.scored(pair.trainer) - ours
+        # What does not vary correlates with nothing: NaN.
         both = bool(moved.std() > 0.0 and theirs.std() > 0.0)
         correlation = abs(float(np.corrcoef(moved, theirs)[0, 1])) if both else 0.0
         tried.append(Form(name, float(np.median(np.abs(moved))), correlation))

@@ -52,6 +52,7 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
         looks.append(
             ("numbers beside other tokens", of(wrong, lambda: _shifted(some, others, pair.noise.p50)))
         )
+    # Whatever the medians are: behind an edit late in the row most of its numbers are right.
     looks.append(("tokens that are others", lambda: _edited(pair, evidence, ours, theirs)))
     if len(strange) >= LEAST_ROWS:
         looks.append(("edited prompts", of(strange, lambda: edited_prompts(pair, evidence, ours, strange))))
@@ -81,7 +82,7 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
     Of its re-scores, where the trainer confirms these.
     """
     neutral = evidence.neutral
-    if (neutral.engine_logprobs > pair.noise.p999).any():
+    if (neutral.engine_logprobs > pair.noise.p999).any():  # no log-probability is above 0
         gap = _logits(pair, evidence) - neutral.engine_logprobs
         if within(pair.noise, gap):
             text = f"the trainer's logits fit to {np.median(np.abs(gap)):.1e} (median)"
@@ -171,14 +172,17 @@ def _after_another_prompt(pair: Pair, evidence: Evidence, ours: list[np.ndarray]
 def _edited(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]
 ) -> Mangled | None:
-    """Rows whose numbers are right once a few of their tokens are others, each of the log-probability
-    reported for it."""
+    """Rows whose numbers become right when a few of their tokens are put back.
+
+    Which token stood there is read off its number: it is one of those with the log-probability reported.
+    """
     neutral = evidence.neutral
     groups = neutral.groups
     tail = pair.noise.p999
     if pair.noise.p50 > TELLING_NATS:
         return _no_more_after(ours, theirs, tail)
     wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if _first_off(a, b, tail) < len(a)]
+    # A row is tried by several whole passes: short ones decide whether the others are worth theirs.
     wrong.sort(key=lambda i: len(groups[i].prompt))
     edits = [_edits(pair, ours[i], groups[i], neutral.temperature, tail) for i in wrong[:SCREENED]]
     if any(edits):
@@ -210,6 +214,7 @@ def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, ta
             return edits
         if at + PROVING_TOKENS >= len(ids):
             return edits or None
+        # The token that was drawn has the log-probability that was reported for it; a few others are as near.
         nearest = np.argsort(np.abs(logprobs[at] - numbers[at]))[:NEAREST]
         tried = [np.r_[ids[:at], token, ids[at + 1 :]].astype(np.int32) for token in nearest]
         scores = pair.trainer.score([Group(group.prompt, tried)], temperature)
@@ -251,6 +256,7 @@ def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:
             for at in range(min(2, len(ids)))
         }
     )
+    # With the prompts and seeds of ``neutral`` most completions begin as they did, and stop there.
     some = neutral.prompts[: len(neutral.prompts) // 2]
     sampling = replace(neutral.sampling, max_tokens=STOP_TOKENS, stop_token_ids=stops)
     stopped = [s for s in draw(pair, some, sampling, seed) if s.finish_reason == "stop"]

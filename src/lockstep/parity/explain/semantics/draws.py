@@ -65,11 +65,13 @@ class Weighed:
         return float(self.excess.mean()) if self.n else 0.0
 
     def smallest_temperature(self, threshold: float) -> float:
-        """The least |1/T − 1| that would have been seen with :data:`POWER`."""
+        """The least |1/T − 1| that would have been seen with a chance of ``DRAWS_POWER``."""
         z = NormalDist().inv_cdf(DRAWS_POWER)
         # Prompts whose next token is certain tell nothing: the size that would show is then beyond all
         # bounds, and no division by 0.
         v = max(self.variance, 1e-12)
+        # Where 1/T is off by δ, log Π w has the mean |t|·δ·v − t²·v/2 and the variance t²·v: the δ at which
+        # it lies z of its standard deviations above the threshold.
         return min((threshold + z * abs(t) * v**0.5 + t * t * v / 2) / (abs(t) * v) for t in self.tilts)
 
 
@@ -149,6 +151,7 @@ def draw_many(pair: Pair, sampling: SamplingParams, n_tokens: int) -> BothWeighe
     singles = max(8, n_tokens // SINGLES)
     prompts = max(4, (n_tokens - singles) // CROWD)
     first = _after_one_id(pair, rng, singles, one, pair.seed + 1)
+    # Each sample's seeds begin past the last one's: two requests under one seed are not independent.
     second = _after_one_id(pair, rng, prompts, replace(one, n=CROWD), pair.seed + 2 + singles)
     drawn = weigh_many(pair.trainer, first, second)
     missing = min((drawn.smallest_temperature / pair.recipe.parity.draws_see) ** 2, MOST_DRAWS) - 1.0
@@ -192,6 +195,7 @@ def _weighed(trainer: Trainer, sample: Samples, tilts: tuple[float, ...]) -> Wei
     ids = np.array([s.token_ids[0] for s in sample], np.int64)
     # A crowd's draws share their prompt.
     contexts, owners = np.unique(np.stack(sample.prompts), axis=0, return_inverse=True)
+    # Any token stands for the drawn ones: the state that predicts it does not depend on it.
     hidden = torch.cat(trainer.hidden([Group(prompt, [np.zeros(1, np.int32)]) for prompt in contexts]))
     parts = []
     for start in range(0, len(contexts), CHUNK):
@@ -232,6 +236,7 @@ def _better(logprobs: Tensor, tilt: float, partition: Tensor, times: Tensor) -> 
     ordered = logprobs.double().sort(-1).values
     p = ordered.exp()
     chance = p * (2.0 * (p.cumsum(-1) - p) + p)
+    # Impossible tokens have a chance of 0, which times −∞ is to be 0 and would be NaN.
     weight = tilt * ordered.clamp(min=-1e4) - partition[:, None]
     mean = (chance * weight).sum(-1)
     variance = (chance * weight.square()).sum(-1) - mean.square()

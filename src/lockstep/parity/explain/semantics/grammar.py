@@ -62,7 +62,8 @@ def masks(texts: list[str], drawn: np.ndarray) -> Iterator[tuple[str, np.ndarray
     seen[drawn] = True
     chars = {char for token in drawn for char in texts[token]}
     categories = {category(char) for char in chars}
-    wider = {char for char in {char for text in texts for char in text} if category(char) in categories}
+    alphabet = {char for text in texts for char in text}
+    wider = {char for char in alphabet if category(char) in categories}
     shown = f"{''.join(sorted(chars))[:SHOWN]!a}{'…' if len(chars) > SHOWN else ''}"
     for name, letters in (
         (f"a mask that allows only the characters {shown}", chars),
@@ -72,6 +73,7 @@ def masks(texts: list[str], drawn: np.ndarray) -> Iterator[tuple[str, np.ndarray
             {c for c in wider if c.isascii()},
         ),
     ):
+        # What was drawn is allowed in any case: special tokens have no text that a pattern could speak of.
         yield name, seen | made_of(letters, texts)
 
 

@@ -52,15 +52,15 @@ def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
     count = 0
     at = 0
     for group in groups:
-        known: dict[bytes, int] = {}
+        known: set[bytes] = set()
         for ids in group.completions:
-            earlier = known.get(ids.tobytes(), 0)
-            if earlier:
+            if ids.tobytes() in known:
+                # Its own chance times the samples that it may repeat: a bound, and no chance is above 1.
                 log_chance += min(
                     float(trainer[at : at + len(ids)].sum()) + np.log(len(group.completions)), 0.0
                 )
                 count += 1
-            known[ids.tobytes()] = earlier + 1
+            known.add(ids.tobytes())
             at += len(ids)
     if log_chance >= LOG_CHANCE:
         return None

@@ -62,7 +62,7 @@ def fits(
     ):
         with np.errstate(invalid="ignore"):
             gap = engine - scores
-        gap[np.isnan(gap)] = np.inf
+        gap[np.isnan(gap)] = np.inf  # a candidate is not to win by what cannot be compared
         size = np.abs(gap)
         fitting.append(Fit(semantics, float(np.median(size)), float(size.max()), miss_of(size), gap))
     return sorted(fitting, key=lambda fit: (max(fit.p50, enough), fit.miss))
@@ -85,6 +85,7 @@ def scored_under(
 
 def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:
     """The distributions that ``sampling`` tells apart."""
+    # T = 0 is greedy: there are no logits divided by it, and no draws to truncate.
     temperatures = {1.0, sampling.temperature or 1.0}
     truncations = {False, sampling.truncates and sampling.temperature > 0.0}
     return [
@@ -148,7 +149,7 @@ def edit(
     for row in range(len(out)):
         seen = in_prompt | (counts > 0)
         out[row] = torch.where(seen, penalised(out[row], counts, **penalties), out[row])
-        counts[completion[start + row]] += 1
+        counts[completion[start + row]] += 1  # after its own row: a token is penalised from the next one on
     return out
 
 
@@ -161,5 +162,6 @@ def penalised(
     frequency_penalty: float = 0.0,
 ) -> Tensor:
     """Logits of tokens that were seen. ``counts``: how often each is in the completion alone."""
+    # As engines do it: a quotient makes a negative logit larger, so those are multiplied.
     scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
     return scaled - frequency_penalty * counts - presence_penalty * (counts > 0)

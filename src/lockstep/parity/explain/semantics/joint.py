@@ -70,6 +70,7 @@ class UnderTruncation:
     def _top_p(self) -> tuple[float, str]:
         mass = (self.drawn - self.whole - self.engine).double().exp()
         least = float(mass.clamp(max=1.0).quantile(LEAST_P))
+        # The token that crosses p is kept, so that the mass may lie well above the p that was set.
         tried = {round(least, 2), round(least, 3), np.floor(least * 100) / 100}
         return min(
             ((self.top_p(p), f"top-p {p:g}") for p in tried if 0.0 < p < 1.0), default=(float("inf"), "")

@@ -104,6 +104,7 @@ def hidden_bias(pair: Pair, sample: Samples, held: Held) -> Explained | None:
     ):
         return None
     decode = pair.renderer.tokenizer.decode
+    # Fitted behind the temperature, and told as it is set: before it.
     named = (f"{bias * temperature:+.3g} on {decode([token])!a}" for token, bias in fit.biases.items())
     return Explained("hidden_logit_bias", f"a logit bias of {', '.join(named)}", miss_of(left))
 

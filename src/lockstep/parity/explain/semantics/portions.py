@@ -24,6 +24,7 @@ SHOWN = 8
 def rows_off(sample: Samples, gap: np.ndarray, limit: float) -> np.ndarray:
     """Rows with a fifth of their numbers beyond ``limit``: int [R]. ``gap``: float32 [T]."""
     size = np.nan_to_num(np.abs(gap), nan=np.inf)
+    # One of the numbers themselves: between an infinite one and its neighbour an interpolation is NaN.
     quantiles = [
         np.quantile(size[sample.owners == row], OFF_QUANTILE, method="higher") for row in range(len(sample))
     ]
@@ -74,6 +75,7 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
     while len(rest) and len(named) < MOST_SETTINGS:
         nearest = by_row[rest].argmin(1)
         common = int(np.bincount(nearest).argmax())
+        # A row's few tokens place its temperature on the grid to a step or so.
         chosen = rest[np.abs(nearest - common) <= 1]
         at = np.flatnonzero(np.isin(owners, chosen))
         temperature, _ = fitted_temperature(held.logits[at], held.ids[at], held.engine[at])
@@ -86,7 +88,7 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
         named.append((temperature, fit))
         rest = np.setdiff1d(rest, fit)
     asked = sample.temperature
-    if len(rest) or len(named) < 2:
+    if len(rest) or len(named) < 2:  # one temperature for all rows was tried before
         return None
     others = [(t, rows) for t, rows in named if abs(np.log(t / asked)) > TEMPERATURES_APART]
     text = " and ".join(f"temperature {t:.3g} in {where(sample, rows)}" for t, rows in others)

@@ -31,6 +31,10 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.training.trainer import Trainer
 
 TEMPERATURES = np.geomspace(0.05, 4.0, 45).tolist()
+SCREENED_ROWS = 2
+"""On which the checkpoint's own settings are tried before they are tried on all."""
+_CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a server takes from generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +106,12 @@ def _as_configured(
     )
 
 
-SCREENED_ROWS = 2
-
-
 def _truncated(held: Held, asked: SamplingParams, limit: float) -> Explained | None:
     for base in dict.fromkeys((asked.temperature or 1.0, 1.0)):
         truncation = fitted_truncation(held._replace(logits=held.logits / base), limit)
         if truncation is not None:
             return Explained("hidden_truncation", f"{truncation.name} at T={base:g}", truncation.miss)
     return None
-
-
-_CONFIGURABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def generation_config(trainer: Trainer, asked: SamplingParams) -> SamplingParams | None:
@@ -218,6 +216,7 @@ def examine_draws(
         ranks.append(likelier.sum(-1))
         above.append((p * likelier).sum(-1).double())
     total = torch.cat(excess)
+    # The variance of a token that is certain is a difference of equal numbers, and may round below 0.
     spread = torch.cat(variance).clamp(min=0.0)
     k = int(torch.cat(ranks).max()) + 1
     mass = float(torch.cat(above).max())

@@ -68,6 +68,7 @@ def _functions(a: np.ndarray, b: np.ndarray, owners: np.ndarray) -> Iterator[tup
 def _beyond(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Numbers below, or above, some value that are replaced by one constant."""
     for side, order in (("below", np.argsort(b)), ("above", np.argsort(-b))):
+        # In the order of the right numbers, those that were replaced come first, and all are one value.
         same = a[order] == a[order[0]]
         count = len(same) if same.all() else int(same.argmin())
         if LEAST_REPLACED <= count < len(a):

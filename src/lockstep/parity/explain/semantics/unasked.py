@@ -99,7 +99,7 @@ class _Look:
             return None
         chosen = np.isin(self.sample.owners, off)
         look = _Look(self.pair, part, min(self.pair.noise.p50, EXPLAINS * miss_of(self.gap[chosen])))
-        look.hidden = [self.hidden[row] for row in off]
+        look.hidden = [self.hidden[row] for row in off]  # known already, so the model is not asked again
         explained = self.pair.search.first(
             (f"{name}, of the rows that are off", tried) for name, tried in look.settings()
         )

@@ -40,7 +40,7 @@ def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
         moved = [Group(read(group.prompt), [read(group.completions[0])]) for group in groups]
         return np.abs(np.concatenate(pair.trainer.score(moved, few.temperature)) - engine)
 
-    now = float(np.minimum(gap(0, 0), TOKEN_AT_MOST_NATS).mean())
+    now = float(np.minimum(gap(0, 0), TOKEN_AT_MOST_NATS).mean())  # a move by 0: the ids as they are
     if now < MOVED_AT_LEAST_NATS:
         return None
     places = np.unique(
@@ -66,14 +66,12 @@ def _fitted(miss: Callable[[int], float], places: list[int], enough: float) -> i
     if not known[best] < enough:
         return None
     order = sorted(known)
-    step = max(
-        order[min(order.index(best) + 1, len(order) - 1)] - best, best - order[max(order.index(best) - 1, 0)]
-    )
+    at_best = order.index(best)
+    step = max(order[min(at_best + 1, len(order) - 1)] - best, best - order[max(at_best - 1, 0)])
     while step > 1:
         step = (step + 1) // 2
         for at in (best - step, best + step):
-            if order[0] <= at <= order[-1]:
-                known.setdefault(at, float("nan"))
-                known[at] = miss(at) if np.isnan(known[at]) else known[at]
+            if order[0] <= at <= order[-1] and at not in known:
+                known[at] = miss(at)
         best = min((at for at in (best - step, best, best + step) if at in known), key=lambda at: known[at])
     return best

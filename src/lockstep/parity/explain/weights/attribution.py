@@ -85,12 +85,14 @@ def stale(pair: Pair, canary: Canary, before: Snapshot, engine: np.ndarray, limi
 def scaled(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
     """Tensors that the engine holds multiplied by a constant. Arguments as :func:`stale`."""
     names = pair.trainer.parameter_names(trained=True)
+    # No old values to move towards: each tensor moves along itself, which is a change of its scale.
     ranked = _ranked(_slopes(pair, canary, engine, names), names, free=True)
     return _proven(pair, canary, engine, ranked, Scaled, limit)
 
 
 def rounded(pair: Pair, canary: Canary, engine: np.ndarray, limit: float) -> Named | None:
     """Every tensor as it is after a way through a coarser dtype. Arguments as :func:`stale`."""
+    # A trainer that is in such a dtype itself loses nothing on the way.
     for dtype in ("bfloat16", "float16") if pair.trainer.dtype == "torch.float32" else ():
         with pair.trainer.holding(RoundedThrough(dtype)):
             miss = float(np.abs(engine - canary.trainer_scores(pair)).mean())

@@ -149,6 +149,8 @@ class _Settings:
         return float(np.median(np.abs(scored.numpy(force=True) - least.engine_logprobs)))
 
     def _cache(self) -> Explanation | None:
+        # Held to a share of the gap and not to arithmetic: what is nearly on a border of so coarse a dtype is
+        # rounded to the other side by the least difference.
         for name in CACHE_FORMS:
             if not self._miss(self.least, CacheKept(name)) <= SETTING_SCREEN_SLACK * EXPLAINS * self.now[0]:
                 continue
