@@ -23,6 +23,7 @@ def read_arms(words: Sequence[str], mapping: Mapping[str, str]) -> list[Arm]:
     told: set[str] = set()
     of_recipe: dict[str, str] = {}
     for word in words:
+        # A path may have an equals sign in it: what is there is a path.
         name, _, paths = word.rpartition("=") if not Path(word).exists() else ("", "", word)
         runs = [run for path in _paths(paths) for run in read_runs(path, mapping)]
         if name:

@@ -41,6 +41,7 @@ def band_of(runs: np.ndarray, seed: int = 0) -> Band:
     length = block_length(n)
     draws = np.empty((DRAWS, n))
     blocks = -(-n // length)
+    # What moves slowly stays where it is; what scatters about it is drawn again, in blocks of steps.
     for draw in range(DRAWS):
         picks = random.integers(0, n_runs, n_runs)
         starts = random.integers(0, n - length + 1, (n_runs, blocks))
@@ -79,6 +80,7 @@ def onset(difference: np.ndarray) -> int | None:
     if n < 4:
         return None
     length = block_length(n)
+    # A second difference of independent steps is √6 as wide as a step, and a normal's median |x| is .6745.
     noise = float(np.median(np.abs(np.diff(values, 2)))) / (0.6745 * np.sqrt(6.0))
     limit = NormalDist().inv_cdf(1.0 - FALSE_ONSET / 2.0 / max(1, n // length)) * noise / np.sqrt(length)
     ahead = np.array([values[at : at + length].mean() for at in range(n - length + 1)])

@@ -99,6 +99,7 @@ def of_check(directory: Path) -> Report:
 
 def _last_ladder(records: Sequence[VerdictRecord]) -> list[Verdict]:
     """The verdicts of the last climb, from layer 1 on."""
+    # A run that goes on climbs again, and keeps the verdicts of before.
     climbed = [record for record in records if isinstance(record.when, BeforeStep | OfCheck)]
     starts = [at for at, record in enumerate(climbed) if record.verdict.layer == LAYERS[0]]
     return [record.verdict for record in climbed[starts[-1] :]] if starts else []

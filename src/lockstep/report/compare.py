@@ -187,6 +187,7 @@ def _sides(reference: Arm, arm: Arm, name: str, first_step: float) -> _Sides:
     paired = _pairs(*runs)
     if paired is not None:
         runs = [list(side) for side in paired]
+    # A mean over other steps is another figure: what one run did not log counts for none.
     logged = [run.steps[~run.absent[name]] for side in runs for run in side]
     steps = logged[0]
     for other in logged[1:]:
@@ -215,6 +216,7 @@ def _pairs(a: list[Trajectory], b: list[Trajectory]) -> tuple[list[Trajectory], 
     """Runs of one seed beside each other; None where seeds are not told, or fewer than two are common."""
     of_a, of_b = ({run.seed: run for run in side if run.seed} for side in (a, b))
     common = sorted(of_a.keys() & of_b.keys())
+    # Pairing by some of the seeds would leave runs out: all of the smaller side's, or none.
     if len(common) < 2 or len(common) < min(len(a), len(b)):
         return None
     return [of_a[seed] for seed in common], [of_b[seed] for seed in common]

@@ -42,7 +42,7 @@ def ledger_section(layout: RunLayout) -> Section | None:
 
 
 def _lengths(last: Mapping[str, Any]) -> Table:
-    """Were long ones dropped more often?"""
+    """Samples by their length, trained beside dropped: dropping what is old may drop what is long."""
     kept, gone = last["kept_lengths"], last["dropped_lengths"]
     bounds = sorted({*kept, *gone}, key=int)
     rows = tuple((f"≤ {bound}", str(kept.get(bound, 0)), str(gone.get(bound, 0))) for bound in bounds)

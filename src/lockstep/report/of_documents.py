@@ -53,6 +53,7 @@ def of_document(table: Mapping[str, Any], name: str) -> Report:
 
 
 def _of_ladder(table: Mapping[str, Any], name: str) -> Report:
+    # What --json adds to a verdict for its readers is no field of one.
     rows = [{key: value for key, value in row.items() if key != "verdict"} for row in table["layers"]]
     verdicts = [msgspec.convert(row, Verdict) for row in rows]
     words = ladder_words(verdicts)

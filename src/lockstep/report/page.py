@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from math import isfinite
@@ -16,7 +17,7 @@ from math import isfinite
 import msgspec
 
 from lockstep.records.printable import OBEYED, escaped, printable
-from lockstep.report.document import Plot, Report, Section, ShownRollout, Table
+from lockstep.report.document import Plot, Report, Section, ShownRollout, Table, Token
 from lockstep.report.svg import svg
 from lockstep.runs.strict import plain
 
@@ -32,7 +33,7 @@ def page(report: Report) -> str:
     style = _asset("vendor/uPlot.min.css") + _asset("assets/page.css")
     script = _script()
     plots = [plot for section in report.sections for plot in section.plots]
-    numbers = iter(range(len(plots)))
+    numbers = iter(range(len(plots)))  # over all sections: a plot is found by its number among all data
     sections = "".join(_section(at, section, numbers) for at, section in enumerate(report.sections))
     links = "".join(f'<a href="#s{at}">{text(s.title)}</a> ' for at, s in enumerate(report.sections))
     csp = (
@@ -73,7 +74,7 @@ def _mark(character: str) -> str:
     return named.get(character) or html.escape(escaped(character, "\\x{:02x}"))
 
 
-def _section(at: int, section: Section, numbers) -> str:
+def _section(at: int, section: Section, numbers: Iterator[int]) -> str:
     words = "".join(f"<p>{text(sentence)}</p>" for sentence in section.text)
     tables = "".join(_table(table) for table in section.tables)
     plots = "".join(_plot(plot, next(numbers)) for plot in section.plots)
@@ -157,11 +158,7 @@ def _rollout(rollout: ShownRollout) -> str:
         f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in rollout.facts
     )
     order = sorted((at for at, gap in enumerate(gaps) if isfinite(gap)), key=lambda at: -gaps[at])
-    rows = tuple(
-        (str(at), t.text, f"{t.engine:.6f}", f"{t.trainer:.6f}", f"{t.trainer - t.engine:+.2e}")
-        for at in order[:WORST_SHOWN]
-        for t in [rollout.tokens[at]]
-    )
+    rows = tuple(_token_row(at, rollout.tokens[at]) for at in order[:WORST_SHOWN])
     columns = ("place", "token", "engine", "trainer", "gap, nats")
     title = f"Tokens with the largest gaps: {rollout.title}"
     worst = _table(Table(title=title, columns=columns, rows=rows, folded=True))
@@ -169,6 +166,11 @@ def _rollout(rollout: ShownRollout) -> str:
         f'<article><h3>{text(rollout.title)}</h3><dl class="facts">{facts}</dl>'
         f'<div class="tokens">{spans}</div>{more}{worst}</article>'
     )
+
+
+def _token_row(at: int, token: Token) -> tuple[str, ...]:
+    gap = token.trainer - token.engine
+    return str(at), token.text, f"{token.engine:.6f}", f"{token.trainer:.6f}", f"{gap:+.2e}"
 
 
 def _token(shown: str, gap: float, largest: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def rollouts_section(gaps: GapCounts, model: Path, lost: str) -> Section | None:
         return None
     vocabulary = read_vocabulary(model)
     rows = read_places(gaps.shown)
-    worst = sum(place.worst == place.worst for place in gaps.shown)
+    worst = sum(not isnan(place.worst) for place in gaps.shown)  # the others are picked, not measured
     text = [
         f"{worst} with the largest |gap| and {len(rows) - worst} from all over the run, of "
         f"{gaps.completions:,}: a sample, chosen so.",

@@ -160,6 +160,7 @@ def _with_margin(test: _Test) -> tuple[float, float]:
     if not total > 0.0:
         return 0.0, test.freedom
     freedom = total**2 / (own**2 / test.freedom + of_margin**2 / test.spread_freedom)
+    # Down, which widens the interval; to tenths, so that a quantile that was bisected for is found again.
     return sqrt(total), max(1.0, floor(10.0 * freedom) / 10.0)
 
 

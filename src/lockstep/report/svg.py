@@ -36,7 +36,7 @@ def _x(plot: Plot, x: float) -> float:
 
 def _ends(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    room = abs(high) * 0.05 or 1.0  # about a line that is level, which would be drawn over no width
     return (low, high) if low < high else (low - room, high + room)
 
 

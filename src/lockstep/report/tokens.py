@@ -124,6 +124,7 @@ def _count(gaps: GapCounts, batch: "pyarrow.RecordBatch") -> np.ndarray:
     position = np.arange(engine.size) - np.repeat(starts, lengths)
     owners = np.repeat(np.arange(batch.num_rows), lengths)
     gap = np.full(engine.size, np.nan, np.float32)
+    # Rows that were not scored are null, and flattening leaves them out: what is left are the scored tokens.
     gap[scored] = batch["sampling_logprobs"].flatten().to_numpy() - engine[scored]
     gaps.completions += batch.num_rows
     gaps.tokens += int(drawn.sum())
@@ -138,7 +139,7 @@ def _count(gaps: GapCounts, batch: "pyarrow.RecordBatch") -> np.ndarray:
     gaps.compared += gap.size
     gaps.signed_sum += float(gap.sum(dtype=np.float64))
     gaps.largest = max(gaps.largest, float(size.max()))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # a gap of 0 is −inf decades: in the class below all
         scaled = (np.log10(size) - DECADES[0]) * PER_DECADE
     of_gap = np.clip(np.floor(scaled) + 1, 0, CLASSES - 1).astype(np.int64)
     _add(gaps.by_probability, np.searchsorted(np.log(PROBABILITIES[1:-1]), engine, "right"), of_gap)

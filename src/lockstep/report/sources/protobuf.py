@@ -63,4 +63,4 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         at += 1
         shift += 7
         if not byte & 0x80:
-            return value & ((1 << 64) - 1), at
+            return value & ((1 << 64) - 1), at  # ten bytes hold 70 bits; those past 64 are dropped

@@ -43,6 +43,7 @@ def _frames(content: bytes) -> Iterator[bytes]:
     while at + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, at)
         end = at + 12 + length + 4
+        # Before anything is made of it: a wrong length would pass for a last frame that a kill cut short.
         _hold(content[at : at + 8], content, at + 8, "length")
         if end > len(content):
             return

@@ -46,7 +46,7 @@ def _records(content: bytes) -> Iterator[bytes]:
     at = HEADER
     parts = []
     while True:
-        if (room := BLOCK - at % BLOCK) < HEADER:
+        if (room := BLOCK - at % BLOCK) < HEADER:  # no header fits: a block's last bytes are padding
             at += room
         if at + HEADER > len(content):
             return
