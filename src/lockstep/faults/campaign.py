@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -47,6 +48,21 @@ def clean_configurations(generation: str) -> list[tuple[str, tuple[str, ...]]]:
         for t in (1.0, 0.7)
         for seed in range(4 if generation == "V0" else 2)
     ]
+
+
+class Job(NamedTuple):
+    """One climb to be made."""
+
+    name: str
+    sets: tuple[str, ...]
+    """Recipe overrides."""
+    fault: Fault | None
+    """None where nothing is planted."""
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """The overrides that need an engine or a model of their own; a running pair takes the others over."""
+        return tuple(key for key in self.sets if key.startswith(("engine.", "model.")))
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -109,31 +125,30 @@ def run_campaign(
                 _outcome(fault.name, fault, [], 0.0, f"cannot be planted in a {generation} engine")
             )
             on_outcome(outcomes[-1])
-    faults = [fault for fault in faults if generation in fault.generations]
-    planned: list[tuple[str, tuple[str, ...], Fault | None]] = [
-        (fault.name, fault.sets, fault) for fault in faults
-    ]
-    planned += [(name, sets, None) for name, sets in (clean_configurations(generation) if clean else ())]
+    planned = [Job(fault.name, fault.sets, fault) for fault in faults if generation in fault.generations]
+    planned += [Job(name, sets, None) for name, sets in (clean_configurations(generation) if clean else ())]
     known = {outcome.name for outcome in done}
-    planned = [job for job in planned if job[0] not in known]
-    starts: dict[tuple[str, ...], list[tuple[str, tuple[str, ...], Fault | None]]] = {}
+    starts: dict[tuple[str, ...], list[Job]] = {}
     for job in planned:
-        starts.setdefault(tuple(s for s in job[1] if s.startswith(("engine.", "model."))), []).append(job)
+        if job.name not in known:
+            starts.setdefault(job.start, []).append(job)
     for own, jobs in starts.items():
         left = list(jobs)
         try:
             with open_session(with_sets(recipe, own), log, say, plants()) as session:
                 while left:
-                    name, sets, fault = left[0]
-                    session.pair.recipe = with_sets(recipe, sets)
-                    outcomes.append(_climb(session.pair, name, fault))
+                    job = left[0]
+                    session.pair.recipe = with_sets(recipe, job.sets)
+                    outcomes.append(_climb(session.pair, job.name, job.fault))
                     on_outcome(outcomes[-1])
-                    del left[0]
+                    del left[0]  # once it is told: what an error interrupts is among those that are left
         except LockstepError as error:
+            # Under a fault's own flags an engine may not start, which says nothing of other faults; without
+            # any it is the campaign that cannot be run.
             if not own:
                 raise
-            for name, _, fault in left:
-                outcomes.append(_outcome(name, fault, [], 0.0, f"{error.boundary}: {error.got}"))
+            for job in left:
+                outcomes.append(_outcome(job.name, job.fault, [], 0.0, f"{error.boundary}: {error.got}"))
                 on_outcome(outcomes[-1])
     return outcomes
 

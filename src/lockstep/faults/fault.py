@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 V1 = ("V1",)
 HELD = ("V1", "generate")
-"""Those that hold requests over a load."""
+"""Generations that hold requests over a load."""
 TrainerPlant = Callable[["Pair"], AbstractContextManager[None]]
 
 

@@ -35,6 +35,7 @@ def through_text(self: Proxy, prompts: Prompts, params: list[SamplingParams]) ->
     from lockstep.parity.explain.semantics.prompt_edits import retokenised
 
     limit = self.pair.recipe.engine.max_model_len
+    # A text's own tokens may be more than those it was made of; a prompt that is too long the engine refuses.
     room = [limit - asked.max_tokens for asked in params]
     return [
         retokenised(self.pair.renderer.tokenizer, p)[:most] for p, most in zip(prompts, room, strict=True)
@@ -75,6 +76,7 @@ class BetterOfTwo(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
+        # An engine counts a request's samples on from its seed: doubled, no two requests share a draw.
         asked = [
             replace(p, n=2, seed=None if p.seed is None else 2 * p.seed) if p.n == 1 else p for p in params
         ]

@@ -147,6 +147,7 @@ def shifted(numbers: np.ndarray) -> np.ndarray:
 
 def neighbours_swapped(self: Proxy, completions: Completions) -> Completions:
     """A hook: what belongs to row 2i is returned for row 2i + 1, and the other way round."""
+    # The last of an odd number has no neighbour and stays where it is.
     order = [min(i ^ 1, len(completions) - 1) for i in range(len(completions))]
     return [
         replace(completions[j], prompt_index=c.prompt_index, sample_index=c.sample_index)
@@ -157,6 +158,7 @@ def neighbours_swapped(self: Proxy, completions: Completions) -> Completions:
 def numbers_swapped(self: Proxy, completions: Completions) -> Completions:
     """A hook: only the log-probabilities of neighbours are exchanged."""
     order = [min(i ^ 1, len(completions) - 1) for i in range(len(completions))]
+    # Where lengths differ a swap is a completion with too few numbers: another fault.
     same = [
         j if len(completions[j].logprobs) == len(c.logprobs) else i
         for i, (c, j) in enumerate(zip(completions, order, strict=True))
@@ -232,6 +234,8 @@ class WarmCacheDrifts(Proxy):
 
     def sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         """See :meth:`Engine.sample`."""
+        # By temperature: a check draws the same prompts at the recipe's and at 1, and numbers that were off
+        # the second time already would be layer 1's.
         keys = [
             prompt.tobytes() + bytes([p.temperature == 1.0])
             for prompt, p in zip(prompts, params, strict=True)
@@ -277,6 +281,7 @@ def edited_file(update: WeightUpdate, edit: Callable[[str, Any], Any]) -> Weight
     with safe_open(update.path, framework="pt") as file:
         tensors = {
             name: edit(name, file.get_tensor(name)).contiguous().clone()
+            # It is no mapping: it has keys, and cannot be iterated.
             for name in file.keys()  # noqa: SIM118
         }
         metadata = file.metadata()

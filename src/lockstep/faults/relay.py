@@ -17,6 +17,7 @@ class Relay(Engine):
     """
 
     at_once = 128
+    """Each submitted request waits in a thread of its own for the inner engine, which draws many."""
 
     def __init__(self, inner: Engine, *alterations: str) -> None:
         self.inner = inner

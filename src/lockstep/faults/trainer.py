@@ -1,4 +1,7 @@
-"""Ways to break the trainer on purpose. Each is a context that puts back what it broke."""
+"""Ways to break the trainer on purpose. Each is a context that puts back what it broke.
+
+Where code is replaced, it is under the name by which layer 5's rehearsal looks it up.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
