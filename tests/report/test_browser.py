@@ -3,7 +3,9 @@
 Where ``LOCKSTEP_SCREENSHOTS`` names a directory, what was seen is kept there.
 """
 
+import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,17 @@ import pytest
 
 from lockstep.report.build import of_check, of_run
 from lockstep.report.compare import compare
+from lockstep.report.live import Followed, serving
 from lockstep.report.of_comparison import of_comparison
 from lockstep.report.page import page
 from lockstep.report.trajectories import Arm, Trajectory
 from lockstep.runs.read import open_run
+from lockstep.runs.record import open_recorder
 from tests.report import made
 from tests.report.browser import CHROMIUM, DRIVER, MISSING, browser
 
 AXE = Path(__file__).parents[1] / "data" / "axe-core" / "axe.min.js"
+SEEN_S = 30.0
 LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
@@ -126,3 +131,35 @@ def test_printed_it_has_the_static_plots(session, pages):
     session.devtools("Emulation.setEmulatedMedia", media="print")
     assert (session.run(shown.format(".static")), session.run(shown.format(".live"))) == ("block", "none")
     session.devtools("Emulation.setEmulatedMedia", media="")
+
+
+def test_a_page_that_follows_takes_what_is_new_and_leaves_the_rest_as_it_is(session, tmp_path):
+    layout = made.run(tmp_path / "run", steps=2)
+    session.looks(1440, "light")
+    session.log("performance")
+    session.log("browser")
+    followed = Followed(layout.root)
+    with layout.held(), serving(followed) as address:
+        session.open(address)
+        session.run(
+            "document.querySelector('details').open = true; window.first = document.querySelector('h3')"
+        )
+        open_recorder(layout).step(2, 3, {"reward_mean": 0.625})
+        followed.look()
+        words = "return document.querySelector('#live').textContent"
+        deadline = time.monotonic() + SEEN_S
+        while "3 of 12" not in session.run(words) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert session.run(words) == "Live: 3 of 12 steps are trained."
+        assert "3 steps were trained" in session.run("return document.querySelector('main').textContent")
+        assert session.run("return document.querySelector('details').open")
+        assert session.run("return window.first.isConnected"), "the ladder has not changed"
+        counts = (f"document.querySelectorAll('{kind}').length" for kind in (".uplot canvas", ".live"))
+        drawn, plots = session.run(f"return [{', '.join(counts)}]")
+        assert drawn == plots > 0
+    asked = [json.loads(entry["message"])["message"] for entry in session.log("performance")]
+    urls = {one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"}
+    assert {url for url in urls if not url.startswith("data:")} == {address, f"{address}state.json"}
+    assert [entry for entry in session.log("browser") if "ERR_CONNECTION_REFUSED" not in str(entry)] == []
+    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
+        (Path(kept) / "report-live-1440-light.png").write_bytes(session.screenshot())

@@ -1,5 +1,7 @@
 """One HTML file from a :class:`Report`, and from nothing else: no clock, no file of the run, no request.
 
+Of a run that is followed (``live.py``) it is the same page, and asks its own server whether there is a newer.
+
 What the browser may do is said in the page itself: scripts and styles by their SHA-256, nothing else at all.
 All text is escaped here, whoever wrote it; plots come twice, drawn by uPlot where scripts run, and as SVG for
 print and where they do not.
@@ -15,6 +17,7 @@ from importlib import resources
 from math import isfinite
 
 import msgspec
+from msgspec import Struct
 
 from lockstep.records.printable import OBEYED, escaped, printable
 from lockstep.report.document import Plot, Report, Section, ShownRollout, Table, Token
@@ -28,17 +31,27 @@ SHOWN_AS_MARK = re.compile(f"{OBEYED.pattern}|[\\t\\n\\u00ad\\u200b-\\u200d\\u20
 """On a page also what is invisible: tab, line end, soft hyphen, spaces and joiners without width."""
 
 
-def page(report: Report) -> str:
-    """The whole page."""
+class Live(Struct, frozen=True, kw_only=True):
+    """What a page that follows a run says of it; as ``state.json`` what it asks for."""
+
+    version: int
+    """Another one: another page."""
+    words: str
+    """How the run stands."""
+
+
+def page(report: Report, live: Live | None = None) -> str:
+    """The whole page; with ``live``, one that follows its run."""
     style = _asset("vendor/uPlot.min.css") + _asset("assets/page.css")
-    script = _script()
+    script = _script(live is not None)
     plots = [plot for section in report.sections for plot in section.plots]
     numbers = iter(range(len(plots)))  # over all sections: a plot is found by its number among all data
     sections = "".join(_section(at, section, numbers) for at, section in enumerate(report.sections))
     links = "".join(f'<a href="#s{at}">{text(s.title)}</a> ' for at, s in enumerate(report.sections))
+    asks = "" if live is None else "connect-src 'self'; "
     csp = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"{asks}base-uri 'none'; form-action 'none'"
     )
     words = "".join(f"<p>{text(sentence)}</p>" for sentence in report.words)
     return f"""<!DOCTYPE html>
@@ -50,13 +63,17 @@ content="no-referrer"> <title>{text(report.title)}: {report.status}</title><link
 <a class="skip" href="#main">Skip to the report</a>
 <header><h1>{text(report.title)} {_status(report.status)}</h1>
 <nav aria-label="Sections">{links}</nav></header>
-<main id="main" tabindex="-1"><section aria-label="In words">{words}</section>
+<main id="main" tabindex="-1">{_stands(live)}<section aria-label="In words">{words}</section>
 {sections}{_downloads(report)}</main>
 <footer><p class="dim">Lockstep {text(report.lockstep_version)}, {text(report.schema)}. Plots: uPlot 1.6.32,
 MIT.</p></footer> <script type="application/json" id="plots">{
         _json([_plot_data(plot) for plot in plots])
     }</script> <script>{script}</script></body></html>
 """
+
+
+def _stands(live: Live | None) -> str:
+    return f'<p id="live" role="status" data-version="{live.version}">{text(live.words)}</p>' if live else ""
 
 
 def text(value: str) -> str:
@@ -206,8 +223,10 @@ def _asset(name: str) -> str:
     return resources.files("lockstep.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _script() -> str:
-    return _asset("vendor/uPlot.iife.min.js") + "\n" + _asset("assets/page.js")
+def _script(live: bool) -> str:
+    # Before the plots are drawn, for it holds a section against the same section as the server sent it.
+    names = ("vendor/uPlot.iife.min.js", *(["assets/live.js"] if live else []), "assets/page.js")
+    return "\n".join(map(_asset, names))
 
 
 def _hash(content: str) -> str:

@@ -23,9 +23,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from lockstep.errors import UsageError
 from lockstep.runs.durable import PARTIAL, flush_directory, make_directory, open_for_append, writing
+
+LOOK_S = 0.05
+"""Longer than :meth:`RunLayout.at_work` holds a run that it looks at."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,25 @@ class RunLayout:
         with writing(self.root / ".lock"):
             descriptor = open_for_append(self.root / ".lock")
         with open(descriptor, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"run directory {self.root}",
-                    got="another process that is at it",
-                    expected="a run that nobody is at",
-                    hint="wait for it, or give --out another directory",
-                ) from None
+            if not _locked(file, fcntl.LOCK_EX):
+                time.sleep(LOOK_S)
+                if not _locked(file, fcntl.LOCK_EX):
+                    raise UsageError(
+                        f"run directory {self.root}",
+                        got="another process that is at it",
+                        expected="a run that nobody is at",
+                        hint="wait for it, or give --out another directory",
+                    )
             yield
+
+    def at_work(self) -> bool:
+        """True while a process holds the run; asking waits for nobody."""
+        try:
+            file = open(self.root / ".lock", "rb")  # noqa: SIM115
+        except OSError:  # there is no run, or none of ours to look at
+            return False
+        with file:
+            return not _locked(file, fcntl.LOCK_SH)
 
     @property
     def manifest(self) -> Path:
@@ -128,6 +141,15 @@ class RunLayout:
             path for path in first.parent.glob(f"step-{step:06d}.*.parquet") if path.suffixes[0][1:].isdigit()
         ]
         return [first] * first.is_file() + sorted(later, key=lambda path: int(path.suffixes[0][1:]))
+
+
+def _locked(file: IO, how: int) -> bool:
+    """Take the lock, until the file is closed; False where another process has it."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 LEFT = {".lock", "engine.log", "rollouts"}

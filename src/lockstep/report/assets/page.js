@@ -1,6 +1,5 @@
 "use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("plots").textContent);
   const root = document.documentElement;
   const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 5], [1, 4]];
   const charts = [];
@@ -8,6 +7,7 @@
   const faint = (color) => color + "26";
   function draw() {
     charts.splice(0).forEach((chart) => chart.destroy());
+    const data = JSON.parse(document.getElementById("plots").textContent);
     document.querySelectorAll(".live").forEach((place) => {
       const plot = data[Number(place.dataset.plot)];
       const fg = css("--fg"), grid = css("--line");
@@ -38,5 +38,6 @@
   draw();
   let waiting = 0;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 150); });
+  addEventListener("renewed", draw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 })();
