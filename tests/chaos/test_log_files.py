@@ -209,6 +209,10 @@ def held_against(path, policy, renderer):
     return True
 
 
+ENDED_THE_PROCESS = (11_002, 11_798, 15_798, 19_470, 20_578)
+"""Files whose columns' metadata pyarrow 26 ended the process at: their levels are counted wrongly."""
+
+
 def fuzz(tmp_path, policy, renderer, numbers):
     before, used, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0.0
     for number in numbers:
@@ -237,7 +241,7 @@ def sides(tiny_checkpoint):
 
 
 def test_a_changed_file_is_read_or_refused_by_name(tmp_path, sides):
-    fuzz(tmp_path, *sides, range(1000))
+    fuzz(tmp_path, *sides, [*range(1000), *ENDED_THE_PROCESS])
 
 
 @pytest.mark.chaos

@@ -217,12 +217,15 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
         names = _named(path, kinds)
         if len(set(schema.names)) < len(schema.names):
             raise _unusable(path, "two columns of one name", expected)
+        columns = list(dict.fromkeys(names.values()))
+        for name in columns:
+            _refuse_type(pa, path, name, schema.field(name).type)
+        # Before a column's metadata is asked for: where they are corrupt, pyarrow 26 ends the process there,
+        # and raises here. It holds few values at a time, however long a row says it is.
+        file.scan_contents(columns)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise _unusable(path, _first_line(error), expected) from None
-    columns = list(dict.fromkeys(names.values()))
-    for name in columns:
-        _refuse_type(pa, path, name, schema.field(name).type)
-    at_once = _rows_at_once(path, file.metadata)
+    at_once = _rows_at_once(path, file.metadata, set(columns))
 
     def rows() -> Iterator[tuple[int, LogRow]]:
         number = 0
@@ -238,15 +241,17 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
     return names, rows()
 
 
-def _rows_at_once(path: Path, about: Any) -> int:
-    """How many rows are read together, by how long they are; ``about``: a Parquet file's metadata."""
+def _rows_at_once(path: Path, about: Any, columns: set[str]) -> int:
+    """How many rows are read together, by how long they are.
+
+    Args:
+        about: a Parquet file's metadata.
+        columns: those that are read, and whose metadata have been found whole.
+    """
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    read = [at for at in range(about.num_columns) if about.schema.column(at).path.split(".")[0] in columns]
     longest = max(
-        (
-            group.column(at).num_values / max(group.num_rows, 1)
-            for group in groups
-            for at in range(group.num_columns)
-        ),
+        (group.column(at).num_values / max(group.num_rows, 1) for group in groups for at in read),
         default=0,
     )
     if longest > LONGEST_ROW:
