@@ -76,6 +76,20 @@ def test_a_variant_changes_it_and_puts_it_back(both):
         assert weights_digest(sharded.model) == digest
 
 
+def test_values_that_stand_in_leave_no_trace_and_the_memory_that_is_published_as_it_was(both):
+    plain, sharded = both
+    digest = weights_digest(sharded.model)
+    earlier = Snapshot({name: value + 1 for name, value in Snapshot.of(sharded.model).values.items()})
+    memory = plain.model.get_parameter(NORM).data
+    with earlier.standing_in(plain.model), earlier.standing_in(sharded.model):
+        held = weights_digest(sharded.model)
+        assert held == weights_digest(plain.model) != digest
+        assert not torch.equal(plain.model.get_parameter(NORM), memory)
+    assert weights_digest(sharded.model) == digest
+    assert weights_digest(plain.model) == digest
+    assert plain.model.get_parameter(NORM).data_ptr() == memory.data_ptr()
+
+
 def test_an_update_and_its_state_are_those_of_the_whole_model(both):
     states = []
     for policy in both:

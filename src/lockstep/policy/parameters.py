@@ -10,7 +10,8 @@ Digests, publishers, checkpoints, the optimizer's state and the variants read an
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ _IN_LAYER = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of one spread over processes all of it, which every process asks for together."""
     lies: Any = tensor  # torch.distributed.tensor costs a second to import, and one process has no use for it
-    return lies.full_tensor() if hasattr(lies, "full_tensor") else tensor
+    return lies.full_tensor() if _is_spread(tensor) else tensor
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
 def laid_as(place: Any, value: Tensor) -> Tensor:
     """A whole value on the device of ``place``; where that one is spread, the part of it that lies here."""
     value = value.to(place.device)
-    if not hasattr(place, "full_tensor"):
+    if not _is_spread(place):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -76,6 +77,10 @@ def assign(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         places[name].copy_(laid_as(places[name], value))
 
 
+def _is_spread(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Copies of a model's parameters by name, as taken; tied ones once, under their first name."""
@@ -86,6 +91,30 @@ class Snapshot:
     def of(cls, model: nn.Module) -> "Snapshot":
         """The parameters as they are now."""
         return cls({name: whole(p.detach()).clone() for name, p in parameters_of(model).items()})
+
+    @contextmanager
+    @torch.no_grad()
+    def standing_in(self, model: nn.Module) -> Iterator[None]:
+        """These values in the model's parameters, to score with; afterwards they are what they were.
+
+        Not to publish with, or to write into: a publisher sends the parameters' own memory, and what is
+        written here changes the snapshot.
+        """
+        # A parameter points at the value: to copy a model in and out costs more than a short score under it.
+        # The part of a spread one that lies here belongs to FSDP2, and is copied.
+        parameters = parameters_of(model)
+        spread = {name for name in self.values if _is_spread(parameters[name])}
+        copied = {name: whole(parameters[name].detach()).clone() for name in spread}
+        pointed = {name: parameters[name].data for name in self.values if name not in spread}
+        try:
+            for name, own in pointed.items():
+                parameters[name].data = self.values[name].to(own)
+            assign(parameters, {name: self.values[name] for name in spread})
+            yield
+        finally:
+            for name, own in pointed.items():
+                parameters[name].data = own
+            assign(parameters, copied)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from transformers import DynamicCache
 
 from lockstep.policy.model import EAGER, Policy, attention_of
 from lockstep.policy.parameters import Snapshot
-from lockstep.policy.variants import Earlier
 from lockstep.records.samples import Sample
 from lockstep.records.versions import VersionSpan
 
@@ -40,7 +39,7 @@ def over_kept_caches(
     with attention_of(policy.model, EAGER):
         for version in versions:
             earlier = weights[version]
-            with Earlier(earlier).held(policy) if earlier is not None else nullcontext():
+            with earlier.standing_in(policy.model) if earlier is not None else nullcontext():
                 for sequence, cache, numbers in zip(sequences, caches, found, strict=True):
                     for span in (span for span in sequence.version_spans if span.version == version):
                         numbers[span.start : span.stop] = _piece(policy, sequence, span, cache, temperature)

@@ -14,7 +14,6 @@ import numpy as np
 from lockstep.policy.model import Policy
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.replay import over_kept_caches
-from lockstep.policy.variants import Earlier
 from lockstep.records.samples import Group, Sample, Samples
 from lockstep.weights.ring import Ring
 
@@ -124,7 +123,7 @@ def _scored(
         {span.version for row in plain for span in rollouts[row].version_spans} - {version}
     ):
         here = [r for r in plain if any(span.version == earlier for span in rollouts[r].version_spans)]
-        with Earlier(ring.of(earlier)).held(policy):
+        with ring.of(earlier).standing_in(policy.model):
             # Completions of a prompt share one pass over it.
             whole = policy.score(rollouts.take(here).groups, rollouts.temperature)
         for row, numbers in zip(here, whole, strict=True):
@@ -158,7 +157,7 @@ def piecewise(
     found = [np.full(len(sequence.token_ids), np.nan, np.float32) for sequence in sequences]
     groups = [Group(sequence.prompt_ids, [sequence.token_ids]) for sequence in sequences]
     for v, earlier in weights.items():
-        with Earlier(earlier).held(policy) if earlier is not None else nullcontext():
+        with earlier.standing_in(policy.model) if earlier is not None else nullcontext():
             whole = policy.score(groups, temperature)
         for sequence, numbers, out in zip(sequences, whole, found, strict=True):
             _take(sequence, v, numbers, out)
