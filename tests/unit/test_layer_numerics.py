@@ -14,6 +14,7 @@ from lockstep.parity.evidence import Floors, gather
 from lockstep.parity.layers import numerics
 from lockstep.parity.layers.path import judge as judge_path
 from lockstep.parity.tolerances import NOISE
+from lockstep.records.capabilities import Capability
 from tests.unit.bag_pair import bag_pair
 
 FP32, BF16 = NOISE["torch.float32"], NOISE["torch.bfloat16"]
@@ -124,6 +125,18 @@ def test_a_clean_pair_passes_with_every_token_in_a_bin(pair):
     for bins in ("by_probability", "by_position"):
         assert sum(part["n"] for part in verdict.figures[bins].values()) == n
     assert verdict.figures["by_position"]["0-1"]["n"] == 8, "the first token of each completion"
+
+
+def test_how_far_the_re_score_is_from_the_trainer_is_kept_and_of_none_nothing(pair):
+    evidence = gather(pair)
+    evidence = replace(evidence, rescored=evidence.trainer - np.float32(0.25))
+    figures = of_pair(pair, evidence).figures
+    assert figures["neutral_n_tokens"] == evidence.neutral.engine_logprobs.size
+    for quantile in ("p50", "p90", "p99", "p999", "max"):
+        assert figures[f"rescore_to_trainer_abs_{quantile}_nats"] == pytest.approx(0.25, rel=1e-5)
+    path = judge_path(pair, evidence)
+    pair.engine.ready.capabilities["rescore"] = Capability(False, "it cannot")
+    assert not [name for name in numerics.judge(pair, evidence, path).figures if "rescore" in name]
 
 
 def test_a_trainer_that_does_not_repeat_itself_is_at_fault_whatever_the_gap(pair):

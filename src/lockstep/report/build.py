@@ -16,6 +16,7 @@ from lockstep.records.verdicts import LAYERS, AfterSync, BeforeStep, OfCheck, Of
 from lockstep.report.document import Download, Line, Plot, Report, Section, Table
 from lockstep.report.ledger import ledger_section
 from lockstep.report.rollouts import gap_section, rollouts_section
+from lockstep.report.scores import scores_section
 from lockstep.report.tokens import GapCounts, read_gaps
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import RunRecord, read_verdicts
@@ -56,7 +57,7 @@ def of_run(run: RunRecord) -> Report:
     gaps, lost = _gaps(run.layout)
     model = Path(run.manifest.model_path)
     sections = [
-        ladder_section(ladder),
+        *ladder_sections(ladder),
         _alarms(run),
         _proofs(verdicts),
         ledger_section(run.layout),
@@ -93,7 +94,7 @@ def of_check(directory: Path) -> Report:
         title=f"Check {directory.name}",
         status=_status(ladder, (), void=False),
         words=tuple(ladder_words(ladder)),
-        sections=(ladder_section(ladder),),
+        sections=ladder_sections(ladder),
     )
 
 
@@ -137,6 +138,12 @@ def ladder_words(ladder: Sequence[Verdict]) -> list[str]:
 def planted_words(names: Sequence[str]) -> str:
     """What is said first where something was planted."""
     return f"Faults were planted on purpose ({', '.join(names)}): this certifies nothing."
+
+
+def ladder_sections(ladder: Sequence[Verdict]) -> tuple[Section, ...]:
+    """What a ladder has to show alone."""
+    scores = scores_section(ladder)
+    return (ladder_section(ladder), *(() if scores is None else (scores,)))
 
 
 def ladder_section(ladder: Sequence[Verdict]) -> Section:

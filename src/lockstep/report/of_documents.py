@@ -8,7 +8,7 @@ import msgspec
 
 from lockstep.errors import RunError, UsageError
 from lockstep.records.verdicts import LAYERS, Verdict
-from lockstep.report.build import ladder_section, ladder_words, of_check, of_run, planted_words, shown
+from lockstep.report.build import ladder_sections, ladder_words, of_check, of_run, planted_words, shown
 from lockstep.report.compare import Comparison
 from lockstep.report.document import Report, Section, Table
 from lockstep.report.of_comparison import of_comparison
@@ -66,7 +66,7 @@ def _of_ladder(table: Mapping[str, Any], name: str) -> Report:
         title=f"Check, {name}",
         status=table["verdict"],
         words=tuple(words),
-        sections=(ladder_section(verdicts),),
+        sections=ladder_sections(verdicts),
     )
 
 

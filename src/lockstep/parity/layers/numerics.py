@@ -60,9 +60,13 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
             text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
             found = finding(cause, np.abs(size), owners, text)
             return Verdict.failed("numerics", text, found, figures)
+    rescored = evidence.rescored if pair.engine.ready.capabilities["rescore"].supported else None
+    figures["neutral_n_tokens"] = evidence.trainer.size
+    if rescored is not None:
+        figures |= _between("rescore_to_trainer", evidence.trainer - rescored)
     ratio = None
     if pair.coarse:
-        ratio = _against_own_noise(pair, evidence, figures)
+        ratio = _against_own_noise(pair, evidence, rescored, figures)
     figures["note"] = _note(pair)
 
     def cause_of() -> tuple[str, str, str]:
@@ -127,9 +131,20 @@ def judge_gap(
     return Verdict(layer="numerics", status="PASS", summary=summary, n_tokens=gap.size, figures=figures)
 
 
-def _against_own_noise(pair: Pair, evidence: Evidence, figures: dict[str, Any]) -> Ratio:
+def _between(scores: str, gap: np.ndarray) -> dict[str, float]:
+    """How far two of the four scores are apart on ``neutral``, as the report's table of them reads it."""
+    return {f"{scores}_abs_{name}_nats": value for name, value in quantiles_abs(gap).items()}
+
+
+def _against_own_noise(
+    pair: Pair, evidence: Evidence, rescored: np.ndarray | None, figures: dict[str, Any]
+) -> Ratio:
     """The gap beside what both sides round away, on the tokens at T = 1; puts what it measures into
-    ``figures``."""
+    ``figures``.
+
+    Args:
+        rescored: score B, float32 [T]; None of an engine that cannot be asked again.
+    """
     sample, trainer = evidence.neutral, evidence.trainer
     exact = reference(pair.trainer, sample)  # score D
     rounded = trainer - exact
@@ -139,9 +154,9 @@ def _against_own_noise(pair: Pair, evidence: Evidence, figures: dict[str, Any]) 
         of_engine.append((sample.engine_logprobs - evidence.rescored) / np.sqrt(2.0))
     noise = OwnNoise.measured(exact, of_engine, rounded)
     ratio = noise.ratio(trainer - sample.engine_logprobs, exact, sample.owners)
+    figures |= _between("trainer_to_reference", rounded)
+    figures |= _between("engine_to_reference", exact - sample.engine_logprobs)
     figures |= {
-        "trainer_to_reference_abs_p50_nats": float(np.median(np.abs(rounded))),
-        "engine_to_reference_abs_p50_nats": float(np.median(np.abs(sample.engine_logprobs - exact))),
         "own_noise": noise.figures(),
         "gap_in_own_noise": ratio.value,
         "gap_in_own_noise_low": ratio.low,
