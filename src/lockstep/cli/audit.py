@@ -67,7 +67,7 @@ def _recipe(path: Path | None, url: str | None, overrides: list[str] | None, eng
         hint = "lockstep engines audit recipes/quickstart.toml"
         raise UsageError("engines audit", got="neither", expected=expected, hint=hint)
     return Recipe(
-        model=Model(path=""),
+        model=Model(path=""),  # a server says itself what it resolved to; no model of ours is read
         task=TaskConfig(name=""),
         sampling=SamplingParams(max_tokens=1),
         training=Training(steps=1),

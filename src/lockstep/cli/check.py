@@ -47,6 +47,7 @@ def check(
     power: Power = None,
     search_s: SearchS = None,
     as_json: Json = False,
+    # Commands of their own by now; see ``moved.py``.
     rollouts: Annotated[Path | None, typer.Option(hidden=True)] = None,
     rows: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     certificate: Annotated[Path | None, typer.Option(hidden=True)] = None,

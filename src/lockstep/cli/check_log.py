@@ -18,6 +18,7 @@ NEUTRAL = {
     "sampling": {"max_tokens": 1},
     "training": {"steps": 1},
 }
+"""What a recipe must have, where none is given; the model's path is ``--model``'s."""
 
 
 def check_log(

@@ -32,12 +32,14 @@ def diagnose(
     from lockstep.cli.common import recipe_of
 
     loaded = recipe_of(recipe, set_, engine)
+    # Behind the recipe: what is wrong in that is said before torch, which takes seconds, is imported.
     from lockstep.diagnose.ablation import ablate, known_good, mended
     from lockstep.parity.tolerances import noise_of
 
     version = known_good(loaded, against) if against else None
     with Console() as console:
         ablation = ablate(loaded, version, console.say)
+    # Mending may change the dtypes: what arithmetic brings is by those of the mended pair.
     good = mended(loaded, None)
     explained = (
         ablation.unexplained_nats

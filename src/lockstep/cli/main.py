@@ -32,17 +32,15 @@ from lockstep.cli.console import UNREAD, fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
 
 EXTRA = (
-    *(
-        "torch",
-        "transformers",
-        "safetensors",
-        "httpx2",
-        "pyarrow",
-        "reasoning_gym",
-        "gguf",
-        "accelerate",
-        "jaxtyping",
-    ),
+    "torch",
+    "transformers",
+    "safetensors",
+    "httpx2",
+    "pyarrow",
+    "reasoning_gym",
+    "gguf",
+    "accelerate",
+    "jaxtyping",
     "huggingface_hub",
 )
 """What ``lockstep-rl[trainer]`` brings, by the names that are imported; the last comes with transformers."""
@@ -107,8 +105,9 @@ app.add_typer(models.app, name="models")
 def main() -> None:
     """Run a verb and turn its error into an exit code."""
     _end_in_order()
-    as_json = "--json" in sys.argv
+    as_json = "--json" in sys.argv  # an error may come before the flags are read
     try:
+        # Not standalone: a verb's exit code is returned, and is told from a SystemExit of somebody's code.
         code = app(standalone_mode=False)
         sys.stdout.flush()  # here, where it is known what it means that nobody reads any more
     except LockstepError as error:

@@ -56,7 +56,7 @@ def run(old: OldFlags, given: PairFlags, *, as_json: bool) -> int:
         return run_audit(
             given.recipe,
             given.engine_url,
-            "0.8.5",
+            "0.8.5",  # as --from of the command
             given.sets,
             given.engine,
             given.api_key_env,
@@ -110,4 +110,4 @@ def _verify(file: Path, key: Path | None, given: PairFlags, *, as_json: bool) ->
         emit("certificate", about | {"signature": verified.signature, "changes": verified.changes})
     else:
         print("\n".join(shown(verified)))
-    return 1 if verified.changes else 0
+    return 1 if verified.changes else 0  # there is a pair here always: NOT_RUN it cannot be
