@@ -79,6 +79,8 @@ class Deliveries:
                 verdict = _tensor_by_tensor(pair, self._tensors, version, rollouts, moves, verdict)
             if verdict.status == "PASS":
                 self.settle(version, ROLLOUTS)
+        # While the canary proves, no copy is kept. What it misses first layer 3 proves, within
+        # ``parity.prove_within`` versions, and from that version on there is one.
         if self.proven == version and self._before is None and self.how != CANARY:
             self._before = pair.trainer.snapshot()
             self._tensors = self._tensors or LeftBehind(self._before)
@@ -139,6 +141,7 @@ def _verdict(pair: Pair, found: Missing, version: int, moves: Moves) -> Verdict:
             reason=f"not yet: about {found.more_needed} more tokens like these are needed",
             figures=figures,
         )
+    # Within its error all of the update may be missing.
     cause = "not_delivered" if found.share + found.error >= 1.0 else "partly_delivered"
     effect = np.abs(found.share * moves.moved)
     fix = pair.engine.fix(cause)

@@ -19,7 +19,6 @@ from lockstep.rollout.tasks import Task
 from lockstep.runs.tensor_files import header_of
 
 SHOWN = 3
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 GIB = 2**30
 
 
@@ -123,13 +122,14 @@ def _parameters(path: Path) -> int:
 
 def _memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     """Bytes by what holds them."""
-    width = BYTES["F32" if recipe.model.dtype == "float32" else "BF16"]
+    width = 4 if recipe.model.dtype == "float32" else 2
     buffers = 2 if recipe.engine.double_buffer else 1
     return {
         "weights": width * parameters,
         "gradients": width * parameters,
-        "adam moments": 8 * parameters,
+        "adam moments": 8 * parameters,  # two, in fp32
         "fp32 masters": 0 if width == 4 else 4 * parameters,
+        # With one buffer the trainer's parameters lie in the published file themselves.
         "published weights": 0 if buffers == 1 else 2 * width * parameters,
         "reference model": width * parameters if needs_of(recipe.objective).reference else 0,
     }

@@ -91,6 +91,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         began = time.perf_counter()
         samples = pairs.step(step)
         trained = run.pair.trainer.step(samples, step, lambda tokens: None)
+        # Figures of a gap to an engine would be of no engine here.
         figures = {name: value for name, value in trained.items() if name not in MISMATCH} | samples.figures
         figures |= {"n_tokens": float(samples.lengths.sum()), "n_samples": float(len(samples))}
         figures["step_s"] = time.perf_counter() - began

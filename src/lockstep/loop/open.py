@@ -117,6 +117,7 @@ def open_session(
     held_out = held_out_of(recipe)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
+        # First in and so last out: the engine reads from there until it is closed.
         stack.callback(remove_weights, directory)
         stack.callback(task.close)
         if held_out is not None:

@@ -95,7 +95,7 @@ def prove_rollouts(run: Run, version: int, rollouts: Samples, tokens: AtSampling
         return spent
     run.recorder.verdict(OfRollouts(version), verdict)
     if verdict.status == "FAIL":
-        store.refuse(run.layout, version)
+        store.refuse(run.layout, version)  # version k draws step k
     _refuse_version(verdict, version)
     return spent | verdict.figures
 

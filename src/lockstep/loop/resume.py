@@ -54,7 +54,7 @@ def catch_up(run: Run, again: Again | None = None) -> int:
         run.gate = _recorded_gate(run, step)
         rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
         figures = again(step, rollouts) if again else train_gated(run, step, rollouts, replayed=True)
-        if step not in recorded:
+        if step not in recorded:  # the kill came between the gate and the step's line
             run.recorder.step(step, step + 1, figures)
         else:
             _refuse_other_figures(run, step, figures, recorded[step])
@@ -82,6 +82,7 @@ def _recorded_gate(run: Run, step: int) -> Gate | None:
         if isinstance(record.when, BeforeStep) and record.when.step <= step
     ]
     if run.recipe.parity.override:
+        # The last climb, which began with its first layer.
         first = max((n for n, verdict in enumerate(ladders) if verdict.layer == "semantics"), default=0)
         if any(verdict.status != "PASS" for verdict in ladders[first:]):
             return None

@@ -77,7 +77,7 @@ def reward(run: Run, step: int, rollouts: Samples) -> None:
     try:
         collect.score(rollouts, run.pair.task, run.recipe)
     except RewardError as error:
-        store.save(drawn, rollouts)
+        store.save(drawn, rollouts)  # with the rewards before it, which are not computed again
         error.add_note(f"the samples of step {step} are kept in {drawn}; resume scores them again")
         raise
     store.save(drawn, rollouts)
@@ -115,6 +115,7 @@ def train_gated(
             # it again, and never on what no gate has seen.
             store.admit(run.layout, step)
 
+    # ``said`` comes last: it is filled in the midst of the step.
     return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit, before) | said
 
 

@@ -56,6 +56,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
     with certified(run):
         first = catch_up(run) if resumed else 0
         if resumed:
+            # The engine started from the model's own files, and the trainer has gone on from there.
             run.pair.version = first
             run.pair.sync(first)
         prove(run, BeforeStep(first))
