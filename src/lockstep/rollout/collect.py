@@ -61,7 +61,7 @@ def drawn(
     Raises:
         EngineError, EnvironmentFault, RewardError: as :func:`sample`.
     """
-    sampling = request(recipe, renderer, 0, **changes)
+    sampling = request(recipe, renderer, 0, **changes)  # each question puts a seed of its own in place
     if recipe.task.environment:
         played = play(EpisodeContext(engine, task, renderer, recipe), items, sampling, seed)
         return Samples(played.samples, recipe.sampling, figures=played.figures)

@@ -64,7 +64,7 @@ def _jsonl(where: str, name: str, asked: FileOptions) -> list[dict[str, Any]]:
     rows = []
     number = 0
     try:
-        lines = Path(name).read_bytes().splitlines()
+        lines = Path(name).read_bytes().splitlines()  # bytes: in text U+2028 ends a line too
         for line in lines:
             number += 1
             if line.strip():

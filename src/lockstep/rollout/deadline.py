@@ -53,7 +53,7 @@ def deadline(seconds: float) -> Iterator[None]:
         finally:
             under_way = False
     finally:
-        under_way = False
+        under_way = False  # once more: the signal may have come just before the first
         ended.set()
         watching.join()
         signal.signal(SIGNAL, before)

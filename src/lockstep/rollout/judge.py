@@ -71,6 +71,7 @@ class Judge:
 
         async def every() -> list[float | BaseException]:
             asked = (one(*each) for each in zip(completions, items, strict=True))
+            # All of them to their end: the error that is told is the first in order, not in time.
             return await asyncio.gather(*asked, return_exceptions=True)
 
         for value, completion, item in zip(asyncio.run(every()), completions, items, strict=True):

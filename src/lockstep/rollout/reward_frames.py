@@ -16,6 +16,7 @@ from lockstep.config.recipe import TaskConfig
 
 _LENGTH = struct.Struct("<I")
 ANSWER_LIMIT = 1 << 20
+"""Bytes; a number, or an error that was cut to 2000 characters, has far fewer."""
 
 
 class Setup(Struct, frozen=True):

@@ -46,7 +46,7 @@ def _end_with_trainer(descriptor: int) -> None:
     poller = select.poll()
     poller.register(descriptor, select.POLLHUP)
     poller.poll()
-    os.killpg(0, signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)  # its own group: it was started in a session of its own
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class RewardWorkers:
         self._closing = threading.Event()
         self._idle.put(self._started())
         for _ in range(config.reward_workers - 1):
-            self._idle.put(None)
+            self._idle.put(None)  # a place, whose process is started by whoever takes it
 
     def rewards(self, completions: Sequence[str], items: Sequence[Item]) -> Iterator[float]:
         """What each completion is worth, in order.
@@ -141,6 +141,7 @@ class _Worker:
     def __init__(self) -> None:
         self._peer, theirs = socket.socketpair()
         with theirs:
+            # ``-m`` would put the working directory before all others on the import path; ``-P`` does not.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lockstep.rollout.reward_worker", str(theirs.fileno())],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

@@ -88,6 +88,7 @@ class Schedule:
         bound, state = self.bound, self.state
         lacking = {}
         if len(self._fresh()) < bound.groups_per_step:
+            # Any groups do, under a deadline behind all others.
             lacking[bound.steps + bound.max_lag] = bound.groups_per_step - len(self._fresh())
         if bound.drops:
             return lacking
@@ -272,6 +273,7 @@ class Schedule:
             # What it was drawn by was judged when it was first trained.
             state.training[group] = Finished(group, state.step, counts)
         self.trained(lengths)
+        # Before anything is drawn again, every engine is sent the weights that the trainer has come to.
         state.confirmed = dict.fromkeys(state.confirmed, state.step)
 
     # ── what must hold ──────────────────────────────────────────────────────────────────────────────────────

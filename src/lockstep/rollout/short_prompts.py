@@ -22,7 +22,7 @@ class ShortPrompts:
         self._length, self._n_items, self.most = length, n_items, most
         self._kept: list[int] = []
         self._looked_at = 0
-        self._changing = threading.Lock()
+        self._changing = threading.Lock()  # in flight, the rollout thread and the trainer's both ask
 
     @property
     def left_out(self) -> int:

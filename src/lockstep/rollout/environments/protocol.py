@@ -55,6 +55,7 @@ class Environments:
         self.name = config.environment
         self.parse: Parser = parser_named(config.tool_calls)
         self._class = imported(self.name, "task.environment")
+        # One is made and closed at once: what is wrong with the class is said before anything is drawn.
         first = self.made()
         lacking = [name for name in ("reset", "get_reward") if not callable(getattr(first, name, None))]
         if lacking:

@@ -64,7 +64,8 @@ class Row:
         if len(whole) > len(so_far) and np.array_equal(whole[: len(so_far)], so_far):
             n = len(whole) - len(so_far)
             given = np.full(n, np.nan, np.float32)
-            self._add(whole[len(so_far) :].astype(np.int32), np.zeros(n, bool), given, np.full(n, -1))
+            unread = np.full(n, -1)  # by any version yet; see :meth:`sampled`
+            self._add(whole[len(so_far) :].astype(np.int32), np.zeros(n, bool), given, unread)
             return
         shared = min(len(whole), len(so_far))
         other = np.flatnonzero(whole[:shared] != so_far[:shared])
