@@ -82,7 +82,7 @@ def _write_new(path: Path, content: memoryview) -> None:
 
 
 def _some(written: int) -> int:
-    if not written:
+    if not written:  # nor would the next write take any, for ever
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return written
 

@@ -179,7 +179,7 @@ def new_run(out: Path | None) -> RunLayout:
     if root.exists():
         _refuse_foreign(root)
     else:
-        make_directory(root.parent, 0o777)
+        make_directory(root.parent, 0o777)  # above the run nothing is private: the user's umask has it
         make_directory(root)
     return RunLayout(root)
 

@@ -106,6 +106,7 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
     pairs = pairs_of(samples.rewards, samples.group_size) if in_pairs else None
     if pairs is not None:
         pairs = pairs[kept[pairs].all(axis=1)]
+    # A pair's two samples meet in one loss, and so in one row.
     for row in policy.rows(samples.groups, recipe.training.tokens_per_microbatch, whole_groups=in_pairs):
         # Rows keep the order of completions, so each row's tokens are one slice of the flat arrays.
         tokens = slice(starts[row.completions[0]], starts[row.completions[-1] + 1])

@@ -48,21 +48,22 @@ from lockstep.runs.durable import (
 from lockstep.training.optimizer import MasterAdamW
 
 WEIGHTS = {
-    *(
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".ot",
-        ".onnx",
-        ".onnx_data",
-    ),
-    *(".tflite", ".npz", ".pkl", ".pickle"),
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".npz",
+    ".pkl",
+    ".pickle",
 }
 """Files of a source checkpoint that hold its weights, or another program's state. All others belong to the
 model as much as to its next version: tokenizer, templates, code, licence."""
@@ -144,7 +145,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"os error (\d+)", str(error))  # as Rust ends the text of a system's error
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
@@ -158,6 +159,7 @@ def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
             make_directory(copy.parent)
             shutil.copyfile(path, copy)
     config: dict[str, Any] = json.decode((source / "config.json").read_bytes())
+    # As older versions of transformers call it, and most checkpoints of the hub.
     for key in {"dtype", *({"torch_dtype"} & config.keys())}:
         config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_bytes(json.format(json.encode(config), indent=2))

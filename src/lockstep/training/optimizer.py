@@ -15,7 +15,7 @@ BESIDE = "beside."
 
 def _schedule(config: OptimizerConfig, updates: int) -> Callable[[int], float]:
     """The share of the learning rate at each optimizer step, counted from 0."""
-    if config.schedule == "constant":
+    if config.schedule == "constant":  # warmed up from 1 / (n + 1): at 0 the first update would be none
         return lambda update: min(1.0, (update + 1) / (config.warmup_steps + 1))
     from transformers import get_scheduler
 
@@ -86,6 +86,7 @@ class MasterAdamW:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
         # Each group by its own norm: a value head's is no measure of the model's.
         parts = [part for part in (self.masters[: self._n_own], self.masters[self._n_own :]) if part]
+        # The model's is the one that is told.
         norm, *_ = [float(whole(nn.utils.clip_grad_norm_(part, self.config.max_grad_norm))) for part in parts]
         if not norm < float("inf"):
             raise DivergenceError(

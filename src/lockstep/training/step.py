@@ -73,7 +73,8 @@ def train(
     began = time.perf_counter()
     parts = minibatches(rollouts, policy, recipe, before)
     prepare(parts, rollouts, policy, beside, recipe)
-    tokens, first, *rest = StepTokens(), *parts
+    tokens = StepTokens()
+    first, *rest = parts
     losses = [
         accumulate(first, policy, recipe, tokens, on_sampling_weights=True, value_head=beside.value_head)
     ]

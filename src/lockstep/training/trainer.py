@@ -279,7 +279,7 @@ class Trainer:
             model = self._recipe.model
             reference = load_policy(self._reference_path, model.dtype, model.head_dtype, model.device)
             reference.model.requires_grad_(False)
-            reference.share_prompts = self._policy.share_prompts
+            reference.share_prompts = self._policy.share_prompts  # it scores the policy's own rows
         if needs.values:
             head = ValueHead(self._policy.head.shape[1], self.device)
         return Beside(reference, head)
