@@ -62,6 +62,7 @@ class WorkerProgram:
     @property
     def command(self) -> list[str]:
         """The interpreter's arguments."""
+        # Unbuffered: what a killed worker said last is in the log.
         return ["-u", "-m", *([self.launcher] if self.launcher else []), self.module]
 
 

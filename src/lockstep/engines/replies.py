@@ -156,7 +156,7 @@ def _check_spans(where: str, which: str, completion: Completion) -> None:
 
 def _check_scores(request: Score, scores: Sequence[Scores]) -> None:
     where = describe(request)
-    sizes = [max(len(sequence) - 4, 0) for sequence in request.sequences]
+    sizes = [max(len(sequence) - 4, 0) for sequence in request.sequences]  # bytes; the first has no score
     if [len(found.logprobs) for found in scores] != sizes:
         raise _wrong(
             where, f"{len(scores)} rows of {[len(s.logprobs) for s in scores][:8]}… bytes", f"{sizes[:8]}…"

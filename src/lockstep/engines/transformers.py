@@ -154,7 +154,7 @@ class TransformersEngine(Engine):
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device).expand(n, -1)
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
-                torch.manual_seed(sampling.seed + first)
+                torch.manual_seed(sampling.seed + first)  # a prompt's next batch draws others
             while True:
                 left = sampling.max_tokens - (ids.shape[1] - len(prompt))
                 ids = self.model.generate(
@@ -317,6 +317,7 @@ def _generation_config(sampling: SamplingParams, left: int) -> GenerationConfig:
         top_k=0,  # the default is 50
         max_new_tokens=left,
         eos_token_id=list(sampling.stop_token_ids) or None,
+        # Behind its stop token, where a sample is cut, while others of its prompt go on.
         pad_token_id=sampling.stop_token_ids[0] if sampling.stop_token_ids else 0,
     )
 

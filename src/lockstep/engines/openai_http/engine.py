@@ -124,6 +124,7 @@ class OpenAIHttpEngine(Engine):
             capabilities=_capabilities(self._vllm, Capability(bool(told), how)),
             start_s=0.0,
         )
+        # From here on it can be asked, and so identified; the answer completes what it says of itself.
         distribution = self.options.distribution or self._identify()
         resolved["measured.logprobs_mode"] = (
             "raw_logprobs" if distribution == "model" else "processed_logprobs"

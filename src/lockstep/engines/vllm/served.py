@@ -15,15 +15,16 @@ from lockstep.engines.worker_engine import WorkerEngine
 from lockstep.errors import UsageError
 
 CPU_BATCHED_TOKENS = 2048
+"""As 0.8.5 has it. No fewer than a sequence's: vLLM refuses that where prefills are whole."""
 
 RL_DEFAULTS = {
-    "generation_config": "vllm",
-    "seed": 0,
-    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # its own is auto: a checkpoint's generation_config.json edits requests
+    "seed": 0,  # as from 0.18 on; 0.8.5 has none
+    "skip_tokenizer_init": True,  # text never crosses to an engine
     "trust_remote_code": False,
-    "disable_cascade_attn": True,
+    "disable_cascade_attn": True,  # 0.8.5's V1 has it: for shared prefixes another kernel, another rounding
 }
-"""vLLM's own ``generation_config`` is ``auto``: it applies a checkpoint's generation_config.json silently."""
+"""What is asked of every version where the recipe names nothing else."""
 
 REFUSED = {
     "trust_remote_code": (

@@ -17,6 +17,7 @@ FIXES = {
 }
 
 # vLLM's own default is raw_logprobs. Its prefix cache stays on: layer 2 proves it, and every load clears it.
+# Scheduled ahead, requests may be a step further than a pause sees.
 DEFAULTS = {"logprobs_mode": "processed_logprobs", "async_scheduling": False}
 
 BLOCK = 32

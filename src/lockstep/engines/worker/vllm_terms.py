@@ -118,7 +118,8 @@ class VllmWorker(ABC):
         counted: dict[str, float] = {}
         for sample in (sample for family in REGISTRY.collect() for sample in family.samples):
             if sample.name.startswith("vllm:") and sample.name.endswith("_total"):
-                counted[sample.name[5:-6]] = counted.get(sample.name[5:-6], 0.0) + sample.value
+                name = sample.name.removeprefix("vllm:").removesuffix("_total")
+                counted[name] = counted.get(name, 0.0) + sample.value  # over what it is labelled by
         return counted
 
     def ended_by(self, error: Exception) -> bool:
@@ -246,6 +247,7 @@ def sampling_params(params: SamplingParams, **extra: Any) -> Any:
     fields["stop_token_ids"] = list(fields["stop_token_ids"])
     fields["logit_bias"] = fields["logit_bias"] or None
     fields["top_k"] = fields["top_k"] or -1  # 0 means all tokens since V1 only; -1 does in every version
+    # logprobs 0: the sampled token's, and no other's. Stop tokens are those that the request names.
     fields |= {"logprobs": 0, "detokenize": False, "ignore_eos": True} | extra
     try:
         return VllmParams(**request_fields(fields, FASTER))

@@ -52,6 +52,7 @@ class V1Worker(terms.VllmWorker):
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         # Statistics cost time at every step, and are asked for where someone counts.
         silent = self.config.args.get("disable_log_stats", True)
+        # One switch, which was renamed; a version may have both names.
         quiet = asked.taking(AsyncLLM.from_vllm_config, enable_log_requests=False, disable_log_requests=True)
         if "enable_log_requests" in quiet:
             quiet.pop("disable_log_requests", None)
