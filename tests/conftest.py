@@ -19,10 +19,8 @@ REAL_MODELS = {"contract", "e2e"}
 
 def pytest_configure(config):
     """Each of pytest-xdist's workers is a machine of its own: its engines see its share of the cores."""
-    worker, workers = (
-        os.environ.get("PYTEST_XDIST_WORKER"),
-        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)),
-    )
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
@@ -39,7 +37,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "zygote" in item.fixturenames and not item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.xdist_group("zygote"))
-        folder, params = item.path.parent.name, getattr(item, "callspec", None)
+        folder = item.path.parent.name
+        params = getattr(item, "callspec", None)
         if folder in ("e2e", "unit", "processes"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         elif folder == "contract":

@@ -29,7 +29,9 @@ class RawServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.bodies, self.handlers, self.seen = dict(ABOUT), {}, []
+        self.bodies = dict(ABOUT)
+        self.handlers = {}
+        self.seen = []
 
     @property
     def url(self) -> str:
@@ -40,7 +42,8 @@ class RawServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *args) -> None:
         pass

@@ -96,7 +96,8 @@ def _revalued(rng: np.random.Generator, frame: bytes) -> bytes:
         message = msgspec.msgpack.decode(frame)
     except (ValueError, RecursionError, TypeError):
         return frame
-    places, left = [], [message]
+    places = []
+    left = [message]
     while left:
         part = left.pop()
         keys = list(part) if isinstance(part, dict) else range(len(part)) if isinstance(part, list) else []
@@ -111,4 +112,5 @@ def _revalued(rng: np.random.Generator, frame: bytes) -> bytes:
         return frame
 
 
-REQUEST_FRAMES, REPLY_FRAMES = [encode(request) for request in REQUESTS], [encode(reply) for reply in REPLIES]
+REQUEST_FRAMES = [encode(request) for request in REQUESTS]
+REPLY_FRAMES = [encode(reply) for reply in REPLIES]

@@ -69,7 +69,8 @@ class Recorder:
         """The power goes here."""
         inode = self.root.stat().st_ino
         for disk, cuts in self.cuts.items():
-            directories, files = [], {}
+            directories = []
+            files = {}
             self._walk(disk, inode, self.root, "", directories, files)
             tree = Tree(after, tuple(directories), files)
             if not cuts or (cuts[-1].directories, cuts[-1].files) != (tree.directories, tree.files):

@@ -60,10 +60,15 @@ def believed(request, reply):
 
 @pytest.mark.parametrize("n", COUNTS)
 def test_every_malformed_reply_is_a_protocol_error_or_means_what_it_must(n):
-    rng, longest, refused, taken, raw = np.random.default_rng(1), 0.0, 0, 0, 0
+    rng = np.random.default_rng(1)
+    longest = 0.0
+    refused = 0
+    taken = 0
+    raw = 0
     with bounded_memory():
         for _ in range(n):
-            frame, began = mutant(rng, REPLY_FRAMES), time.perf_counter()
+            frame = mutant(rng, REPLY_FRAMES)
+            began = time.perf_counter()
             try:
                 reply = decode_reply(frame)
             except ProtocolError as error:
@@ -83,7 +88,8 @@ def test_every_malformed_reply_is_a_protocol_error_or_means_what_it_must(n):
 
 def _assert_whole(reply):
     for c in reply.completions:
-        ids, logprobs = np.frombuffer(c.token_ids, INT32), np.frombuffer(c.logprobs, FLOAT32)
+        ids = np.frombuffer(c.token_ids, INT32)
+        logprobs = np.frombuffer(c.logprobs, FLOAT32)
         assert len(ids) == len(logprobs) <= 4
         assert (ids >= 0).all()
         assert np.isnan(logprobs).sum() == c.missing
@@ -92,10 +98,14 @@ def _assert_whole(reply):
 
 @pytest.mark.parametrize("n", COUNTS)
 def test_every_malformed_request_is_a_protocol_error_whose_sender_can_be_told(n):
-    rng, longest, refused, numbered = np.random.default_rng(2), 0.0, 0, 0
+    rng = np.random.default_rng(2)
+    longest = 0.0
+    refused = 0
+    numbered = 0
     with bounded_memory():
         for _ in range(n):
-            frame, began = mutant(rng, REQUEST_FRAMES), time.perf_counter()
+            frame = mutant(rng, REQUEST_FRAMES)
+            began = time.perf_counter()
             try:
                 decode_request(frame)
             except ProtocolError:
@@ -173,7 +183,8 @@ def asked_of(answer: bytes):
 
     worker = threading.Thread(target=work)
     worker.start()
-    channel, began = Channel(ours, lambda: ended.append(1), lambda: death), time.monotonic()
+    channel = Channel(ours, lambda: ended.append(1), lambda: death)
+    began = time.monotonic()
     channel._next_id = SCORE.id
     try:
         assert channel.ready(HANG_S).engine == "fake"
@@ -240,7 +251,8 @@ class Engine:
 
 
 def test_a_live_worker_answers_every_malformed_frame_and_goes_on(capsys):
-    rng, problems = np.random.default_rng(4), []
+    rng = np.random.default_rng(4)
+    problems = []
     frames = [mutant(rng, REQUEST_FRAMES) for _ in range(400)]
     frames.append(encode(Draw(77, [], [])).replace(b"prompts", b"prompt5"))
 

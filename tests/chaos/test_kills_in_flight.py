@@ -32,7 +32,8 @@ QUICK = {("waiting", MIDDLE), ("between_two_updates", LAST), ("written_not_named
 
 def recipe_of(zygote, model, max_lag, steps=STEPS, update="wait"):
     path = zygote.root / f"lag-{max_lag}-{update}-{steps}.toml"
-    head, task = RECIPE % {"model": model, "engine": "transformers"}, "[task]"
+    head = RECIPE % {"model": model, "engine": "transformers"}
+    task = "[task]"
     text = head.replace(task, IN_FLIGHT % (max_lag, update) + "\n" + task)
     path.write_text(text.replace(f"steps = {STEPS}", f"steps = {steps}"))
     return path

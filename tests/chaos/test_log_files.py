@@ -122,7 +122,8 @@ def as_parquet(rows, path):
 def bytes_changed(data, random):
     data = bytearray(data)
     for _ in range(random.integers(1, 6)):
-        at, n = int(random.integers(0, len(data) + 1)), int(random.integers(1, 17))
+        at = int(random.integers(0, len(data) + 1))
+        n = int(random.integers(1, 17))
         kind = random.integers(0, 6)
         if kind == 0:
             data[at : at + n] = b""
@@ -147,7 +148,8 @@ def rows_changed(rows, random):
     """JSON lines, some of them no objects, with values of every wrong kind in a few places."""
     columns = [*rows[0], *MASKS, *SETTINGS, "input_ids", "responses"]
     for _ in range(random.integers(1, 4)):
-        row, column = rows[int(random.integers(0, len(rows)))], columns[int(random.integers(0, len(columns)))]
+        row = rows[int(random.integers(0, len(rows)))]
+        column = columns[int(random.integers(0, len(columns)))]
         values = row.get(column)
         if isinstance(values, list) and values and random.random() < 0.6:
             values[int(random.integers(0, len(values)))] = hostile(random)
@@ -182,7 +184,8 @@ def table_changed(rows, random, path):
 
 def written(tmp_path, number, random):
     """One changed file."""
-    rows, kind = good_rows(random), number % 4
+    rows = good_rows(random)
+    kind = number % 4
     path = tmp_path / ("x.jsonl" if kind < 2 else "x.parquet")
     if kind == 0:
         path.write_bytes(bytes_changed(as_jsonl(rows), random))
@@ -214,7 +217,9 @@ ENDED_THE_PROCESS = (11_002, 11_798, 15_798, 19_470, 20_578)
 
 
 def fuzz(tmp_path, policy, renderer, numbers):
-    before, used, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0.0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = 0
+    slowest = 0.0
     for number in numbers:
         path = written(tmp_path, number, np.random.default_rng(number))
         began = time.perf_counter()

@@ -136,7 +136,8 @@ def test_a_checkpoint_that_is_saved_again_is_there_at_every_cut(trainer, tmp_pat
             before = {name: len(cuts) for name, cuts in recorder.cuts.items()}
             trainer.train(score(trainer.draw(1)))
             save_checkpoint(directory, 1, trainer.policy, trainer.optimizer, trainer.model_path)
-    second, found = trainer.weights(), []
+    second = trainer.weights()
+    found = []
     for number, cut in enumerate(recorder.cuts[disk][before[disk] - 1 :]):
         newest = newest_checkpoint(cut.build(tmp_path / f"{number}") / "checkpoints")
         assert newest is not None, cut.after

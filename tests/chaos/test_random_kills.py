@@ -49,8 +49,10 @@ def kills_of(chance, first, told):
 
 def killed_again_and_again(zygote, recipe, n_kills, steps):
     """The finished run, and what was struck."""
-    layout, told = RunLayout(recipe.with_suffix("") / "run"), recipe.with_suffix(".strikes")
-    chance, struck = random.Random(SEED), []
+    layout = RunLayout(recipe.with_suffix("") / "run")
+    told = recipe.with_suffix(".strikes")
+    chance = random.Random(SEED)
+    struck = []
     told.touch()
     while True:
         first = sum(layout.rollouts(step).is_file() for step in range(steps))

@@ -66,7 +66,8 @@ class Kill:
         step = loop._step
 
         def stepped(run, of):
-            self.now, self.calls = number_of(of), 0
+            self.now = number_of(of)
+            self.calls = 0
             self.run = run
             return step(run, of)
 

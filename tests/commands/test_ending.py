@@ -169,7 +169,8 @@ def test_a_stop_during_a_load_does_not_wait_for_the_load():
 def test_a_broadcast_that_no_receiver_takes_is_named(monkeypatch):
     from lockstep.weights import nccl
 
-    publisher, stuck = nccl.NcclPublisher.__new__(nccl.NcclPublisher), threading.Event()
+    publisher = nccl.NcclPublisher.__new__(nccl.NcclPublisher)
+    stuck = threading.Event()
     publisher._sending, publisher._offer = None, None
     monkeypatch.setattr(publisher, "_send", stuck.wait, raising=False)
     monkeypatch.setattr(nccl, "SETTLE_S", 0.1)

@@ -27,7 +27,8 @@ def examples(monkeypatch):
 def test_cispo_keeps_every_token_and_caps_its_weight(examples):
     from my_objective import cispo
 
-    log_ratio, advantages = torch.tensor([-0.5, 0.0, 0.1, 0.9]), torch.tensor([1.0, -2.0, 0.5, 1.5])
+    log_ratio = torch.tensor([-0.5, 0.0, 0.1, 0.9])
+    advantages = torch.tensor([1.0, -2.0, 0.5, 1.5])
     old = torch.tensor([-1.0, -2.0, -0.5, -3.0])
     now = (old + log_ratio).requires_grad_()
     outputs = cispo(inputs_of(now, old, advantages), high=0.2)
@@ -57,7 +58,8 @@ def test_a_phonebook_is_an_environment(examples):
         tool_calls="python",
     )
     task = Task(config, 0)
-    item, environment = task.item(3), task.environments.made()
+    item = task.item(3)
+    environment = task.environments.made()
     assert [tool["function"]["name"] for tool in task.tools] == ["look_up"]
     assert task.environments.call(environment.reset, **item) is None
     assert task.environments.answers(environment, "look_up('Niels')")[1] == 1, "nobody of that name"

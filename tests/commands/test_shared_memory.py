@@ -81,7 +81,8 @@ def model_of(n_bytes):
 
 
 def test_what_fits_lies_in_shared_memory_and_nothing_is_said(small):
-    said, model = [], model_of(2 * MB)
+    said = []
+    model = model_of(2 * MB)
     publisher = WeightPublisher(model, weights_directory(), said.append)
     assert said == []
     assert not publisher.path.is_symlink()
@@ -91,7 +92,8 @@ def test_what_fits_lies_in_shared_memory_and_nothing_is_said(small):
 
 
 def test_what_does_not_fit_lies_in_the_cache_works_the_same_and_is_told(small, tmp_path):
-    said, model = [], model_of(6 * MB)
+    said = []
+    model = model_of(6 * MB)
     before = model.weight.detach().clone()
     publisher = WeightPublisher(model, weights_directory(), said.append)
     (sentence,) = said

@@ -178,7 +178,8 @@ def trainer():
     from lockstep.policy.pretrained import resolve_model
 
     path = need(resolve_model, MODEL)
-    policy, directory = load_policy(path, "float32", "float32"), weights_directory()
+    policy = load_policy(path, "float32", "float32")
+    directory = weights_directory()
     yield Trainer(policy, None, lambda model: WeightPublisher(model, directory)), directory
     shutil.rmtree(directory)
 
@@ -187,7 +188,8 @@ def trainer():
 def side(request, trainer, tmp_path_factory) -> Iterator[Side]:
     """One engine, running, with the trainer's weights."""
     os.environ["LOCKSTEP_API_KEY"] = API_KEY
-    name, log = request.param, tmp_path_factory.mktemp("engine") / "engine.log"
+    name = request.param
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
     choice = choice_of(name.removeprefix("http:"))
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(served(choice.environment, log)) if name.startswith("http:") else None

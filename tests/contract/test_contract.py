@@ -138,10 +138,12 @@ def test_semantics(side, setting):
         pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['penalties'].how}")
     # There each prompt is a pass of its own.
     rows, tokens = (3, 8) if side.name == "transformers" else (5, 10)
-    prompts, sampling = prompts_of(8, seed=2)[:rows], SamplingParams(max_tokens=tokens, **asked)
+    prompts = prompts_of(8, seed=2)[:rows]
+    sampling = SamplingParams(max_tokens=tokens, **asked)
     found = draw(side, prompts, max_tokens=tokens, **asked)
     ranked = fits(side.trainer, groups_of(prompts, found), logprobs_of(found), sampling)
-    declared, best = side.engine.semantics(sampling), ranked[0]
+    declared = side.engine.semantics(sampling)
+    best = ranked[0]
     assert (best.semantics.temperature, best.semantics.truncated, best.semantics.penalised) == (
         declared.temperature,
         declared.truncated,
@@ -224,7 +226,8 @@ def test_200_concurrent_requests_come_back_to_their_callers(side):
 
 
 def test_abort_gives_back_what_there_is(side):
-    found, prompts = [], prompts_of(3, seed=8)
+    found = []
+    prompts = prompts_of(3, seed=8)
     thread = threading.Thread(target=lambda: found.extend(draw(side, prompts, max_tokens=MAX_MODEL_LEN - 40)))
     thread.start()
     time.sleep(2.0)
@@ -262,7 +265,8 @@ def test_a_weight_update_is_proven_by_scoring(side):
     sequences = prompts_of(4, seed=10, low=16)
     groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
     parameters = list(side.trainer._policy.model.parameters())
-    saved, old = [p.detach().clone() for p in parameters], np.concatenate(side.scored(groups))
+    saved = [p.detach().clone() for p in parameters]
+    old = np.concatenate(side.scored(groups))
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
@@ -303,7 +307,8 @@ def test_the_ladder_over_http_judges_what_it_can(side):
         "parity.draws_see=1",
     ]
     sets = [*small, "sampling.temperature=0.7", "engine.max_model_len=256"]
-    recipe, model = load_recipe(QUICKSTART, sets), resolve_model(MODEL)
+    recipe = load_recipe(QUICKSTART, sets)
+    model = resolve_model(MODEL)
     pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
     verdicts = climb(pair).verdicts
     assert [v.status for v in verdicts] == ["PASS", "PASS", "NOT_RUN", "PASS", "PASS"], verdicts
@@ -316,7 +321,8 @@ def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
         pytest.skip(f"NOT_RUN: {capability.how}")
     if side.name == "transformers":
         pytest.skip("NOT_RUN: one prompt at a time takes minutes here; on a tiny model in tests/faults")
-    recipe, model = load_recipe(QUICKSTART, ["engine.max_model_len=256"]), resolve_model(MODEL)
+    recipe = load_recipe(QUICKSTART, ["engine.max_model_len=256"])
+    model = resolve_model(MODEL)
     pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
     found = None
     for mode in ("keep", "recompute"):

@@ -20,7 +20,8 @@ CALCULATOR = QUICKSTART.with_name("calculator.toml")
 
 
 def test_what_is_submitted_comes_as_it_ends_and_is_what_is_sampled(side):
-    prompts, lengths = prompts_of(6, seed=21), [24, 2, 24, 2, 24, 2]
+    prompts = prompts_of(6, seed=21)
+    lengths = [24, 2, 24, 2, 24, 2]
     asked = [SamplingParams(max_tokens=n, seed=row, n=2) for row, n in enumerate(lengths)]
     order = []
     handles = side.engine.submit(prompts, asked, lambda handle: order.append(handle.params.max_tokens))

@@ -14,7 +14,8 @@ from lockstep.errors import EngineDied, EngineError
 def test_the_death_of_the_engine_is_told_at_once(side):
     """A load is under way, where there is one: vLLM leaves it waiting for a dead core."""
     family = side.family()
-    loads, raised = side.engine.ready.capabilities["load"].supported, []
+    loads = side.engine.ready.capabilities["load"].supported
+    raised = []
 
     def ask():
         try:

@@ -38,7 +38,8 @@ def mixed(request, trainer, tmp_path_factory):
 def test_the_default_mode_is_identified(mixed):
     engine, policy = mixed
     side = type("Side", (), {"engine": engine})
-    prompts, sampling = prompts_of(8, seed=20), SamplingParams(max_tokens=24, temperature=0.6)
+    prompts = prompts_of(8, seed=20)
+    sampling = SamplingParams(max_tokens=24, temperature=0.6)
     found = draw(side, prompts, max_tokens=24, temperature=0.6)
     best = fits(policy, groups_of(prompts, found), logprobs_of(found), sampling)[0]
     raw = engine.ready.generation == "V1"

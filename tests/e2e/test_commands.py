@@ -164,7 +164,8 @@ def test_a_killed_engine_ends_the_run_at_once_with_its_log_and_no_orphan(interru
 
 
 def test_the_run_holds_no_secret_and_neither_do_its_engines(interrupted):
-    root, resumed = interrupted.layout.root, interrupted.resumed
+    root = interrupted.layout.root
+    resumed = interrupted.resumed
     engines = [env for env in interrupted.environments if "VLLM_CPU_KVCACHE_SPACE" in env]
     assert engines
     held = [name for env in engines for name, value in env.items() if value in CANARIES.values()]

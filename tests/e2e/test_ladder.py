@@ -214,7 +214,8 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
     layout = new_run(tmp_path / "run")
     run = Run(Session(pair, None, Path()), layout, print, open_recorder(layout))
     judge = pair.task._judge
-    original, drawn = judge._reward, None
+    original = judge._reward
+    drawn = None
     for broken, needle in (
         (lambda text, item: 1 / 0, "ZeroDivisionError"),
         (lambda text, item: float("nan"), "nan"),

@@ -69,7 +69,8 @@ def environment(wheel, tmp_path_factory):
 
 
 def test_out_of_the_wheel_without_and_with_the_extra(wheel, environment, tiny_checkpoint, tmp_path):
-    command, cache = environment / "bin" / "lockstep", {"LOCKSTEP_CACHE": str(tmp_path / "cache")}
+    command = environment / "bin" / "lockstep"
+    cache = {"LOCKSTEP_CACHE": str(tmp_path / "cache")}
     folder = tmp_path / "empty"
     folder.mkdir()
     done = run(folder, command, "init", **cache)

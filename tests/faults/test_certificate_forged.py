@@ -204,9 +204,11 @@ def keys(tmp_path):
 
 
 def test_the_commands_sign_verify_and_void(flags, keys, tmp_path, capsys):
-    out, (key, other) = tmp_path / "out", keys
+    out = tmp_path / "out"
+    key, other = keys
     held = out / "certificate.json"
-    verify, check = ["certificate", "verify", held], ["check", *flags, "--depth", "quick"]
+    verify = ["certificate", "verify", held]
+    check = ["check", *flags, "--depth", "quick"]
     assert command(*check, "--out", out, "--sign-key", key) == (0, "")
     assert command(*verify, *flags, "--verify-key", key) == (0, "")
     assert "by the key of --verify-key" in capsys.readouterr().out

@@ -114,7 +114,8 @@ def test_another_model_configuration_is_numerics(tmp_path, pair, log, plant):
 
 
 def test_another_checkpoint_is_numerics_where_one_scale_explains_it(tmp_path, pair, log):
-    rows, tensor = log(), named_weights(pair.trainer._policy.model)["model.layers.1.mlp.down_proj.weight"]
+    rows = log()
+    tensor = named_weights(pair.trainer._policy.model)["model.layers.1.mlp.down_proj.weight"]
     with ExitStack() as stack:
         tensor.data.mul_(1.1)
         stack.callback(tensor.data.div_, 1.1)

@@ -22,7 +22,8 @@ def turns(session, recipe, log):
     0.0 beside the tool's tokens.
     """
     session.pair.recipe = replace(recipe)
-    rows, random = [row for row in log() if len(row["prompt_ids"]) < 64], np.random.default_rng(1)
+    rows = [row for row in log() if len(row["prompt_ids"]) < 64]
+    random = np.random.default_rng(1)
     assert len(rows) == ROWS
     for row in rows:
         del row["completion_ids"][FIRST:], row["logprobs"][FIRST:]
@@ -102,7 +103,8 @@ def test_a_mask_that_leaves_nothing_is_usage(tmp_path, pair, log):
 def padded(rows, number, left=112, right=24):
     found = []
     for row in rows:
-        ids, n = row["completion_ids"], len(row["completion_ids"])
+        ids = row["completion_ids"]
+        n = len(row["completion_ids"])
         prompt = [EOS] * (left - len(row["prompt_ids"])) + row["prompt_ids"]
         pads = {
             "responses": ids + [EOS] * (right - n),

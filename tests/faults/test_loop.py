@@ -44,7 +44,9 @@ class Loop:
     """One run directory, and starts of the loop on it, each with a trainer and an engine of its own."""
 
     def __init__(self, recipe, root):
-        self.recipe, self.layout, self.said = recipe, new_run(root / "run"), []
+        self.recipe = recipe
+        self.layout = new_run(root / "run")
+        self.said = []
 
     def start(self, *, resumed=False, before=lambda pair: None):
         """Run to the end; ``before`` may edit the pair. Returns the weights."""
@@ -225,7 +227,10 @@ class Rounds(Relay):
 
     def __init__(self, inner, lost=(), torn=(), kept="self_attn."):
         super().__init__(inner)
-        self.lost, self.torn, self.kept, self.rng = lost, torn, kept, np.random.default_rng(0)
+        self.lost = lost
+        self.torn = torn
+        self.kept = kept
+        self.rng = np.random.default_rng(0)
         self.trained = False
 
     def rounded(self, logprobs):

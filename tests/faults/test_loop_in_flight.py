@@ -117,7 +117,8 @@ def dies_once(monkeypatch, at):
     """The engine dies in the loop's request number ``at``, counted over all engines; not in a ladder's."""
     from lockstep.engines.transformers import TransformersEngine
 
-    drawn, calls = TransformersEngine._in_turn, []
+    drawn = TransformersEngine._in_turn
+    calls = []
 
     def dying(self, prompts, params):
         if threading.current_thread() is not threading.main_thread():

@@ -133,7 +133,8 @@ def test_a_kl_in_the_reward_is_a_penalty_on_each_token_and_the_stored_advantages
     rollouts = collect.sample(pair.engine, pair.task, pair.renderer, pair.recipe, 0)
     collect.score(rollouts, pair.task, pair.recipe)
     temperature = rollouts.temperature
-    groups, n = rollouts.groups, len(rollouts)
+    groups = rollouts.groups
+    n = len(rollouts)
     moved = np.concatenate(pair.trainer.score(groups, temperature)) - np.concatenate(
         pair.trainer._beside.reference.score(groups, temperature)
     )

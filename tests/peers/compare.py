@@ -278,7 +278,8 @@ def verl_corrections() -> list[Row]:
         own = Objective(**CLIP, correction="sequence_mask", correction_low=0.5, correction_high=2.0)
         return theirs.apart(ours(TOOL, own))
 
-    mean, product = ("geometric_rejection", 1 / 1.1, 1 / 0.7), ("sequence_mask", 0.5, 2.0)
+    mean = ("geometric_rejection", 1 / 1.1, 1 / 0.7)
+    product = ("sequence_mask", 0.5, 2.0)
     upright = ("geometric_rejection", 0.7, 1.1)
     return [
         Row("verl", "token IS 1.5 (TIS)", "tis", lambda: weighed("token", 1.5, "tis", None, 1.5)),

@@ -17,7 +17,9 @@ from lockstep.objectives.corrections.registry import correction_of
 from lockstep.objectives.registry import loss_of
 from lockstep.objectives.regularisers import regulariser
 
-LENGTHS, LONGEST, GROUP = (7, 1, 4, 5, 6, 2), 7, 3
+LENGTHS = (7, 1, 4, 5, 6, 2)
+LONGEST = 7
+GROUP = 3
 TOOL = (4, 2), (4, 3)
 """Tokens that the model did not sample: (completion, place)."""
 
@@ -104,7 +106,8 @@ def correction_weights(tensors: Tensors, objective: Objective) -> Tensor:
 
 def inputs_of(tensors: Tensors, objective: Objective, now: Tensor, **others: Tensor) -> LossInputs:
     """The tensors as an objective is given them."""
-    mask, flat = tensors.flat(tensors.mask).bool(), tensors.flat
+    mask = tensors.flat(tensors.mask).bool()
+    flat = tensors.flat
     own = flat(now)
     weights = token_weights(mask.numpy(), np.array(LENGTHS), objective.aggregation, LONGEST)
     where = lambda values: torch.where(mask, flat(values), own.detach())  # noqa: E731

@@ -82,7 +82,8 @@ def grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def online_dpo_loss(tensors: Tensors, rewards: torch.Tensor, loss_type: str, beta: float) -> Found:
     """``OnlineDPOTrainer.training_step`` on half of the completions against the other half."""
-    now, half = tensors.now.clone().requires_grad_(), len(LENGTHS) // 2
+    now = tensors.now.clone().requires_grad_()
+    half = len(LENGTHS) // 2
     kept: list[torch.Tensor] = []
     accelerator = one_process()
     accelerator.backward = lambda loss, **_: kept.append(loss)

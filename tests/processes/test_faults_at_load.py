@@ -40,7 +40,8 @@ class Served(Engine):
         self.process = WorkerProcess(
             python, WorkerProgram("worker_with_weights", launcher), config, dict(os.environ), log
         )
-        self.ready, self.asked = msgspec.structs.replace(READY, pids=(1,)), {}
+        self.ready = msgspec.structs.replace(READY, pids=(1,))
+        self.asked = {}
         self.said = self.process.wait_ready(60)
 
     def load(self, update, mode="wait"):

@@ -126,7 +126,8 @@ def test_an_adapter_is_what_its_worker_is_started_with(start, tmp_path):
 )
 def test_everyone_who_waits_is_told_at_once(start, answer, kind, needle):
     """Three requests wait; the worker answers the first of them wrongly, dies of it, or says nothing."""
-    process, told = start(answer=answer), []
+    process = start(answer=answer)
+    told = []
     process.wait_ready(30)
 
     def ask(timeout_s):
@@ -163,7 +164,8 @@ def test_a_worker_that_does_not_read_holds_nobody_up(start):
 
     So does that of who waits to send behind it.
     """
-    process, told = start(deaf=True), []
+    process = start(deaf=True)
+    told = []
     process.wait_ready(30)
 
     def ask(sequences, timeout_s):

@@ -83,7 +83,8 @@ def browser() -> Iterator[Browser]:
         [DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
-        port, deadline = 0, time.monotonic() + START_S
+        port = 0
+        deadline = time.monotonic() + START_S
         while not port and time.monotonic() < deadline:
             line = driver.stdout.readline()
             if "started successfully on port" in line:

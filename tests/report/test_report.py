@@ -29,7 +29,9 @@ class Elements(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.shown, self.inside = [], [], ""
+        self.tags = []
+        self.shown = []
+        self.inside = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ class Decoding:
     def __init__(self, model):
         self.embed, self.head = (tensor.detach().numpy() for tensor in (model.embed, model.head))
         self.mixes = [layer.mix.weight.detach().numpy() for layer in model.layers]
-        self.n, self.sums = 0, np.zeros((len(self.mixes), WIDTH))
+        self.n = 0
+        self.sums = np.zeros((len(self.mixes), WIDTH))
 
     def logits_after(self, token):
         """float64 [V]."""
@@ -118,12 +120,15 @@ class BagEngine(Engine):
     """Hooks, each of which is given the right thing and returns what the engine makes of it."""
 
     def __init__(self, model, shelf, distribution="sampler", without=()):
-        self.model, self.shelf, self.version = copy.deepcopy(model), shelf, 0
+        self.model = copy.deepcopy(model)
+        self.shelf = shelf
+        self.version = 0
         known = {name: Capability(name not in without, "as the test says") for name in CAPABILITIES}
         self.ready = Ready(
             "bag", "1", "v1", distribution, {"worker.parameter_dtype": "torch.float32"}, known, 0.0
         )
-        self.asked, self.vocabulary = {}, VOCABULARY
+        self.asked = {}
+        self.vocabulary = VOCABULARY
         self.params = as_it_is
         self.prompt = as_it_is
         self.numbers = as_it_is  # numbers float32 [T], prompt, ids
@@ -137,9 +142,13 @@ class BagEngine(Engine):
         return made
 
     def _drawn(self, row, sample, prompt, asked):
-        given, used = self.prompt(prompt), self.params(asked)
+        given = self.prompt(prompt)
+        used = self.params(asked)
         rng = np.random.default_rng([asked.seed or 0, sample])
-        ids, numbers, reason, decoding = [], [], "length", Decoding(self.model)
+        ids = []
+        numbers = []
+        reason = "length"
+        decoding = Decoding(self.model)
         for token in given:
             z = decoding.logits_after(token)
         while len(ids) < asked.max_tokens and reason == "length":
@@ -181,7 +190,9 @@ class BagEngine(Engine):
 class Tokenizer:
     """One token for each character."""
 
-    bos_token_id, eos_token_id, all_special_ids = BOS, EOS, [0, BOS, EOS]
+    bos_token_id = BOS
+    eos_token_id = EOS
+    all_special_ids: ClassVar = [0, BOS, EOS]
 
     def __len__(self):
         return VOCABULARY
@@ -197,7 +208,8 @@ class Tokenizer:
 
 
 class Renderer:
-    tokenizer, stop_token_ids = Tokenizer(), (EOS,)
+    tokenizer = Tokenizer()
+    stop_token_ids = (EOS,)
 
     def prompt(self, messages):
         return np.array([BOS, *self.tokenizer.encode(messages[-1]["content"])], np.int32)
@@ -228,7 +240,9 @@ def recipe_of(**sections):
 
 def bag_pair(without=(), distribution="sampler", **sections):
     """A clean pair."""
-    recipe, model, versions = recipe_of(**sections), Bag(), {}
+    recipe = recipe_of(**sections)
+    model = Bag()
+    versions = {}
     policy = BagPolicy(model, model.head, None, torch.float32, None, True, "packed", "here")
     trainer = Trainer(policy, recipe, lambda its: Shelf(its, versions))
     return Pair(BagEngine(model, versions, distribution, without), trainer, Renderer(), TASK, recipe)

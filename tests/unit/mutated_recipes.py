@@ -74,7 +74,8 @@ def read_mutations(seed: int, count: int, scratch: Path) -> dict[str, int]:
     What is taken comes back from a manifest's JSON as it was; what is refused is a RecipeError. Anything else
     is raised, with the number of the mutation.
     """
-    file, found = scratch / "recipe.toml", {"taken": 0, "refused": 0, "nameless": 0}
+    file = scratch / "recipe.toml"
+    found = {"taken": 0, "refused": 0, "nameless": 0}
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         if altered := rng.random() < 0.5:

@@ -23,7 +23,8 @@ def measure(recipe):
 
 def test_effects_and_rest_sum_to_the_total():
     sets = ["engine.options.logprobs_mode=raw_logprobs", "sampling.top_p=0.9", "engine.dtype=bfloat16"]
-    recipe, said = with_sets(parse_recipe(TABLE, "test"), sets), []
+    recipe = with_sets(parse_recipe(TABLE, "test"), sets)
+    said = []
     found = ablate(recipe, None, said.append, measure)
     assert found.total_nats == pytest.approx(0.64001)
     assert sum(f.effect_nats for f in found.factors) + found.unexplained_nats == pytest.approx(
@@ -108,7 +109,8 @@ def test_errors_that_cancel_are_named_and_have_no_negative_effect():
 def test_of_many_factors_one_order_is_measured():
     names = ["top_p=0.9", "top_k=9", "min_p=0.1", "repetition_penalty=1.2", "presence_penalty=0.1"]
     sets = [*(f"sampling.{name}" for name in names), "engine.options.logprobs_mode=raw_logprobs"]
-    recipe, said = with_sets(parse_recipe(TABLE, "test"), sets), []
+    recipe = with_sets(parse_recipe(TABLE, "test"), sets)
+    said = []
     found = ablate(recipe, None, said.append, measure)
     assert len(found.factors) > EVERY_ORDER
     assert not found.every_order

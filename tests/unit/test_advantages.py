@@ -69,7 +69,8 @@ def test_group_batch_whitens_what_is_relative_to_the_group():
 def test_gae_is_the_recursion_over_each_samples_own_tokens(gamma, lam):
     rng = np.random.default_rng(0)
     mask = np.array([1, 1, 1, 0, 1, 1, 0, 1, 1, 0], bool)
-    rewards, values = rewards_of(rng.normal(size=4), mask=mask), rng.normal(size=10)
+    rewards = rewards_of(rng.normal(size=4), mask=mask)
+    values = rng.normal(size=10)
     found = gae(rewards, values, gamma, lam)
     expected = np.zeros(10)
     for sample in range(4):
@@ -78,7 +79,8 @@ def test_gae_is_the_recursion_over_each_samples_own_tokens(gamma, lam):
         for t in reversed(own):
             earned = rewards.of_samples[sample] if t == own[-1] else 0.0
             following = earned + gamma * value - values[t] + gamma * lam * following
-            expected[t], value = following, values[t]
+            expected[t] = following
+            value = values[t]
     np.testing.assert_allclose(found.advantages, expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(found.returns, np.where(mask, expected + values, 0.0), rtol=1e-6, atol=1e-7)
 

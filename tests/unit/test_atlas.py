@@ -28,7 +28,9 @@ class Machine:
     """Environments and engines that have the answers; notes what was done."""
 
     def __init__(self, monkeypatch, there=(), broken=()):
-        self.done, self.there, self.broken = [], set(there), set(broken)
+        self.done = []
+        self.there = set(there)
+        self.broken = set(broken)
         names = ("install", "remove", "open_session", "as_it_comes", "as_it_is", "as_it_is_set")
         for name in names:
             monkeypatch.setattr(module, name, getattr(self, name))
@@ -95,5 +97,6 @@ def test_one_that_cannot_run_says_why_in_every_cell_and_the_next_is_run(tmp_path
     ("engine", "fits"), [([-0.7, -1.4], "tempered"), ([-1.0, -2.0], "raw"), ([-0.1, -9.0], "neither")]
 )
 def test_numbers_are_named_by_what_they_fit(engine, fits):
-    tempered, raw = np.array([-0.7, -1.4]), np.array([-1.0, -2.0])
+    tempered = np.array([-0.7, -1.4])
+    raw = np.array([-1.0, -2.0])
     assert _fits(np.array(engine), tempered, raw).partition(" ")[0] == fits

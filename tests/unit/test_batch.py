@@ -134,7 +134,8 @@ def gradients(policy):
 
 def test_the_sum_over_microbatches_is_the_gradient_of_the_whole_minibatch():
     """However the rows are cut, and whether prompts are shared in them or not."""
-    rollouts, found = rollouts_of(range(3, 15), 3, masked=0.3), []
+    rollouts = rollouts_of(range(3, 15), 3, masked=0.3)
+    found = []
     for share, microbatch in ((True, 4096), (True, 16), (False, 4096)):
         policy = policy_of(share)
         asked = recipe(4, 3, 1, microbatch)
@@ -149,7 +150,8 @@ def test_the_sum_over_microbatches_is_the_gradient_of_the_whole_minibatch():
 
 
 def test_the_old_logprob_pass_and_the_forward_pass_of_training_give_the_same_numbers_bit_for_bit():
-    rollouts, asked = rollouts_of([5, 3, 7, 2], 2), recipe(2, 2, 2, 12)
+    rollouts = rollouts_of([5, 3, 7, 2], 2)
+    asked = recipe(2, 2, 2, 12)
     parts = minibatches(rollouts, POLICY, asked)
     score_under_sampling_weights(parts, POLICY, asked.sampling.temperature)
     for part in parts:
@@ -163,7 +165,8 @@ def test_the_old_logprob_pass_and_the_forward_pass_of_training_give_the_same_num
 
 
 def test_a_rehearsal_is_the_loss_that_train_would_begin_with_and_leaves_nothing_behind():
-    policy, asked = policy_of(), recipe(4, 2, clip_low=0.1, clip_high=0.1)
+    policy = policy_of()
+    asked = recipe(4, 2, clip_low=0.1, clip_high=0.1)
     rollouts = rollouts_of(range(2, 10), 2, masked=0.3)
     rollouts.fill(engine_logprobs=np.concatenate(policy.score(rollouts.groups, 1.0)) + np.float32(0.01))
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
@@ -184,7 +187,8 @@ def test_a_rehearsal_is_the_loss_that_train_would_begin_with_and_leaves_nothing_
 
 
 def test_a_rehearsal_is_uncorrected_for_a_correction_hides_what_is_judged():
-    policy, rollouts = policy_of(), rollouts_of([6, 4], 2)
+    policy = policy_of()
+    rollouts = rollouts_of([6, 4], 2)
     plain, corrected = (rehearse(rollouts, policy, recipe(1, 2, correction=kind)) for kind in ("none", "tis"))
     assert plain.loss == corrected.loss
     assert plain.loss_borrowed == corrected.loss_borrowed
@@ -193,7 +197,8 @@ def test_a_rehearsal_is_uncorrected_for_a_correction_hides_what_is_judged():
 def test_a_rehearsal_that_diverges_leaves_no_gradient_either():
     from lockstep.errors import DivergenceError
 
-    policy, rollouts = policy_of(), rollouts_of([6, 4], 2)
+    policy = policy_of()
+    rollouts = rollouts_of([6, 4], 2)
     rollouts.samples[1] = replace(rollouts[1], advantages=np.full(4, np.nan, np.float32))
     with pytest.raises(DivergenceError, match="loss nan"):
         rehearse(rollouts, policy, recipe(1, 2))

@@ -129,7 +129,8 @@ def test_every_module_that_owns_no_model_is_held_off_it():
 def test_every_module_of_the_engines_is_an_adapter_or_serves_all():
     folder = SOURCE / "engines"
     every = modules(folder) | modules(folder / "worker")
-    serves, adapters = contract("generic"), set(contract("adapters")["modules"])
+    serves = contract("generic")
+    adapters = set(contract("adapters")["modules"])
     placed = {*serves["source_modules"], *serves["forbidden_modules"]}
     assert placed == every - {"lockstep.engines.worker"}
     assert adapters == {name for name in serves["forbidden_modules"] if ".worker." not in name}

@@ -191,7 +191,8 @@ def test_a_checkpoint_that_is_saved_again_is_never_missing(source, tmp_path, mon
     first, optimizer = trained(source)
     save_checkpoint(directory, 3, first, optimizer, source)
     second, its = trained(source, seed=1)
-    real, moves = checkpoint.rename, []
+    real = checkpoint.rename
+    moves = []
 
     def watched(old, new):
         moves.append(new.name)
@@ -220,7 +221,8 @@ def test_a_cut_file_is_an_error_and_nothing_is_loaded(source, tmp_path, part, le
     content = (path / part).read_bytes()
     (path / part).write_bytes(content[: min(int(left * len(content)), len(content) - 1)])
     policy, optimizer = trained(source, seed=4)
-    before, its = tensors(policy), {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    before = tensors(policy)
+    its = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     with pytest.raises(RunError, match=Path(part).name) as raised:
         load_checkpoint(checked(path), policy, optimizer)
     assert str(path) in raised.value.hint

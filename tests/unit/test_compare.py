@@ -140,7 +140,8 @@ def test_a_value_that_is_not_finite_is_told_and_decides_nothing():
 
 def test_many_figures_share_one_chance_of_error():
     random = np.random.default_rng(3)
-    a, apart = 0.1 * random.normal(size=8), np.linspace(-1.0, 1.0, 8)
+    a = 0.1 * random.normal(size=8)
+    apart = np.linspace(-1.0, 1.0, 8)
     p02 = SeedMeans(a, a + 1.0 + apart * 0.975 / apart.std(ddof=1), True)  # t = 2.9 over 7 degrees of freedom
     alone = judge_all({"x": p02})["x"]
     assert alone.verdict == "different"

@@ -25,7 +25,8 @@ def jsonl(tmp_path):
 
 def test_jsonl_and_parquet_give_the_same_items_and_keep_other_columns(jsonl, tmp_path):
     parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    kinds, asked = ("jsonl", "parquet"), {"columns": COLUMNS}
+    kinds = ("jsonl", "parquet")
+    asked = {"columns": COLUMNS}
     read = [read_items(kind, str(tmp_path / f"a.{kind}"), asked, 0) for kind in kinds]
     assert read[0] == read[1]
     assert read[0][3] == {"question": "3 + 1", "answer": "4", **ROWS[3]}

@@ -92,7 +92,8 @@ def test_honest_draws_raise_no_alarm(check):
 
 
 def test_a_product_has_expectation_one(contexts):
-    logprobs, tilts = contexts[:1, :500].log_softmax(-1), (-0.25, 0.25)
+    logprobs = contexts[:1, :500].log_softmax(-1)
+    tilts = (-0.25, 0.25)
     each = [
         weigh(logprobs, torch.tensor([0]), torch.tensor([token]), tilts).log_products for token in range(500)
     ]

@@ -24,7 +24,10 @@ class Canned(Engine):
     """An adapter in this process that gives what it is told to."""
 
     def __init__(self, completions, vocabulary=97):
-        self.ready, self.asked, self.vocabulary, self.given = READY, {}, vocabulary, completions
+        self.ready = READY
+        self.asked = {}
+        self.vocabulary = vocabulary
+        self.given = completions
 
     def _sample(self, prompts, params):
         return self.given

@@ -37,7 +37,8 @@ class TwoTurns:
     """Half of the reward for ending the first turn on a token that divides by three, half for the second."""
 
     def __init__(self, greeting=""):
-        self.greeting, self.told = greeting, []
+        self.greeting = greeting
+        self.told = []
 
     def reset(self, question, **item):
         return self.greeting or None
@@ -84,7 +85,8 @@ def pair_of(environment="TwoTurns", training=(), objective=(), **task):
         "optimizer": {"lr": 0.03},
     }
     pair = bag_pair(**sections)
-    pair.task, pair.renderer = Task(pair.recipe.task, 0), BetweenRenderer()
+    pair.task = Task(pair.recipe.task, 0)
+    pair.renderer = BetweenRenderer()
     return pair
 
 
@@ -178,14 +180,16 @@ def test_the_gradient_of_every_token_that_the_model_did_not_sample_is_0(name):
     rollouts = drawn(pair)
     if name == "ppo":
         rollouts.fill(advantages=np.linspace(-1, 1, len(rollouts.owners), dtype=np.float32))
-    recipe, policy = pair.recipe, pair.trainer._policy
+    recipe = pair.recipe
+    policy = pair.trainer._policy
     seen = 0
     for part in minibatches(rollouts, policy, recipe):
         score_under_sampling_weights([part], policy, 1.0)
         for micro in part:
             # As after some updates: ratios off 1, to both sides.
             moved = micro.sampling_logprobs + 0.3 * torch.sin(torch.arange(len(micro.loss_mask)))
-            now, entropy = moved.requires_grad_(), torch.full_like(moved, 2.0).requires_grad_()
+            now = moved.requires_grad_()
+            entropy = torch.full_like(moved, 2.0).requires_grad_()
             values = torch.zeros_like(moved, requires_grad=True)
             micro.reference_logprobs = micro.sampling_logprobs - 0.1
             micro.old_values, micro.returns = torch.zeros_like(moved), torch.ones_like(moved)

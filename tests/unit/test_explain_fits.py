@@ -72,7 +72,8 @@ def test_a_value_at_the_end_of_the_grid_is_no_worse_than_the_end():
 
 
 def test_a_fit_stops_when_its_time_is_over():
-    search, tried = Search(0.05), []
+    search = Search(0.05)
+    tried = []
 
     def look():
         def slow(value):

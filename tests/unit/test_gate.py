@@ -70,7 +70,8 @@ def test_a_bias_that_hides_in_the_median_is_refused_by_the_mean():
 
 
 def test_a_certain_token_may_move_by_less_than_an_unlikely_one():
-    certain, unlikely = np.log1p(-np.float64(1e-6)), np.float64(-10.0)
+    certain = np.log1p(-np.float64(1e-6))
+    unlikely = np.float64(-10.0)
     limits = largest_gap(np.array([certain, unlikely]), BF16, 1.0)
     assert limits[0] < 2e-4
     assert limits[1] == pytest.approx(3 * BF16.p999, rel=1e-3)

@@ -33,7 +33,10 @@ class Server(ThreadingHTTPServer):
         self.trouble = lambda number, body: None
         self.edit = lambda choice: choice
         self.inserted = self.paused = 0
-        self.bodies, self.keys_seen, self.busy, self.busiest = [], [], 0, 0
+        self.bodies = []
+        self.keys_seen = []
+        self.busy = 0
+        self.busiest = 0
         self.lock = threading.Lock()
 
     @property
@@ -81,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             elif trouble is not None:
                 self.reply({"error": f"trouble {trouble}"}, trouble)
             else:
-                first, length = body["prompt"][0], body["max_tokens"]
+                first = body["prompt"][0]
+                length = body["max_tokens"]
                 choice = {
                     "finish_reason": "length",
                     "token_ids": [first + 1 + at for at in range(length)],
@@ -271,7 +275,8 @@ def test_no_more_connections_than_asked_for(server):
 
 
 def test_a_slow_answer_is_given_up_and_a_dead_server_is_named(server):
-    engine, patient = engine_of(server, timeout_s=0.2, retries=1), engine_of(server, retries=1)
+    engine = engine_of(server, timeout_s=0.2, retries=1)
+    patient = engine_of(server, retries=1)
     server.trouble = lambda number, body: time.sleep(1.0)
     with pytest.raises(EngineDied, match=r"no whole answer in 0\.2 s"):
         sample(engine, 1)

@@ -128,7 +128,9 @@ def test_literals_that_are_no_json_are_missing_numbers(engine, server):
 
 
 def test_an_endless_body_is_read_no_further_than_what_was_asked_for(engine, server):
-    sent, ended, limit = [0], threading.Event(), completion_bytes(2, 3, 2)
+    sent = [0]
+    ended = threading.Event()
+    limit = completion_bytes(2, 3, 2)
 
     def endless(handler):
         handler.send_response(200)
@@ -241,7 +243,8 @@ def test_options_have_bounds(option):
 
 def judge(engine, body: bytes) -> str:
     """How one hostile body ended: accepted, or refused; anything else raises."""
-    began, refusal = time.perf_counter(), None
+    began = time.perf_counter()
+    refusal = None
     try:
         held(ask(engine))
     except LockstepError as error:
@@ -262,7 +265,8 @@ def fuzz_decode(engine, n: int, seed: int) -> dict[str, int]:
         assert len(current[0]) <= limit  # else the exchange would not have read it
         return decode(current[0], kind, path)
 
-    engine._exchange.ask, found = answered, {"accepted": 0, "refused": 0}
+    engine._exchange.ask = answered
+    found = {"accepted": 0, "refused": 0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for current[0] in hostile_bodies(n, seed):
         found[judge(engine, current[0])] += 1

@@ -39,9 +39,11 @@ def test_eight_candidates_under_everything_and_one_under_nothing():
 def test_the_distribution_that_was_reported_wins(trainer, at):
     # Tokens that the truncation keeps, so that each candidate is possible.
     rng = np.random.default_rng(at)
-    candidates, groups = candidates_of(SAMPLING), []
+    candidates = candidates_of(SAMPLING)
+    groups = []
     for _ in range(6):
-        prompt, tokens = rng.integers(0, 97, 5).astype(np.int32), []
+        prompt = rng.integers(0, 97, 5).astype(np.int32)
+        tokens = []
         for _ in range(8):
             group = Group(np.r_[prompt, tokens].astype(np.int32), [np.array([0], np.int32)])
             with torch.no_grad():
@@ -59,7 +61,9 @@ def test_the_distribution_that_was_reported_wins(trainer, at):
 
 def test_edit_is_what_vllm_documents_token_by_token():
     torch.manual_seed(0)
-    logits, prompt, completion = torch.randn(4, 10), np.array([1, 2], np.int32), torch.tensor([2, 5, 5, 7])
+    logits = torch.randn(4, 10)
+    prompt = np.array([1, 2], np.int32)
+    completion = torch.tensor([2, 5, 5, 7])
     out = edit(logits, prompt, completion, 0, SAMPLING)
     for row in range(4):
         history = completion[:row].tolist()

@@ -82,7 +82,8 @@ SHORT = bag_pair(sampling={"max_tokens": 1})
 @given(gap=st.floats(0.0, 9e-4), share=st.floats(0.0, 3.0))
 def test_the_loss_may_move_by_what_the_largest_gap_brings_and_by_no_more(gap, share):
     bound = LOSS_SLACK * float(np.expm1(np.float32(gap)))
-    pair, found = SHORT, rehearsal(gap=gap, loss=0.0, moved=share * bound)
+    pair = SHORT
+    found = rehearsal(gap=gap, loss=0.0, moved=share * bound)
     pair.trainer.rehearse = lambda rollouts, recipe: found
     verdict = objective.judge(pair, 3)
     if share * bound <= bound:

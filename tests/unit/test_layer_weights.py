@@ -165,7 +165,8 @@ def test_tags_are_not_asked_of_an_engine_that_gives_none():
 
 def test_answers_from_a_cache_of_the_old_weights_are_named_with_the_largest(sides):
     engine = sides.pair.engine
-    drawn, old = engine._drawn, {}
+    drawn = engine._drawn
+    old = {}
 
     def cached(row, sample, prompt, asked):
         now = drawn(row, sample, prompt, asked)
@@ -254,7 +255,8 @@ def test_sides_that_differ_anyway_are_judged_by_their_moves(sides, monkeypatch):
 
 
 def test_the_receipt_is_the_last_syncs(sides):
-    figures, receipt = sides.judged().figures, sides.pair.receipt
+    figures = sides.judged().figures
+    receipt = sides.pair.receipt
     assert isinstance(receipt, LoadReceipt)
     assert receipt.version == sides.pair.version
     assert figures["receipt_n_tensors"] == receipt.n_tensors

@@ -33,7 +33,9 @@ class Engine:
     """Serves what it was sent, but for tensors that it loses; its numbers are as rounded as an engine's."""
 
     def __init__(self, policy):
-        self.policy, self.lost, self.rng = policy, (), np.random.default_rng(7)
+        self.policy = policy
+        self.lost = ()
+        self.rng = np.random.default_rng(7)
 
     def score(self, sequences):
         groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
@@ -104,7 +106,8 @@ def drawn(pair, seed, variant=None):
     """
     which = seed, type(variant), getattr(variant, "names", None)
     if which not in pair.drawn:
-        rng, sample = np.random.default_rng(seed), samples(seed)
+        rng = np.random.default_rng(seed)
+        sample = samples(seed)
         served = here = sample.scored(pair.trainer)
         if variant is not None:
             with pair.trainer.holding(variant):

@@ -79,7 +79,8 @@ def test_only_names_whose_formula_is_the_same_are_exported():
 
 def test_trls_gap_is_the_same_formula_and_verls_probability_gap_is_not():
     """Both written out as those systems have them, on the same tokens."""
-    engine, trainer = np.log([0.5, 0.01, 0.2]), np.log([0.4, 0.02, 0.2])
+    engine = np.log([0.5, 0.01, 0.2])
+    trainer = np.log([0.4, 0.02, 0.2])
     ours = mismatch_figures(trainer - engine, 0.2, 0.2)
     assert ours["gap_abs_mean_nats"] == pytest.approx(np.abs(trainer - engine).mean())
     assert ours["gap_abs_mean_nats"] != pytest.approx(

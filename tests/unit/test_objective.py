@@ -21,7 +21,8 @@ from tests.unit.loss_inputs import inputs_of
 
 
 def test_token_weights_sum_to_one_and_differ_as_they_say():
-    lengths, all_of_them = np.array([1, 3]), np.ones(4, bool)
+    lengths = np.array([1, 3])
+    all_of_them = np.ones(4, bool)
     np.testing.assert_allclose(token_weights(all_of_them, lengths, "token-mean", 8), [0.25] * 4)
     np.testing.assert_allclose(
         token_weights(all_of_them, lengths, "seq-mean-token-mean", 8), [0.5, 1 / 6, 1 / 6, 1 / 6], rtol=1e-6
@@ -29,7 +30,8 @@ def test_token_weights_sum_to_one_and_differ_as_they_say():
 
 
 def test_token_weights_are_shared_by_the_tokens_in_the_loss_alone():
-    mask, lengths = np.array([True, False, True, True, False, False]), np.array([1, 3, 2])
+    mask = np.array([True, False, True, True, False, False])
+    lengths = np.array([1, 3, 2])
     np.testing.assert_allclose(
         token_weights(mask, lengths, "token-mean", 8), [1 / 3, 0, 1 / 3, 1 / 3, 0, 0], rtol=1e-6
     )
@@ -159,7 +161,8 @@ def test_what_is_no_loss_is_refused_by_the_objectives_name(theirs, name, needle)
 
 
 def test_the_registrys_objective_is_the_function_with_the_recipes_keys():
-    now, old = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-1.5, -1.0])
+    now = torch.tensor([-1.0, -2.0], requires_grad=True)
+    old = torch.tensor([-1.5, -1.0])
     given = inputs_of(now, old, torch.tensor([1.0, -1.0]))
     own = loss_of(Objective(clip_low=0.1, clip_high=0.4, options={"dual_clip": 9.0}))(given)
     assert torch.equal(own.loss, grpo(given, clip_low=0.1, clip_high=0.4, dual_clip=9.0).loss)
@@ -179,7 +182,9 @@ def test_a_correction_is_a_factor_of_its_own():
 
     The gradient is the uncorrected one, token by token times the correction.
     """
-    old, advantages, factor = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, -1.0]), torch.tensor([0.5, 2.0])
+    old = torch.tensor([-1.0, -2.0])
+    advantages = torch.tensor([1.0, -1.0])
+    factor = torch.tensor([0.5, 2.0])
     grads = []
     for corrections in (torch.ones(2), factor):
         now = old.clone().requires_grad_()

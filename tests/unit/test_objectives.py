@@ -153,7 +153,8 @@ def test_what_has_no_stop_has_the_gradient_of_finite_differences(objective, aggr
 def test_a_token_that_the_model_did_not_sample_has_gradient_0_and_cuts_add_up(row, aggregation):
     """However the minibatch is cut into microbatches of whole sequences."""
     name, options, _ = TABLE[row]
-    objective, now = Objective(name=name, options=options), three_sequences()[0]
+    objective = Objective(name=name, options=options)
+    now = three_sequences()[0]
     whole, cut = now.clone().requires_grad_(), now.clone().requires_grad_()
     loss = of_sequences(objective, whole, aggregation).loss
     loss.backward()
@@ -186,7 +187,8 @@ def test_a_sequences_ratio_is_the_geometric_mean_over_what_was_sampled():
     ],
 )
 def test_the_four_aggregations_of_token_losses_1_and_2_2_2(aggregation, loss):
-    mask, losses = np.array([1, 0, 1, 1, 1], bool), np.array([1.0, 99.0, 2.0, 2.0, 2.0])
+    mask = np.array([1, 0, 1, 1, 1], bool)
+    losses = np.array([1.0, 99.0, 2.0, 2.0, 2.0])
     weights = token_weights(mask, np.array([2, 3]), aggregation, max_tokens=4)
     assert float(weights @ losses) == pytest.approx(loss, rel=1e-6)
 

@@ -52,7 +52,8 @@ def test_updates_too_small_for_bf16_add_up():
     model = Model(torch.bfloat16)
     with torch.no_grad():
         model.b.fill_(1.0)
-    optimizer, before = MasterAdamW(model, config), model.b.detach().clone()
+    optimizer = MasterAdamW(model, config)
+    before = model.b.detach().clone()
     for step in range(40):
         model.b.grad = torch.full_like(model.b, 0.1)
         optimizer.step(step)

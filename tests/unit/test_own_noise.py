@@ -28,13 +28,15 @@ def rounded(size, odds, rng):
 
 def noise_of(size, seed=0, n=1024):
     """As a check measures it: the engine's decode beside its prefill, the trainer beside fp32."""
-    rng, (logprobs, odds) = np.random.default_rng(seed), drawn(n, seed)
+    rng = np.random.default_rng(seed)
+    logprobs, odds = drawn(n, seed)
     engine = (rounded(size, odds, rng) - rounded(size, odds, rng)) / np.sqrt(2)
     return OwnNoise.measured(logprobs, [engine], rounded(size, odds, rng))
 
 
 def gap_of(size, n, seed, times=1.0):
-    rng, (logprobs, odds) = np.random.default_rng(seed), drawn(n, seed)
+    rng = np.random.default_rng(seed)
+    logprobs, odds = drawn(n, seed)
     gap = times * (rounded(size, odds, rng) - rounded(size, odds, rng))
     return gap, logprobs, np.arange(n) // LENGTH
 

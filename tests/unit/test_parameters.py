@@ -67,7 +67,8 @@ def test_digest_and_checkpoint_are_those_of_the_whole_model(both):
 
 def test_a_variant_changes_it_and_puts_it_back(both):
     plain, sharded = both
-    before, digest = Snapshot.of(sharded.model), weights_digest(sharded.model)
+    before = Snapshot.of(sharded.model)
+    digest = weights_digest(sharded.model)
     earlier = Snapshot({name: value + 1 for name, value in before.values.items()})
     for variant in (Scaled((NORM,), 1.5), Perturbed(before, 0.1, 7), Earlier(earlier)):
         with variant.held(plain), variant.held(sharded):

@@ -35,7 +35,8 @@ def wave(_, parameter):
 
 def by_gradients(policy, groups, weights, direction):
     """N_s the slow way: one backward pass into the parameters for each sequence."""
-    found, start = {}, 0
+    found = {}
+    start = 0
     for group in groups:
         (row,) = policy.rows([group], 1 << 20)
         n = len(group.completions[0])

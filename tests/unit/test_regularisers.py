@@ -30,7 +30,8 @@ def test_an_estimator_has_its_value_and_its_gradient(estimator):
 
 
 def test_the_regulariser_is_by_weight_whatever_the_correction():
-    now, zero = D.clone().requires_grad_(), torch.zeros_like(D)
+    now = D.clone().requires_grad_()
+    zero = torch.zeros_like(D)
     weights = torch.tensor([0.5, 0.0, 0.2, 0.2, 0.1], dtype=torch.float64)
     entropy = torch.arange(5, dtype=torch.float64)
     inputs = inputs_of(
@@ -48,7 +49,8 @@ def test_the_regulariser_is_by_weight_whatever_the_correction():
 def test_the_entropy_has_the_gradient_of_finite_differences_beside_that_of_the_logprobs(softcap):
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (4, 11))
-    targets, weights = torch.tensor([1, 5, 0, 9]), torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([1, 5, 0, 9])
+    weights = torch.randn(2, 4, generator=generator, dtype=torch.float64)
 
     def loss(hidden, head):
         found = token_logprobs(hidden, head, targets, temperature=0.7, softcap=softcap, with_entropy=True)

@@ -35,7 +35,8 @@ def start(directory, model_path=None):
         **vars(TASK), rewards=lambda texts, items: (float(len(set(text)) % 3) for text in texts)
     )
     directory.mkdir(exist_ok=True)
-    layout, said = RunLayout(directory), []
+    layout = RunLayout(directory)
+    said = []
     run = Run(SimpleNamespace(pair=pair, model_path=model_path), layout, said.append, open_recorder(layout))
     run.deliveries.judge = lambda *_: None  # the loop's proofs are not what is shown here
     run.said = said

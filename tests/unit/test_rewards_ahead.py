@@ -20,10 +20,13 @@ def sample(number):
 
 
 class Task:
-    parts, environments = (), None
+    parts = ()
+    environments = None
 
     def __init__(self, workers, fails=False):
-        self.config, self.fails, self.threads = SimpleNamespace(reward_workers=workers), fails, []
+        self.config = SimpleNamespace(reward_workers=workers)
+        self.fails = fails
+        self.threads = []
 
     def item(self, number):
         return {"question": number}

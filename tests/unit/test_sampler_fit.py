@@ -129,7 +129,8 @@ SHARP = 2.0
 def drawn(trainer, sampling, n=40, seed=0):
     """Groups whose completions are drawn from the policy itself, all of them one token at a time."""
     rng = np.random.default_rng(seed)
-    prompts, tokens = [rng.integers(0, 97, 5).astype(np.int32) for _ in range(n)], np.empty((n, 0), np.int32)
+    prompts = [rng.integers(0, 97, 5).astype(np.int32) for _ in range(n)]
+    tokens = np.empty((n, 0), np.int32)
     for _ in range(8):
         groups = [
             Group(np.r_[p, t].astype(np.int32), [np.zeros(1, np.int32)])
@@ -152,7 +153,9 @@ def test_honest_draws_are_not_odd(trainer, seed):
 
 
 def test_the_model_is_asked_once_what_tokens_were_drawn_from(trainer, monkeypatch):
-    groups, asked, once = drawn(trainer, PLAIN), [], trainer.hidden
+    groups = drawn(trainer, PLAIN)
+    asked = []
+    once = trainer.hidden
     monkeypatch.setattr(trainer, "hidden", lambda groups: asked.append(groups) or once(groups))
     examine_draws(trainer, groups, PLAIN)
     assert len(asked) == 1
@@ -168,7 +171,8 @@ def test_draws_from_another_distribution_are_odd(trainer, hidden):
     "penalty", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.4}, {"frequency_penalty": 0.3}]
 )
 def test_a_penalty_over_seen_tokens_alone_is_the_penalty_over_all(trainer, penalty):
-    sampling, rng = replace(PLAIN, temperature=0.5), np.random.default_rng(3)
+    sampling = replace(PLAIN, temperature=0.5)
+    rng = np.random.default_rng(3)
     groups = [
         Group(rng.integers(0, 20, n).astype(np.int32), [rng.integers(0, 20, 9).astype(np.int32)])
         for n in (2, 9, 5)

@@ -65,10 +65,14 @@ class Machine(RuleBasedStateMachine):
             in_flight=in_flight,
             drops=drops,
         )
-        self.plan, self.rng = Schedule(bound, names), np.random.default_rng(seed)
+        self.plan = Schedule(bound, names)
+        self.rng = np.random.default_rng(seed)
         self.serves = dict.fromkeys(names, 0)
         self.drawing = {}  # group → engine and the version of its first token, once it has one
-        self.ends, self.issued, self.drawn, self.gone = {}, set(), 0, 0
+        self.ends = {}
+        self.issued = set()
+        self.drawn = 0
+        self.gone = 0
 
     @rule(many=st.integers(1, 6))
     def admits(self, many):
@@ -100,8 +104,10 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.plan.ready())
     @rule()
     def trains(self):
-        step, state = self.plan.state.step, self.plan.state
-        held, before = set(state.finished), dict(state.ledger.dropped)
+        step = self.plan.state.step
+        state = self.plan.state
+        held = set(state.finished)
+        before = dict(state.ledger.dropped)
         taken = self.plan.take()
         assert [found.group for found in taken] == sorted(found.group for found in taken)
         assert all(0 <= step - found.oldest <= self.plan.bound.max_lag for found in taken)
@@ -162,7 +168,8 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "plan"):
             return
         self.plan.close()
-        ledger, state = self.plan.state.ledger, self.plan.state
+        ledger = self.plan.state.ledger
+        state = self.plan.state
         assert ledger.issued == G * len(self.issued)
         assert ledger.trained == G * sum(end[0] == "trained" for end in self.ends.values())
         open_groups = [*state.in_flight, *state.reissue, *state.finished, *state.training]
@@ -314,7 +321,8 @@ def test_after_a_kill_stored_steps_are_replayed_and_the_rest_is_issued_again():
 
 
 def test_a_run_ends_with_nothing_in_flight_and_every_prompt_trained():
-    plan, trained = schedule(2, steps=5), []
+    plan = schedule(2, steps=5)
+    trained = []
     while not plan.done:
         draw(plan, admit(plan), plan.version)
         trained += train(plan)

@@ -78,7 +78,8 @@ def test_tokens_drawn_from_rounded_numbers_are_no_direction():
     drawn = (np.exp(rounded).cumsum(1) > rng.random((len(exact), 1))).argmax(1)
     rows = np.arange(len(exact))
     gap = rounded[rows, drawn] - exact[rows, drawn]
-    a, error = token_weights(gap, exact[rows, drawn]), len(gap) ** -0.5
+    a = token_weights(gap, exact[rows, drawn])
+    error = len(gap) ** -0.5
     assert gap.mean() > 10 * error * gap.std(), "what the factor is for"
     assert abs(a.mean()) < 4 * error * a.std()
 

@@ -29,7 +29,8 @@ def trainer(tiny_model_dir):
     policy = load_policy(tiny_model_dir, "float32", "float32")
     trainer = Trainer(policy, None)
     trainer.keep_versions(2)
-    first, generator = trainer.snapshot(), torch.Generator().manual_seed(5)
+    first = trainer.snapshot()
+    generator = torch.Generator().manual_seed(5)
     for version in (1, 2, 3):
         moved = {
             name: value + 0.03 * value.std() * torch.randn(value.shape, generator=generator)
@@ -54,22 +55,27 @@ def decoded(trainer, tiled, kept, seed=0, n_prompt=5):
 @torch.no_grad()
 def _decoded(trainer, tiled, kept, seed, n_prompt):
     """An engine, token by token: the slow reference that the replay is held to."""
-    model, now = trainer.policy_of_test.model, trainer.snapshot()
+    model = trainer.policy_of_test.model
+    now = trainer.snapshot()
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(3, 90, (n_prompt,), generator=generator)
-    ids, numbers, cache = prompt.tolist(), [], DynamicCache()
+    ids = prompt.tolist()
+    numbers = []
+    cache = DynamicCache()
     read = ids
     try:
         for span in tiled:
             assign(parameters_of(model), weights_of_kept[span.version].values)
             if not kept and span.start:
-                cache, read = DynamicCache(), ids
+                cache = DynamicCache()
+                read = ids
             for _ in range(span.start, span.stop):
                 out = model(input_ids=torch.tensor([read]), past_key_values=cache, use_cache=True)
                 logprobs = out.logits[0, -1].float().log_softmax(-1)
                 token = int(torch.multinomial(logprobs.exp(), 1, generator=generator))
                 numbers.append(float(logprobs[token]))
-                ids, read = [*ids, token], [token]
+                ids = [*ids, token]
+                read = [token]
     finally:
         assign(parameters_of(model), now.values)
     return Sample(

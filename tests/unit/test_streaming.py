@@ -27,7 +27,8 @@ class Held(Canned):
     def __init__(self):
         super().__init__([])
         self.gates = {int(prompt[0]): threading.Event() for prompt in PROMPTS}
-        self.begun, self.wrong = [], False
+        self.begun = []
+        self.wrong = False
 
     def _sample(self, prompts, params):
         (prompt,), (asked,) = prompts, params
@@ -51,7 +52,8 @@ def engine():
 
 
 def test_completions_come_as_they_end_and_each_to_its_own_handle(engine):
-    ended, told = [], threading.Event()
+    ended = []
+    told = threading.Event()
 
     def note(handle):
         ended.append(int(handle.prompt[0]))
@@ -174,7 +176,8 @@ def _other_norm(engine, version, scale):
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_a_load_in_flight_comes_between_two_tokens_and_the_spans_say_where(transformers_engine, mode):
-    engine, asked = transformers_engine, SamplingParams(max_tokens=120, n=2, seed=3)
+    engine = transformers_engine
+    asked = SamplingParams(max_tokens=120, n=2, seed=3)
     version = engine.version
     (handle,) = engine.submit(PROMPTS[:1], [asked])
     _wait_until_it_draws(engine)
@@ -186,7 +189,8 @@ def test_a_load_in_flight_comes_between_two_tokens_and_the_spans_say_where(trans
             first, second = c.version_spans
             assert (first.version, second.version) == (version, version + 1)
             assert (first.start, first.stop, second.stop) == (0, second.start, 120)
-            ids, numbers = np.frombuffer(c.token_ids, "<i4"), np.frombuffer(c.logprobs, "<f4")
+            ids = np.frombuffer(c.token_ids, "<i4")
+            numbers = np.frombuffer(c.logprobs, "<f4")
             assert len(ids) == len(numbers) == 120
             now = engine.score([np.r_[PROMPTS[0], ids]])[0]
             # A norm before the head moves no cache: either rule gives the new weights' numbers.
@@ -198,7 +202,8 @@ def test_a_load_in_flight_comes_between_two_tokens_and_the_spans_say_where(trans
 
 
 def test_weights_change_where_nothing_is_drawn_too(transformers_engine):
-    engine, version = transformers_engine, transformers_engine.version
+    engine = transformers_engine
+    version = transformers_engine.version
     engine.load(_other_norm(engine, version + 1, 1.0), "keep")
     (c,) = engine.sample(PROMPTS[:1], [SamplingParams(max_tokens=3)])
     assert [span.version for span in c.version_spans] == [version + 1]

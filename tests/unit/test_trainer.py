@@ -79,7 +79,8 @@ def scores(trainer):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=repr)
 def test_a_variant_moves_the_scores_and_is_put_back_exactly(trainer, variant):
-    before, weights = scores(trainer), trainer.digests()
+    before = scores(trainer)
+    weights = trainer.digests()
     with trainer.holding(variant):
         moved = scores(trainer)
     assert np.abs(moved - before).max() > 1e-7
@@ -142,7 +143,9 @@ def test_settings_with_which_the_weights_make_no_model_are_refused(trainer):
 
 def test_slopes_are_the_derivative_along_the_direction(trainer):
     """Against central differences of the scores, for a scale and for a way back to earlier weights."""
-    tokens, names, step = np.array([12, 2, 15]), [FIRST, "model.norm.weight"], 1e-3
+    tokens = np.array([12, 2, 15])
+    names = [FIRST, "model.norm.weight"]
+    step = 1e-3
     group = [Group(g.prompt, [c]) for g in GROUPS for c in g.completions]
     base = trainer.snapshot().values
     waves = {
@@ -171,7 +174,8 @@ def test_slopes_are_the_derivative_along_the_direction(trainer):
 
 def test_slopes_of_frozen_parameters_are_those_of_trained_ones_and_they_stay_frozen(trainer, policy):
     """As the base of a low-rank adapter is: an engine may hold it wrong all the same."""
-    tokens, names = np.array([12, 2, 15]), [FIRST, "model.norm.weight"]
+    tokens = np.array([12, 2, 15])
+    names = [FIRST, "model.norm.weight"]
     group = [Group(g.prompt, [c]) for g in GROUPS for c in g.completions]
     trained = trainer.slopes(group, tokens, 0.7, names)
     parameters = dict(policy.model.named_parameters())

@@ -100,7 +100,9 @@ def parameters(model):
 def test_a_bad_completion_in_any_minibatch_is_refused_before_the_first_update(
     policy, old, minibatches, sample
 ):
-    rollouts, before, seen = with_numbers(drawn(policy), sample, -20.0), parameters(policy.model), []
+    rollouts = with_numbers(drawn(policy), sample, -20.0)
+    before = parameters(policy.model)
+    seen = []
     optimizer = MasterAdamW(policy.model, recipe().optimizer)
     with pytest.raises(ParityError, match="tokens"):
         train(rollouts, policy, optimizer, recipe(minibatches, old), 0, gate_of(seen))
@@ -121,7 +123,8 @@ def test_numbers_so_far_off_that_the_loss_is_no_number_are_refused_by_the_gate(p
 
 
 def test_a_loss_that_is_no_number_stops_the_run_when_the_gate_is_content(policy):
-    rollouts, before = drawn(policy), parameters(policy.model)
+    rollouts = drawn(policy)
+    before = parameters(policy.model)
     rollouts.samples[0] = replace(rollouts[0], advantages=np.full(LENGTHS[0], np.nan, np.float32))
     with pytest.raises(DivergenceError, match="loss nan"):
         train(rollouts, policy, MasterAdamW(policy.model, recipe().optimizer), recipe(), 0, gate_of([]))
@@ -191,7 +194,8 @@ def with_tools(rollouts, engine_says=np.nan):
     for sample, masked in {0: [1], 1: [1, 2, 3], 5: [0], 6: [2]}.items():
         before = rollouts[sample]
         mask, numbers = before.loss_mask.copy(), before.engine_logprobs.copy()
-        mask[masked], numbers[masked] = False, engine_says
+        mask[masked] = False
+        numbers[masked] = engine_says
         rollouts.samples[sample] = replace(before, loss_mask=mask, engine_logprobs=numbers)
     return rollouts
 
@@ -243,7 +247,8 @@ def test_what_stands_where_the_model_did_not_sample_changes_nothing(
     """
     outcomes = []
     for says, advantage in ((-0.5, 0.0), (engine_says, np.nan)):
-        trained, seen = load_policy(tiny_model_dir, "float32", "float32"), []
+        trained = load_policy(tiny_model_dir, "float32", "float32")
+        seen = []
         rollouts = with_tools(drawn(trained), says)
         rollouts.fill(advantages=np.where(rollouts.loss_mask, rollouts.advantages, np.float32(advantage)))
         assert rollouts.missing == 0
@@ -259,7 +264,8 @@ def test_what_stands_where_the_model_did_not_sample_changes_nothing(
 
 
 def test_a_wrong_number_of_a_sampled_token_is_refused_beside_tokens_that_nobody_judges(policy):
-    rollouts, seen = with_tools(drawn(policy)), []
+    rollouts = with_tools(drawn(policy))
+    seen = []
     numbers = rollouts[1].engine_logprobs.copy()
     numbers[0] -= 20.0
     rollouts.samples[1] = replace(rollouts[1], engine_logprobs=numbers)
@@ -278,7 +284,8 @@ def test_grpo_through_the_registry_is_the_formula_bit_for_bit(tiny_model_dir, se
 
     def written_out(inputs):
         ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
-        free, held = ratio * inputs.advantages, ratio.clamp(1.0 - 0.2, 1.0 + 0.2) * inputs.advantages
+        free = ratio * inputs.advantages
+        held = ratio.clamp(1.0 - 0.2, 1.0 + 0.2) * inputs.advantages
         weights = inputs.token_weights * (inputs.corrections if sets.get("correction") else 1.0)
         return LossOutputs(loss=-(weights * torch.minimum(free, held)).sum(), clipped=(held < free).detach())
 

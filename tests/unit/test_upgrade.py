@@ -77,7 +77,10 @@ class Engines:
     """A bench that has the figures, and notes what it was asked to run."""
 
     def __init__(self, first, climbs, final="PASS"):
-        self.first, self.climbs, self.final, self.ran = first, list(climbs), final, []
+        self.first = first
+        self.climbs = list(climbs)
+        self.final = final
+        self.ran = []
 
     def run(self, recipe, what, work, *, breakable=False):
         self.ran.append((what, recipe, breakable))

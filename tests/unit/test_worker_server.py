@@ -36,7 +36,8 @@ class Engine:
     """Samples end when the test says so; everything that begins and ends is noted in order."""
 
     def __init__(self):
-        self.log, self.may_end = [], {}
+        self.log = []
+        self.may_end = {}
 
     async def _until_told(self, kind, request):
         self.log.append(f"{kind} {request.id} begins")
