@@ -23,7 +23,7 @@ from lockstep.parity.explain.semantics.held import (
     tokens_of_every_part,
 )
 from lockstep.parity.explain.semantics.joint import UnderTruncation, hidden_cut
-from lockstep.parity.explain.semantics.penalties import seen_before
+from lockstep.parity.explain.semantics.penalties import Seen, seen_before
 from lockstep.parity.explain.semantics.portions import places_of_rows, rows_off, temperatures_of_rows, where
 from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.explain.semantics.vocabulary import moved_ids
@@ -179,7 +179,7 @@ def test_a_token_that_a_truncation_leaves_out_is_impossible_under_it():
 def seen_of(n):
     rng = np.random.default_rng(1)
     ids = [torch.from_numpy(np.unique(rng.integers(0, 400, 12))) for _ in range(n)]
-    return ids, [torch.from_numpy(rng.integers(0, 3, len(row))) for row in ids]
+    return Seen(ids, [torch.from_numpy(rng.integers(0, 3, len(row))) for row in ids])
 
 
 def test_a_temperature_with_a_truncation_is_fitted_together_and_neither_alone():
@@ -293,7 +293,7 @@ def test_a_penalty_that_nobody_asked_for_is_named(pair, sample):
     sample.fill(engine_logprobs=scored_under(pair.trainer, sample.groups, asked, [drawn])[0])
     found = unasked(pair, sample, LIMIT)
     assert (found.cause, found.name) == ("hidden_penalties", "presence penalty 0.8")
-    assert all(len(row) == len(set(row.tolist())) for row in seen_before(sample)[0])
+    assert all(len(row) == len(set(row.tolist())) for row in seen_before(sample).ids)
 
 
 def test_right_numbers_and_mere_noise_are_not_explained(pair, sample):

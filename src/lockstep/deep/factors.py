@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -91,10 +91,16 @@ class _NotStartedError(Exception):
     """The engine does not start with the factor, or ignores it."""
 
 
-def _measure(
-    pair: Pair, factor: PathFactor, options: dict[str, Any], open_engine: Opener
-) -> tuple[Samples, np.ndarray, float]:
-    """A sample, its own re-score, and the factor's count, on an engine with the factor on.
+class _Measured(NamedTuple):
+    sample: Samples
+    rescored: np.ndarray
+    """By the same engine, float32 [T]."""
+    counted: float
+    """By the factor's counter; 0 where it has none."""
+
+
+def _measure(pair: Pair, factor: PathFactor, options: dict[str, Any], open_engine: Opener) -> _Measured:
+    """On an engine with the factor on.
 
     No seeds: an engine may not be able to prefill a seeded prompt in portions.
     """
@@ -117,7 +123,7 @@ def _measure(
         counted = engine.counters().get(factor.counter, 0.0)
         if factor.counter and not counted:
             raise _NotStartedError(f"the engine counts no {factor.counter}")
-        return sample, sample.rescored(engine), counted
+        return _Measured(sample, sample.rescored(engine), counted)
 
 
 def _judge(

@@ -7,7 +7,7 @@ that is right only while something else holds; the layer of the ladder that prov
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -15,7 +15,16 @@ from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine
 
 Standing = Literal["ok", "watch", "change", "unknown"]
-JudgeOfKnob = Callable[[Any, Recipe], tuple[Standing, str]]
+
+
+class Judgement(NamedTuple):
+    """Of a setting's value."""
+
+    standing: Standing
+    why: str
+
+
+JudgeOfKnob = Callable[[Any, Recipe], Judgement]
 
 
 class KnobRow(Struct, frozen=True):
@@ -48,76 +57,73 @@ class Knob:
 
 
 def _is(wanted: Any, why: str) -> JudgeOfKnob:
-    return lambda value, recipe: ("ok" if value == wanted else "change", why)
+    return lambda value, recipe: Judgement("ok" if value == wanted else "change", why)
 
 
 def _watched_when(wanted: Any, why: str) -> JudgeOfKnob:
-    return lambda value, recipe: ("watch" if value == wanted else "ok", why)
+    return lambda value, recipe: Judgement("watch" if value == wanted else "ok", why)
 
 
-def _logprobs_mode(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _logprobs_mode(value: Any, recipe: Recipe) -> Judgement:
     sampling = recipe.sampling
     if value in ("processed_logprobs", "None"):
-        return "ok", "log-probabilities are of the distribution that tokens are drawn from"
+        return Judgement("ok", "log-probabilities are of the distribution that tokens are drawn from")
     neutral = sampling.temperature == 1.0 and not sampling.truncates and not sampling.penalises
     why = (
         "raw numbers are of the model at T = 1, whatever the sampler does; "
         "layer semantics measures the difference"
     )
-    return ("watch" if neutral and value == "raw_logprobs" else "change"), why
+    return Judgement("watch" if neutral and value == "raw_logprobs" else "change", why)
 
 
-def _dtype(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _dtype(value: Any, recipe: Recipe) -> Judgement:
     wanted = f"torch.{recipe.engine.dtype or recipe.model.dtype}"
-    return (
-        "ok" if value == wanted else "change"
-    ), "dtype=auto took an fp32 checkpoint for float16 in 0.8.5 and bfloat16 since 0.18"
+    why = "dtype=auto took an fp32 checkpoint for float16 in 0.8.5 and bfloat16 since 0.18"
+    return Judgement("ok" if value == wanted else "change", why)
 
 
-def _head(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _head(value: Any, recipe: Recipe) -> Judgement:
     wanted = f"torch.{recipe.engine.head_dtype or recipe.model.head_dtype}"
     why = (
         "the last product rounds the logits; "
         "both sides must agree, and fp32 loses least (measured in the worker, not read off)"
     )
-    return ("ok" if value == wanted else "change"), why
+    return Judgement("ok" if value == wanted else "change", why)
 
 
-def _runner(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _runner(value: Any, recipe: Recipe) -> Judgement:
     second = ".gpu." in str(value)
-    return (
-        "watch" if second else "ok"
-    ), "the V2 runner is other code for sampler and log-probabilities; pin it before you compare"
+    why = "the V2 runner is other code for sampler and log-probabilities; pin it before you compare"
+    return Judgement("watch" if second else "ok", why)
 
 
-def _sampler(value: Any, recipe: Recipe) -> tuple[Standing, str]:
-    return (
-        "change" if value else "ok"
-    ), "FlashInfer's sampler hides truncation from V0's log-probabilities, and draws otherwise in V1"
+def _sampler(value: Any, recipe: Recipe) -> Judgement:
+    why = "FlashInfer's sampler hides truncation from V0's log-probabilities, and draws otherwise in V1"
+    return Judgement("change" if value else "ok", why)
 
 
-def _kv_dtype(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _kv_dtype(value: Any, recipe: Recipe) -> Judgement:
     narrow = str(value).startswith(("fp8", "int8"))
-    return ("change" if narrow else "ok"), "auto is the model's own dtype; a quantised cache is another model"
+    why = "auto is the model's own dtype; a quantised cache is another model"
+    return Judgement("change" if narrow else "ok", why)
 
 
-def _recurrent(value: Any, recipe: Recipe) -> tuple[Standing, str]:
-    return (
-        "ok" if value in ("float32", "auto") else "watch"
-    ), "a hybrid model's state in bf16 drifts with length; others have none"
+def _recurrent(value: Any, recipe: Recipe) -> Judgement:
+    why = "a hybrid model's state in bf16 drifts with length; others have none"
+    return Judgement("ok" if value in ("float32", "auto") else "watch", why)
 
 
-def _chunked(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _chunked(value: Any, recipe: Recipe) -> Judgement:
     why = (
         "on a CPU 0.32.0 dies of a seeded request whose prefill was chunked; "
         "elsewhere layer path compares decode with prefill"
     )
-    return ("watch" if value else "ok"), why
+    return Judgement("watch" if value else "ok", why)
 
 
-def _batching(value: Any, recipe: Recipe) -> tuple[Standing, str]:
+def _batching(value: Any, recipe: Recipe) -> Judgement:
     why = "other requests in a step can round a token otherwise; layer path compares one with many"
-    return "ok", why
+    return Judgement("ok", why)
 
 
 OFF, ON = "off", "on"
@@ -220,7 +226,7 @@ KNOBS = (
         ("model_config.seed",),
         "seed",
         {"0.8.5": "None", "0.18.1": "0", "0.32.0": "0"},
-        lambda value, recipe: (
+        lambda value, recipe: Judgement(
             "ok" if value is not None else "watch",
             "Lockstep seeds each request; this one is for the rest",
         ),
@@ -301,12 +307,13 @@ def _row(knob: Knob, engine: Engine, recipe: Recipe, before: str) -> KnobRow:
     return KnobRow(knob.name, str(asked), value, knob.defaults[before], verdict, why, knob.flag)
 
 
-def _absent(knob: Knob, engine: Engine) -> tuple[Standing, str]:
+def _absent(knob: Knob, engine: Engine) -> Judgement:
     """A setting that is not in the resolved configuration.
 
     There is none in this version, or the engine does not tell.
     """
     can = engine.ready.capabilities["resolved_config"]
     if can.supported and not knob.keys[0].startswith("worker."):  # what every worker of ours measures
-        return "ok", "this engine has no such setting"
-    return "unknown", can.how if not can.supported else "seen from inside the engine's worker only"
+        return Judgement("ok", "this engine has no such setting")
+    why = can.how if not can.supported else "seen from inside the engine's worker only"
+    return Judgement("unknown", why)

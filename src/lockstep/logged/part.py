@@ -23,7 +23,7 @@ from lockstep.logged.numbers import (
     some_rows,
 )
 from lockstep.logged.rows import Logged
-from lockstep.parity.causes import CAUSES, finding
+from lockstep.parity.causes import CAUSES, NamedCause, finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.rows import Mangled
@@ -231,13 +231,14 @@ class LogPart:
         explanation = explain(self.pair, self.few, gap, precision_last=not self.pair.engine_dtype)
         return None if explanation.cause == UNEXPLAINED else explanation
 
-    def explanation(self) -> tuple[str, str, str]:
-        """Cause, evidence and mend of the gap."""
+    def explanation(self) -> NamedCause:
+        """Of the gap."""
         if self.other is None:
-            return UNEXPLAINED, "nothing is known of the engine that drew them", SAY_DTYPE
+            return NamedCause(UNEXPLAINED, "nothing is known of the engine that drew them", SAY_DTYPE)
         mend = CAUSES[self.other.cause].mend
         unsaid = self.other.cause == "body_precision" and not self.pair.engine_dtype
-        return self.other.cause, self.other.evidence, f"{SAY_DTYPE}; {mend}" if unsaid else mend
+        fix = f"{SAY_DTYPE}; {mend}" if unsaid else mend
+        return NamedCause(self.other.cause, self.other.evidence, fix)
 
     def path(self) -> Verdict:
         """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""

@@ -9,6 +9,7 @@ between.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lockstep.parity.tolerances import (
     ALARM_DRIFT_MULTIPLE,
@@ -22,6 +23,16 @@ from lockstep.parity.tolerances import (
 from lockstep.records.alarms import Alarm
 
 Figures = Mapping[str, float]
+
+
+class Rule(NamedTuple):
+    """What is looked at of each step."""
+
+    name: str
+    layer: str
+    """Where to look, if it is off."""
+    sentence_of: Callable[[Figures], str]
+    """What is off; empty where nothing is."""
 
 
 @dataclass(eq=False)
@@ -44,8 +55,8 @@ class Watch:
         """The alarm of a step, if it has one that was not told for the step before."""
         if self._first is None:
             self._first = dict(figures)
-        for name, layer, rule in self._rules():
-            sentence = rule(figures)
+        for name, layer, sentence_of in self._rules():
+            sentence = sentence_of(figures)
             if sentence:
                 known = name == self._told
                 self._told = name
@@ -53,14 +64,14 @@ class Watch:
         self._told = ""
         return None
 
-    def _rules(self) -> tuple[tuple[str, str, Callable[[Figures], str]], ...]:
+    def _rules(self) -> tuple[Rule, ...]:
         return (
-            ("mismatch", self.known_layer or "weights", self._mismatch),
-            ("gap drift", "numerics", self._drift),
-            ("lag", "objective", self._lag),
-            ("flat groups", "task", self._flat),
-            ("entropy collapse", "objective", self._entropy),
-            ("length collapse", "task", self._length),
+            Rule("mismatch", self.known_layer or "weights", self._mismatch),
+            Rule("gap drift", "numerics", self._drift),
+            Rule("lag", "objective", self._lag),
+            Rule("flat groups", "task", self._flat),
+            Rule("entropy collapse", "objective", self._entropy),
+            Rule("length collapse", "task", self._length),
         )
 
     def _mismatch(self, figures: Figures) -> str:

@@ -3,6 +3,8 @@
 No torch: ``docs/reference/causes.md`` is generated from here.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from msgspec import Struct
 
@@ -287,6 +289,15 @@ CAUSES |= _of(
         ),
     },
 )
+
+
+class NamedCause(NamedTuple):
+    """A cause of :data:`CAUSES`, found at work."""
+
+    cause: str
+    evidence: str
+    fix: str
+    """This engine's own; empty for the cause's general one."""
 
 
 def finding(

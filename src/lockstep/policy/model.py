@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,17 +142,25 @@ class Policy:
         )
 
 
-def place(asked: str) -> tuple[torch.device, str]:
-    """The device of a recipe's ``model.device``, and why it is that one.
+class Placed(NamedTuple):
+    """Where a model computes."""
+
+    device: torch.device
+    why: str
+    """It is that one."""
+
+
+def place(asked: str) -> Placed:
+    """The device of a recipe's ``model.device``.
 
     Raises:
         UsageError: for one that this machine, or this build of torch, does not have.
     """
     has_cuda = torch.cuda.is_available()
     if asked == "auto":
-        return torch.device(
-            "cuda" if has_cuda else "cpu"
-        ), "auto: CUDA is there" if has_cuda else "auto: no CUDA here"
+        if has_cuda:
+            return Placed(torch.device("cuda"), "auto: CUDA is there")
+        return Placed(torch.device("cpu"), "auto: no CUDA here")
     try:
         device = torch.device(asked)
         torch.empty(0, device=device)
@@ -162,7 +171,7 @@ def place(asked: str) -> tuple[torch.device, str]:
             expected="auto, cpu, cuda or cuda:N, as this machine has them",
             hint="--set model.device=auto",
         ) from error
-    return device, "as the recipe says"
+    return Placed(device, "as the recipe says")
 
 
 def load_policy(path: Path, dtype: str, head_dtype: str, device: str = "cpu") -> Policy:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.errors import InstallError
 
@@ -84,11 +85,15 @@ def lower_version(elf: bytes, wanted: str, given: str) -> bytes:
     return bytes(out)
 
 
-def _needed_versions(elf: bytes) -> Iterator[tuple[int, int]]:
-    """Where each version that is asked for lies: (offset of its entry, offset of its name).
+class _Needed(NamedTuple):
+    """Where a symbol version that is asked for lies, in bytes."""
 
-    The first field of an entry is its hash.
-    """
+    entry: int
+    """Whose first field is the name's hash."""
+    name: int
+
+
+def _needed_versions(elf: bytes) -> Iterator[_Needed]:
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     size, count = struct.unpack_from("<HH", elf, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * size) for i in range(count)]
@@ -103,7 +108,7 @@ def _needed_versions(elf: bytes) -> Iterator[tuple[int, int]]:
             entry = need + first
             for _ in range(entries):
                 _, _, _, name, step = struct.unpack_from("<IHHII", elf, entry)
-                yield entry, strings + name
+                yield _Needed(entry, strings + name)
                 entry += step
             need += more
 

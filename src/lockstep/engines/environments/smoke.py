@@ -3,6 +3,7 @@
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,17 @@ def drives(environment: Environment) -> bool:
     return (environment.name, environment.generation) in ADAPTERS
 
 
-def smoke_test(environment: Environment, log: Path) -> tuple[str, dict[str, Capability]]:
-    """Sample at T = 1 and score the same tokens.
+class Smoke(NamedTuple):
+    """What came of a smoke test that passed."""
 
-    Returns one sentence about what came of it, and what the engine says it can do.
+    said: str
+    """One sentence."""
+    capabilities: dict[str, Capability]
+    """What the engine says it can do."""
+
+
+def smoke_test(environment: Environment, log: Path) -> Smoke:
+    """Sample at T = 1 and score the same tokens.
 
     Raises:
         InstallError: when a log-probability is missing, or sampling and scoring disagree.
@@ -67,4 +75,5 @@ def smoke_test(environment: Environment, log: Path) -> tuple[str, dict[str, Capa
             expected=f"at most {AGREEMENT_NATS:g}",
             hint=f"the log is {log}",
         )
-    return f"{sampled.size} tokens sampled and scored alike to {largest:.0e} nats", engine.ready.capabilities
+    said = f"{sampled.size} tokens sampled and scored alike to {largest:.0e} nats"
+    return Smoke(said, engine.ready.capabilities)

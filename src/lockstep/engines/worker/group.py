@@ -10,6 +10,7 @@ import os
 import select
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 TRACKER_TIMEOUT_S = 3.0
 
@@ -36,14 +37,20 @@ def end_group(pgid: int) -> None:
                     # libiomp5's, 1 KB each.
                     Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink()
     # Last: a member that ended itself first would leave the others.
-    if own in {pid for pid, _ in members or []}:
+    if own in {member.pid for member in members or []}:
         os.kill(own, signal.SIGKILL)
     for pid in trackers:
         _await_end(pid)
 
 
-def _members(pgid: int) -> list[tuple[int, str]] | None:
-    """(pid, command line) of each process of the group; None where there is no /proc."""
+class _Member(NamedTuple):
+    pid: int
+    command: str
+    """Its command line."""
+
+
+def _members(pgid: int) -> list[_Member] | None:
+    """The processes of the group; None where there is no /proc."""
     if not Path("/proc/self/stat").exists():
         return None
     members = []
@@ -53,9 +60,8 @@ def _members(pgid: int) -> list[tuple[int, str]] | None:
                 # The command's name, in parentheses, may hold anything; the fields after it do not.
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[2]) == pgid and fields[0] != "Z":
-                    members.append(
-                        (int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace"))
-                    )
+                    command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                    members.append(_Member(int(entry.name), command))
     return members
 
 

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -48,6 +48,15 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """Of the last product; if not ``args["dtype"]``, by vLLM's ``head_dtype`` or, before 0.28, the plugin."""
     ours: frozenset[str] = frozenset()
     """Of ``args``, what no recipe asked for: a version that does not know it goes without."""
+
+
+class Ended(NamedTuple):
+    """One of vLLM's requests that has ended."""
+
+    output: Any
+    """Its last."""
+    switches: list[tuple[int, VersionSpan]]
+    """Where the weights changed under it: of which sample, and the switch."""
 
 
 class VllmWorker(ABC):
@@ -140,17 +149,17 @@ class VllmWorker(ABC):
         params = self.params(asked, prompt_logprobs=0, logprobs=None)
         outputs = await asyncio.gather(*[self._named(ids, params, request.id) for ids in sequences])
         return [
-            scores_of(ids, output.prompt_logprobs)
-            for ids, (output, _) in zip(sequences, outputs, strict=True)
+            scores_of(ids, ended.output.prompt_logprobs)
+            for ids, ended in zip(sequences, outputs, strict=True)
         ]
 
-    async def _named(self, ids: list[int], params: Any, of: int) -> tuple[Any, list[tuple[int, VersionSpan]]]:
-        """The last output of a request, and where the weights changed under it: sample and switch."""
+    async def _named(self, ids: list[int], params: Any, of: int) -> Ended:
+        """One request under a name of its own, by which it is aborted and its switches are told."""
         self._requests += 1
         name = f"r{self._requests}"
         self.in_flight[name] = of
         try:
-            return await self.generate(name, ids, params), self._switches.get(name, [])
+            return Ended(await self.generate(name, ids, params), self._switches.get(name, []))
         finally:
             self.in_flight.pop(name, None)
             self._switches.pop(name, None)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lockstep.config.recipe import Objective
 from lockstep.metrics.reduce import mean_over_sequences, mismatch_figures, outside_clip, quantiles_abs
-from lockstep.parity.causes import finding
+from lockstep.parity.causes import NamedCause, finding
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.numerics.precision import reference
 from lockstep.parity.explain.weights.trainer_hypotheses import explain
@@ -69,13 +69,13 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
         ratio = _against_own_noise(pair, evidence, rescored, figures)
     figures["note"] = _note(pair)
 
-    def cause_of() -> tuple[str, str, str]:
+    def cause_of() -> NamedCause:
         if ratio is not None and ratio.exceeded and within(pair.noise, gap):
             # directions.py looks for what is in the gap besides.
             known = f"what {pair.engine_dtype} and {pair.trainer.dtype} round away is in that width"
-            return UNEXPLAINED, known, pair.engine.fix(UNEXPLAINED)
+            return NamedCause(UNEXPLAINED, known, pair.engine.fix(UNEXPLAINED))
         found = explain(pair, sample, gap)
-        return found.cause, found.evidence, pair.engine.fix(found.cause)
+        return NamedCause(found.cause, found.evidence, pair.engine.fix(found.cause))
 
     return judge_gap(gap, sample.owners, pair.noise, pair.recipe.objective, cause_of, figures, ratio)
 
@@ -85,7 +85,7 @@ def judge_gap(
     owners: np.ndarray,
     noise: Tolerance,
     clip: Objective,
-    cause_of: Callable[[], tuple[str, str, str]],
+    cause_of: Callable[[], NamedCause],
     figures: dict[str, Any],
     ratio: Ratio | None = None,
 ) -> Verdict:
@@ -94,7 +94,7 @@ def judge_gap(
     Args:
         gap: float [T], nats, of tokens that both sides scored under one version.
         owners: int [T], the completion of each.
-        cause_of: asked when the gap is too large: cause, evidence, mend.
+        cause_of: asked when the gap is too large.
         figures: goes into the verdict besides; its ``note`` goes into the summary.
         ratio: of the gap to both sides' own noise; None where that was not measured, and the table decides.
     """

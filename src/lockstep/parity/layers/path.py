@@ -12,6 +12,8 @@ Absurd tokens in a minority of completions are corruption and are shown. What ne
 engine (chunked prefill, async scheduling, a starved cache) is measured at full depth, in ``factors.py``.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from msgspec.structs import replace
 
@@ -26,8 +28,18 @@ from lockstep.records.verdicts import Finding, Verdict
 ALONE = 4
 """Sequences that are re-scored alone."""
 WARM_TOKENS = 8
+"""Drawn of each prompt: each of them reads the prompt's blocks, and these are what is warm."""
 ENOUGH_FOR_A_FLOOR = 96
 """Tokens: over fewer, as at depth quick, the floor was 0.0 where a standard check's was .12 nats (bf16)."""
+
+
+class Compared(NamedTuple):
+    """Tokens as the engine says them in two ways."""
+
+    gap: np.ndarray
+    """The one way − the other, float32 [T], nats."""
+    owners: np.ndarray
+    """The completion of each, int [T]."""
 
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
@@ -71,7 +83,7 @@ def judge(pair: Pair, evidence: Evidence) -> Verdict:
         if neutral is not evidence.own and _rescores_own(pair, evidence)
         else "at T=1"
     )
-    floor = comparisons["batch_composition"][0].size
+    floor = comparisons["batch_composition"].gap.size
     few = f"; the floor is of {floor} tokens in a batch of {len(neutral.prompts)}, a larger one may show more"
     summary = (
         "decode, prefill, batch of one or many, cold or warm prefix cache "
@@ -91,7 +103,7 @@ def _rescores_own(pair: Pair, evidence: Evidence) -> bool:
     )
 
 
-def _decode(pair: Pair, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
+def _decode(pair: Pair, evidence: Evidence) -> Compared:
     """A − B, at T = 1, and at the recipe's temperature where the engine can."""
     neutral, own = evidence.neutral, evidence.own
     gap = neutral.engine_logprobs - evidence.rescored
@@ -101,7 +113,7 @@ def _decode(pair: Pair, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
         gap = np.r_[gap, own.engine_logprobs - again]
         # Counted on: row 0 of one sample and row 0 of the other are two completions.
         owners = np.r_[owners, own.owners + owners.max() + 1]
-    return gap, owners
+    return Compared(gap, owners)
 
 
 def _corruption(pair: Pair, evidence: Evidence) -> list[Finding]:
@@ -125,7 +137,7 @@ def _corruption(pair: Pair, evidence: Evidence) -> list[Finding]:
     return []
 
 
-def _alone(pair: Pair, neutral: Samples, rescored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _alone(pair: Pair, neutral: Samples, rescored: np.ndarray) -> Compared:
     """B′ − B for the first few sequences, each scored by itself, last first."""
     gaps, owners = [], []
     for i in reversed(range(min(ALONE, len(neutral.prompts)))):
@@ -133,13 +145,13 @@ def _alone(pair: Pair, neutral: Samples, rescored: np.ndarray) -> tuple[np.ndarr
         # The first token of a sequence has no score, so the completion's begin one place before its own.
         gaps.append(alone[len(neutral.prompts[i]) - 1 :] - rescored[neutral.owners == i])
         owners.append(np.full(len(gaps[-1]), i))
-    return np.concatenate(gaps), np.concatenate(owners)
+    return Compared(np.concatenate(gaps), np.concatenate(owners))
 
 
-def _warm(pair: Pair, neutral: Samples) -> tuple[np.ndarray, np.ndarray]:
+def _warm(pair: Pair, neutral: Samples) -> Compared:
     """Drawn again over a warm prefix cache, against its own re-score, which reads no cache."""
     warm = draw(pair, neutral.prompts, replace(neutral.sampling, max_tokens=WARM_TOKENS), pair.seed)
-    return warm.engine_logprobs - warm.rescored(pair.engine), warm.owners
+    return Compared(warm.engine_logprobs - warm.rescored(pair.engine), warm.owners)
 
 
 def _finding(pair: Pair, cause: str, gap: np.ndarray, owners: np.ndarray) -> Finding:

@@ -34,6 +34,7 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Verdict
 
 CACHE_TOKENS = 2
+"""Drawn of each prompt: the first of them reads the prompt's cached blocks already."""
 CACHE_PROMPTS = 4
 
 

@@ -9,7 +9,7 @@ model       15846
 import ast
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,14 @@ def _value(node: ast.expr) -> int:
     return value
 
 
+class Product(NamedTuple):
+    """One question, solved."""
+
+    question: str
+    expression: str
+    answer: str
+
+
 class Questions:
     """Products of two numbers, each with solved ones before it as conversations.
 
@@ -77,21 +85,21 @@ class Questions:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Question ``number``: ``question`` and ``answer``, and the conversation that asks it."""
-        question, _, answer = self._asked([self.seed, number])
+        own = self._asked([self.seed, number])
         messages = []
         for shot in range(self.shots):  # the same before each question: an engine computes them once
-            asked, expression, solved = self._asked([self.seed, self.size, shot])
+            solved = self._asked([self.seed, self.size, shot])
             messages += [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": f'calculate("{expression}")'},
-                {"role": "tool", "content": solved},
-                {"role": "assistant", "content": solved},
+                {"role": "user", "content": solved.question},
+                {"role": "assistant", "content": f'calculate("{solved.expression}")'},
+                {"role": "tool", "content": solved.answer},
+                {"role": "assistant", "content": solved.answer},
             ]
-        messages.append({"role": "user", "content": question})
-        return {"question": question, "answer": answer, "messages": messages}
+        messages.append({"role": "user", "content": own.question})
+        return {"question": own.question, "answer": own.answer, "messages": messages}
 
-    def _asked(self, entropy: list[int]) -> tuple[str, str, str]:
+    def _asked(self, entropy: list[int]) -> Product:
         low = 10 ** (self.digits - 1)
         high = 10**self.digits
         a, b = np.random.default_rng(entropy).integers(low, high, 2).tolist()
-        return f"What is {a} * {b}?", f"{a} * {b}", str(a * b)
+        return Product(f"What is {a} * {b}?", f"{a} * {b}", str(a * b))

@@ -23,7 +23,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,22 @@ RESERVED = ("reset", "get_reward", "close", "next_prompt")
 """Public methods that are no tools."""
 SHOWN = 200
 T = TypeVar("T")
+
+
+class Answer(NamedTuple):
+    """What came of one call of a tool."""
+
+    text: str
+    in_vain: bool
+
+
+class Answers(NamedTuple):
+    """What came of a turn's calls."""
+
+    texts: list[str]
+    """In their order; none where the turn calls no tool."""
+    in_vain: int
+    """How many were."""
 
 
 class Environments:
@@ -109,37 +125,35 @@ class Environments:
                 what, got=raised(error), expected="no exception", hint=f"it was called on ({shown})"
             ) from error
 
-    def answer(self, environment: Any, call: Call) -> tuple[str, bool]:
-        """What a tool says, and whether it was called in vain.
+    def answer(self, environment: Any, call: Call) -> Answer:
+        """Call a tool.
 
         Raises:
             EnvironmentFault: for one that takes too long.
         """
         if call.name not in self._tool_names:
-            return (
-                f"error: there is no {call.name}; there is {', '.join(self._tool_names) or 'nothing'}",
-                True,
-            )
+            there = ", ".join(self._tool_names) or "nothing"
+            return Answer(f"error: there is no {call.name}; there is {there}", in_vain=True)
         tool = getattr(environment, call.name)
         try:
             inspect.signature(tool).bind(*call.positional, **call.arguments)
         except TypeError as error:
-            return f"error: {call.name}: {error}", True
+            return Answer(f"error: {call.name}: {error}", in_vain=True)
         try:
-            return str(self.call(tool, *call.positional, **call.arguments)), False
+            return Answer(str(self.call(tool, *call.positional, **call.arguments)), in_vain=False)
         except EnvironmentFault as fault:
             if isinstance(fault.__cause__, Exception):
-                return f"error: {raised(fault.__cause__)[:SHOWN]}", True
+                return Answer(f"error: {raised(fault.__cause__)[:SHOWN]}", in_vain=True)
             raise
 
-    def answers(self, environment: Any, text: str) -> tuple[list[str], int]:
-        """What the tools say that a turn calls, none where it calls none; how many were called in vain."""
+    def answers(self, environment: Any, text: str) -> Answers:
+        """Call the tools that a turn calls."""
         try:
             calls = self.parse(text)
         except UnreadableCallError as error:
-            return [f"error: {error}"], 1
+            return Answers([f"error: {error}"], 1)
         said = [self.answer(environment, call) for call in calls]
-        return [text for text, _ in said], sum(vain for _, vain in said)
+        return Answers([answer.text for answer in said], sum(answer.in_vain for answer in said))
 
     def reward(self, environment: Any, answer: str) -> Any:
         """What ``get_reward`` gives, told the last answer where it asks for one."""

@@ -1,5 +1,7 @@
 """Layer 1: requests for several samples, as training makes them. All else is judged on requests for one."""
 
+from typing import NamedTuple
+
 import numpy as np
 from msgspec.structs import replace
 
@@ -20,9 +22,18 @@ TOKENS = 8
 """Of each sample."""
 
 
-def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, Samples, np.ndarray]:
-    """Draw ``training.group_size`` samples of a few prompts: what is wrong with them, they, and trainer −
-    engine, float32 [T].
+class Grouped(NamedTuple):
+    """Requests for several samples, and what became of them."""
+
+    wrong: Mangled | None
+    """None where nothing is."""
+    sample: Samples
+    gap: np.ndarray
+    """Trainer − engine, float32 [T]; one NaN where a token came without a number."""
+
+
+def examine_groups(pair: Pair, asked: SamplingParams) -> Grouped:
+    """Draw ``training.group_size`` samples of a few prompts, and say what is wrong with them.
 
     Only where one sample a request is right: then what is wrong here is wrong because of n. The prompts are
     new ones, for a warm prefix cache is layer 2's.
@@ -34,12 +45,14 @@ def examine_groups(pair: Pair, asked: SamplingParams) -> tuple[Mangled | None, S
         text = (
             f"{sample.missing} of {sample.engine_logprobs.size} tokens came without a finite log-probability"
         )
-        return Mangled("missing_logprobs", _only(sampling, text)), sample, np.full(1, np.nan, np.float32)
+        missing = Mangled("missing_logprobs", _only(sampling, text))
+        return Grouped(missing, sample, np.full(1, np.nan, np.float32))
     trainer = sample.scored(pair.trainer)
     gap = trainer - sample.engine_logprobs
     agrees = within(pair.noise, gap)
     wrong = _repeated(sample.groups, trainer) if agrees else _explained(pair, sample.apart(), trainer)
-    return (None if wrong is None else Mangled(wrong.cause, _only(sampling, wrong.evidence))), sample, gap
+    told = None if wrong is None else Mangled(wrong.cause, _only(sampling, wrong.evidence))
+    return Grouped(told, sample, gap)
 
 
 def _only(sampling: SamplingParams, text: str) -> str:

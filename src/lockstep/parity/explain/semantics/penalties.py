@@ -4,6 +4,8 @@ A penalty edits the logits of the tokens seen before and of no others (``hypothe
 a fit needs the logits of those, and the mass of the rest.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -64,9 +66,16 @@ class PenaltyFit:
         return torch.where(self.was_seen.any(1), edited, self.drawn) / self.temperature - whole
 
 
-def hidden_penalty(
-    sample: Samples, held: Held, limit: float, seen: tuple[list[Tensor], list[Tensor]] | None = None
-) -> Explained | None:
+class Seen(NamedTuple):
+    """What came before each of N tokens."""
+
+    ids: list[Tensor]
+    """The tokens of prompt and completion, each once: int64 [seen] for each of N."""
+    counts: list[Tensor]
+    """How often the completion has each of them."""
+
+
+def hidden_penalty(sample: Samples, held: Held, limit: float, seen: Seen | None = None) -> Explained | None:
     """The one penalty that explains the numbers; None where none does.
 
     Args:
@@ -91,8 +100,8 @@ def hidden_penalty(
     return Explained("hidden_penalties", f"{name.replace('_', ' ')} {best.value:.3g}", best.miss)
 
 
-def seen_before(sample: Samples) -> tuple[list[Tensor], list[Tensor]]:
-    """The tokens before each that is fitted, and how often the completion has them."""
+def seen_before(sample: Samples) -> Seen:
+    """What came before each of the tokens that are fitted."""
     groups = sample.groups
     owners = sample.owners
     positions = sample.positions
@@ -103,4 +112,4 @@ def seen_before(sample: Samples) -> tuple[list[Tensor], list[Tensor]]:
         ids = np.unique(np.r_[group.prompt, before])
         seen.append(torch.from_numpy(ids.astype(np.int64)))
         counts.append(torch.from_numpy((before[None, :] == ids[:, None]).sum(1)))
-    return seen, counts
+    return Seen(seen, counts)

@@ -8,6 +8,7 @@ fitted.
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,17 @@ def edited_prompts(
     return None
 
 
-def _additions(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+class PromptEdit(NamedTuple):
+    """What may have been done to every prompt."""
+
+    cause: str
+    name: str
+    """What was done, for people."""
+    edit: Callable[[np.ndarray], np.ndarray]
+    """Of a prompt, int32 [P]."""
+
+
+def _additions(pair: Pair) -> Iterator[PromptEdit]:
     """A special token or a newline before or after every prompt."""
     tokenizer = pair.renderer.tokenizer
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -62,10 +73,11 @@ def _additions(pair: Pair) -> Iterator[tuple[str, str, Callable[[np.ndarray], np
     for token in dict.fromkeys(t for t in (bos, eos, *newline[:1]) if t is not None):
         cause = "bos_doubled" if token == bos else "prompt_edited"
         name = ascii(tokenizer.decode([token]))
-        yield cause, f"{name} put before them", lambda p, t=token: np.r_[t, p].astype(np.int32)
-        yield "prompt_edited", f"{name} put after them", lambda p, t=token: np.r_[p, t].astype(np.int32)
+        yield PromptEdit(cause, f"{name} put before them", lambda p, t=token: np.r_[t, p].astype(np.int32))
+        after = f"{name} put after them"
+        yield PromptEdit("prompt_edited", after, lambda p, t=token: np.r_[p, t].astype(np.int32))
     for special in (False, True):
-        yield (
+        yield PromptEdit(
             "prompt_edited",
             f"decoded to text and tokenised again{', with special tokens added' if special else ''}",
             partial(retokenised, tokenizer, add_special_tokens=special),
@@ -80,9 +92,7 @@ def retokenised(
     return np.array(ids or prompt[:1], np.int32)  # no prompt may be empty
 
 
-def _cuts(
-    pair: Pair, evidence: Evidence, ours: list[np.ndarray]
-) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+def _cuts(pair: Pair, evidence: Evidence, ours: list[np.ndarray]) -> Iterator[PromptEdit]:
     """Cuts, fitted on the shortest row that is off: so many tokens left out at one end, or so many kept."""
     pairs = zip(
         ours, evidence.neutral.groups, rows_of(evidence.trainer, evidence.neutral.owners), strict=True
@@ -104,8 +114,10 @@ def _cuts(
         shorter = [Group(left(group.prompt, k), group.completions) for k in range(1, n)]
         scores = pair.trainer.score(shorter, evidence.neutral.temperature)
         k = 1 + int(np.argmin([np.median(np.abs(numbers - c)) for c in scores]))
-        yield "prompt_edited", f"the {end} {k} tokens left out", partial(_left, left, k)
-        yield "prompt_edited", f"only the {other} {n - k} tokens kept", partial(_kept, left, n - k)
+        yield PromptEdit("prompt_edited", f"the {end} {k} tokens left out", partial(_left, left, k))
+        yield PromptEdit(
+            "prompt_edited", f"only the {other} {n - k} tokens kept", partial(_kept, left, n - k)
+        )
 
 
 def _left(left: Callable[[np.ndarray, int], np.ndarray], k: int, prompt: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from lockstep.parity.explain.semantics.grammar import hidden_mask
 from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.joint import hidden_cut
 from lockstep.parity.explain.semantics.logit_bias import hidden_bias
-from lockstep.parity.explain.semantics.penalties import hidden_penalty, seen_before
+from lockstep.parity.explain.semantics.penalties import Seen, hidden_penalty, seen_before
 from lockstep.parity.explain.semantics.portions import (
     LEAST_TOKENS,
     places_of_rows,
@@ -78,7 +78,7 @@ class _Look:
         )
 
     @cached_property
-    def seen(self) -> tuple[list[Tensor], list[Tensor]]:
+    def seen(self) -> Seen:
         return seen_before(self.sample)
 
     @cached_property
