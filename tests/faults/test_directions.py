@@ -110,6 +110,10 @@ def test_the_ladder_of_a_bf16_pair_tests_directions_and_holds_the_width_to_its_o
     assert numerics.figures["gap_abs_p50_nats"] < rounded.noise.p50
     assert numerics.figures["gap_abs_p999_nats"] < rounded.noise.p999
     assert numerics.figures["gap_in_own_noise"] > 1.5
+    scores = ("engine_to_reference", "rescore_to_reference", "trainer_to_reference")
+    engine, again, trainer = (numerics.figures[f"{score}_abs_p999_nats"] for score in scores)
+    assert engine == pytest.approx(again, abs=1e-4), "in fp32 the engine scores as it drew"
+    assert min(engine, trainer) > 1e-3, "the tensor is the engine's, the rounding the trainer's"
 
 
 BF16 = (

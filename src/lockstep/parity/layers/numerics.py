@@ -149,9 +149,10 @@ def _against_own_noise(
     exact = reference(pair.trainer, sample)  # score D
     rounded = trainer - exact
     of_engine = [_in_the_engines_dtype(pair, sample, trainer) - exact]
-    if pair.engine.ready.capabilities["rescore"].supported:
+    if rescored is not None:
         # Decode and prefill each round by themselves: their difference is √2 times as wide as either.
-        of_engine.append((sample.engine_logprobs - evidence.rescored) / np.sqrt(2.0))
+        of_engine.append((sample.engine_logprobs - rescored) / np.sqrt(2.0))
+        figures |= _between("rescore_to_reference", exact - rescored)
     noise = OwnNoise.measured(exact, of_engine, rounded)
     ratio = noise.ratio(trainer - sample.engine_logprobs, exact, sample.owners)
     figures |= _between("trainer_to_reference", rounded)
