@@ -243,6 +243,12 @@ def test_its_end_is_said_and_told_from_one_before_its_last_step(layout, followed
     assert said == ["The run has ended: 12 of 12 steps are trained. Ctrl-C ends this."]
 
 
+def test_a_run_that_a_proof_stopped_is_not_said_to_go_on(tmp_path):
+    followed = Followed(made.run(tmp_path / "run", steps=0, failed=True).root)
+    assert followed.words == "Nothing is at this run any more: 0 of 12 steps are trained."
+    assert b"The cause is raw logprobs" in followed.shown[""][1]
+
+
 def test_a_run_that_has_no_manifest_yet_is_waited_for(tmp_path):
     source = made.run(tmp_path / "made" / "run", steps=1)
     begun = RunLayout(tmp_path / "run")

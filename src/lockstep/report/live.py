@@ -131,8 +131,9 @@ class Followed:
         elif self._planned and self._steps >= self._planned:
             words = f"The run has ended: {trained}."
         else:
-            go_on = f"lockstep train --resume {self.layout.root}"
-            words = f"Nothing is at this run any more: {trained}. {go_on} goes on with it."
+            words = f"Nothing is at this run any more: {trained}."
+            if self._report.status != "FAIL":  # else a proof stopped it, and the page says what mends that
+                words += f" lockstep train --resume {self.layout.root} goes on with it."
         return words + self._fault
 
     def _show(self) -> None:
