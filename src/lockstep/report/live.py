@@ -148,7 +148,7 @@ class Followed:
 def _stat(path: Path) -> object:
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
 

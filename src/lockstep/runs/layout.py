@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lockstep.errors import UsageError
 from lockstep.runs.durable import PARTIAL, flush_directory, make_directory, open_for_append, writing
@@ -66,11 +66,10 @@ class RunLayout:
     def at_work(self) -> bool:
         """True while a process holds the run; asking waits for nobody."""
         try:
-            file = open(self.root / ".lock", "rb")  # noqa: SIM115
-        except OSError:  # there is no run, or none of ours to look at
+            with open(self.root / ".lock", "rb") as file:
+                return not _locked(file, fcntl.LOCK_SH)
+        except OSError:  # there is no run, none of ours to look at, or a file system without locks
             return False
-        with file:
-            return not _locked(file, fcntl.LOCK_SH)
 
     @property
     def manifest(self) -> Path:
@@ -143,7 +142,7 @@ class RunLayout:
         return [first] * first.is_file() + sorted(later, key=lambda path: int(path.suffixes[0][1:]))
 
 
-def _locked(file: IO, how: int) -> bool:
+def _locked(file: IO[Any], how: int) -> bool:
     """Take the lock, until the file is closed; False where another process has it."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
