@@ -75,6 +75,7 @@ class Renderer:
     def _with_tools(self, messages: Sequence[dict[str, str]], **options: Any) -> np.ndarray:
         if not self.tools:
             return self._ids(messages, **options)
+        # A template that has no place for them would leave them out, and say nothing.
         if "tools" in str(self.tokenizer.chat_template):
             return self._ids(messages, tools=self.tools, **options)
         return self._ids(_told_of(messages, self.tools), **options)

@@ -32,7 +32,7 @@ def _told(section: Struct) -> dict[str, Any]:
         default = field.default
         if field.default_factory is not msgspec.NODEFAULT:
             default = field.default_factory()
-        if value != default and value is not None:
+        if value != default and value is not None:  # TOML has no null
             told[field.encode_name] = msgspec.to_builtins(value)
     return told
 
@@ -51,6 +51,7 @@ def _line(section: str, name: str, value: Any, remarks: dict[str, str]) -> str:
 
 
 def _key(key: str) -> str:
+    # A bare key is of ASCII letters and digits, _ and -.
     bare = key.replace("_", "a").replace("-", "a")
     return key if bare.isascii() and bare.isalnum() else json.dumps(key)
 

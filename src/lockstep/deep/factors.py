@@ -115,6 +115,7 @@ def _measure(pair: Pair, factor: PathFactor, options: dict[str, Any], open_engin
             engine = stack.enter_context(open_engine(recipe, Path(scratch) / "engine.log", lambda text: None))
         except LockstepError as error:
             raise _NotStartedError(ascii(error.got)) from error
+        # By an option's own name, without the section that it is resolved in.
         resolved = {key.rpartition(".")[2]: value for key, value in engine.ready.resolved.items()}
         ignored = [name for name, value in options.items() if resolved.get(name, value) != value]
         if ignored:

@@ -93,7 +93,7 @@ def _against(pair: Pair, sample: Samples, before: Snapshot, mode: LoadMode) -> R
     again = Replay(pair, old, PROBE_VERSION, sample.temperature)
     spanning = [s for s in sample if len(s.version_spans) > 1 and again.knows(s)]
     none = np.empty(0, np.float32)
-    parts = [(none, none, none)]
+    parts = [(none, none, none)]  # something to join, where none spans the switch
     fits_instead = ""
     for s in spanning:
         kept, anew = (again.gap(s, Claim("", s.version_spans, rule)) for rule in (True, False))

@@ -50,6 +50,7 @@ def differences(old: Side, seen: FirstRun, head: Side | str) -> list[Difference]
         *_speed(old, new),
         *_configuration(old, new),
     ]
+    # What has no number comes after what has one.
     size = {id(one): -abs(one.effect_nats) if isfinite(one.effect_nats) else 1.0 for one in found}
     return sorted(found, key=lambda one: (TOPICS.index(one.topic), size[id(one)]))
 
@@ -57,6 +58,7 @@ def differences(old: Side, seen: FirstRun, head: Side | str) -> list[Difference]
 def _modes(old: Side, new: Side) -> Iterator[Difference]:
     """Which distribution sampled tokens' numbers are of, seen where it shows."""
     before, after = (_resolved(side, "log-probability mode") for side in (old, new))
+    # Five errors: by chance alone once in a million.
     if before == after and abs(new.gap_mean_nats) <= 5.0 * new.gap_mean_error_nats:
         return
     low, high = (new.gap_mean_nats + sign * 1.96 * new.gap_mean_error_nats for sign in (-1, 1))

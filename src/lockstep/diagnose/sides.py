@@ -107,6 +107,7 @@ def as_it_comes(recipe: Recipe, version: str) -> Recipe:
     """
     engine = replace(recipe.engine, name="vllm", version=version, python="")
     own = recipe.engine.options if recipe.engine.version == version else {}
+    # None in the place of Lockstep's own: the engine's default.
     names = {*facts_of(choose(replace(engine, options={}))).defaults, *LEFT_TO_IT} - KEPT
     return replace(recipe, engine=replace(engine, options=dict.fromkeys(sorted(names)) | own))
 

@@ -116,7 +116,7 @@ def upgrade(
     steps = _mended(bench, plain, after, seen.verdicts)
     flags = _flags(steps, seen.side)
     final = _written(_final(recipe, after, flags), flags, out)
-    if steps[-1].fix.startswith("none: "):
+    if steps[-1].fix.startswith("none: "):  # flags that this version refuses: there is no check of them
         last = steps.pop()
     else:
         last = bench.run(final, f"{after} with every flag: the check of the recipe", _prover(flags, out))

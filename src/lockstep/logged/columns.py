@@ -77,6 +77,7 @@ def ids_of(name: str, row: LogRow) -> np.ndarray:
         ids = values if values.dtype.kind in "iu" or not len(values) else None
     else:
         try:
+            # array takes whole numbers and no others, but True for 1.
             ids = np.asarray(array("q", values), np.int64) if bool not in map(type, values) else None
         except (TypeError, OverflowError):
             ids = None
@@ -169,6 +170,7 @@ def told_of(row: LogRow) -> tuple:
     """The settings of a row, in the order of ``SETTINGS``; None where it has none."""
     told = tuple(row.get(name) for name in SETTINGS)
     for name, value in zip(SETTINGS, told, strict=True):
+        # A NaN equals nothing, not even itself.
         if not isinstance(value, int | float | None) or abs(value or 0) > LARGEST_ID or value != value:
             got = "an array" if isinstance(value, list) else ascii(value)[:SHOWN]
             raise UnusableError(name, got, f"a number, at most {LARGEST_ID}")

@@ -115,7 +115,7 @@ def _inside(logged: Logged) -> np.ndarray:
     edges = np.zeros(len(logged.token_ids) + 1, np.int8)
     np.add.at(edges, logged.spans[:, 0], 1)
     np.add.at(edges, logged.spans[:, 1], -1)
-    return np.cumsum(edges[:-1], dtype=np.int8) > 0
+    return np.cumsum(edges[:-1], dtype=np.int8) > 0  # spans do not overlap: no sum is above 1
 
 
 def _placeholder(values: np.ndarray) -> np.ndarray:

@@ -164,7 +164,7 @@ class Collected:
             spans.extend((len(taken) + start, len(taken) + stop))
             self.pads += len(values) - (stop - start)
             taken.frombytes(values.astype(np.int32, copy=False).tobytes())
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and so missing
             numbers = logprobs.astype(np.float32)
         numbers[~np.isfinite(numbers) | (numbers <= CLAMPED_LOGPROB)] = np.nan
         self.logprobs.frombytes(numbers.tobytes())

@@ -120,6 +120,7 @@ def gae(rewards: Rewards, values: np.ndarray, gamma: float, lam: float) -> Gae:
     columns = np.arange(len(sampled)) - np.searchsorted(rows, rows)  # how many of its sample come before it
     n_rows = len(rewards.of_samples)
     n_columns = int(columns.max()) + 1
+    # A column more than any sample has: behind its last token a sample is worth 0.
     earned, value, inside = (np.zeros((n_rows, n_columns + 1)) for _ in range(3))
     earned[rows, columns] = rewards.at_tokens()[sampled]
     value[rows, columns] = values[sampled]

@@ -75,6 +75,7 @@ class LossInputs:
     def mean_of_sequences(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
         """The mean over each sequence's sampled tokens, at every token of it."""
         counts = self.sum_of_sequences(torch.ones_like(per_token))
+        # Where nothing of a sequence was sampled, 0 of 1.
         return self.sum_of_sequences(per_token) / counts.clamp(min=1.0)
 
     def of_each_sequence(self, per_token: Float[Tensor, "T"]) -> Float[Tensor, "S"]:

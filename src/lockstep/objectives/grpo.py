@@ -25,7 +25,7 @@ def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float, dual_clip: fl
     free = ratio * inputs.advantages
     held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * inputs.advantages
     kept = torch.minimum(free, held)
-    clipped = held < free
+    clipped = held < free  # there the clamped one is taken, which has no gradient
     if dual_clip != float("inf"):
         bound = dual_clip * inputs.advantages
         beyond = (inputs.advantages < 0) & (kept < bound)

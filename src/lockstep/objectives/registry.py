@@ -172,6 +172,7 @@ def _checked(
         ) from error
     said = type(found).__name__
     if isinstance(found, LossOutputs):
+        # Layer 5 asks for a loss without gradients too.
         if (
             found.loss.ndim == 0
             and found.loss.requires_grad == inputs.logprobs.requires_grad

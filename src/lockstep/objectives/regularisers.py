@@ -27,7 +27,7 @@ def kl(estimator: KlEstimator, now: Float[Tensor, "T"], reference: Float[Tensor,
     value = {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[estimator.removesuffix("+")]
     if not estimator.endswith("+"):
         return value
-    slope = d.square() / 2
+    slope = d.square() / 2  # the number is the estimate's, the gradient this one's
     return slope + (value - slope).detach()
 
 

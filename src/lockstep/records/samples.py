@@ -303,6 +303,7 @@ class Samples(Sequence[Sample]):
     def rescored(self, engine: Rescorer, temperature: float = 1.0) -> np.ndarray:
         """Score B of every token, float32 [ΣT], nats."""
         scores = engine.score(self.sequences, temperature)
+        # Of a sequence the first token has none: its completion's begin one place before the completion does.
         return np.concatenate([s[len(p) - 1 :] for s, p in zip(scores, self.prompts, strict=True)])
 
 
