@@ -105,6 +105,7 @@ def _campaign(
         refuse_no_directory(directory)
         make_directory(directory)
         journal = Journal(directory / "outcomes.jsonl", recipe)
+        # It may hold others too: of another --only.
         done = [outcome for outcome in journal.outcomes() if outcome.name in names]
         if done:
             console.say(f"{len(done)} of {len(names)} are in {journal.path} already")

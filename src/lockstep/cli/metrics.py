@@ -43,7 +43,7 @@ def metrics(
 def _system(asked: str | None) -> System | None:
     if asked is None:
         return None
-    for system in SYSTEMS:
+    for system in SYSTEMS:  # returned from there, so that it has their type
         if system == asked:
             return system
     raise UsageError(

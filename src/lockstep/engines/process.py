@@ -34,6 +34,7 @@ from lockstep.records.messages import Failure, Ready, Reply, Request
 R = TypeVar("R", bound=Reply)
 LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 LOG_READ_BYTES = 1 << 24
+"""Of a log's end: what ended an engine stands far above its last lines."""
 PREFIX, TEMPORARY = "lockstep-", "tmp"
 SHORT_PATH = 107 - len(f"/{PREFIX}12345678/{TEMPORARY}/") - 36
 """A Unix socket's path has at most 107 bytes; an engine names its own by UUIDs in its temporary directory."""

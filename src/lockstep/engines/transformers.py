@@ -155,7 +155,7 @@ class TransformersEngine(Engine):
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed + first)  # a prompt's next batch draws others
-            while True:
+            while True:  # once, but for loads over which the cache is computed anew
                 left = sampling.max_tokens - (ids.shape[1] - len(prompt))
                 ids = self.model.generate(
                     input_ids=ids,

@@ -44,6 +44,7 @@ class Turns:
 
     def boundary(self) -> None:
         """Between two tokens, by the thread that draws: loads in flight happen now."""
+        # Without the lock, at every token: a load that comes just now waits for the next boundary.
         if not self._in_flight:
             return
         with self._changed:

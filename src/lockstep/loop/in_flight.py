@@ -129,6 +129,7 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
     trainer = run.pair.trainer
     began = time.perf_counter()
     before = trainer.versions.before(rollouts, step, drawing_of(run))
+    # In the place of what is not audited stands the engine's own number, which is stored as no score.
     known = np.where(before.audited, before.logprobs, np.float32("nan"))
     scored = time.perf_counter()
     figures = {} if replayed else _replay(run, step, rollouts)
@@ -289,7 +290,7 @@ def _read(run: Run, newest: Any) -> tuple[State, Samples | None]:
 
 
 def _end_in_order(run: Run, flights: Flights) -> None:
-    """Save what is whole. Weights that an update was under way of are not: they are replayed instead."""
+    """Save the last step, unless the next was being trained or a sync is not proven: then it is replayed."""
     state = flights.schedule.state
     run.say(f"ending: what is being drawn has {DRAIN_S:g} s to end")
     flights.stop(DRAIN_S)

@@ -224,6 +224,7 @@ def _spec(
 
 
 def _refuse_long_prompt(recipe: Recipe, task: Task, renderer: Renderer) -> None:
+    # The first stands for all; a longer one the engine refuses when it is asked.
     length = len(renderer.prompt(task.messages(task.item(0))))
     needed = length + max(recipe.sampling.max_tokens, recipe.parity.probe_tokens)
     if needed > recipe.engine.max_model_len:

@@ -137,6 +137,7 @@ def _fault(sample: Sample, step: int, vocabulary: int) -> str:
         return f"token id {ids.min() if ids.min() < 0 else ids.max()}, of {vocabulary}"
     spans = sample.version_spans
     ends = [0, *(span.stop for span in spans)]
+    # Each begins where the one before it ended, none is empty, and the last ends with the tokens.
     tiled = [span.start for span in spans] == ends[:-1] and ends[-1] == n and sorted(set(ends)) == ends
     if not tiled or any(not 0 <= span.version <= step for span in spans):
         return f"{', '.join(map(str, spans)) or 'no version'} of {n} tokens"

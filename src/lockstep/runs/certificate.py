@@ -131,6 +131,7 @@ def whole_certificate(path: Path) -> Certificate:
     boundary = f"certificate {path}"
     try:
         content = path.read_bytes()
+        # First: of another schema the fields are others, and one of them would be told in its place.
         schema = msgspec.json.decode(content).get("schema")
         if schema != SCHEMA:
             raise RunError(boundary, got=f"schema {schema!r}", expected=SCHEMA, hint=HINT)

@@ -122,6 +122,7 @@ def read_manifest(path: Path) -> Manifest:
     if table.get("schema") != SCHEMA:
         raise RunError(f"manifest {path}", got=f"schema {table.get('schema')!r}", expected=SCHEMA, hint=hint)
     try:
+        # JSON's keys are text, and a logit bias has token ids.
         manifest = convert(exact(table), Manifest, str_keys=True)
     except ValidationError as error:
         raise RunError(f"manifest {path}", got=str(error), expected="a whole manifest", hint=hint) from error

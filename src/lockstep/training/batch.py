@@ -93,7 +93,7 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
             recipe.objective.aggregation,
             recipe.sampling.max_tokens * recipe.task.turns,
         )
-        if learned.any()
+        if learned.any()  # where every completion was cut there is nothing to weigh, which is no error
         else np.zeros(len(learned), np.float32),
         "loss_mask": loss_mask,
         "sequence_ids": samples.owners,

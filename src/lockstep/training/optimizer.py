@@ -88,7 +88,7 @@ class MasterAdamW:
         parts = [part for part in (self.masters[: self._n_own], self.masters[self._n_own :]) if part]
         # The model's is the one that is told.
         norm, *_ = [float(whole(nn.utils.clip_grad_norm_(part, self.config.max_grad_norm))) for part in parts]
-        if not norm < float("inf"):
+        if not norm < float("inf"):  # a NaN is not less
             raise DivergenceError(
                 "optimizer step",
                 got=f"gradient norm {norm}",

@@ -55,6 +55,7 @@ def exactly(report: Path, lock: Path) -> str:
         name, version = item["metadata"]["name"], item["metadata"]["version"]
         file = item["download_info"]["url"].rpartition("/")[2]
         digest = _digest(item)
+        # A build's own mark (+cpu) is in no lock.
         hashes = known.get((plain_name(name), version.partition("+")[0]), frozenset())
         if digest not in hashes:
             raise InstallError(

@@ -130,7 +130,7 @@ class _Build:
         """Every step that is not done yet, then the smoke test, then the marker."""
         (self.path / MARKER).unlink(missing_ok=True)
         done = self._done()
-        if not done:
+        if not done:  # nothing, or another recipe's, which ``--clear`` takes away
             self.log.unlink(missing_ok=True)
             self._step(1, "virtual environment", [sys.executable, "-m", "venv", "--clear", str(self.path)])
             self._note(done := ["venv"])

@@ -94,6 +94,7 @@ class _Needed(NamedTuple):
 
 
 def _needed_versions(elf: bytes) -> Iterator[_Needed]:
+    # e_shoff, e_shentsize and e_shnum; of a section 1 is its type, 4 where it lies, 6 which strings it names.
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     size, count = struct.unpack_from("<HH", elf, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * size) for i in range(count)]
@@ -104,6 +105,7 @@ def _needed_versions(elf: bytes) -> Iterator[_Needed]:
         need = section[4]
         more = 1
         while more:
+            # Elf64_Verneed, one for each library; below it an Elf64_Vernaux for each of its versions.
             _, entries, _, first, more = struct.unpack_from("<HHIII", elf, need)
             entry = need + first
             for _ in range(entries):
@@ -114,6 +116,7 @@ def _needed_versions(elf: bytes) -> Iterator[_Needed]:
 
 
 def _elf_hash(name: str) -> int:
+    """System V's."""
     value = 0
     for byte in name.encode():
         value = (value << 4) + byte

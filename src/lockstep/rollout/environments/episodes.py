@@ -94,7 +94,7 @@ class EpisodeContext:
         episode.row.sampled(completion)
         episode.answer = text = self.renderer.text(np.frombuffer(completion.token_ids, INT32))
         episode.turns += 1
-        if completion.finish_reason != "stop":
+        if completion.finish_reason != "stop":  # cut off: a call that may be in it is not carried out
             return False
         said, in_vain = self.environments.answers(episode.environment, text)
         if not said:
@@ -109,6 +109,7 @@ class EpisodeContext:
         if over or episode.turns == self.recipe.task.max_turns:
             return False
         whole = self._next_prompt(episode, episode.messages[-len(said) :])
+        # A turn that might have no room to end is not begun.
         if len(whole) + self.recipe.sampling.max_tokens > self.recipe.engine.max_model_len:
             return False
         episode.row.continued(whole, f"environment {self.environments.name}, next_prompt")

@@ -135,6 +135,7 @@ class Environments:
             there = ", ".join(self._tool_names) or "nothing"
             return Answer(f"error: there is no {call.name}; there is {there}", in_vain=True)
         tool = getattr(environment, call.name)
+        # Beforehand, so that a TypeError in the tool itself is told as what the tool raised.
         try:
             inspect.signature(tool).bind(*call.positional, **call.arguments)
         except TypeError as error:

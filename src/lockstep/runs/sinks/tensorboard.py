@@ -42,6 +42,7 @@ class TensorBoardSink:
         """A text under the verdict's layer."""
         verdict = record.verdict
         said = f"**{verdict.status}** {record.when}: {verdict.summary or verdict.reason}"
+        # A verdict has no step of its own: it stands at the last that was told.
         self._say(f"verdict/{verdict.layer}", self._step, said)
 
     def alarm(self, alarm: Alarm) -> None:

@@ -41,6 +41,7 @@ class WandbSink:
         """A table."""
         rows = [list(row) for row in completions.rows]
         made = self._wandb.Table(columns=list(completions.columns), data=rows)
+        # The step's figures come after it, and commit.
         self._opened().log({"completions": made}, step=completions.step, commit=False)
 
     def _opened(self) -> Any:
