@@ -37,6 +37,7 @@ class Canary:
     def of(cls, sampled: Samples, n_tokens: int) -> "Canary":
         """The last tokens of sampled sequences, about ``n_tokens`` in all."""
         n = min(len(sampled.sequences), max(1, n_tokens // SEQUENCE_TOKENS))
+        # One more of each, which is its prompt.
         chosen = [ids[-(n_tokens // n + 1) :] for ids in sampled.sequences[:n]]
         return cls([Group(ids[:1], [ids[1:]]) for ids in chosen])
 

@@ -72,7 +72,8 @@ class Missing:
         """How many more tokens like these a proof needs where all of the update arrived."""
         if not np.isfinite(self.error):
             return self.n_tokens
-        wanted = (2.0 * self.error) ** 2 * self.n_tokens
+        # The error goes with the root of their number, and has to come down to that part.
+        wanted = (self.error / DELIVERED_PROVEN) ** 2 * self.n_tokens
         return max(0, int(np.ceil(wanted)) - self.n_tokens)
 
     def told(self) -> str:

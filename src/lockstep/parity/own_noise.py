@@ -99,8 +99,10 @@ class OwnNoise:
 
     def widths(self, logprobs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Of the gap at each token, nats, float64 [T]."""
-        # Two computations that round independently.
+        # Two computations that round independently. A temperature below 1 stretches logits, and their noise;
+        # what one above 1 takes off is left in: wider refuses less.
         both = np.hypot(self.engine, self.trainer) / min(1.0, temperature)
+        # By about what log p was at T = 1, where the bins were measured.
         bins = np.searchsorted(self.edges, np.asarray(logprobs, np.float64) * max(1e-9, temperature))
         return np.maximum(both[bins] * _unlikely(logprobs), np.finfo(np.float32).eps)
 

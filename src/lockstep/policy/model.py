@@ -100,6 +100,7 @@ class Policy:
                     hint="--set objective.name=grpo",
                 )
             return pack(groups, max_tokens, whole_groups=True)
+        # 0: a block that is longer gets a row of its own, and each is.
         return pack(groups, max_tokens if share else 0, share_prompts=share)
 
     @torch.no_grad()

@@ -47,8 +47,8 @@ def slopes(
     found = []
     with torch.enable_grad(), _requiring_grad(chosen):
         for number in sorted(set(owners.tolist())):
-            # One row for the whole completion: its tokens share the forward pass, and each has a backward
-            # pass of its own.
+            # One row, however long, for the whole completion: its tokens share the forward pass, and each
+            # has a backward pass of its own.
             (row,) = policy.rows([groups[number]], 1 << 20)
             logprobs = policy.scores(row.to(policy.device), temperature).logprobs
             for token in tokens[owners == number].tolist():

@@ -229,6 +229,7 @@ class Configured:
             ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError
         ):
             model: Any = type(policy.model)(config).eval()
+            # Assigned: over the very tensors, of which a copy would be a second model in memory.
             model.load_state_dict(policy.model.state_dict(), strict=False, assign=True)
             return _over(policy, model)
         names = ", ".join(".".join(path) for path in self.settings)
@@ -292,7 +293,7 @@ def _over(policy: Policy, model: Any) -> Policy:
 
 def _by_largest(weight: Tensor, levels: float) -> Tensor:
     """Rounded to whole steps, of which ``levels`` reach the largest number of a row."""
-    step = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
+    step = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels  # of a row of zeros: not 0 / 0
     return (weight / step).round() * step
 
 
