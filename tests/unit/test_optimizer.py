@@ -135,3 +135,16 @@ def test_a_state_of_before_the_first_step_is_put_back_too():
     resumed.restore(optimizer.state())
     assert stepped(model, optimizer, range(3)) == stepped(fresh, resumed, range(3))
     assert torch.equal(model.a, fresh.a)
+
+
+def test_a_value_heads_gradient_that_is_no_number_is_refused_and_moves_nothing():
+    model, head = Model(torch.float32), nn.Linear(8, 1)
+    optimizer = MasterAdamW(model, CONFIG, beside=head, beside_lr=1e-3)
+    before = [tensor.detach().clone() for tensor in (*model.parameters(), *head.parameters())]
+    for parameter in (model.a, model.b, *head.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    head.weight.grad[0, 0] = float("nan")
+    with pytest.raises(DivergenceError, match="optimizer step, value head: got gradient norm nan"):
+        optimizer.step(0)
+    after = (*model.parameters(), *head.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))

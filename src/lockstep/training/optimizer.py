@@ -76,7 +76,7 @@ class MasterAdamW:
         return self.config.lr * self._share(update)
 
     def step(self, update: int) -> float:
-        """Clip, update, clear the gradients. Returns the gradient's norm before clipping.
+        """Clip, update, clear the gradients. Returns the norm of the model's gradient before clipping.
 
         Raises:
             DivergenceError: for a non-finite norm; the weights are left as they were.
@@ -85,16 +85,20 @@ class MasterAdamW:
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
         # Each group by its own norm: a value head's is no measure of the model's.
-        parts = [part for part in (self.masters[: self._n_own], self.masters[self._n_own :]) if part]
-        # The model's is the one that is told.
-        norm, *_ = [float(whole(nn.utils.clip_grad_norm_(part, self.config.max_grad_norm))) for part in parts]
-        if not norm < float("inf"):  # a NaN is not less
-            raise DivergenceError(
-                "optimizer step",
-                got=f"gradient norm {norm}",
-                expected="a finite number",
-                hint="lower optimizer.lr; look at rollouts/",
-            )
+        parts = {"model": self.masters[: self._n_own], "value head": self.masters[self._n_own :]}
+        norms = {
+            name: float(whole(nn.utils.clip_grad_norm_(part, self.config.max_grad_norm)))
+            for name, part in parts.items()
+            if part
+        }
+        for name, norm in norms.items():
+            if not norm < float("inf"):  # a NaN is not less
+                raise DivergenceError(
+                    f"optimizer step, {name}",
+                    got=f"gradient norm {norm}",
+                    expected="a finite number",
+                    hint="lower optimizer.lr; look at rollouts/",
+                )
         for group, base in zip(self._adamw.param_groups, self._bases, strict=True):
             group["lr"] = base * self._share(update)
         self._adamw.step()
@@ -103,7 +107,7 @@ class MasterAdamW:
                 if master is not parameter:
                     parameter.copy_(master)
         self.forget_gradients()
-        return norm
+        return norms["model"]
 
     def forget_gradients(self) -> None:
         """Drop what has added up in the parameters and their masters."""
