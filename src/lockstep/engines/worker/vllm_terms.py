@@ -57,6 +57,8 @@ class Ended(NamedTuple):
     """Its last."""
     switches: list[tuple[int, VersionSpan]]
     """Where the weights changed under it: of which sample, and the switch."""
+    version: int
+    """That it began under."""
 
 
 class VllmWorker(ABC):
@@ -91,7 +93,6 @@ class VllmWorker(ABC):
     async def sample(self, request: Draw) -> list[Completion]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         prompts = [unpack_ids(prompt) for prompt in request.prompts]
-        version = self.version
         of = request.id
         checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
         asked = [self.params(params) for params in request.params]
@@ -100,7 +101,7 @@ class VllmWorker(ABC):
             completion_of(
                 index, o, tiled([s for at, s in switches if at == o.index], version, len(o.token_ids))
             )
-            for index, (output, switches) in enumerate(named)
+            for index, (output, switches, version) in enumerate(named)
             for o in sorted(output.outputs, key=lambda o: o.index)
         ]
 
@@ -159,10 +160,20 @@ class VllmWorker(ABC):
         name = f"r{self._requests}"
         self.in_flight[name] = of
         try:
-            return Ended(await self.generate(name, ids, params), self._switches.get(name, []))
+            version = await self.let_in(name)
+            output = await self.generate(name, ids, params)
+            return Ended(output, self._switches.get(name, []), version)
         finally:
-            self.in_flight.pop(name, None)
-            self._switches.pop(name, None)
+            self.left(name)
+
+    async def let_in(self, name: str) -> int:
+        """The version that a request begins under; it waits where it may not begin yet."""
+        return self.version
+
+    def left(self, name: str) -> None:
+        """A request has ended, or failed; also one that was not let in."""
+        self.in_flight.pop(name, None)
+        self._switches.pop(name, None)
 
     def receipt(self, loaded: dict[str, Any], cleared: bool, began: float) -> LoadReceipt:
         """What was loaded, as ``version``, since ``began`` on the performance counter."""

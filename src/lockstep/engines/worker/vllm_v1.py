@@ -9,11 +9,14 @@ environment.
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lockstep.engines.worker import vllm_asked as asked
 from lockstep.engines.worker import vllm_terms as terms
 from lockstep.engines.worker.server import BadRequestError
+from lockstep.engines.worker.vllm_begun import Begun
 from lockstep.engines.worker.vllm_nccl import NcclReceiver
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready
@@ -59,6 +62,7 @@ class V1Worker(terms.VllmWorker):
         self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=silent, **quiet)
         self.vllm_config = self.llm.vllm_config
         self.pause = asked.pause_of(self.llm)
+        self._begun = Begun(self.llm.output_processor)
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         terms.refuse_other_head(self.config, self.inside)
@@ -124,6 +128,14 @@ class V1Worker(terms.VllmWorker):
         path = None if offer else terms.checked_path(self.config, request)
         began = time.perf_counter()
         keep = request.mode == "keep"
+        async with self._begun.all_begun() if keep else nullcontext():
+            loaded, cleared = await self._exchanged(request, path)
+        return self.receipt(loaded, cleared, began)
+
+    async def _exchanged(self, request: Load, path: Path | None) -> tuple[dict[str, Any], bool]:
+        """What was loaded, and whether the prefix cache is empty since."""
+        offer = request.update.nccl
+        keep = request.mode == "keep"
         # The pause ends at a step's boundary: no forward pass reads weights of two versions.
         await self._pause(request.mode)
         try:
@@ -149,7 +161,7 @@ class V1Worker(terms.VllmWorker):
             # After an error too: requests that are held would wait for ever, and nobody would be told why.
             if self.pause != "none":
                 await self.llm.resume_generation()
-        return self.receipt(loaded, cleared is not False, began)
+        return loaded, cleared is not False
 
     async def _pause(self, mode: LoadMode) -> None:
         """Before a load: where the version has no pause, the server let requests end, and holds new ones."""
@@ -185,6 +197,16 @@ class V1Worker(terms.VllmWorker):
         async for output in self.llm.generate(prompt, params.clone(), name):
             last = output
         return last
+
+    async def let_in(self, name: str) -> int:
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
+        await self._begun.let_in(name)
+        return self.version
+
+    def left(self, name: str) -> None:
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
+        super().left(name)
+        self._begun.left(name)
 
 
 if __name__ == "__main__":
