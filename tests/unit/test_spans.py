@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import DynamicCache
 
 from lockstep.parity import spans
@@ -58,7 +59,8 @@ def _decoded(trainer, tiled, kept, seed, n_prompt):
     model = trainer.policy_of_test.model
     now = trainer.snapshot()
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, 90, (n_prompt,), generator=generator)
+    # One for all seeds: completions of a prompt are replayed side by side.
+    prompt = torch.randint(3, 90, (n_prompt,), generator=torch.Generator().manual_seed(0))
     ids = prompt.tolist()
     numbers = []
     cache = DynamicCache()
@@ -107,6 +109,17 @@ def test_each_piece_is_scored_as_a_slow_decode_draws_it(trainer, kept):
     (wrong,) = trainer.versions.piecewise([sample], NOW, 1.0, kept=not kept)
     assert np.abs(right - sample.engine_logprobs).max() <= EXACT_NATS
     assert np.abs(wrong - sample.engine_logprobs).max() > APART_NATS
+
+
+def test_completions_of_all_shapes_are_replayed_side_by_side_as_each_alone(trainer):
+    shorter = (*SPANS[:-1], replace(SPANS[-1], stop=SPANS[-1].stop - 2))
+    moved = (replace(SPANS[0], stop=1), replace(SPANS[1], start=1), *SPANS[2:])
+    shapes = [SPANS, shorter, moved, SPANS, shorter, SPANS[:1]]
+    samples = [decoded(trainer, tiled, True, seed) for seed, tiled in enumerate(shapes)]
+    samples.append(decoded(trainer, SPANS, True, 9, n_prompt=7))
+    together = trainer.versions.piecewise(samples, NOW, 1.0, kept=True)
+    for sample, numbers in zip(samples, together, strict=True):
+        assert np.abs(numbers - sample.engine_logprobs).max() <= EXACT_NATS
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["keep", "recompute"])
