@@ -14,16 +14,12 @@ import torch
 from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, logprobs_of
 
 from lockstep.config.recipe import Model, Recipe, TaskConfig, Training, load_recipe
-from lockstep.deep.switch import replay_switch
 from lockstep.engines.audit import audit
 from lockstep.errors import CapabilityError, EngineError, UsageError
 from lockstep.faults.at_load import AtLoad
-from lockstep.parity import pair as pairs
 from lockstep.parity.explain.semantics.hypotheses import fits
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair
-from lockstep.parity.perturbation import PROBE_VERSION, perturbed
-from lockstep.parity.spans import Claim, Replay
 from lockstep.policy.pretrained import resolve_model
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.messages import MAX_FRAME_BYTES, Score, decode_reply, encode
@@ -316,52 +312,6 @@ def test_the_ladder_over_http_judges_what_it_can(side):
     verdicts = climb(pair).verdicts
     assert [v.status for v in verdicts] == ["PASS", "PASS", "NOT_RUN", "PASS", "PASS"], verdicts
     assert "takes no weights" in verdicts[2].reason
-
-
-def test_an_update_in_flight_is_proven_by_piecewise_replay(side):
-    capability = side.engine.ready.capabilities["pause_keep"]
-    if not capability.supported:
-        pytest.skip(f"NOT_RUN: {capability.how}")
-    if side.name == "transformers":
-        pytest.skip("NOT_RUN: one prompt at a time takes minutes here; on a tiny model in tests/faults")
-    recipe = load_recipe(QUICKSTART, ["engine.max_model_len=256"])
-    model = resolve_model(MODEL)
-    pair = Pair(side.engine, side.trainer, Renderer(model), Task(recipe.task, 0), recipe)
-    found = None
-    for mode in ("keep", "recompute"):
-        found = replay_switch(pair, mode, found and found.undisturbed_s)
-        assert found.n_spanning >= 3
-        # 1.1e-4 on a CPU without AVX-512, 1/100 of the wrong one.
-        assert max(found.before.max(), found.right.max()) <= EXACT_NATS
-        assert found.wrong.max() > 1e-2
-
-
-@pytest.mark.parametrize("after_s", [0.1, 0.2])
-def test_a_prompt_that_is_read_when_an_update_comes_is_of_one_version(side, after_s):
-    """Prompts share a prefix: new weights must not read on over what the old ones left in caches."""
-    capability = side.engine.ready.capabilities["pause_keep"]
-    if not capability.supported:
-        pytest.skip(f"NOT_RUN: {capability.how}")
-    if side.name == "transformers":
-        pytest.skip("NOT_RUN: a group at a time, each with its own cache")
-    recipe = load_recipe(QUICKSTART, ["engine.max_model_len=256"])
-    pair = Pair(side.engine, side.trainer, Renderer(resolve_model(MODEL)), Task(recipe.task, 0), recipe)
-    rng = np.random.default_rng(3)
-    prefix = rng.integers(1000, 40_000, 96)
-    prompts = [np.r_[prefix, tail].astype(np.int32) for tail in rng.integers(1000, 40_000, (32, 24))]
-    noise = perturbed(pair)
-    try:
-        with pair.trainer.holding(noise), ThreadPoolExecutor(1) as pool:
-            drawn = pool.submit(pairs.draw, pair, prompts, SamplingParams(max_tokens=12), 11)
-            time.sleep(after_s)
-            pair.sync(PROBE_VERSION, "keep")
-            samples = drawn.result()
-            versions = pair.trainer.versions_of({pair.version: noise.before})
-            replay = Replay(pair, versions, PROBE_VERSION, samples.temperature)
-            gaps = [replay.gap(s, Claim("", s.version_spans, kept=True)).max() for s in samples]
-    finally:
-        pair.sync(pair.version)
-    assert max(gaps) <= EXACT_NATS, sorted(gaps)[-5:]
 
 
 def test_the_worker_outlives_10000_malformed_frames(side):

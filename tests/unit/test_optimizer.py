@@ -138,7 +138,8 @@ def test_a_state_of_before_the_first_step_is_put_back_too():
 
 
 def test_a_value_heads_gradient_that_is_no_number_is_refused_and_moves_nothing():
-    model, head = Model(torch.float32), nn.Linear(8, 1)
+    model = Model(torch.float32)
+    head = nn.Linear(8, 1)
     optimizer = MasterAdamW(model, CONFIG, beside=head, beside_lr=1e-3)
     before = [tensor.detach().clone() for tensor in (*model.parameters(), *head.parameters())]
     for parameter in (model.a, model.b, *head.parameters()):
