@@ -145,15 +145,14 @@ def train(
     """
     loaded, layout = _run_of(recipe, out, resume, resume_unfinished=resume_unfinished)
     start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env)
-    from lockstep.loop.open import preflight
+    from lockstep.loop.open import preflight, wait_asleep
     from lockstep.runs.layout import new_run
     from lockstep.runs.manifest import finished
     from lockstep.runs.read import open_run
-    from lockstep.runs.record import refuse_unknown_sinks
     from lockstep.summary import summarise
 
-    refuse_unknown_sinks(loaded.recording.sinks)
     preflight(loaded, api_key_env)
+    wait_asleep(loaded, say)
     resumed = layout is not None
     layout = layout or new_run(Path(out) if out is not None else None)
     named = layout.root

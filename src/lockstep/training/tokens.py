@@ -9,7 +9,7 @@ from torch import Tensor
 from lockstep.config.recipe import Objective
 from lockstep.metrics.reduce import kl_k3, policy_figures
 from lockstep.objectives.base import LossInputs, LossOutputs
-from lockstep.objectives.corrections import Correction
+from lockstep.objectives.corrections.base import Correction
 
 
 @dataclass

@@ -29,18 +29,3 @@ On a certified pair at equal versions a gap is small and not 0, and so:
 The last is not met in bf16: of gaps of 0.03 nats a token that err to both sides, a sequence of 100 tokens has
 a mean beyond 1.0e-3 three times in four, and the published bounds then leave it out: they are for fp32.
 """
-
-from dataclasses import dataclass
-
-from jaxtyping import Float
-from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """What a correction made of each token."""
-
-    weights: Float[Tensor, "T"]
-    """The factor; 0: masked."""
-    uncut: Float[Tensor, "T"]
-    """What it would be without bounds."""

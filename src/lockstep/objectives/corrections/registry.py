@@ -10,7 +10,7 @@ from lockstep.errors import RecipeError
 
 if TYPE_CHECKING:
     from lockstep.objectives.base import LossInputs
-    from lockstep.objectives.corrections import Correction
+    from lockstep.objectives.corrections.base import Correction
 
 
 @dataclass(frozen=True)

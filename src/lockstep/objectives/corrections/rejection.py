@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lockstep.objectives.base import LossInputs
-from lockstep.objectives.corrections import Correction
+from lockstep.objectives.corrections.base import Correction
 
 
 def masked_is(inputs: LossInputs, low: float, high: float) -> Correction:

@@ -6,7 +6,7 @@ Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Train
 import torch
 
 from lockstep.objectives.base import LossInputs
-from lockstep.objectives.corrections import Correction
+from lockstep.objectives.corrections.base import Correction
 
 
 def tis(inputs: LossInputs, low: float, high: float) -> Correction:
