@@ -221,6 +221,7 @@ def main() -> None:
             "seconds": time.perf_counter() - began,
         }
         settings = {name: str(value) for name, value in vars(args).items() if name not in ("one", "out")}
+        settings["recipe"] = Path(args.recipe).name
         document = {"schema": "lockstep.bench.in_flight/2", **machine, "settings": settings, "rows": table}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(document, indent=1) + "\n")

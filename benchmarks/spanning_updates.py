@@ -45,7 +45,7 @@ def figures_of(run: Path) -> dict[str, Any]:
     records = read_verdicts(run / "verdicts.jsonl")
     replays = [record.verdict for record in records if isinstance(record.when, InFlight)]
     told = {
-        name: [verdict.figures[name] for verdict in replays]
+        name: [verdict.figures[name] for verdict in replays if name in verdict.figures]
         for name in ("replay_gap_abs_max_nats", "replay_other_cache_abs_max_nats", "told_apart")
     }
     step_s = sum(step["step_s"] for step in steps)
@@ -55,6 +55,7 @@ def figures_of(run: Path) -> dict[str, Any]:
         "replays_passed": sum(verdict.status == "PASS" for verdict in replays),
         "replay_gap_abs_max_nats": max(told["replay_gap_abs_max_nats"], default=None),
         "other_cache_gap_abs_max_nats": sorted(told["replay_other_cache_abs_max_nats"]),
+        "replays_with_power": len(told["told_apart"]),
         "updates_told_apart": sum(told["told_apart"]),
         "tokens": sum(step["n_tokens"] for step in steps),
         "gap_abs_max_nats": max(step["gap_abs_max_nats"] for step in steps),

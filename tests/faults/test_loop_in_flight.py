@@ -91,7 +91,8 @@ def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(
     records = read_verdicts(found.verdicts)
     assert all(record.verdict.status == "PASS" for record in records)
     replays = [record.verdict for record in records if isinstance(record.when, InFlight)]
-    assert max(verdict.figures["told_apart"] for verdict in replays) == 1.0
+    assert replays[0].figures["told_apart"] == 1.0
+    assert "told_apart" not in replays[1].figures, "one replay in ten is done over the other cache too"
     assert shown == list(range(STEPS)), "what is drawn in flight is shown to people too"
 
 

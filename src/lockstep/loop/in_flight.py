@@ -46,6 +46,8 @@ from lockstep.weights.sync import threads
 
 T = TypeVar("T")
 DRAIN_S = 5.0
+POWER_EVERY = 10
+"""Replays of which one is done over the other cache too, which says whether that would have shown."""
 SCHEMA_LEDGER = "lockstep.ledger/1"
 
 
@@ -169,7 +171,9 @@ def _replay(run: Run, step: int, rollouts: Samples) -> dict[str, float]:
         if not entered:
             continue
         seen |= entered
-        verdict = spans.judge(replay, sample, kept=run.recipe.rollout.update == "keep")
+        kept = run.recipe.rollout.update == "keep"
+        verdict = spans.judge(replay, sample, kept=kept, power=run.replays % POWER_EVERY == 0)
+        run.replays += 1
         run.recorder.verdict(InFlight(max(entered)), verdict)
         if verdict.status != "PASS":
             store.refuse(run.layout, step)

@@ -41,6 +41,8 @@ class Run:
     """Signs the certificate where the user gave one (``runs/signature.py``)."""
     restarts: int = 0
     """Engines that were started in the place of one that died."""
+    replays: int = 0
+    """Sequences across an update that were replayed since the start."""
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
     """While it is entered the engine draws nothing for the loop: other weights may be loaded."""
 
