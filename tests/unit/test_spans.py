@@ -166,6 +166,21 @@ def test_a_clean_sequence_passes_and_says_that_it_would_have_shown(pair, kept):
     assert verdict.figures["replay_other_cache_abs_max_nats"] > APART_NATS
 
 
+def test_known_scores_need_no_pass_and_are_judged_alike(pair, monkeypatch):
+    sample = decoded(pair.trainer, SPANS, True)
+    replay = spans.Replay.of(pair, NOW)
+    (known,) = pair.trainer.versions.piecewise([sample], NOW, 1.0, kept=True)
+    part = np.where(np.arange(len(known)) < 4, np.nan, known)
+    passed = [spans.judge(replay, sample, kept=True, power=False, scores=s) for s in (None, known, part)]
+    assert passed[0] == passed[1] == passed[2]
+    assert "told_apart" not in passed[0].figures
+    broken = known.copy()
+    broken[7] += np.float32(0.01)
+    assert spans.judge(replay, sample, kept=True, scores=broken).status == "FAIL"
+    monkeypatch.setattr(spans.Replay, "gap", None)
+    spans.judge(replay, sample, kept=True, power=False, scores=known)
+
+
 def moved(sample):
     first, second, *rest = sample.version_spans
     edge = first.stop + 1

@@ -134,7 +134,7 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
     # In the place of what is not audited stands the engine's own number, which is stored as no score.
     known = np.where(before.audited, before.logprobs, np.float32("nan"))
     scored = time.perf_counter()
-    figures = {} if replayed else _replay(run, step, rollouts)
+    figures = {} if replayed else _replay(run, step, rollouts, known)
     figures |= {"earlier_s": scored - began, "replay_s": time.perf_counter() - scored}
     trainer.versions.remember(step)  # only now: the oldest version goes
     if not replayed:
@@ -155,8 +155,11 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
     )
 
 
-def _replay(run: Run, step: int, rollouts: Samples) -> dict[str, float]:
+def _replay(run: Run, step: int, rollouts: Samples, known: np.ndarray) -> dict[str, float]:
     """One sequence across each update of the step, piece by piece; what does not fit stops the run, named.
+
+    Args:
+        known: the trainer's scores of each token under the version that drew it, float32 [ΣT]; NaN: not yet.
 
     Raises:
         WeightSyncError: names cache rule, span or version.
@@ -166,13 +169,17 @@ def _replay(run: Run, step: int, rollouts: Samples) -> dict[str, float]:
         return figures  # numbers that the ladder refused are no others' measure
     seen: set[int] = set()
     replay = spans.Replay.of(run.pair, step)
-    for sample in rollouts:
+    scores = np.split(known, np.cumsum([len(sample.token_ids) for sample in rollouts])[:-1])
+    # First those that need no pass of their own: the clip's denominator has them scored piece by piece.
+    for row in sorted(range(len(rollouts)), key=lambda row: bool(np.isnan(scores[row]).any())):
+        sample = rollouts[row]
         entered = {span.version for span in sample.version_spans[1:]} - seen
         if not entered:
             continue
         seen |= entered
         kept = run.recipe.rollout.update == "keep"
-        verdict = spans.judge(replay, sample, kept=kept, power=run.replays % POWER_EVERY == 0)
+        power = run.replays % POWER_EVERY == 0
+        verdict = spans.judge(replay, sample, kept=kept, power=power, scores=scores[row])
         run.replays += 1
         run.recorder.verdict(InFlight(max(entered)), verdict)
         if verdict.status != "PASS":

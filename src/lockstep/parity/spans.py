@@ -81,16 +81,20 @@ class Replay:
         return next((other.what for other in fits), "no cache rule, span or version nearby fits")
 
 
-def judge(replay: Replay, sample: Sample, *, kept: bool, power: bool = True) -> Verdict:
+def judge(
+    replay: Replay, sample: Sample, *, kept: bool, power: bool = True, scores: np.ndarray | None = None
+) -> Verdict:
     """Replay one spanning sequence as the engine and the run's update rule say, or name what fits instead.
 
     Args:
         kept: the rule of the run (``rollout.update = "keep"``).
         power: replay it over the other cache too: would that have shown?
+        scores: of the sequence under just that claim, float32 [T], where they are known; NaN: they are not.
     """
     pair = replay.pair
     claimed = Claim("", sample.version_spans, kept)
-    gap = replay.gap(sample, claimed)
+    known = scores is not None and not np.isnan(scores).any()
+    gap = np.abs(scores - sample.engine_logprobs) if known else replay.gap(sample, claimed)
     shape = " then ".join(f"{span.version} for {span.stop - span.start}" for span in sample.version_spans)
     where = f"question {sample.item}, sample {sample.sample}, drawn by version {shape} tokens"
     figures = {"replay_gap_abs_max_nats": float(gap.max())}
