@@ -3,7 +3,7 @@
 import asyncio
 from types import SimpleNamespace
 
-from lockstep.engines.worker.vllm_begun import Begun
+from lockstep.engines.worker.vllm_begun import FirstTokens
 
 
 class Processor:
@@ -29,7 +29,7 @@ async def turns(n=3):
 def test_an_update_waits_for_the_first_token_of_every_sample_and_requests_for_the_update():
     async def scenario():
         processor = Processor()
-        begun = Begun(processor)
+        begun = FirstTokens(processor)
         log = []
 
         async def update():
@@ -64,7 +64,7 @@ def test_an_update_waits_for_the_first_token_of_every_sample_and_requests_for_th
 
 def test_a_request_that_ends_or_fails_holds_up_no_update():
     async def scenario():
-        begun = Begun(Processor())
+        begun = FirstTokens(Processor())
         await begun.let_in("r1")
 
         async def update():

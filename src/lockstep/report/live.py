@@ -153,7 +153,7 @@ def _stat(path: Path) -> object:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-class _Server(socketserver.ThreadingTCPServer):
+class _Loopback(socketserver.ThreadingTCPServer):
     """Not ``http.server``'s own class, which asks the DNS for this machine's name."""
 
     allow_reuse_address = True
@@ -232,7 +232,7 @@ def serving(followed: Followed, port: int = 0) -> Iterator[str]:
         UsageError: for a port that cannot be had.
     """
     try:
-        server = _Server(followed, port)
+        server = _Loopback(followed, port)
     except OSError as error:
         got = error.strerror or str(error)
         raise UsageError(f"flag --port {port}", got=got, expected="a free port", hint="--port 0") from error

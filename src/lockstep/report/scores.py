@@ -23,7 +23,7 @@ AT_ONE = "at T = 1"
 NOT_MEASURED = "not measured"
 
 
-class Pair(NamedTuple):
+class ScorePair(NamedTuple):
     """Two scores, or one against itself."""
 
     scores: str
@@ -36,23 +36,25 @@ class Pair(NamedTuple):
 
 
 PAIRS = (
-    Pair(
+    ScorePair(
         "A, B",
         "path",
         "decode_vs_prefill",
         "decode_vs_prefill_n_tokens",
         f"{AT_ONE}, and as the recipe samples where the engine can",
     ),
-    Pair("A, C", "numerics", "gap", "n_tokens", "as the recipe samples"),
-    Pair("A, D", "numerics", "engine_to_reference", "neutral_n_tokens", AT_ONE),
-    Pair("B, C", "numerics", "rescore_to_trainer", "neutral_n_tokens", AT_ONE),
-    Pair("B, D", "numerics", "rescore_to_reference", "neutral_n_tokens", AT_ONE),
-    Pair("C, D", "numerics", "trainer_to_reference", "neutral_n_tokens", AT_ONE),
+    ScorePair("A, C", "numerics", "gap", "n_tokens", "as the recipe samples"),
+    ScorePair("A, D", "numerics", "engine_to_reference", "neutral_n_tokens", AT_ONE),
+    ScorePair("B, C", "numerics", "rescore_to_trainer", "neutral_n_tokens", AT_ONE),
+    ScorePair("B, D", "numerics", "rescore_to_reference", "neutral_n_tokens", AT_ONE),
+    ScorePair("C, D", "numerics", "trainer_to_reference", "neutral_n_tokens", AT_ONE),
 )
 FLOORS = (
-    Pair("B, B", "path", "batch_composition", "batch_composition_n_tokens", "together; alone, last first"),
-    Pair("C, C", "numerics", "floor_trainer_repeat", "", "the same rows twice"),
-    Pair("C, C", "numerics", "floor_trainer", "", "together; each in a row of its own"),
+    ScorePair(
+        "B, B", "path", "batch_composition", "batch_composition_n_tokens", "together; alone, last first"
+    ),
+    ScorePair("C, C", "numerics", "floor_trainer_repeat", "", "the same rows twice"),
+    ScorePair("C, C", "numerics", "floor_trainer", "", "together; each in a row of its own"),
 )
 
 
@@ -86,7 +88,7 @@ def _figure(by_layer: Mapping[LayerName, Verdict], layer: LayerName, name: str) 
     return float(value) if isinstance(value, int | float) else None
 
 
-def _gaps(by_layer: Mapping[LayerName, Verdict], pair: Pair) -> dict[str, float]:
+def _gaps(by_layer: Mapping[LayerName, Verdict], pair: ScorePair) -> dict[str, float]:
     """The quantiles that were stored."""
     found = {q: _figure(by_layer, pair.layer, f"{pair.prefix}_abs_{q}_nats") for q in QUANTILES}
     if pair.scores == "B, C" and found["p50"] is None and _gaps(by_layer, PAIRS[0]):
@@ -95,7 +97,7 @@ def _gaps(by_layer: Mapping[LayerName, Verdict], pair: Pair) -> dict[str, float]
     return {q: value for q, value in found.items() if value is not None}
 
 
-def _why(by_layer: Mapping[LayerName, Verdict], pair: Pair) -> str:
+def _why(by_layer: Mapping[LayerName, Verdict], pair: ScorePair) -> str:
     """Why a pair has no figures."""
     # Score B is layer path's: what kept that from being judged kept it from being taken.
     for layer in ("path", pair.layer) if "B" in pair.scores else (pair.layer,):
@@ -111,7 +113,9 @@ def _why(by_layer: Mapping[LayerName, Verdict], pair: Pair) -> str:
     return f"the verdict of layer {pair.layer} has no such figure"
 
 
-def _row(by_layer: Mapping[LayerName, Verdict], pair: Pair, gaps: Mapping[str, float]) -> tuple[str, ...]:
+def _row(
+    by_layer: Mapping[LayerName, Verdict], pair: ScorePair, gaps: Mapping[str, float]
+) -> tuple[str, ...]:
     if not gaps:
         return (pair.scores, f"{NOT_MEASURED}: {_why(by_layer, pair)}", *("",) * (1 + len(QUANTILES)))
     n = _figure(by_layer, pair.layer, pair.n_tokens)

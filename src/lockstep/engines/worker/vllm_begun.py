@@ -16,7 +16,7 @@ from typing import Any
 from lockstep.engines.worker.vllm_terms import INTERNAL
 
 
-class Begun:
+class FirstTokens:
     """Requests by the worker's names.
 
     Args:

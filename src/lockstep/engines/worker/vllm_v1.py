@@ -16,7 +16,7 @@ from typing import Any
 from lockstep.engines.worker import vllm_asked as asked
 from lockstep.engines.worker import vllm_terms as terms
 from lockstep.engines.worker.server import BadRequestError
-from lockstep.engines.worker.vllm_begun import Begun
+from lockstep.engines.worker.vllm_begun import FirstTokens
 from lockstep.engines.worker.vllm_nccl import NcclReceiver
 from lockstep.records.capabilities import Capability
 from lockstep.records.messages import Load, Ready
@@ -62,7 +62,7 @@ class V1Worker(terms.VllmWorker):
         self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=silent, **quiet)
         self.vllm_config = self.llm.vllm_config
         self.pause = asked.pause_of(self.llm)
-        self._begun = Begun(self.llm.output_processor)
+        self._begun = FirstTokens(self.llm.output_processor)
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         terms.refuse_other_head(self.config, self.inside)

@@ -40,14 +40,14 @@ SHOWN = 200
 T = TypeVar("T")
 
 
-class Answer(NamedTuple):
+class ToolAnswer(NamedTuple):
     """What came of one call of a tool."""
 
     text: str
     in_vain: bool
 
 
-class Answers(NamedTuple):
+class ToolAnswers(NamedTuple):
     """What came of a turn's calls."""
 
     texts: list[str]
@@ -125,7 +125,7 @@ class Environments:
                 what, got=raised(error), expected="no exception", hint=f"it was called on ({shown})"
             ) from error
 
-    def answer(self, environment: Any, call: Call) -> Answer:
+    def answer(self, environment: Any, call: Call) -> ToolAnswer:
         """Call a tool.
 
         Raises:
@@ -133,28 +133,28 @@ class Environments:
         """
         if call.name not in self._tool_names:
             there = ", ".join(self._tool_names) or "nothing"
-            return Answer(f"error: there is no {call.name}; there is {there}", in_vain=True)
+            return ToolAnswer(f"error: there is no {call.name}; there is {there}", in_vain=True)
         tool = getattr(environment, call.name)
         # Beforehand, so that a TypeError in the tool itself is told as what the tool raised.
         try:
             inspect.signature(tool).bind(*call.positional, **call.arguments)
         except TypeError as error:
-            return Answer(f"error: {call.name}: {error}", in_vain=True)
+            return ToolAnswer(f"error: {call.name}: {error}", in_vain=True)
         try:
-            return Answer(str(self.call(tool, *call.positional, **call.arguments)), in_vain=False)
+            return ToolAnswer(str(self.call(tool, *call.positional, **call.arguments)), in_vain=False)
         except EnvironmentFault as fault:
             if isinstance(fault.__cause__, Exception):
-                return Answer(f"error: {raised(fault.__cause__)[:SHOWN]}", in_vain=True)
+                return ToolAnswer(f"error: {raised(fault.__cause__)[:SHOWN]}", in_vain=True)
             raise
 
-    def answers(self, environment: Any, text: str) -> Answers:
+    def answers(self, environment: Any, text: str) -> ToolAnswers:
         """Call the tools that a turn calls."""
         try:
             calls = self.parse(text)
         except UnreadableCallError as error:
-            return Answers([f"error: {error}"], 1)
+            return ToolAnswers([f"error: {error}"], 1)
         said = [self.answer(environment, call) for call in calls]
-        return Answers([answer.text for answer in said], sum(answer.in_vain for answer in said))
+        return ToolAnswers([answer.text for answer in said], sum(answer.in_vain for answer in said))
 
     def reward(self, environment: Any, answer: str) -> Any:
         """What ``get_reward`` gives, told the last answer where it asks for one."""

@@ -1,4 +1,7 @@
-"""What an update leaves of the caches of what is being drawn, on the real engines: nothing untold."""
+"""What an update leaves of the caches of what is being drawn, on the real engines: nothing untold.
+
+Before ``test_contract.py`` by its name: that one ends by killing the engine.
+"""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
