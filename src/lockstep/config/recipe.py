@@ -203,10 +203,14 @@ class Recipe(ConfigSection, frozen=True):
     rollout: Rollout = Rollout()
 
     @property
+    def overlaps(self) -> bool:
+        """True where the engine draws while the trainer trains."""
+        return self.loop.kind == "in_flight" and self.rollout.max_lag > 0
+
+    @property
     def engine_cores(self) -> int:
         """The engine's own while it draws beside the trainer; 0: it has all."""
-        overlaps = self.loop.kind == "in_flight" and self.rollout.max_lag > 0
-        return self.rollout.cores if overlaps else 0
+        return self.rollout.cores if self.overlaps else 0
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, engine: str | None = None) -> Recipe:

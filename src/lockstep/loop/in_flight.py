@@ -169,7 +169,7 @@ def _replay(run: Run, step: int, rollouts: Samples, known: np.ndarray) -> dict[s
         return figures  # numbers that the ladder refused are no others' measure
     seen: set[int] = set()
     replay = spans.Replay.of(run.pair, step)
-    scores = np.split(known, np.cumsum([len(sample.token_ids) for sample in rollouts])[:-1])
+    scores = np.split(known, np.cumsum(rollouts.lengths)[:-1])
     # First those that need no pass of their own: the clip's denominator has them scored piece by piece.
     for row in sorted(range(len(rollouts)), key=lambda row: bool(np.isnan(scores[row]).any())):
         sample = rollouts[row]

@@ -195,8 +195,7 @@ def wait_asleep(recipe: Recipe, say: Say) -> None:
     gives it: on 2 cores a step in flight took 20.7 s, and 6.5 s with this. The library reads its environment
     when torch is imported, and so does the engine's process when it starts.
     """
-    overlaps = recipe.loop.kind == "in_flight" and recipe.rollout.max_lag > 0
-    if not overlaps or recipe.rollout.cores or POLICY in os.environ:
+    if not recipe.overlaps or recipe.rollout.cores or POLICY in os.environ:
         return
     if "torch" in sys.modules:
         say(f"trainer and engine spin on the same cores while they wait; {POLICY}=PASSIVE ends it")
