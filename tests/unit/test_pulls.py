@@ -1,5 +1,7 @@
 """The pulls of every direction, from one backward pass, are those that a gradient for each sequence gives."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +75,12 @@ def test_the_slope_of_the_temperature_is_that_of_its_scores(policy, groups, weig
     step = 1e-3
     high, low = (np.concatenate(policy.score(groups, T * np.exp(sign * step))) for sign in (1, -1))
     assert pulled.temperature == pytest.approx((high - low) / (2 * step), rel=1e-2, abs=2e-3)
+
+
+def test_nothing_of_a_pass_stays_in_memory(policy, groups, weights):
+    gc.collect()
+    before = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    for _ in range(3):
+        pulls(policy, groups, [Asked(weights, {"d": scale})], T, 64)
+    gc.collect()
+    assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) <= before

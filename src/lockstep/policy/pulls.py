@@ -140,6 +140,7 @@ class _Taken:
                 handles.append(module.register_forward_hook(self._tap(own, module is embedding)))
         try:
             yield
+            del self.start
         finally:
             for handle in handles:
                 handle.remove()
@@ -151,9 +152,10 @@ class _Taken:
             if first:
                 output = output.detach().requires_grad_() + 0.0 if not output.requires_grad else output
                 self.start = output
-            output.register_hook(
-                lambda slope: self._take(module, own, args[0].detach(), output.detach(), slope)
-            )
+            # Detached here: a hook that held the output would hold its own graph, a circle that the garbage
+            # collector cannot see into, and a row's activations would stay for ever; so would ``start``.
+            x, y = args[0].detach(), output.detach()
+            output.register_hook(lambda slope: self._take(module, own, x, y, slope))
             return output if first else None
 
         return tap
