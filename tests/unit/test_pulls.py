@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.policy.model import load_policy
+from lockstep.policy.model import EAGER, load_policy
 from lockstep.policy.parameters import parameters_of
 from lockstep.policy.pulls import HEAD, Asked, pulls, scale
 from lockstep.records.samples import Group
@@ -19,16 +19,31 @@ def policy(tiny_model_dir):
     return load_policy(tiny_model_dir, "float32", "float32")
 
 
+def drawn(rng, n):
+    return [rng.integers(3, 97, rng.integers(1, 12)).astype(np.int32) for _ in range(n)]
+
+
 @pytest.fixture(scope="module")
 def groups():
+    """Prompts that begin alike, so that they would share it in a row of scores, of 1 to 4 completions."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 97, rng.integers(2, 9)).astype(np.int32) for _ in range(7)]
-    return [Group(prompt, [rng.integers(3, 97, rng.integers(1, 12)).astype(np.int32)]) for prompt in prompts]
+    begin = np.arange(3, 21, dtype=np.int32)
+    rests = drawn(rng, 7)
+    return [Group(np.r_[begin, rest], drawn(rng, 1 + row % 4)) for row, rest in enumerate(rests)]
+
+
+@pytest.fixture(scope="module")
+def policy_alone(tiny_model_dir):
+    """The same weights in a model that takes no packed rows."""
+    made = load_policy(tiny_model_dir, "float32", "float32")
+    made.model.set_attn_implementation(EAGER)
+    made.share_prompts = False
+    return made
 
 
 @pytest.fixture(scope="module")
 def weights(groups):
-    return np.random.default_rng(1).normal(size=sum(len(g.completions[0]) for g in groups))
+    return np.random.default_rng(1).normal(size=sum(len(ids) for g in groups for ids in g.completions))
 
 
 def wave(_, parameter):
@@ -36,12 +51,12 @@ def wave(_, parameter):
 
 
 def by_gradients(policy, groups, weights, direction):
-    """N_s the slow way: one backward pass into the parameters for each sequence."""
+    """N_s the slow way: one backward pass into the parameters for each group."""
     found = {}
     start = 0
     for group in groups:
         (row,) = policy.rows([group], 1 << 20)
-        n = len(group.completions[0])
+        n = sum(map(len, group.completions))
         at = torch.from_numpy(weights[start : start + n]).float()
         start += n
         parameters = parameters_of(policy.model)
@@ -53,9 +68,11 @@ def by_gradients(policy, groups, weights, direction):
 
 
 @pytest.mark.parametrize("direction", [scale, wave])
-def test_pulls_are_those_of_a_gradient_for_each_sequence(policy, groups, weights, direction):
+@pytest.mark.parametrize("alone", [False, True], ids=["groups share rows", "one sequence a row"])
+def test_pulls_are_those_of_a_gradient_for_each_group(request, policy, groups, weights, direction, alone):
+    packed = request.getfixturevalue("policy_alone") if alone else policy
     halved = Asked(weights / 2, {"d": direction, "more": scale})
-    pulled, half = pulls(policy, groups, [Asked(weights, {"d": direction}), halved], T, 64)
+    pulled, half = pulls(packed, groups, [Asked(weights, {"d": direction}), halved], T, 96)
     at_half = dict(zip(half.names, half.sums, strict=True))
     assert set(at_half) == {(family, name) for family in ("d", "more") for _, name in pulled.names}
     for name, sums in zip(pulled.names, pulled.sums, strict=True):

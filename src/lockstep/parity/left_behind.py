@@ -19,7 +19,7 @@ from torch import Tensor
 from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.delivered import Missing, Moves, missing
-from lockstep.parity.explain.numerics.direction import Direction, of_tensors, prompts_of
+from lockstep.parity.explain.numerics.direction import Direction, of_tensors, prompt_numbers
 from lockstep.parity.explain.score_test import alike, curvature, detectable, score_test, token_weights
 from lockstep.parity.pair import Pair
 from lockstep.parity.perturbation import PROBE_VERSION
@@ -48,9 +48,8 @@ class AskedTokens:
     """What is asked: tokens of some completions, and how far the engine is from the trainer in each."""
 
     groups: Sequence[Group]
-    """One completion each."""
     prompts: np.ndarray
-    """The prompt of each completion, int [S]: what follows one shares its rounding."""
+    """The prompt of each group, int [G]: what follows one shares its rounding."""
     temperature: float
     sampled: np.ndarray
     """Which of the completions' tokens are asked, bool [ΣT]."""
@@ -62,8 +61,8 @@ class AskedTokens:
     @classmethod
     def of(cls, rollouts: Samples, moves: Moves) -> "AskedTokens":
         """Those of a step that the model sampled."""
-        groups = rollouts.apart().groups
-        prompts = prompts_of(rollouts)
+        groups = rollouts.groups
+        prompts = prompt_numbers(group.prompt for group in groups)
         return cls(groups, prompts, rollouts.temperature, rollouts.loss_mask, moves.gap, moves.logprobs)
 
 

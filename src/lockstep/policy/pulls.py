@@ -1,12 +1,13 @@
 """What would move log-probabilities as they have moved: every direction of every tensor, from one pass.
 
-For a parameter W that may be W + θ·D, and weights a_i of the tokens, the pull of a sequence s towards D is
+For a parameter W that may be W + θ·D, and weights a_i of the tokens, the pull of a group s towards D is
 
     N_s = Σ_{i ∈ s} a_i · ∂ log p_i / ∂θ = ⟨G_s, D⟩            G_s = ∂ (Σ_{i ∈ s} a_i · log p_i) / ∂W
 
 With a_i the gap of token i it is the score of θ in s, up to the noise's scale (Rao 1948). One forward and one
-backward pass over all sequences give what a module took, x, what it put out, y, and δ = ∂ Σ a_i log p_i / ∂y;
-each sequence lies in a block of its own in the packed row. For a matrix, y = W x + b:
+backward pass over all groups give what a module took, x, what it put out, y, and δ = ∂ Σ a_i log p_i / ∂y;
+each group, a prompt and its completions, lies in a block of its own in the packed row. For a matrix,
+y = W x + b:
 
     D = W, a scale         N_s = Σ_{t ∈ s} δ_t · (y_t − b)            costs nothing more
     any other D            G_s = Σ_{t ∈ s} δ_t x_tᵀ, made once, for every D that is asked for, and dropped
@@ -59,7 +60,7 @@ class Pulls:
 
     names: tuple[tuple[str, str], ...]
     sums: np.ndarray
-    """N_s: float64 [K, S]."""
+    """N_s: float64 [K, G]."""
     temperature: np.ndarray
     """∂ log p_i / ∂ log T: float32 [T]."""
     uncovered: tuple[str, ...]
@@ -73,17 +74,20 @@ def pulls(
     temperature: float,
     max_row: int,
 ) -> list[Pulls]:
-    """The pull of each sequence towards each direction of each parameter, under each weighting.
+    """The pull of each group towards each direction of each parameter, under each weighting.
 
     Args:
-        groups: one completion each.
+        groups: each adds up to one pull; a completion whose pull is wanted alone is a group of its own.
         max_row: tokens of a row: what a backward pass keeps grows with it, and the directions are made anew
             for each.
     """
-    taken = _Taken(policy, asked, len(groups))
-    starts = np.r_[0, np.cumsum([len(group.completions[0]) for group in groups])]
+    taken = _Taken(policy, asked, groups)
+    lengths = [len(completion) for group in groups for completion in group.completions]
+    starts = np.r_[0, np.cumsum(lengths)]
     temperatures = np.empty(int(starts[-1]), np.float32)
-    for row in pack(groups, max_row if policy.share_prompts else 0, share_prompts=False):
+    # Groups share no block, however alike their prompts are: what a block's prompt pulls is its group's.
+    together = policy.share_prompts
+    for row in pack(groups, max_row if together else 0, share_prompts=False, whole_groups=together):
         here = row.to(policy.device)
         order = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in row.completions])
         at = [torch.from_numpy(one.weights[order]).float().to(policy.device) for one in asked]
@@ -103,20 +107,22 @@ def pulls(
 class _Taken:
     """What the taps of one pass after another have added up to."""
 
-    def __init__(self, policy: Policy, asked: Sequence[Asked], n_sequences: int) -> None:
+    def __init__(self, policy: Policy, asked: Sequence[Asked], groups: Sequence[Group]) -> None:
         self.policy = policy
         self.families = [one.families for one in asked]
-        self.n = n_sequences
+        self.n = len(groups)
+        self.group_of = np.repeat(np.arange(self.n), [len(group.completions) for group in groups])
+        """Of each completion."""
         self.asking = 0
         """The weighting whose backward pass runs."""
         self.sums: list[dict[tuple[str, str], np.ndarray]] = [{} for _ in asked]
         self.uncovered: set[str] = set()
         self.start: Tensor
         """The embedding's output: where the backward pass ends."""
-        self._sequences: Tensor
-        """Of each position of the row, the sequence that it is of."""
+        self._owners: Tensor
+        """Of each position of the row, the group that it is of."""
         self._blocks: list[tuple[int, slice]]
-        """Of each sequence in the row, its positions."""
+        """Of each block in the row, its group and its positions."""
 
     def pulls(self, asking: int, temperatures: np.ndarray) -> Pulls:
         """Of one weighting."""
@@ -127,9 +133,14 @@ class _Taken:
     @contextmanager
     def tapping(self, row: Packed) -> Iterator[None]:
         """While the model computes ``row``: every module with parameters of its own is tapped."""
-        self._blocks = [(n, slice(b.start, b.stop)) for n, b in zip(row.completions, row.blocks, strict=True)]
+        starts = [block.start for block in row.blocks]
+        firsts = row.predictors[[span.start for span in row.spans]].numpy(force=True)
+        # A block's completions are all of one group, and follow each other.
+        _, at = np.unique(np.searchsorted(starts, firsts, side="right"), return_index=True)
+        groups = self.group_of[np.array(row.completions)[at]].tolist()
+        self._blocks = [(g, slice(b.start, b.stop)) for g, b in zip(groups, row.blocks, strict=True)]
         lengths = [block.stop - block.start for block in row.blocks]
-        self._sequences = torch.repeat_interleave(torch.tensor(row.completions), torch.tensor(lengths))
+        self._owners = torch.repeat_interleave(torch.tensor(groups), torch.tensor(lengths))
         embedding = self.policy.model.get_input_embeddings()
         handles = []
         for name, module in self.policy.model.base_model.named_modules(prefix=_prefix(self.policy)):
@@ -175,22 +186,22 @@ class _Taken:
             for family, direction in towards.items():
                 moved = _moved(module, name.rpartition(".")[2], value, direction, x, y)
                 pulled = (slope.float() * moved.float()).sum(-1).reshape(-1)
-                self._add(family, name, pulled, self._sequences)
+                self._add(family, name, pulled, self._owners)
 
     def _matrix(self, name: str, towards: Mapping[str, Tensor], x: Tensor, slope: Tensor) -> None:
         directions = torch.stack([direction.float().flatten() for direction in towards.values()])
-        for sequence, block in self._blocks:
+        for group, block in self._blocks:
             gradient = slope[block].float().T @ x[block].float()
             along = (directions @ gradient.flatten()).double().cpu().numpy()
             for family, value in zip(towards, along, strict=True):
                 known = self.sums[self.asking].setdefault((family, name), np.zeros(self.n))
-                known[sequence] += value
+                known[group] += value
 
-    def _add(self, family: str, name: str, values: Tensor, sequences: Tensor) -> None:
-        by_sequence = torch.zeros(self.n, dtype=torch.float64)
-        by_sequence.index_add_(0, sequences, values.double().cpu())
+    def _add(self, family: str, name: str, values: Tensor, owners: Tensor) -> None:
+        by_group = torch.zeros(self.n, dtype=torch.float64)
+        by_group.index_add_(0, owners, values.double().cpu())
         so_far = self.sums[self.asking].setdefault((family, name), np.zeros(self.n))
-        so_far += by_sequence.numpy()
+        so_far += by_group.numpy()
 
     @torch.no_grad()
     def head(self, hidden: Tensor, row: Packed, at: Sequence[Tensor], temperature: float) -> Tensor:
@@ -198,7 +209,7 @@ class _Taken:
         head = whole(self.policy.head.detach())
         owners = torch.empty(len(row.targets), dtype=torch.int64)
         for number, span in zip(row.completions, row.spans, strict=True):
-            owners[span] = number
+            owners[span] = int(self.group_of[number])
         ways = {family: way for families in self.families for family, way in families.items()}
         towards = {family: moved for family, way in ways.items() if (moved := way(HEAD, head)) is not None}
         slopes: dict[str, list[Tensor]] = {"": [], **{family: [] for family in towards}}

@@ -5,7 +5,7 @@ A fault in part of the rows, or of the tokens, is a direction times an indicator
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,14 +77,14 @@ def rounding(form: str) -> Callable[[str, Tensor], Tensor | None]:
     return direction
 
 
-def prompts_of(sample: Samples) -> np.ndarray:
-    """The number of each sample's prompt, int [S]: what follows one prompt shares its rounding."""
+def prompt_numbers(prompts: Iterable[np.ndarray]) -> np.ndarray:
+    """Of each prompt, alike where they are the same, int [S]: what follows one prompt shares its rounding."""
     known: dict[bytes, int] = {}
-    return np.array([known.setdefault(prompt.tobytes(), len(known)) for prompt in sample.prompts])
+    return np.array([known.setdefault(prompt.tobytes(), len(known)) for prompt in prompts])
 
 
 def of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
-    """Of each tensor, and of those that go together: pulls of every sequence, float64 [S]."""
+    """Of each tensor, and of those that go together: pulls of every group, float64 [G]."""
     together: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row, (family, name) in enumerate(pulled.names):
         yield Direction(family, (name,), _place(name)), pulled.sums[row]

@@ -27,7 +27,7 @@ from lockstep.parity.explain.numerics.direction import (
     Direction,
     in_rows,
     of_tensors,
-    prompts_of,
+    prompt_numbers,
     rounding,
     token_classes,
 )
@@ -168,7 +168,9 @@ def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
     with pair.exactly():
         slopes = _slopes(pair, sample, found.best, sample.scored(pair.trainer))
-    by_prompt = np.bincount(prompts_of(sample)[sample.owners], slopes * token_weights(gap, trainer))
+    by_prompt = np.bincount(
+        prompt_numbers(sample.prompts)[sample.owners], slopes * token_weights(gap, trainer)
+    )
     return float(statistic(by_prompt[None])[0]) * np.sign(found.theta)
 
 
@@ -187,7 +189,7 @@ def _rows(
     found += list(in_rows(found, sample))
     for way, slopes in by_tokens(sample, felt):
         found.append((way, np.bincount(sample.owners, slopes * weights, len(sample))))
-    prompts = prompts_of(sample)
+    prompts = prompt_numbers(sample.prompts)
     by_prompt = np.stack([np.bincount(prompts, row) for _, row in found])
     return [direction for direction, _ in found], by_prompt
 
