@@ -71,10 +71,11 @@ def by_gradients(policy, groups, weights, direction):
 @pytest.mark.parametrize("alone", [False, True], ids=["groups share rows", "one sequence a row"])
 def test_pulls_are_those_of_a_gradient_for_each_group(request, policy, groups, weights, direction, alone):
     packed = request.getfixturevalue("policy_alone") if alone else policy
-    halved = Asked(weights / 2, {"d": direction, "more": scale})
+    # A matrix's directions go by products where there is one, by its gradient where there are several.
+    halved = Asked(weights / 2, {"d": direction, "more": scale, "third": wave})
     pulled, half = pulls(packed, groups, [Asked(weights, {"d": direction}), halved], T, 96)
     at_half = dict(zip(half.names, half.sums, strict=True))
-    assert set(at_half) == {(family, name) for family in ("d", "more") for _, name in pulled.names}
+    assert set(at_half) == {(family, name) for family in halved.families for _, name in pulled.names}
     for name, sums in zip(pulled.names, pulled.sums, strict=True):
         np.testing.assert_allclose(at_half[name] * 2, sums, rtol=1e-4, atol=1e-5)
     found = dict(zip(pulled.names, pulled.sums, strict=True))

@@ -10,7 +10,8 @@ each group, a prompt and its completions, lies in a block of its own in the pack
 y = W x + b:
 
     D = W, a scale         N_s = Σ_{t ∈ s} δ_t · (y_t − b)            costs nothing more
-    any other D            G_s = Σ_{t ∈ s} δ_t x_tᵀ, made once, for every D that is asked for, and dropped
+    another D              N_s = Σ_{t ∈ s} δ_t · D x_t                one product more
+    several of them        G_s = Σ_{t ∈ s} δ_t x_tᵀ, made once, for every D that is asked for, and dropped
 
 No gradient of all parameters ever exists. The head lies behind the last δ: its directions, and those of the
 distribution, are had token by token. Several weightings share the forward pass.
@@ -180,7 +181,7 @@ class _Taken:
             ways = self.families[self.asking]
             towards = {f: d for f, way in ways.items() if (d := way(name, value)) is not None}
             others = {f: d for f, d in towards.items() if d is not value}
-            if isinstance(module, nn.Linear) and not name.endswith("bias") and others:
+            if isinstance(module, nn.Linear) and not name.endswith("bias") and len(others) > 1:
                 self._matrix(name, others, x.flatten(0, -2), slope.flatten(0, -2))
                 towards = {f: d for f, d in towards.items() if d is value}
             for family, direction in towards.items():
@@ -256,6 +257,8 @@ def _moved(module: nn.Module, name: str, value: Tensor, towards: Tensor, x: Tens
     if isinstance(module, nn.Linear):
         if name == "bias":
             return towards.expand_as(y)
+        if towards is not value:
+            return functional.linear(x, towards.to(x.dtype))
         return y if module.bias is None else y - module.bias
     if isinstance(module, nn.Embedding):
         return y if towards is value else functional.embedding(x, towards)
