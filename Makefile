@@ -24,7 +24,7 @@ ifeq ($(filter $(PLATFORM),Linux-x86_64 Linux-aarch64),)
 TRAIN_FLAGS := --engine transformers
 endif
 
-.PHONY: quickstart test test-unit chaos check faults bench peers setup prepared engine engines model lock clean
+.PHONY: quickstart test test-unit chaos check faults bench migration migration-short migration-ready peers setup prepared engine engines model lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: prepared
@@ -54,6 +54,15 @@ check: setup
 
 bench: prepared $(BENCH_READY)
 	@for file in benchmarks/*.py; do echo "$$ python $$file"; $(BIN)/python "$$file" || exit 1; done
+
+migration: migration-ready  # the story, fix by fix, three seeds an arm: hours, it says how many; killed, it goes on
+	$(BIN)/python benchmarks/migration.py --out runs/migration --page
+
+migration-short: migration-ready  # one seed, four arms, ten minutes; docs/ stays as it is
+	$(BIN)/python benchmarks/migration.py --out runs/migration-short --short
+
+migration-ready: setup model
+	@for version in 0.8.5 0.18.1; do $(BIN)/lockstep engines install vllm==$$version || exit $$?; done
 
 PEERS_READY := .venv-peers/.ready-$(shell cksum < requirements-peers.lock | cut -d ' ' -f 1)
 
