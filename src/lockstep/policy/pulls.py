@@ -166,7 +166,8 @@ class _Taken:
                 self.start = output
             # Detached here: a hook that held the output would hold its own graph, a circle that the garbage
             # collector cannot see into, and a row's activations would stay for ever; so would ``start``.
-            x, y = args[0].detach(), output.detach()
+            x = args[0].detach()
+            y = output.detach()
             output.register_hook(lambda slope: self._take(module, own, x, y, slope))
             return output if first else None
 
