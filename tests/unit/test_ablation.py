@@ -3,7 +3,7 @@
 import pytest
 
 from lockstep.config.recipe import parse_recipe, with_sets
-from lockstep.diagnose.ablation import EVERY_ORDER, ablate, known_good, shapley
+from lockstep.diagnose.ablation import EVERY_ORDER, MeanGap, ablate, known_good, shapley
 from lockstep.errors import UsageError
 
 TABLE = {
@@ -18,7 +18,8 @@ def measure(recipe):
     raw = recipe.engine.options.get("logprobs_mode") == "raw_logprobs"
     truncated = recipe.sampling.top_p < 1.0
     bf16 = recipe.engine.dtype == "bfloat16"
-    return 0.3 * raw + 0.2 * truncated + 0.1 * (raw and truncated) + 0.04 * bf16 + 1e-5, (0.0, 1.0)
+    gap = 0.3 * raw + 0.2 * truncated + 0.1 * (raw and truncated) + 0.04 * bf16 + 1e-5
+    return MeanGap(gap, (0.0, 1.0))
 
 
 def test_effects_and_rest_sum_to_the_total():
@@ -44,7 +45,7 @@ def test_an_engine_version_is_the_last_factor():
         recipe,
         "0.8.5",
         lambda text: None,
-        lambda r: (0.5 if r.engine.version == "0.18.1" else 0.0, (0.0, 0.0)),
+        lambda r: MeanGap(0.5 if r.engine.version == "0.18.1" else 0.0, (0.0, 0.0)),
     )
     assert [(f.name, f.effect_nats) for f in found.factors] == [("engine.version=0.18.1", 0.5)]
     assert found.factors[0].flag == "--set engine.version=0.8.5"
@@ -71,7 +72,8 @@ def test_a_version_that_does_not_exist_is_refused_before_anything_is_measured(en
 
 
 def test_where_nothing_differs_all_is_unexplained():
-    found = ablate(parse_recipe(TABLE, "test"), None, lambda text: None, lambda r: (0.2, (0.1, 0.3)))
+    constant = MeanGap(0.2, (0.1, 0.3))
+    found = ablate(parse_recipe(TABLE, "test"), None, lambda text: None, lambda r: constant)
     assert found.factors == ()
     assert found.unexplained_nats == 0.2
 
@@ -91,7 +93,7 @@ def test_errors_that_cancel_are_named_and_have_no_negative_effect():
     def cancelling(recipe):
         raw = 0.3 * (recipe.engine.options.get("logprobs_mode") == "raw_logprobs")
         truncated = -0.25 * (recipe.sampling.top_p < 1.0)
-        return abs(raw + truncated) + 0.02 * (recipe.engine.dtype == "bfloat16"), (0.0, 1.0)
+        return MeanGap(abs(raw + truncated) + 0.02 * (recipe.engine.dtype == "bfloat16"), (0.0, 1.0))
 
     found = ablate(with_sets(parse_recipe(TABLE, "test"), sets), None, lambda text: None, cancelling)
     effects = {f.name.partition("=")[0]: (f.effect_nats, f.alone_nats) for f in found.factors}

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep.errors import RecipeError
@@ -24,22 +25,32 @@ def refuse_unrepeatable(value: Any, source: str, path: tuple[str, ...] = ()) -> 
             refuse_unrepeatable(item, source, (*path, str(number)))
     elif complaint := _unrepeatable(value, where):
         raise RecipeError(
-            f"recipe {source}, key {where}", got=complaint[0], expected=complaint[1], hint=f"--set {where}=…"
+            f"recipe {source}, key {where}",
+            got=complaint.got,
+            expected=complaint.expected,
+            hint=f"--set {where}=…",
         )
 
 
-def _unrepeatable(value: Any, where: str) -> tuple[str, str] | None:
-    """(what was got, what was expected) of a value that cannot be kept."""
+@dataclass(frozen=True)
+class _Complaint:
+    """Of a value that cannot be kept; as :class:`~lockstep.errors.LockstepError` has it."""
+
+    got: str
+    expected: str
+
+
+def _unrepeatable(value: Any, where: str) -> _Complaint | None:
     if (
         isinstance(value, float)
         and not math.isfinite(value)
         and not (value == math.inf and where in UNBOUNDED)
     ):
-        return str(value), f"a finite number; inf is one for {', '.join(UNBOUNDED)} alone"
+        return _Complaint(str(value), f"a finite number; inf is one for {', '.join(UNBOUNDED)} alone")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return f"a whole number of {value.bit_length()} bits", "one of 64 bits"
+        return _Complaint(f"a whole number of {value.bit_length()} bits", "one of 64 bits")
     if isinstance(value, datetime.date | datetime.time):
-        return f"the date or time {value}", "text: put it in quotes"
+        return _Complaint(f"the date or time {value}", "text: put it in quotes")
     return None
 
 

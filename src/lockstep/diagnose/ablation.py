@@ -11,6 +11,7 @@ off *alone* stands beside it, and pairs that cancel are named.
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import factorial
 from pathlib import Path
@@ -76,44 +77,61 @@ EVERY_ORDER = 5
 CANCELS = 0.1
 """Of the total: what two factors take off together beyond each alone is no noise from here on."""
 
-Measure = Callable[[Recipe], tuple[float, tuple[float, float]]]
+
+@dataclass(frozen=True)
+class MeanGap:
+    """Mean |trainer − engine| of one configuration, nats."""
+
+    nats: float
+    ci95: tuple[float, float]
 
 
-def factors_of(recipe: Recipe, version: str | None) -> list[tuple[Factor, Callable[[Recipe], Recipe]]]:
+Measure = Callable[[Recipe], MeanGap]
+Mend = Callable[[Recipe], Recipe]
+
+
+@dataclass(frozen=True)
+class Mendable:
+    """A difference, and how a recipe is made to have it no more."""
+
+    factor: Factor
+    mend: Mend
+
+
+def factors_of(recipe: Recipe, version: str | None) -> list[Mendable]:
     """Everything in which a recipe differs from what Lockstep would set, in the ladder's order.
 
     Args:
         version: an engine version that is known to be good, to go over to last.
     """
-    factors: list[tuple[Factor, Callable[[Recipe], Recipe]]] = []
+    factors: list[Mendable] = []
     for name, neutral in NEUTRAL.items():
         value = getattr(recipe.sampling, name)
         if value != neutral:
             flag = f"--set sampling.{name}={neutral}"
-            factors.append((Factor(name=f"sampling.{name}={value}", flag=flag), _sampling(name, neutral)))
+            factors.append(
+                Mendable(Factor(name=f"sampling.{name}={value}", flag=flag), _sampling(name, neutral))
+            )
     # A server's settings are its owner's.
     options = recipe.engine.options if recipe.engine.name != "openai" else {}
     for name, value in options.items():
         flag = f"leave engine.options.{name} out"
-        factors.append((Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name)))
+        factors.append(
+            Mendable(Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name))
+        )
     for name in ("head_dtype", "dtype"):
         asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
         if asked not in (None, own) or (asked is not None and own != "float32"):
-            factors.append(
-                (
-                    Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}"),
-                    _engine(name, None),
-                )
-            )
+            differs = Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}")
+            factors.append(Mendable(differs, _engine(name, None)))
     for name in ("head_dtype", "dtype"):
         if getattr(recipe.model, name) != "float32":
             text = f"model.{name}={getattr(recipe.model, name)}"
-            factors.append((Factor(name=text, flag=f"--set model.{name}=float32"), _model(name)))
+            factors.append(Mendable(Factor(name=text, flag=f"--set model.{name}=float32"), _model(name)))
     if version is not None:
         text = f"engine.version={recipe.engine.version or 'newest'}"
-        factors.append(
-            (Factor(name=text, flag=f"--set engine.version={version}"), _engine("version", version))
-        )
+        differs = Factor(name=text, flag=f"--set engine.version={version}")
+        factors.append(Mendable(differs, _engine("version", version)))
     return factors
 
 
@@ -136,16 +154,16 @@ def known_good(recipe: Recipe, spec: str) -> str:
 
 def mended(recipe: Recipe, version: str | None) -> Recipe:
     """The good configuration: every factor mended."""
-    for _, mend in factors_of(recipe, version):
-        recipe = mend(recipe)
+    for difference in factors_of(recipe, version):
+        recipe = difference.mend(recipe)
     return recipe
 
 
-def _sampling(name: str, value: Any) -> Callable[[Recipe], Recipe]:
+def _sampling(name: str, value: Any) -> Mend:
     return lambda recipe: replace(recipe, sampling=replace(recipe.sampling, **{name: value}))
 
 
-def _without_option(name: str) -> Callable[[Recipe], Recipe]:
+def _without_option(name: str) -> Mend:
     def mend(recipe: Recipe) -> Recipe:
         options = {key: value for key, value in recipe.engine.options.items() if key != name}
         return replace(recipe, engine=replace(recipe.engine, options=options))
@@ -153,11 +171,11 @@ def _without_option(name: str) -> Callable[[Recipe], Recipe]:
     return mend
 
 
-def _engine(name: str, value: Any) -> Callable[[Recipe], Recipe]:
+def _engine(name: str, value: Any) -> Mend:
     return lambda recipe: replace(recipe, engine=replace(recipe.engine, **{name: value}))
 
 
-def _model(name: str) -> Callable[[Recipe], Recipe]:
+def _model(name: str) -> Mend:
     return lambda recipe: with_sets(recipe, [f"model.{name}=float32"])
 
 
@@ -168,9 +186,9 @@ def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | Non
         EngineError: when an engine does not start.
     """
     measure = measure or _measure
-    known: dict[bytes, tuple[float, tuple[float, float]]] = {}
+    known: dict[bytes, MeanGap] = {}
 
-    def measured(configuration: Recipe, what: str) -> tuple[float, tuple[float, float]]:
+    def measured(configuration: Recipe, what: str) -> MeanGap:
         key = msgspec.json.encode(configuration)
         if key not in known:
             say(f"diagnose: {what}")
@@ -182,23 +200,23 @@ def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | Non
     def gap(chosen: frozenset[int]) -> float:
         at = recipe
         for place in sorted(chosen):
-            at = factors[place][1](at)
-        names = ", ".join(factors[place][0].name for place in sorted(chosen))
-        return measured(at, f"mended: {names}" if chosen else "as it is")[0]
+            at = factors[place].mend(at)
+        names = ", ".join(factors[place].factor.name for place in sorted(chosen))
+        return measured(at, f"mended: {names}" if chosen else "as it is").nats
 
-    total, interval = measured(recipe, "as it is")
+    failing = measured(recipe, "as it is")
     everywhere = len(factors) <= EVERY_ORDER
     none = frozenset[int]()
     if everywhere and len(factors) > 1:
         say(f"diagnose: all orders of {len(factors)} factors, {2 ** len(factors)} configurations")
     effects = shapley(len(factors), gap) if everywhere else _in_order(len(factors), gap)
     found = [
-        msgspec.structs.replace(factor, effect_nats=effects[at], alone_nats=total - gap(none | {at}))
-        for at, (factor, _) in enumerate(factors)
+        replace(one.factor, effect_nats=effects[at], alone_nats=failing.nats - gap(none | {at}))
+        for at, one in enumerate(factors)
     ]
     return Ablation(
-        total_nats=total,
-        ci95=interval,
+        total_nats=failing.nats,
+        ci95=failing.ci95,
         factors=tuple(found),
         unexplained_nats=gap(frozenset(range(len(factors)))),
         every_order=everywhere,
@@ -242,8 +260,8 @@ def _cancelling(names: list[str], gap: Callable[[frozenset[int]], float]) -> Ite
             yield names[one], names[other], beyond
 
 
-def _measure(recipe: Recipe) -> tuple[float, tuple[float, float]]:
-    """Mean |trainer − engine| on the probes with the recipe's own sampling, nats, and its 95 % interval."""
+def _measure(recipe: Recipe) -> MeanGap:
+    """On the probes, with the recipe's own sampling."""
     with (
         tempfile.TemporaryDirectory(prefix="lockstep-diagnose-") as scratch,
         open_session(recipe, Path(scratch) / "engine.log", lambda text: None) as session,
@@ -253,4 +271,4 @@ def _measure(recipe: Recipe) -> tuple[float, tuple[float, float]]:
         sampling: SamplingParams = replace(recipe.sampling, max_tokens=parity.probe_tokens, stop_token_ids=())
         sample = draw(pair, probe_prompts(pair, parity.probe_prompts, pair.seed), sampling, pair.seed)
         gap = np.abs(sample.scored(pair.trainer) - sample.engine_logprobs)
-        return float(gap.mean()), bootstrap_mean_ci95(gap, sample.owners)
+        return MeanGap(float(gap.mean()), bootstrap_mean_ci95(gap, sample.owners))

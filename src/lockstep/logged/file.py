@@ -7,7 +7,8 @@ what should.
 
 import json
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def read_logged(path: Path, default: SamplingParams) -> Logged:
     Raises:
         UsageError: for a file that is not there or cannot be used.
     """
-    names, rows = _opened(path)
+    log = _opened(path)
+    names = log.names
     found = Collected([name for name in MASKS if name in names])
     settings: dict[tuple, int] = {}
     samplings: list[SamplingParams] = []
     whole = names["prompt"] == "input_ids"
-    for number, row in rows:
+    for number, row in log.rows:
         try:
             told = told_of(row)
             if (setting := settings.get(told, -1)) < 0:
@@ -111,8 +113,20 @@ def _take(
     return whole
 
 
-def _opened(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
-    """Column by role (and by its own name where it has no role), and the rows with their numbers."""
+NumberedRows = Iterator[tuple[int, LogRow]]
+"""Rows, each with its number as an error names it: of its line in JSONL, its place in Parquet."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A log whose columns are known and whose rows have not been read."""
+
+    names: dict[str, str]
+    """Column by role, and by its own name where it has no role."""
+    rows: NumberedRows
+
+
+def _opened(path: Path) -> _Opened:
     wanted = "a .parquet or .jsonl file"
     try:
         if path.is_dir():
@@ -147,21 +161,17 @@ def _named(path: Path, lists: dict[str, bool]) -> dict[str, str]:
     return names | {name: name for name in (*MASKS, *ATTENTION, *SETTINGS) if name in lists}
 
 
-def _jsonl(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
+def _jsonl(path: Path) -> _Opened:
     lines = _lines(path)
     first = next(lines, None)
     if first is None:
         raise _unusable(path, "no row", "at least one completion")
     names = _named(path, {name: isinstance(value, list) for name, value in first[1].items()})
 
-    def rows() -> Iterator[tuple[int, LogRow]]:
-        yield first
-        yield from lines
-
-    return names, rows()
+    return _Opened(names, chain([first], lines))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, LogRow]]:
+def _lines(path: Path) -> NumberedRows:
     """The objects of a JSONL file with the numbers of their lines."""
     number = 0
     try:
@@ -205,7 +215,7 @@ def _decoded(line: bytes) -> Any:
         return json.loads(line.decode())  # which takes NaN and the infinities: they are counted as missing
 
 
-def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
+def _parquet(path: Path) -> _Opened:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -227,7 +237,7 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
         raise _unusable(path, _first_line(error), expected) from None
     at_once = _rows_at_once(path, file.metadata, set(columns))
 
-    def rows() -> Iterator[tuple[int, LogRow]]:
+    def rows() -> NumberedRows:
         number = 0
         try:
             for batch in file.iter_batches(at_once, columns=columns):
@@ -238,7 +248,7 @@ def _parquet(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, LogRow]]]:
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise _unusable(path, _first_line(error), expected, f", after row {number}") from None
 
-    return names, rows()
+    return _Opened(names, rows())
 
 
 def _rows_at_once(path: Path, about: Any, columns: set[str]) -> int:

@@ -90,7 +90,7 @@ def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawi
             scores[row][:] = rollouts[row].engine_logprobs
             audited[row][:] = False
     scored = [row for row in lacking if chosen[row]]
-    for row, numbers in _scored(rollouts, scored, policy, ring, version, drawing):
+    for row, numbers in _scored(rollouts, scored, policy, ring, version, drawing).items():
         scores[row][:] = numbers
     return Before(np.concatenate(scores), np.concatenate(audited))
 
@@ -112,8 +112,8 @@ def _lacks(sample: Sample, known: np.ndarray, version: int, drawing: Drawing) ->
 
 def _scored(
     rollouts: Samples, rows: Sequence[int], policy: Policy, ring: Ring, version: int, drawing: Drawing
-) -> list[tuple[int, np.ndarray]]:
-    """Row and scores, float32 [T]; NaN where the step's own forward pass gives them."""
+) -> dict[int, np.ndarray]:
+    """Scores by row, float32 [T] each; NaN where the step's own forward pass gives them."""
     # A cache that was kept holds what the old weights wrote: no single pass under either version scores what
     # followed.
     spanning = [row for row in rows if drawing.kept and len(rollouts[row].version_spans) > 1]
@@ -129,7 +129,7 @@ def _scored(
         for row, numbers in zip(here, whole, strict=True):
             _take(rollouts[row], earlier, numbers, found[row])
     replayed = piecewise(policy, ring, rollouts.take(spanning), version, rollouts.temperature, kept=True)
-    return [*found.items(), *zip(spanning, replayed, strict=True)]
+    return found | dict(zip(spanning, replayed, strict=True))
 
 
 def piecewise(
