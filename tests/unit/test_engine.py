@@ -9,8 +9,9 @@ from msgspec.structs import replace
 from lockstep.engines.base import Engine, vocabulary_of
 from lockstep.engines.logged import LoggedEngine
 from lockstep.engines.registry import ADAPTERS, EMBEDDED, _named
-from lockstep.errors import EngineError
+from lockstep.errors import CapabilityError, EngineError
 from lockstep.faults.relay import Relay
+from lockstep.records.capabilities import Capability
 from lockstep.records.tokens import SamplingParams, pack_ids, pack_logprobs
 from lockstep.records.versions import VersionSpan
 from tests.worker_that_lies import READY, completion
@@ -80,6 +81,28 @@ def test_anything_else_is_refused_and_named(wrong, told):
         Canned(wrong).sample(PROMPTS, [ASKED] * 2)
     assert told in str(raised.value)
     assert "the engine was ended" not in str(raised.value), "it is not a worker's reply"
+
+
+EDITED = (
+    {"seed": 7}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1},
+    {"frequency_penalty": 0.1}, {"top_k": 5}, {"min_p": 0.1},
+)  # fmt: skip
+"""Settings that some engine has not; temperature, top-p and stop tokens have all."""
+
+
+@pytest.mark.parametrize("setting", EDITED, ids=str)
+@pytest.mark.parametrize("ask", [Engine.sample, Engine.submit])
+def test_a_setting_that_the_engine_has_not_is_refused_before_it_is_sent(setting, ask):
+    asked = replace(ASKED, **setting)
+    (needed,) = asked.needs
+    engine = Canned(RIGHT)
+    assert engine.sample(PROMPTS, [asked] * 2) is RIGHT
+    lacking = READY.capabilities | {needed: Capability(False, "it is none of its fields")}
+    engine.ready = replace(READY, capabilities=lacking)
+    assert engine.sample(PROMPTS, [ASKED] * 2) is RIGHT
+    engine._sample = None  # not even called
+    with pytest.raises(CapabilityError, match=f"fake 0, {needed}: got it is none of its fields"):
+        ask(engine, PROMPTS, [ASKED, asked])
 
 
 def test_an_id_is_not_bounded_where_no_vocabulary_is_known():

@@ -33,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.trouble = lambda number, body: None
         self.edit = lambda choice: choice
         self.inserted = self.paused = 0
+        self.owner = "vllm"
         self.bodies = []
         self.keys_seen = []
         self.busy = 0
@@ -59,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         known = {
-            "/v1/models": {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 64}]},
+            "/v1/models": {"data": [{"id": "m", "owned_by": self.server.owner, "max_model_len": 64}]},
             "/version": {"version": "9.9"},
         }
         body = known.get(self.path.partition("?")[0])
@@ -293,6 +294,18 @@ def test_what_http_cannot_do_is_refused_with_the_reason(engine):
         engine.load(WeightUpdate(1, "x"))
     with pytest.raises(CapabilityError, match="T = 1"):
         engine.score(rows(1), temperature=0.5)
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}], ids=str)
+def test_a_server_that_is_not_vllm_is_sent_no_field_that_it_would_ignore(server, setting):
+    server.owner = "another"
+    engine = engine_of(server)
+    with pytest.raises(CapabilityError, match="not a vLLM server"):
+        sample(engine, 1, **setting)
+    assert not server.bodies
+    assert firsts(sample(engine, 1, presence_penalty=0.5, seed=3)) == [1001]
+    assert server.bodies[0]["presence_penalty"] == 0.5
+    engine.close()
 
 
 def test_an_unknown_option_and_a_missing_url_are_usage(server):

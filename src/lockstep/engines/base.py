@@ -128,8 +128,10 @@ class Engine(ABC):
             at once, or by a stop token that the engine left out, is empty.
 
         Raises:
+            CapabilityError: for a setting that this engine would leave out or cannot have.
             EngineError: when what the engine gave is not that, or holds ids that its model has not.
         """
+        self._need_all(params)
         return self._checked(params, self._sample(prompts, params))
 
     def _checked(self, params: Sequence[SamplingParams], completions: list[Completion]) -> list[Completion]:
@@ -162,6 +164,7 @@ class Engine(ABC):
         Raises:
             EngineError, UsageError: when a request cannot even be begun; later errors are the handle's.
         """
+        self._need_all(params)
         handles = []
         for prompt, asked in zip(prompts, params, strict=True):
             handle = Handle(prompt, asked)
@@ -243,6 +246,12 @@ class Engine(ABC):
         Layer 1 tests the declaration.
         """
         return LogprobSemantics.of(self.ready.distribution, sampling)
+
+    def _need_all(self, params: Sequence[SamplingParams]) -> None:
+        """Refuse settings that this engine has not, before a request goes out. Raises CapabilityError."""
+        # A server ignores a field that it does not know, and would draw from another distribution.
+        for capability in dict.fromkeys(name for asked in params for name in asked.needs):
+            self.need(capability)
 
     def need(self, capability: str) -> None:
         """Refuse to go on without ``capability``.

@@ -60,7 +60,9 @@ CAN = {
     "resolved_config": Capability(True, "the model is in this process"),
     "per_request_seed": Capability(True, "one for each prompt, shared by its samples' batch"),
     "logit_bias": Capability(True, "a logits processor"),
-    "penalties": Capability(False, "repetition only: transformers has no presence and no frequency penalty"),
+    "repetition_penalty": Capability(True, "a logits processor"),
+    "count_penalties": Capability(False, "transformers has no presence and no frequency penalty"),
+    "top_k_min_p": Capability(True, "logits processors"),
     "nccl_weights": Capability(False, "the engine is in the trainer's process"),
 }
 
@@ -327,13 +329,6 @@ def _processors(sampling: SamplingParams) -> LogitsProcessorList:
 
     ``generate`` would apply its own after ours, unseen by what is appended.
     """
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        raise EngineError(
-            "engine, sample",
-            got="a presence or frequency penalty",
-            expected="none",
-            hint="transformers has neither",
-        )
     processors = LogitsProcessorList()
     if sampling.logit_bias:
         processors.append(_Bias(sampling.logit_bias))

@@ -16,7 +16,9 @@ CAPABILITIES = {
     "resolved_config": "read back what it resolved to",
     "per_request_seed": "a seed for each request",
     "logit_bias": "add to chosen logits",
-    "penalties": "repetition, presence and frequency penalties",
+    "repetition_penalty": "a penalty on what occurs in prompt or completion",
+    "count_penalties": "presence and frequency penalties",
+    "top_k_min_p": "truncate by rank (top-k) and by share of the likeliest (min-p)",
     "nccl_weights": "take new weights over NCCL",
 }
 """Every capability that an engine may be asked for."""

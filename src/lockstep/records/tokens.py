@@ -90,6 +90,21 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Capabilities without which an engine would draw otherwise, or not at all; neutral values need none.
+
+        Of :data:`lockstep.records.capabilities.CAPABILITIES`.
+        """
+        asked = {
+            "per_request_seed": self.seed is not None,
+            "logit_bias": bool(self.logit_bias),
+            "repetition_penalty": self.repetition_penalty != 1.0,
+            "count_penalties": self.presence_penalty != 0.0 or self.frequency_penalty != 0.0,
+            "top_k_min_p": self.top_k > 0 or self.min_p > 0.0,
+        }
+        return tuple(name for name, is_asked in asked.items() if is_asked)
+
 
 class Completion(Struct, frozen=True):
     """One sampled continuation of one prompt.

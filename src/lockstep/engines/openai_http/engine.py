@@ -384,7 +384,9 @@ def _capabilities(vllm: bool, told: Capability) -> dict[str, Capability]:
         "resolved_config": told,
         "per_request_seed": Capability(True, "seed"),
         "logit_bias": Capability(True, "logit_bias"),
-        "penalties": only_vllm,
+        "repetition_penalty": only_vllm,
+        "count_penalties": Capability(True, "presence_penalty and frequency_penalty"),
+        "top_k_min_p": only_vllm,
         "nccl_weights": Capability(False, unsaid),
     }
 

@@ -252,6 +252,7 @@ def common_capabilities() -> dict[str, Capability]:
     """What can be seen without a running engine."""
     return {
         "per_request_seed": Capability(True, "each request and sample has a generator of its own"),
+        "top_k_min_p": Capability(True, "SamplingParams.top_k and min_p"),
     }
 
 

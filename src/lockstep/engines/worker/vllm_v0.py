@@ -72,7 +72,10 @@ class V0Worker(terms.VllmWorker):
                 True, "VllmConfig as the running engine holds it, and what the worker's model is"
             ),
             "logit_bias": Capability(True, "as a logits processor: this engine's own needs a tokenizer"),
-            "penalties": Capability(True, "included, in the prompt's log-probabilities too"),
+            **dict.fromkeys(
+                ("repetition_penalty", "count_penalties"),
+                Capability(True, "included, in the prompt's log-probabilities too"),
+            ),
             "nccl_weights": Capability(False, "this version has no weight-transfer engine"),
         }
 

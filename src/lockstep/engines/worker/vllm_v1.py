@@ -109,7 +109,10 @@ class V1Worker(terms.VllmWorker):
                 True, "VllmConfig as the running engine holds it, and what the worker's model is"
             ),
             "logit_bias": Capability(True, "SamplingParams.logit_bias; processed modes include it"),
-            "penalties": Capability(True, "processed modes include them, raw modes do not"),
+            **dict.fromkeys(
+                ("repetition_penalty", "count_penalties"),
+                Capability(True, "processed modes include them, raw modes do not"),
+            ),
             "nccl_weights": Capability(
                 transfer and self.vllm_config.device_config.device_type == "cuda",
                 "vLLM's weight-transfer engine; it needs a GPU"
