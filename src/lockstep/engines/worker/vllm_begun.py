@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from lockstep.engines.worker.vllm_terms import INTERNAL
+from lockstep.engines.worker.vllm_names import internal_of
 
 
 class FirstTokens:
@@ -62,9 +62,8 @@ class FirstTokens:
 
     def _unbegun(self) -> bool:
         prefilling: dict[str, bool] = {}
-        for internal, state in self._processor.request_states.items():
-            match = INTERNAL.fullmatch(internal)
-            if match:  # one of several samples of a request, each with a state of its own
-                prefilling[match[2]] = prefilling.get(match[2], False) or state.is_prefilling
+        for name, state in self._processor.request_states.items():
+            if of := internal_of(name):  # one of several samples of a request, each with a state of its own
+                prefilling[of.request] = prefilling.get(of.request, False) or state.is_prefilling
         # One without a state is being added, or has just ended: ``left`` tells.
         return any(prefilling.get(name, True) for name in self._names)

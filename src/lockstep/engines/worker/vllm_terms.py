@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import enum
 import os
-import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -18,6 +17,7 @@ from msgspec import Struct
 from lockstep.engines.worker.server import BadRequestError, run
 from lockstep.engines.worker.vllm_asked import has_native_head_dtype, options, request_fields
 from lockstep.engines.worker.vllm_environment import WRITTEN
+from lockstep.engines.worker.vllm_names import internal_of
 from lockstep.engines.worker.vllm_plugin import HEAD_DTYPE
 from lockstep.records.capabilities import Capability
 from lockstep.records.environment import resolved_env
@@ -111,12 +111,10 @@ class VllmWorker(ABC):
 
     def switched(self, tokens: dict[str, int]) -> None:
         """The weights are :attr:`version` now; ``tokens``: how many each request has, by its vLLM name."""
-        for internal, n in tokens.items():
-            match = INTERNAL.fullmatch(internal)
-            if match and match[2] in self.in_flight:
-                self._switches.setdefault(match[2], []).append(
-                    (int(match[1] or 0), VersionSpan(n, n, self.version))
-                )
+        for name, n in tokens.items():
+            of = internal_of(name)
+            if of and of.request in self.in_flight:
+                self._switches.setdefault(of.request, []).append((of.sample, VersionSpan(n, n, self.version)))
 
     def counters(self) -> dict[str, float]:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`.
@@ -313,10 +311,6 @@ def checked_path(config: Config, request: Load) -> Path:
             f"weights at {path}", f"a .safetensors file in {config.weights_dir}", "use the run's publisher"
         )
     return path
-
-
-INTERNAL = re.compile(r"(?:(\d+)_)?(r\d+)(?:-.*)?")
-"""vLLM's name of a request: the sample's number before it where n > 1; later versions add a random part."""
 
 
 def completion_of(prompt_index: int, output: Any, version_spans: tuple[VersionSpan, ...]) -> Completion:
