@@ -8,9 +8,8 @@ environment.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from lockstep.engines.worker import vllm_asked as asked
@@ -123,48 +122,55 @@ class V1Worker(terms.VllmWorker):
 
     async def load(self, request: Load) -> LoadReceipt:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        offer = request.update.nccl
-        if offer is not None and request.mode != "wait":
-            raise BadRequestError(
-                "a broadcast update in flight", "mode wait with NCCL", "engine.weights = shared_memory"
-            )
-        path = None if offer else terms.checked_path(self.config, request)
+        bring = self._bringing(request)
         began = time.perf_counter()
         keep = request.mode == "keep"
         async with self._begun.all_begun() if keep else nullcontext():
-            loaded, cleared = await self._exchanged(request, path)
-        return self.receipt(loaded, cleared, began)
+            # The pause ends at a step's boundary: no forward pass reads weights of two versions.
+            await self._pause(request.mode)
+            try:
+                loaded = await bring()
+                # A prefix that is cached under old weights would go on answering for them; ``keep`` says that
+                # it may.
+                cleared = False if keep else await self.llm.reset_prefix_cache()
+                await self.llm.reset_mm_cache()
+                self.version = request.update.version
+                self.kept = self.kept or keep
+                # A request that waits to be scheduled is not known to the worker yet: it has no token.
+                unscheduled = dict.fromkeys(self.llm.output_processor.request_states, 0)
+                self.switched(unscheduled | loaded["in_flight"])
+            finally:
+                # After an error too: requests that are held would wait for ever, and nobody would be told
+                # why.
+                if self.pause != "none":
+                    await self.llm.resume_generation()
+        return self.receipt(loaded, cleared is not False, began)
 
-    async def _exchanged(self, request: Load, path: Path | None) -> tuple[dict[str, Any], bool]:
-        """What was loaded, and whether the prefix cache is empty since."""
-        offer = request.update.nccl
-        keep = request.mode == "keep"
-        # The pause ends at a step's boundary: no forward pass reads weights of two versions.
-        await self._pause(request.mode)
-        try:
-            if offer is not None:
-                loaded: dict[str, Any] = {
-                    "n_tensors": await self._receiver.receive(offer, request.update.version),
-                    "repacked": (),
-                    "in_flight": {},
-                }
-            else:
-                (loaded,) = await self.llm.collective_rpc(
-                    "lockstep_load", args=(str(path), request.update.version)
-                )
-            # A prefix that is cached under old weights would go on answering for them; ``keep`` says that it
-            # may.
-            cleared = False if keep else await self.llm.reset_prefix_cache()
-            await self.llm.reset_mm_cache()
-            self.version = request.update.version
-            self.kept = self.kept or keep
-            # A request that waits to be scheduled is not known to the worker yet: it has no token.
-            self.switched(dict.fromkeys(self.llm.output_processor.request_states, 0) | loaded["in_flight"])
-        finally:
-            # After an error too: requests that are held would wait for ever, and nobody would be told why.
-            if self.pause != "none":
-                await self.llm.resume_generation()
-        return loaded, cleared is not False
+    def _bringing(self, request: Load) -> Callable[[], Awaitable[dict[str, Any]]]:
+        """What brings an update's tensors in and says what it loaded.
+
+        Raises:
+            BadRequestError: for an update that may not be brought in so; nothing has been paused yet.
+        """
+        offer, version = request.update.nccl, request.update.version
+        if offer is None:
+            path = terms.checked_path(self.config, request)
+
+            async def read() -> dict[str, Any]:
+                (loaded,) = await self.llm.collective_rpc("lockstep_load", args=(str(path), version))
+                return loaded
+
+            return read
+        if request.mode != "wait":
+            raise BadRequestError(
+                "a broadcast update in flight", "mode wait with NCCL", "engine.weights = shared_memory"
+            )
+
+        async def receive() -> dict[str, Any]:
+            n_tensors = await self._receiver.receive(offer, version)
+            return {"n_tensors": n_tensors, "repacked": (), "in_flight": {}}
+
+        return receive
 
     async def _pause(self, mode: LoadMode) -> None:
         """Before a load: where the version has no pause, the server let requests end, and holds new ones."""
