@@ -58,6 +58,5 @@ def _answers(run: Run) -> Samples:
     answers = collect.drawn(
         pair.engine, task, pair.renderer, run.recipe, range(evaluation.prompts), seed, changes
     )
-    if not run.recipe.task.environment:
-        collect.reward(answers, task, run.recipe)
+    collect.reward(answers, task, run.recipe)
     return answers

@@ -96,8 +96,7 @@ def score(rollouts: Samples, task: Task, recipe: Recipe) -> None:
         RewardError: at the first reward that is none; the rewards before it stay filled in.
     """
     began = time.perf_counter()
-    if not recipe.task.environment:  # which has said what a conversation is worth at its end
-        reward(rollouts, task, recipe)
+    reward(rollouts, task, recipe)
     if recipe.task.overlong == "penalise":
         paid = overlong_penalties(rollouts, recipe)
         _give(rollouts, rollouts.rewards - paid)
@@ -121,6 +120,8 @@ def reward(rollouts: Samples, task: Task, recipe: Recipe) -> None:
     Raises:
         RewardError: at the first that is none; of one reward, those before it stay filled in.
     """
+    if recipe.task.environment:  # it has said what a conversation is worth at its end
+        return
     if not recipe.task.rewards:
         missing = np.flatnonzero(np.isnan(rollouts.rewards)).tolist()
         texts = [rollouts[at].text for at in missing]
