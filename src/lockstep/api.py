@@ -87,6 +87,7 @@ def check(
         directory = Path(out or scratch).absolute()
         refuse_no_directory(directory)
         preflight(loaded, api_key_env)
+        # A recipe that is refused leaves no directory behind.
         make_directory(directory)
         with open_session(loaded, directory / "engine.log", say, _plants(faults), api_key_env) as session:
             return _climb(session, directory, depth, key, say)
@@ -147,7 +148,7 @@ def train(
     start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env)
     from lockstep.loop.open import preflight, wait_asleep
     from lockstep.runs.layout import new_run
-    from lockstep.runs.manifest import finished
+    from lockstep.runs.manifest import finished, tidy
     from lockstep.runs.read import open_run
     from lockstep.summary import summarise
 
@@ -155,12 +156,13 @@ def train(
     wait_asleep(loaded, say)
     resumed = layout is not None
     layout = layout or new_run(Path(out) if out is not None else None)
+    # As it was typed: people are told of no other path.
     named = layout.root
     layout = layout.absolute()  # somebody's reward may change the working directory
     with layout.held():
         say(f"run directory {named}{', which goes on' if resumed else ''}")
         if resumed and finished(layout, loaded):
-            _tidy(layout)
+            tidy(layout)
             say("its last step is trained and saved: nothing is left to do")
         else:
             _train(loaded, layout, say, start, resumed=resumed)
@@ -199,16 +201,8 @@ def _run_of(
         raise UsageError("lockstep train", got="no recipe", expected="one, or --resume RUN", hint=hint)
     loaded = _loaded(recipe)
     layout = unfinished_run(loaded, Path("runs")) if resume_unfinished and out is None else None
+    # The manifest's: with the engine that ``auto`` came to then, whatever is installed by now.
     return (read_recipe(layout.manifest), layout) if layout else (loaded, None)
-
-
-def _tidy(layout: "RunLayout") -> None:
-    """What a kill after the last checkpoint left: older ones, and the parts of one that was being removed."""
-    from lockstep.runs.checkpoints import keep_newest
-    from lockstep.runs.layout import forget_partials
-
-    forget_partials(layout)
-    keep_newest(layout.checkpoints)
 
 
 def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resumed: bool) -> None:
@@ -224,6 +218,7 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
         if resumed:
             refuse_other_run(layout.manifest, session.manifest)
         else:
+            # Not before the session: it says what the engine resolved to.
             write_manifest(layout.manifest, session.manifest)
         try:
             steps_of(recipe)(Run(session, layout, say, recorder, sign_key=start.sign_key), resumed=resumed)
@@ -350,6 +345,7 @@ def audit(recipe: Recipe, before: str, *, api_key_env: str = "", say: Say = quie
     from lockstep.engines.audit import audit as rows_of
     from lockstep.loop.open import open_engine
 
+    # The CPU wheel of 0.8.5 is numbered 0.8.5.post2.
     before = next((version for version in VERSIONS if before in (version, f"{version}.post2")), before)
     if before not in VERSIONS:
         raise UsageError(

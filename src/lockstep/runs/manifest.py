@@ -23,9 +23,9 @@ from lockstep.config.recipe import Recipe
 from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
 from lockstep.records.messages import Ready
-from lockstep.runs.checkpoints import checked
+from lockstep.runs.checkpoints import checked, keep_newest
 from lockstep.runs.durable import write_atomically
-from lockstep.runs.layout import RunLayout
+from lockstep.runs.layout import RunLayout, forget_partials
 from lockstep.runs.strict import exact, plain, read_document
 
 SCHEMA = "lockstep.manifest/2"
@@ -252,6 +252,12 @@ def finished(layout: RunLayout, recipe: Recipe) -> bool:
         return checked(layout.checkpoint(recipe.training.steps)).step == recipe.training.steps
     except RunError:
         return False
+
+
+def tidy(layout: RunLayout) -> None:
+    """What a kill after the last checkpoint left: older ones, and the parts of one that was being removed."""
+    forget_partials(layout)
+    keep_newest(layout.checkpoints)
 
 
 def _digest(recipe: Recipe) -> str:
