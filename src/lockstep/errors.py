@@ -16,7 +16,7 @@ LockstepError                exit 3   could not run
 ├── ProtocolError            exit 3   a frame that is not a message of the worker protocol
 ├── InstallError             exit 3   an environment could not be built
 ├── MachineError             exit 3   an engine that this machine cannot run
-├── NoRoomError          exit 3   memory or a disk without the room that is needed
+├── NoRoomError              exit 3   memory or a disk without the room that is needed
 ├── RunError                 exit 3   a run directory that cannot be read or continued
 ├── ScheduleError            exit 3   a token past the staleness bound, or a ledger that does not close
 └── DivergenceError          exit 3   the loss or a gradient is no finite number
@@ -46,6 +46,7 @@ class LockstepError(Exception):
     exit_code = 3
 
     def __init__(self, boundary: str, *, got: str, expected: str, hint: str) -> None:
+        # Here, where all of them pass: what a library said is quoted, and may hold a URL with its password.
         self.boundary, self.got, self.expected, self.hint = map(bare_urls, (boundary, got, expected, hint))
         super().__init__(f"{self.boundary}: got {self.got}, expected {self.expected}\n\nhint: {self.hint}")
 

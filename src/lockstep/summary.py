@@ -63,6 +63,7 @@ def summarise(run: RunRecord) -> RunSummary:
     )
     if not len(steps):
         return bare
+    # Of fewer than eight steps a quarter is one step, and of a single step both quarters are that one.
     quarter = max(1, len(steps) // 4)
     first = _mean(Steps(steps.records[:quarter]), "reward_mean")
     last = _mean(Steps(steps.records[-quarter:]), "reward_mean")
@@ -78,6 +79,7 @@ def summarise(run: RunRecord) -> RunSummary:
         clip_fraction=_mean(steps, "clip_fraction"),
         policy_kl_k3_nats=_mean(steps, "policy_kl_k3_nats"),
         mismatch_kl_k3_nats=_mean(steps, "mismatch_kl_k3_nats"),
+        # Over all steps, means over measured ones: a step without a number may have had the largest.
         gap_abs_max_nats=float(steps.column("gap_abs_max_nats").max()),
         phantom_clip_fraction=_mean(steps, "phantom_clip_fraction"),
         entropy_first_nats=entropy[0],
@@ -99,6 +101,7 @@ def _syncs(run: RunRecord) -> dict[int, Status]:
     for record in run.verdicts:
         when = record.when
         status = record.verdict.status
+        # A proof stays one: the other way may see too little of the same update, which takes nothing back.
         if isinstance(when, AfterSync | OfRollouts) and syncs.get(when.version) != "PASS":
             syncs[when.version] = status
     return syncs

@@ -159,6 +159,7 @@ def nearest_to(name: str) -> str | None:
 
     For reading a log whose curves are held against others of the same system. None where none is.
     """
+    # A log's reader may have taken the logger's prefix off already (``report/trajectories.py``).
     bare = {alias.name.removeprefix(f"{alias.name.partition('/')[0]}/"): alias.ours for alias in _LOGGED}
     return next((alias.ours for alias in ALIASES if alias.name == name), bare.get(name))
 

@@ -29,6 +29,8 @@ def mean_over_sequences(values: np.ndarray, owners: np.ndarray) -> tuple[float, 
     """
     mean = float(values.mean())
     _, inverse = np.unique(owners, return_inverse=True)
+    # Sequences differ in length, so the mean is a ratio of two sums: its error is that of each sequence's
+    # distance from the common mean, and n / (n − 1) pays for a mean that is estimated from the same.
     residues = np.bincount(inverse, values.astype(np.float64) - mean)
     n = residues.size
     if n < 2:
@@ -39,6 +41,7 @@ def mean_over_sequences(values: np.ndarray, owners: np.ndarray) -> tuple[float, 
 def kl_k3(log_ratio: np.ndarray) -> float:
     """mean(exp d − d − 1) ≥ 0, nats (Schulman, "Approximating KL divergence", 2020, estimator k3)."""
     d = log_ratio.astype(np.float64)
+    # Of a small d only d² / 2 is left, which exp(d) − 1 would have rounded away.
     return float(np.mean(np.expm1(d) - d))
 
 
@@ -51,6 +54,7 @@ def effective_sample_size(log_ratio: np.ndarray) -> float:
 def outside_clip(log_ratio: np.ndarray, clip_low: float, clip_high: float) -> np.ndarray:
     """Which ratios lie outside [1 − clip_low, 1 + clip_high]; a non-finite one does. bool [T]."""
     ratio = np.exp(log_ratio.astype(np.float64))
+    # Negated, for a NaN compares false on either side and has to lie outside.
     return ~((ratio >= 1.0 - clip_low) & (ratio <= 1.0 + clip_high))
 
 
