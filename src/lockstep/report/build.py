@@ -119,6 +119,7 @@ def ladder_words(ladder: Sequence[Verdict]) -> list[str]:
     """What a ladder says, the failing layer first."""
     if not ladder:
         return ["No ladder was climbed: nothing is proven."]
+    # One at most: the ladder stops at the first.
     failed = next((verdict for verdict in ladder if verdict.status == "FAIL"), None)
     if failed is None:
         left = [verdict.layer for verdict in ladder if verdict.status == "NOT_RUN"]

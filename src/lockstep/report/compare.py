@@ -145,6 +145,7 @@ def against(reference: Arm, arm: Arm, wanted: Sequence[str], first_step: float =
         name: Since(onset(side.difference) if side.difference.size else None) for name, side in sides.items()
     }
     pattern = points_at(judged, since)
+    # Without a figure there is no verdict, and so no PASS: an empty set equals none of these.
     found = {figure.verdict for figure in judged.values()}
     verdict: Status = "FAIL" if "different" in found else "PASS" if found == {"equivalent"} else "NOT_RUN"
     figures = tuple(_figure(name, judged[name], sides[name], since[name]) for name in both)

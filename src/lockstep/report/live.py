@@ -82,6 +82,7 @@ class Followed:
         stamp = self._files()
         began = time.monotonic()
         if stamp != self._stamp and began >= self._rest_until:
+            # The stamp from before the reading: what is written meanwhile is seen at the next look.
             self._stamp = stamp
             try:
                 self._report = self._read()
@@ -150,6 +151,7 @@ def _stat(path: Path) -> object:
         found = path.stat()
     except OSError:
         return None
+    # The inode too: a file that is renamed into place may have the size and, on a coarse clock, the time.
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 

@@ -48,6 +48,7 @@ def page(report: Report, live: Live | None = None) -> str:
     numbers = iter(range(len(plots)))  # over all sections: a plot is found by its number among all data
     sections = "".join(_section(at, section, numbers) for at, section in enumerate(report.sections))
     links = "".join(f'<a href="#s{at}">{text(s.title)}</a> ' for at, s in enumerate(report.sections))
+    # A page that is kept asks nobody for anything; one that follows a run asks where it came from.
     asks = "" if live is None else "connect-src 'self'; "
     csp = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "

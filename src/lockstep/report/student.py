@@ -39,6 +39,7 @@ def _beta(x: float, a: float, b: float) -> float:
     if x <= 0.0 or x >= 1.0:
         return min(max(x, 0.0), 1.0)
     front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x))
+    # The fraction converges fast on this side of the mean; the other side is reached by symmetry.
     if x < (a + 1.0) / (a + b + 2.0):
         return front * _fraction(x, a, b) / a
     return 1.0 - front * _fraction(1.0 - x, b, a) / b
@@ -46,6 +47,7 @@ def _beta(x: float, a: float, b: float) -> float:
 
 def _fraction(x: float, a: float, b: float) -> float:
     """Its continued fraction, by Lentz's method."""
+    # A term of Lentz's may be 0, and the next is divided by it.
     tiny = 1e-300
     c = 1.0
     d = 1.0 / _away(1.0 - (a + b) * x / (a + 1.0), tiny)

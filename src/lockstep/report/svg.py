@@ -88,6 +88,7 @@ def _drawn(line: Line, xs: list[float], at: int, x_ends: Ends, y_ends: Ends) -> 
     whole = [k for k, y in enumerate(line.ys) if isfinite(y)]
     path = f"M{point(xs[whole[0]], line.ys[whole[0]])}" if whole else ""
     for before, k in pairwise(whole):
+        # A step without a value parts the line, which would otherwise claim one for it.
         path += f"{'L' if k == before + 1 else 'M'}{point(xs[k], line.ys[k])}"
     dash = f' stroke-dasharray="{DASHES[own]}"' if DASHES[own] else ""
     y = HEIGHT + 16 * at + 4

@@ -51,7 +51,6 @@ class GapCounts:
     )
     by_position: np.ndarray = field(default_factory=lambda: np.zeros((len(POSITIONS), CLASSES), np.int64))
     largest: float = 0.0
-    signed_sum: float = 0.0
     tokens: int = 0
     """Of all completions, drawn by the policy: tokens of a tool's are not counted."""
     compared: int = 0
@@ -87,6 +86,7 @@ def quantile_of(counts: np.ndarray, share: float) -> float:
     upper = edges()
     if at == 0:
         return 0.0
+    # The class above the highest has no upper edge: its lower one stands for all of it.
     return float(np.sqrt(upper[at - 1] * upper[min(at, CLASSES - 2)]))
 
 
@@ -106,6 +106,7 @@ def read_gaps(paths: Sequence[Path]) -> GapCounts:
             at = np.argsort(rows)[-SHOWN_WORST:]
             worst += [Place(path, first + int(row), float(rows[row])) for row in at if rows[row] > 0.0]
             worst = sorted(worst, key=lambda place: -place.worst)[:SHOWN_WORST]
+        # From the middle of each file: its place says nothing of reward or gap, so nothing is chosen.
         if batch_rows := _rows_of(path):
             spread.append(Place(path, batch_rows // 2, float("nan")))
     picks = np.linspace(0, len(spread) - 1, min(SHOWN_SPREAD, len(spread))).astype(int)
@@ -137,7 +138,6 @@ def _count(gaps: GapCounts, batch: "pyarrow.RecordBatch") -> np.ndarray:
         return np.full(batch.num_rows, -1.0)
     size = np.abs(gap)
     gaps.compared += gap.size
-    gaps.signed_sum += float(gap.sum(dtype=np.float64))
     gaps.largest = max(gaps.largest, float(size.max()))
     with np.errstate(divide="ignore"):  # a gap of 0 is −inf decades: in the class below all
         scaled = (np.log10(size) - DECADES[0]) * PER_DECADE

@@ -31,6 +31,7 @@ def read_vocabulary(model: Path) -> Vocabulary:
     try:
         table = msgspec.json.decode(path.read_bytes())
         known = table["model"]["vocab"]
+        # BPE has a table of ids; Unigram a list of (text, score), whose places are the ids.
         pairs = known.items() if isinstance(known, dict) else ((one[0], at) for at, one in enumerate(known))
         bytewise = "ByteLevel" in str(table.get("decoder")) + str(table.get("pre_tokenizer"))
         texts = {int(token): _text(text, bytewise=bytewise) for text, token in pairs}

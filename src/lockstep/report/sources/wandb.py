@@ -48,6 +48,7 @@ def _records(content: bytes) -> Iterator[bytes]:
     while True:
         if (room := BLOCK - at % BLOCK) < HEADER:  # no header fits: a block's last bytes are padding
             at += room
+        # Here and below: what a kill cut short ends the file.
         if at + HEADER > len(content):
             return
         told, length, kind = struct.unpack_from("<IHB", content, at)
