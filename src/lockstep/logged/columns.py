@@ -108,6 +108,7 @@ def logprobs_of(names: dict[str, str], row: LogRow, n_tokens: int) -> np.ndarray
             raise TypeError
         return np.asarray(array("d", [np.nan if v is None else v for v in values]), np.float64)
     except (TypeError, OverflowError):
+        # JSON bounds no whole number, and a double does.
         culprit = _culprit(values, lambda v: v is None or (_is_number(v) and abs(v) < 1e300))
         raise UnusableError(name, culprit, expected) from None
 

@@ -142,6 +142,7 @@ def _opened(path: Path) -> _Opened:
     for form, (magic, unpack) in PACKED.items():
         if head.startswith(magic):
             raise _unusable(path, f"a file packed by {form}", wanted, hint=f"{unpack} {path}")
+    # By its name too: one whose beginning is damaged is then told as Parquet, not as bad JSON.
     return _parquet(path) if head == b"PAR1" or path.suffix == ".parquet" else _jsonl(path)
 
 
@@ -185,6 +186,7 @@ def _lines(path: Path) -> NumberedRows:
                         "one completion a line",
                         f", row {number}",
                     )
+                # A byte order mark, which some editors put first, is no JSON.
                 line = line.removeprefix(b"\xef\xbb\xbf").strip()
                 if not line:
                     continue
@@ -296,6 +298,7 @@ def _values(pa: Any, column: Any) -> list:
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     ends = column.offsets.to_numpy()
+    # Not ``flatten()``, which leaves out what lies under a null row: the offsets count that too.
     flat = column.values
     there = (
         np.ones(len(column), bool)

@@ -113,6 +113,7 @@ def _refuse(logged: Logged, trainer: Trainer, pads: set[int]) -> None:
 def _inside(logged: Logged) -> np.ndarray:
     """bool [T]: tokens that are no pads."""
     edges = np.zeros(len(logged.token_ids) + 1, np.int8)
+    # An empty span begins where the next one does, and ``edges[starts] += 1`` would count the two as one.
     np.add.at(edges, logged.spans[:, 0], 1)
     np.add.at(edges, logged.spans[:, 1], -1)
     return np.cumsum(edges[:-1], dtype=np.int8) > 0  # spans do not overlap: no sum is above 1

@@ -64,6 +64,7 @@ class Gaps:
     def shares_off(self, limit: float) -> np.ndarray:
         """Of each row's tokens, how many are off by more."""
         n = len(self.lengths)
+        # Negated: a number that is missing is off.
         off = np.bincount(self.owners, ~(np.abs(self.gap) <= limit), n)
         return off / np.maximum(np.bincount(self.owners, minlength=n), 1)
 
@@ -202,6 +203,7 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
     n_foreign = 0
     for row in looked:
         numbers = gaps.engine[starts[row] : min(starts[row + 1], starts[row] + HEAD)]
+        # A row with fewer numbers holds NaN, which is within nothing.
         with np.errstate(invalid="ignore"):
             n_foreign += bool((np.abs(heads[:, : len(numbers)] - numbers).max(1) <= pair.noise.p999).any())
     text = (

@@ -105,6 +105,7 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
     in_pairs = needs_of(recipe.objective).pairs
     pairs = pairs_of(samples.rewards, samples.group_size) if in_pairs else None
     if pairs is not None:
+        # One answer of a pair alone prefers nothing.
         pairs = pairs[kept[pairs].all(axis=1)]
     # A pair's two samples meet in one loss, and so in one row.
     for row in policy.rows(samples.groups, recipe.training.tokens_per_microbatch, whole_groups=in_pairs):

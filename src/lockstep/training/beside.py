@@ -68,6 +68,7 @@ def prepare(
         score_under_reference(parts, beside.reference, temperature)
     pays = objective.kl.coef > 0.0 and objective.kl.place == "reward"
     if not pays and beside.value_head is None:
+        # The first minibatch's own forward pass is on these very weights (``step.py``).
         score_under_sampling_weights(parts[1:], policy, temperature)
         return
     score_under_sampling_weights(parts, policy, temperature, beside.value_head)
@@ -83,6 +84,7 @@ def prepare(
     else:
         values = _flat(parts, "old_values")
         found = gae(rewards, values, recipe.value_head.gamma, recipe.value_head.lam)
+        # The policy's alone are whitened: the head learns what is earned, in its own unit.
         advantages = whitened(found.advantages, rewards.loss_mask)
         _share_out(parts, "returns", found.returns)
     rollouts.fill(advantages=advantages)

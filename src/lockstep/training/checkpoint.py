@@ -153,6 +153,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Every file of the source checkpoint that holds no weights; ``config.json`` says the stored dtype."""
     for path in (*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")):
+        # An index names shards, and here all weights are one file.
         weights = path.suffix.lower() in WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not weights and not path.name.startswith(".") and path.name != "config.json":
             copy = target / path.relative_to(source)

@@ -137,6 +137,7 @@ class MasterAdamW:
                     moments = {
                         key: laid_as(master, tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")
                     }
+                    # On the device, where the fused kernel counts its steps.
                     self._adamw.state[master] = {"step": tensors[f"step.{name}"].to(master.device), **moments}
                 if self.keeps(name, master, parameter):
                     master.copy_(laid_as(master, tensors[f"master.{name}"]))

@@ -85,6 +85,7 @@ def train(
     except BaseException:
         optimizer.forget_gradients()
         raise
+    # Numbered by the step, never counted up: a run that goes on finds its place in the schedule.
     norms = [optimizer.step(step * len(parts))]
     for number, part in enumerate(rest, 1):
         losses.append(

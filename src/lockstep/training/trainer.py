@@ -66,6 +66,7 @@ class Trainer:
         self._recipe = recipe
         self._reference_path = reference_path
         self._publisher = publisher(policy.model) if publisher is not None else None
+        # Asked at each use: while a variant is held, another policy stands here.
         self.versions = Versions(lambda: self._policy, Ring(0))
 
     @classmethod

@@ -106,6 +106,7 @@ def _lacks(sample: Sample, known: np.ndarray, version: int, drawing: Drawing) ->
     return any(
         bool(np.isnan(known[span.start : span.stop]).any())
         for span in sample.version_spans
+        # Tokens of now as well, where they were drawn over an older cache: the step's pass has none such.
         if span.version != version or over_old_cache
     )
 

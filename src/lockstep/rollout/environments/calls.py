@@ -54,6 +54,7 @@ def in_python(text: str) -> list[Call]:
     """The calls that the whole text is; none where it is anything else."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+    # A model's text: nested deep enough it exhausts the parser, and of a NUL Python 3.11 makes a ValueError.
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return []
     written = tree.elts if isinstance(tree, ast.List) else [tree]

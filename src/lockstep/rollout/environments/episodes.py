@@ -199,6 +199,7 @@ def alike(episodes: Sequence[Episode]) -> list[list[Episode]]:
     def row(episode: Episode) -> bytes:
         return episode.row.token_ids.tobytes()
 
+    # A stable sort: the first of those alike, whose number seeds their request, is the same in every run.
     return [list(members) for _, members in groupby(sorted(episodes, key=row), key=row)]
 
 
@@ -215,5 +216,6 @@ def figures(episodes: Sequence[Episode]) -> dict[str, float]:
 
 def _asked(members: Sequence[Episode], params: SamplingParams, seed: SeedOf) -> SamplingParams:
     first = members[0]
+    # The first turn is drawn with the seed that a task without an environment would give the question.
     later = (first.turns, first.number) if first.turns else ()
     return replace(params, n=len(members), seed=seed(first.item_number, *later))

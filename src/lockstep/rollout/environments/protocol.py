@@ -143,6 +143,8 @@ class Environments:
         try:
             return ToolAnswer(str(self.call(tool, *call.positional, **call.arguments)), in_vain=False)
         except EnvironmentFault as fault:
+            # A model is told what a tool raised, but not that it took too long (which has no cause here), nor
+            # that it asked the process to end.
             if isinstance(fault.__cause__, Exception):
                 return ToolAnswer(f"error: {raised(fault.__cause__)[:SHOWN]}", in_vain=True)
             raise
