@@ -70,5 +70,6 @@ def _follow(path: Path, port: int) -> NoReturn:
     followed = Followed(path)
     with serving(followed, port) as address:
         show(address)
+        # A pipe is buffered, and who reads the address from it waits for it before anything else is said.
         sys.stdout.flush()
         followed.follow(Console().say)

@@ -121,6 +121,7 @@ def factors_of(recipe: Recipe, version: str | None) -> list[Mendable]:
         )
     for name in ("head_dtype", "dtype"):
         asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
+        # The trainer's own goes to float32 below, and an engine that names today's would stay behind.
         if asked not in (None, own) or (asked is not None and own != "float32"):
             differs = Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}")
             factors.append(Mendable(differs, _engine(name, None)))

@@ -121,6 +121,7 @@ def upgrade(
     else:
         last = bench.run(final, f"{after} with every flag: the check of the recipe", _prover(flags, out))
     if last.status != "PASS":
+        # Written to be checked as it is read; one that did not pass is handed to nobody.
         (out / RECIPE).unlink()
     return Upgrade(
         verdict=last.status,

@@ -223,6 +223,7 @@ class TransformersEngine(Engine):
         with self.turns.loading(in_flight=in_flight), safe_open(update.path, framework="pt") as file:
             names = list(file.keys())
             for name in names:
+                # In place, and so for a tied head too: both names are of one tensor.
                 weights[name].copy_(file.get_tensor(name))
             self.version = update.version
             self._recomputes += mode == "recompute"

@@ -91,6 +91,7 @@ class WorkerEngine(Engine):
 
     def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :meth:`Engine.load`."""
+        # Keeping a cache or computing it anew: both first hold the requests.
         if mode != "wait":
             self.need("pause_keep")
         return self._process.request(Loaded, Load, update, mode).receipt

@@ -137,10 +137,12 @@ class Exchange:
         found = bytearray()
         async for chunk in response.aiter_raw():
             found += chunk
+            # One byte more than is allowed is enough to refuse it, and the rest is never read.
             if len(found) >= most:
                 break
         read = bytes(found[:most])
         for secret in self._secrets:
+            # An error page may say back what was sent.
             read = read.replace(secret, b"(the key)")
         return read
 
