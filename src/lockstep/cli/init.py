@@ -26,6 +26,7 @@ def init(
     hint = "lockstep init DIR"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Looked for and made in one step: what comes to be there in between is not overwritten either.
         with path.open("xb") as file:
             file.write(content)
     except FileExistsError as error:

@@ -53,6 +53,7 @@ def upgrade(
         source = before if "://" in before else _version(before, "--from")
         found = go(loaded, source, version, directory, console.say)
     whole = document("upgrade", {"upgrade": found})
+    # Before anything is shown: a reader that goes away must not cost what took so long to measure.
     write_atomically(directory / DOCUMENT, whole.encode())
     if as_json:
         sys.stdout.write(whole)

@@ -171,6 +171,7 @@ def untempered_nats(pair: Pair) -> float:
 
 
 def _load(pair: Pair) -> float:
+    # The weights that the engine has already: a whole update that changes nothing.
     pair.sync(pair.version)
     return pair.receipt.load_s if pair.receipt is not None else float("nan")
 

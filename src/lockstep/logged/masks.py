@@ -39,6 +39,7 @@ def settle(logged: Logged, trainer: Trainer, renderer: Renderer) -> str:
     if not logged.padded:
         _strip_completions(logged, pads)
         _strip_prompts(logged, trainer, pads, renderer.tokenizer.bos_token_id)
+    # Now without exception: an id of a pad that is still here stands where tokens do.
     _refuse(logged, trainer, set())
     wrong = ""
     inside = _inside(logged)

@@ -110,6 +110,7 @@ class LogPart:
         """The verdict of layer 1."""
         pair = self.pair
         few = self.few
+        # First: while it is in doubt which tokens were sampled, no number says anything.
         if self.wrong_mask:
             return self._fail("mask_contradicted", self.wrong_mask, {})
         values = self.logged.logprobs[self.logged.judged(self.every)]

@@ -30,7 +30,10 @@ def dpo(inputs: LossInputs, *, beta: float, kind: Literal["sigmoid", "ipo"]) -> 
     losses = -logsigmoid(beta * h) if kind == "sigmoid" else (h - 1 / (2 * beta)).square()
     paired = torch.isin(inputs.sequence_ids, inputs.pairs)
     return LossOutputs(
-        loss=inputs.pair_weight * losses.sum(), clipped=~paired & inputs.loss_mask, margins=h.detach()
+        # A sample in no pair teaches nothing, as a token does that is clipped.
+        loss=inputs.pair_weight * losses.sum(),
+        clipped=~paired & inputs.loss_mask,
+        margins=h.detach(),
     )
 
 
@@ -46,6 +49,7 @@ def pairs_of(rewards: np.ndarray, group_size: int) -> np.ndarray:
     """
     found = []
     for first in range(0, len(rewards), group_size):
+        # Stable: of equal rewards the earlier sample comes first, in every run alike.
         order = first + np.argsort(-rewards[first : first + group_size], kind="stable")
         pairs = np.stack([order[: group_size // 2], order[::-1][: group_size // 2]], axis=1)
         found.append(pairs[rewards[pairs[:, 0]] > rewards[pairs[:, 1]]])

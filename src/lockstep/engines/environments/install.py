@@ -143,6 +143,7 @@ class _Build:
             self._note(done := [*done, step.title])
         mends = {name: MENDS[name](self.path) for name in self.recipe.mends}
         imported = self._step(self.n_steps, "smoke test", [str(self.python), "-c", self.recipe.smoke])
+        # The last line is the test's own: what it imports may print before.
         environment = self._environment(imported.strip().splitlines()[-1], mends)
         if drives(environment):
             self.say(f"{self._title(self.n_steps, 'smoke test')}: a tiny model, sampled and scored")

@@ -68,6 +68,7 @@ def smoke_test(environment: Environment, log: Path) -> Smoke:
     sampled = np.concatenate([np.frombuffer(completion.logprobs, FLOAT32) for completion in completions])
     scored = np.concatenate([score[-len(tail) :] for score, tail in zip(scores, ids, strict=True)])
     largest = float(np.abs(sampled - scored).max())
+    # Negated: a number that is missing makes a NaN, which is no agreement.
     if not largest <= AGREEMENT_NATS:
         raise InstallError(
             f"smoke test of {environment.name} {environment.version}",
