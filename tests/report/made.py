@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 
 from lockstep.config.recipe import load_recipe
+from lockstep.records.alarms import Alarm
 from lockstep.records.messages import Ready
 from lockstep.records.verdicts import AfterSync, BeforeStep, Finding, Verdict
 from lockstep.runs.layout import RunLayout, new_run
@@ -176,3 +177,61 @@ def completions(step: int, rows: int, length: int, random: np.random.Generator) 
         "reward": [float(row % 2) for row in range(rows)],
         "advantages": [[0.5] * length] * rows,
     }
+
+
+DIAGNOSIS = {
+    "schema": "lockstep.diagnose/1",
+    "explained": True,
+    "ablation": {
+        "total_nats": 0.1,
+        "ci95": [0.09, 0.11],
+        "factors": [
+            {"name": "engine.options.x=1", "flag": "leave it out", "effect_nats": 0.1, "alone_nats": 0.1}
+        ],
+        "unexplained_nats": 0.0,
+    },
+}
+"""What ``lockstep diagnose --json`` prints, as far as its report reads it."""
+CAMPAIGN = {
+    "schema": "lockstep.faults/1",
+    "hits": 1,
+    "missed": 0,
+    "outcomes": [
+        {
+            "name": "stale_head",
+            "planted_layer": "weights",
+            "found_layer": "weights",
+            "found_cause": "stale_head",
+            "hit": True,
+            "not_run": "",
+            "evidence": "x",
+        }
+    ],
+    "matrix": {"weights": {"weights": 1}},
+}
+"""What ``lockstep faults --json`` prints, as far as its report reads it."""
+LEDGER = {
+    "schema": "lockstep.ledger/1",
+    "step": 1,
+    "open_groups": 1,
+    "issued": 40,
+    "trained": 32,
+    "dropped": {"too old": 4},
+    "drawn_tokens": 200,
+    "trained_tokens": 160,
+    "dropped_tokens": {"too old": 30},
+    "reissued": 2,
+    "kept_lengths": {"8": 30, "16": 2},
+    "dropped_lengths": {"16": 4},
+}
+"""A line of ``ledger.jsonl``."""
+
+
+def whole_run(root: Path) -> RunLayout:
+    """:func:`run` with all that only some runs have: alarms, a ledger, held-out questions."""
+    layout = run(root)
+    recorder = open_recorder(layout)
+    recorder.step(12, 13, figures(12, np.random.default_rng(0)) | {"evaluation_reward_mean": 0.5})
+    recorder.alarm(Alarm(step=12, name="mismatch", layer="semantics", sentence=f"ESS 0.71 {SCRIPT}"))
+    layout.ledger.write_text(json.dumps(LEDGER) + "\n")
+    return layout

@@ -4,26 +4,12 @@ import json
 
 from lockstep.report.ledger import ledger_section
 from lockstep.runs.layout import RunLayout
-
-ROW = {
-    "schema": "lockstep.ledger/1",
-    "step": 1,
-    "open_groups": 1,
-    "issued": 40,
-    "trained": 32,
-    "dropped": {"too old": 4},
-    "drawn_tokens": 200,
-    "trained_tokens": 160,
-    "dropped_tokens": {"too old": 30},
-    "reissued": 2,
-    "kept_lengths": {"8": 30, "16": 2},
-    "dropped_lengths": {"16": 4},
-}
+from tests.report.made import LEDGER
 
 
 def test_every_sample_and_token_of_the_last_step_ended_somewhere(tmp_path):
     layout = RunLayout(tmp_path)
-    layout.ledger.write_text("".join(json.dumps(ROW | {"step": step}) + "\n" for step in (0, 1)))
+    layout.ledger.write_text("".join(json.dumps(LEDGER | {"step": step}) + "\n" for step in (0, 1)))
     section = ledger_section(layout)
     ended, lengths = section.tables
     assert ended.rows == (

@@ -91,7 +91,7 @@ def test_words_come_first_and_say_the_verdict(report):
     assert report.status == "PASS"
     assert report.words[0] == "Engine and trainer were proven to be the same policy, layer by layer."
     assert "12 steps were trained" in report.words[1]
-    assert "largest |trainer − engine| is 2.50e-01 nats" in report.words[2]
+    assert "largest |trainer − engine| is 0.25 nats" in report.words[2]
     assert "12 tokens have no finite" in report.words[3]
 
 
@@ -208,30 +208,11 @@ def test_tokens_of_byte_level_bpe_are_read_as_text(tmp_path):
 
 
 def test_documents_of_other_verbs_have_reports_and_unknown_ones_are_refused(tmp_path):
-    factor = {"name": "engine.options.x=1", "flag": "leave it out", "effect_nats": 0.1, "alone_nats": 0.1}
-    ablation = {"total_nats": 0.1, "ci95": [0.09, 0.11], "factors": [factor], "unexplained_nats": 0.0}
-    told = of_document({"schema": "lockstep.diagnose/1", "explained": True, "ablation": ablation}, "d.json")
+    told = of_document(made.DIAGNOSIS, "d.json")
     assert (told.kind, told.status) == ("diagnose", "PASS")
     assert told.sections[0].tables[0].rows == (("engine.options.x=1", "0.1", "0.1", "leave it out"),)
-    outcome = {
-        "name": "stale_head",
-        "planted_layer": "weights",
-        "found_layer": "weights",
-        "found_cause": "stale_head",
-        "hit": True,
-        "not_run": "",
-        "evidence": "x",
-    }
-    matrix = {"weights": {"weights": 1}}
-    campaign = {
-        "schema": "lockstep.faults/1",
-        "hits": 1,
-        "missed": 0,
-        "outcomes": [outcome],
-        "matrix": matrix,
-    }
-    assert of_document(campaign, "f.json").status == "PASS"
-    assert Elements(page(of_document(campaign, "f.json"))).tags
+    assert of_document(made.CAMPAIGN, "f.json").status == "PASS"
+    assert Elements(page(of_document(made.CAMPAIGN, "f.json"))).tags
     with pytest.raises(UsageError, match="schema"):
         of_document({"schema": "lockstep.train/1"}, "t.json")
     with pytest.raises(RunError):
@@ -252,7 +233,7 @@ def test_alarms_and_a_run_without_proof_are_said_first(tmp_path):
     told = of_run(open_run(layout.root))
     assert told.status == "NOT_RUN"
     assert told.words[0].startswith("It was trained without proof. OVERRIDDEN (semantics")
-    assert any("1 alarms were raised" in sentence for sentence in told.words)
+    assert any("1 alarm was raised" in sentence for sentence in told.words)
     sections = {section.title: section for section in told.sections}
     assert sections["Alarms"].tables[0].rows[0][:3] == ("4", "mismatch", "semantics")
     assert all("not proven" in plot.title for plot in sections["Trajectories"].plots)

@@ -34,7 +34,7 @@ def test_pairs_with_their_quantiles_and_a_score_against_itself():
     assert section.text[1:] == (
         "In the median the trainer is 5.2e-06 nats from what the engine reported (A, C); "
         "at p99.9 that is 4 times what a side differs from itself by.",
-        "The engine is 4e-06 from its own re-score (A, B), and that 5e-06 from the trainer (B, C).",
+        "The engine is 4e-06 nats from its own re-score (A, B), and that 5e-06 from the trainer (B, C).",
         "Not measured: A, D; B, D; C, D. The table has the reason.",
     )
     assert ("A, D", "not measured: D is taken where a side computes in less than fp32") in rows(section)
@@ -46,7 +46,7 @@ def test_where_a_side_computes_in_less_than_fp32_all_six_are_there():
         found[3].figures.update(spread(name, 0.02))
     section = scores_section(found)
     assert measured(section) >= {"A, D", "B, D", "C, D"}
-    assert "From fp32 the engine is 0.02 away (A, D), the trainer 0.02 (C, D)." in section.text
+    assert "From fp32 the engine is 0.02 nats away (A, D), the trainer 0.02 (C, D)." in section.text
     assert not any("Not measured" in sentence for sentence in section.text)
 
 

@@ -293,15 +293,18 @@ def _words(run: RunRecord, ladder: Sequence[Verdict], gaps: GapCounts) -> list[s
     if summary.override:
         words.insert(0, f"It was trained without proof. {summary.override}")
     if summary.alarms:
-        words.append(f"{summary.alarms} alarms were raised; the first: {run.alarms[0]}")
-    if summary.steps:
+        many = "1 alarm was raised" if summary.alarms == 1 else f"{summary.alarms} alarms were raised"
+        words.append(f"{many}; the first: {run.alarms[0]}")
+    if summary.steps == 1:
+        words.append(f"1 step was trained; its reward is {summary.reward_last_quarter:.3f}.")
+    elif summary.steps:
         words.append(
             f"{summary.steps} steps were trained; the reward went from {summary.reward_first_quarter:.3f} "
             f"(first quarter) to {summary.reward_last_quarter:.3f} (last)."
         )
     if gaps.compared:
         words.append(
-            f"Over {gaps.compared:,} tokens the largest |trainer − engine| is {gaps.largest:.2e} nats."
+            f"Over {gaps.compared:,} tokens the largest |trainer − engine| is {gaps.largest:.3g} nats."
         )
     if gaps.missing:
         words.append(f"{gaps.missing:,} tokens have no finite log-probability of the engine's.")

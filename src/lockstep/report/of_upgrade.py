@@ -60,7 +60,7 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = one["ci95"]
     effect = ""
     if isfinite(one["effect_nats"]):
-        interval = f" ({low:.4f} to {high:.4f})" if isfinite(low) else ""
-        effect = f"{one['effect_nats']:+.2e}{interval}, {one['unit']}"
+        interval = f" ({low:.3g} to {high:.3g})" if isfinite(low) else ""
+        effect = f"{one['effect_nats']:+.3g}{interval}, {one['unit']}"
     cells = (one["what"], one["before"], one["after"], effect, one["cause"], one["flag"], one["note"])
     return tuple(cell or "–" for cell in cells)

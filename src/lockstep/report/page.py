@@ -11,22 +11,29 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import resources
-from math import isfinite
+from math import isfinite, nan
 
 import msgspec
 from msgspec import Struct
 
 from lockstep.records.printable import OBEYED, escaped, printable
-from lockstep.report.document import Plot, Report, Section, ShownRollout, Table, Token
+from lockstep.report.document import Line, Plot, Report, Section, ShownRollout, Table, Token
 from lockstep.report.svg import svg
 from lockstep.runs.strict import plain
 
 MARKS = {"PASS": "✓", "FAIL": "✗", "NOT_RUN": "–"}
+MEND = " Mend: "
+"""What follows it in a sentence is to be copied."""
 WORST_SHOWN = 8
 """Tokens of a completion in its table."""
+NUMBER = re.compile(r"[+\-−]?[\d.,]+(e[+-]?\d+)?%?|nan|-?inf")
+NO_NUMBER = ("", "–", "not measured")
+"""What may stand in a column of numbers."""
+SHORT = 24
+"""Characters: up to these a cell is not broken over lines; a column of longer ones is given room."""
 SHOWN_AS_MARK = re.compile(f"{OBEYED.pattern}|[\\t\\n\\u00ad\\u200b-\\u200d\\u2060\\ufeff]")
 """On a page also what is invisible: tab, line end, soft hyphen, spaces and joiners without width."""
 
@@ -54,7 +61,7 @@ def page(report: Report, live: Live | None = None) -> str:
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
         f"{asks}base-uri 'none'; form-action 'none'"
     )
-    words = "".join(f"<p>{text(sentence)}</p>" for sentence in report.words)
+    words = "".join(_sentence(sentence, first=at == 0) for at, sentence in enumerate(report.words))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{csp}">
@@ -71,6 +78,14 @@ MIT.</p></footer> <script type="application/json" id="plots">{
         _json([_plot_data(plot) for plot in plots])
     }</script> <script>{script}</script></body></html>
 """
+
+
+def _sentence(sentence: str, *, first: bool) -> str:
+    """A paragraph; what mends it on a line of its own."""
+    said, mend, how = sentence.partition(MEND)
+    way = f'<span class="mend">Mend: <code>{text(how)}</code></span>' if mend else ""
+    lead = ' class="lead"' if first else ""
+    return f"<p{lead}>{text(said)}{way}</p>"
 
 
 def _stands(live: Live | None) -> str:
@@ -97,7 +112,7 @@ def _section(at: int, section: Section, numbers: Iterator[int]) -> str:
     tables = "".join(_table(table) for table in section.tables)
     plots = "".join(_plot(plot, next(numbers)) for plot in section.plots)
     plots = f'<div class="plots">{plots}</div>' if plots else ""
-    rollouts = "".join(map(_rollout, section.rollouts))
+    rollouts = "".join((TINTS if section.rollouts else "", *map(_rollout, section.rollouts)))
     head = f'<h2 id="s{at}">{text(section.title)}</h2>'
     return f'<section aria-labelledby="s{at}">{head}{words}{plots}{tables}{rollouts}</section>\n'
 
@@ -107,8 +122,10 @@ def _status(status: str) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in table.columns)
-    rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
+    kinds = [_kind([row[at] for row in table.rows]) for at in range(len(table.columns))]
+    columns = zip(kinds, table.columns, strict=True)
+    head = "".join(f'<th scope="col"{kind}>{text(name)}</th>' for kind, name in columns)
+    rows = "".join("<tr>" + "".join(map(_cell, kinds, row)) + "</tr>" for row in table.rows)
     body = rows or f'<tr><td colspan="{len(table.columns)}">none</td></tr>'
     note = f'<p class="dim">{text(table.note)}</p>' if table.note else ""
     label = html.escape(printable(table.title), quote=True)
@@ -121,8 +138,15 @@ def _table(table: Table) -> str:
     return f"<h3>{text(table.title)}</h3>{inner}"
 
 
-def _cell(value: str) -> str:
-    return f"<td>{_status(value) if value in MARKS else text(value)}</td>"
+def _kind(cells: Sequence[str]) -> str:
+    """The class of a column: numbers, short words, or sentences."""
+    if any(map(NUMBER.fullmatch, cells)) and all(NUMBER.fullmatch(c) or c in NO_NUMBER for c in cells):
+        return ' class="n"'
+    return ' class="s"' if max(map(len, cells), default=0) <= SHORT else ' class="t"'
+
+
+def _cell(kind: str, value: str) -> str:
+    return f"<td{kind}>{_status(value) if value in MARKS else text(value)}</td>"
 
 
 def _plot(plot: Plot, number: int) -> str:
@@ -136,18 +160,22 @@ def _plot(plot: Plot, number: int) -> str:
 
 
 def _said(plot: Plot) -> str:
-    """The plot in words: first, last, least and largest of each line."""
-    parts = []
-    for line in plot.lines:
-        values = [value for value in line.ys if isfinite(value)]
-        if values:
-            ends = f"{values[0]:.3g} → {values[-1]:.3g}" if not plot.log_x else f"largest {max(values):.3g}"
-            lost = len(line.ys) - len(values)
-            gone = f", {lost} without a value" if lost else ""
-            parts.append(f"{line.name}: {ends}, between {min(values):.3g} and {max(values):.3g}{gone}")
-        else:
-            parts.append(f"{line.name}: no value")
-    return "; ".join(parts)
+    """The plot in words: first, last, least and largest of each line; of bars the highest."""
+    return "; ".join(f"{line.name}: {_said_of(line, plot)}" for line in plot.lines)
+
+
+def _said_of(line: Line, plot: Plot) -> str:
+    values = [value for value in line.ys if isfinite(value)]
+    if not values:
+        return "no value"
+    least, most = min(values), max(values)
+    if plot.log_x:
+        return f"most, {most:.3g}, at {plot.xs[line.ys.index(most)]:.2g}"
+    said = f"{values[0]:.3g} → {values[-1]:.3g}, between {least:.3g} and {most:.3g}"
+    if least == most:
+        said = f"{most:.3g}" if len(values) == 1 else f"{most:.3g} throughout"
+    lost = len(line.ys) - len(values)
+    return f"{said}, {lost} without a value" if lost else said
 
 
 def _plot_data(plot: Plot) -> dict:
@@ -166,9 +194,19 @@ def _plot_data(plot: Plot) -> dict:
     return {"xs": list(plot.xs), "x": plot.x_label, "log": plot.log_x, "lines": lines}
 
 
+def _tints() -> str:
+    """The grades of :func:`_token`, each on its own tint."""
+    grades = "".join(f'<span class="g{grade}">from {grade}/6</span>' for grade in range(1, 6))
+    missing = '<span class="gx">a number is missing</span>'
+    return f'<p class="tokens key">|gap| over the largest of its completion: {grades}{missing}</p>'
+
+
+TINTS = _tints()
+
+
 def _rollout(rollout: ShownRollout) -> str:
     gaps = [abs(token.trainer - token.engine) for token in rollout.tokens]
-    largest = max((gap for gap in gaps if isfinite(gap)), default=0.0)
+    largest = max((gap for gap in gaps if isfinite(gap)), default=nan)
     spans = "".join(_token(token.text, gap, largest) for token, gap in zip(rollout.tokens, gaps, strict=True))
     left = f"{rollout.left_out:,} tokens after these are left out."
     more = f'<p class="dim">{left}</p>' if rollout.left_out else ""
@@ -193,6 +231,8 @@ def _token_row(at: int, token: Token) -> tuple[str, ...]:
 
 def _token(shown: str, gap: float, largest: float) -> str:
     marked = text(shown).replace("\\n</i>", "\\n</i>\n")  # a line end is seen, and ends the line
+    if not isfinite(largest):
+        return f"<span>{marked}</span>"  # none has a number, and its facts say so
     if not isfinite(gap):
         return f'<span class="gx">{marked}</span>'
     grade = min(5, int(6.0 * gap / largest)) if largest > 0.0 else 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import isnan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def gap_section(gaps: GapCounts, lost: str) -> Section:
         "Every token is counted, in classes of |gap| that are 7 % wide; the largest is exact.",
     ]
     tables = (
-        _quantiles("Over all tokens", [("all", gaps.counts)], f"{gaps.largest:.2e}"),
+        _quantiles("Over all tokens", [("all", gaps.counts)], f"{gaps.largest:.3g}"),
         _quantiles("By the engine's probability of the token", _by_probability(gaps)),
         _quantiles("By the token's place in the completion", _by_position(gaps)),
     )
@@ -104,11 +104,14 @@ def rollouts_section(gaps: GapCounts, model: Path, lost: str) -> Section | None:
     vocabulary = read_vocabulary(model)
     rows = read_places(gaps.shown)
     worst = sum(not isnan(place.worst) for place in gaps.shown)  # the others are picked, not measured
+    chosen = f"{len(rows) - worst} from all over the run"
+    if worst:
+        chosen = f"{worst} with the largest |gap| and {chosen}"
     text = [
-        f"{worst} with the largest |gap| and {len(rows) - worst} from all over the run, of "
-        f"{gaps.completions:,}: a sample, chosen so.",
-        "Each token is tinted by its |gap| against the largest in its completion; what a reader would obey "
-        "instead of seeing (control characters, turns of the writing's direction) is shown as its escape.",
+        f"{chosen}, of {gaps.completions:,}: a sample, chosen so.",
+        "Each token is tinted by its |gap| against the largest of its completion, which is told above it: a "
+        "strong tint alone is no large gap. What a reader would obey instead of seeing (control characters, "
+        "turns of the writing's direction) is shown as its escape.",
     ]
     if vocabulary.why_not:
         text.append(vocabulary.why_not)
@@ -124,7 +127,10 @@ def _rollout(row: dict[str, Any], text_of: Any) -> ShownRollout:
         Token(text=text_of(token), engine=a, trainer=c)
         for token, a, c in zip(row["token_ids"][:TOKENS_SHOWN], engine, trainer, strict=False)
     ]
+    gaps = [abs(token.trainer - token.engine) for token in tokens]
+    largest = max((gap for gap in gaps if isfinite(gap)), default=nan)
     facts = (
+        ("largest |gap|", "not scored" if isnan(largest) else f"{largest:.2g} nats"),
         ("reward", f"{row['reward']:g}"),
         ("tokens", f"{n}"),
         ("ended by", str(row["finish_reason"])),

@@ -71,7 +71,7 @@ def scores_section(ladder: Sequence[Verdict]) -> Section | None:
     if not any(gaps.values()):
         text.append(f"No two of them were compared: {_why(by_layer, PAIRS[0])}.")
         return Section(title=TITLE, text=tuple(text))
-    text += _words(gaps, _figure(by_layer, "numerics", "gap_p999_in_floors"))
+    text += _words(gaps, _beside_the_floors(by_layer))
     columns = ("pair", "tokens", "how many", *QUANTILES.values())
     pairs = tuple(_row(by_layer, pair, gaps[pair.scores]) for pair in PAIRS)
     floors = tuple(_row(by_layer, pair, _gaps(by_layer, pair)) for pair in FLOORS)
@@ -123,24 +123,31 @@ def _row(
     return (pair.scores, pair.where, NOT_MEASURED if n is None else f"{int(n):,}", *cells)
 
 
-def _words(gaps: Mapping[str, Mapping[str, float]], floors: float | None) -> list[str]:
-    """What the table says, in sentences; of medians that are numbers.
+def _beside_the_floors(by_layer: Mapping[LayerName, Verdict]) -> str:
+    """p99.9 of A, C against the larger floor's; empty where that is not known."""
+    floors = [_figure(by_layer, "numerics", f"floor_{side}_abs_p999_nats") for side in ("trainer", "engine")]
+    if floors == [0.0, 0.0]:  # then the figure is in float32's own spacing, which is no floor of theirs
+        return "; asked again among other rows, neither side differs from itself at p99.9"
+    times = _figure(by_layer, "numerics", "gap_p999_in_floors")
+    if times is None or not isfinite(times):
+        return ""
+    return f"; at p99.9 that is {times:.3g} times what a side differs from itself by"
 
-    Args:
-        floors: p99.9 of A, C over the larger floor's.
-    """
+
+def _words(gaps: Mapping[str, Mapping[str, float]], beside: str) -> list[str]:
+    """What the table says, in sentences; of medians that are numbers."""
     medians = {scores: found["p50"] for scores, found in gaps.items() if isfinite(found.get("p50", nan))}
     said = []
     if "A, C" in medians:
-        words = (
-            f"In the median the trainer is {medians['A, C']:.2g} nats from what the engine reported (A, C)"
-        )
-        if floors is not None and isfinite(floors):
-            words += f"; at p99.9 that is {floors:.3g} times what a side differs from itself by"
-        said.append(f"{words}.")
+        far = f"{medians['A, C']:.2g} nats"
+        said.append(f"In the median the trainer is {far} from what the engine reported (A, C){beside}.")
     for one, other, words in (
-        ("A, B", "B, C", "The engine is {} from its own re-score ({}), and that {} from the trainer ({})."),
-        ("A, D", "C, D", "From fp32 the engine is {} away ({}), the trainer {} ({})."),
+        (
+            "A, B",
+            "B, C",
+            "The engine is {} nats from its own re-score ({}), and that {} from the trainer ({}).",
+        ),
+        ("A, D", "C, D", "From fp32 the engine is {} nats away ({}), the trainer {} ({})."),
     ):
         if one in medians and other in medians:
             said.append(words.format(f"{medians[one]:.2g}", one, f"{medians[other]:.2g}", other))

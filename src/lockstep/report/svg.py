@@ -23,10 +23,12 @@ def svg(plot: Plot, said: str) -> str:
         return f'<svg viewBox="0 0 {WIDTH} 30" role="img" aria-label="{label}">{words}</svg>'
     x_ends, y_ends = _ends(xs), _ends(ys)
     parts = [_frame(plot, x_ends, y_ends)]
-    for at, line in enumerate(plot.lines):
-        parts.append(_drawn(line, xs, at, x_ends, y_ends))
+    if plot.log_x:
+        parts += [_bars(line, xs, x_ends, y_ends) for line in plot.lines]
+    else:
+        parts += [_drawn(line, xs, at, x_ends, y_ends) for at, line in enumerate(plot.lines)]
     body = "".join(parts)
-    height = HEIGHT + 16 * len(plot.lines)
+    height = HEIGHT + (0 if plot.log_x else 16 * len(plot.lines))
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{body}</svg>'
 
 
@@ -36,38 +38,56 @@ def _x(plot: Plot, x: float) -> float:
 
 def _ends(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = abs(high) * 0.05 or 1.0  # about a line that is level, which would be drawn over no width
-    return (low, high) if low < high else (low - room, high + room)
+    room = abs(high) * 0.05  # about a line that is level, which would be drawn over no width
+    return (low, high) if low < high else (low - room, high + room) if room else (0.0, 1.0)
 
 
 def _at(value: float, ends: tuple[float, float], first: float, last: float) -> str:
     return f"{first + (value - ends[0]) / (ends[1] - ends[0]) * (last - first):.1f}"
 
 
-def _ticks(ends: tuple[float, float]) -> list[float]:
-    """At most seven round values within."""
+def _ticks(ends: tuple[float, float]) -> dict[float, str]:
+    """At most seven round values within, and how they are written: no two alike."""
     width = ends[1] - ends[0]
     decade = 10.0 ** floor(log10(width))
     step = next(decade * part for part in (0.2, 0.5, 1.0, 2.0) if width <= 6.0 * decade * part)
     first = floor(ends[0] / step) + 1
-    return [first * step + k * step for k in range(8) if first * step + k * step <= ends[1]]
+    ticks = [first * step + k * step for k in range(8) if first * step + k * step <= ends[1]]
+    largest = max(map(abs, ticks), default=0.0)
+    power = floor(log10(largest)) if largest and not 1e-3 <= largest < 1e5 else 0
+    digits = max(0, power - floor(log10(step) + 1e-9))
+    tail = f"e{power}" if power else ""
+    return {tick: f"{tick / 10.0**power:.{digits}f}{tail}" if abs(tick) > step / 2 else "0" for tick in ticks}
 
 
 def _frame(plot: Plot, x_ends: Ends, y_ends: Ends) -> str:
     right = WIDTH - RIGHT
     bottom = HEIGHT - BOTTOM
     parts = [f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>']
-    for tick in _ticks(y_ends):
+    for tick, named in _ticks(y_ends).items():
         y = _at(tick, y_ends, bottom, TOP)
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
         where = f'x="{LEFT - 4}" y="{y}" text-anchor="end" dominant-baseline="middle"'
-        parts.append(f"<text {where}>{tick:.3g}</text>")
-    for tick in _ticks(x_ends):
+        parts.append(f"<text {where}>{named}</text>")
+    for tick, plain in _ticks(x_ends).items():
         x = _at(tick, x_ends, LEFT, right)
-        named = f"{10.0**tick:.1g}" if plot.log_x else f"{tick:.4g}"
+        named = f"{10.0**tick:.1g}" if plot.log_x else plain
         parts.append(f'<text x="{x}" y="{bottom + 14}" text-anchor="middle">{named}</text>')
     label = html.escape(printable(plot.x_label))
     parts.append(f'<text x="{right}" y="{bottom + 28}" text-anchor="end">{label}</text>')
+    return "".join(parts)
+
+
+def _bars(line: Line, xs: list[float], x_ends: Ends, y_ends: Ends) -> str:
+    """A share by class: classes are as wide as each other, and the least share is 0."""
+    width = (WIDTH - RIGHT - LEFT) / max(1, len(xs) - 1)
+    bottom = HEIGHT - BOTTOM
+    parts = []
+    for x, y in zip(xs, line.ys, strict=True):
+        left = max(LEFT, float(_at(x, x_ends, LEFT, WIDTH - RIGHT)) - width / 2)
+        top = float(_at(y, y_ends, bottom, TOP))
+        size = f'width="{width:.1f}" height="{bottom - top:.1f}"'
+        parts.append(f'<rect class="bar f0" x="{left:.1f}" y="{top:.1f}" {size}/>')
     return "".join(parts)
 
 
