@@ -3,8 +3,11 @@
 import base64
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +15,8 @@ from typing import Any
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = "NOT_RUN: no chromium and chromedriver on the path (Debian: chromium, chromium-driver)"
+BOX = """const box = document.querySelector(arguments[0]).getBoundingClientRect();
+return [box.left + scrollX, box.top + scrollY, box.right + scrollX, box.bottom + scrollY];"""
 START_S, CALL_S = 120.0, 180.0
 FLAGS = (
     "--headless=new",
@@ -19,15 +24,24 @@ FLAGS = (
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--force-device-scale-factor=1",
+    # Nothing of its own on the network: a request that is seen is the page's.
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
 )
+KEYS = {"Tab": ("Tab", 9, ""), "Enter": ("Enter", 13, "\r"), "ArrowRight": ("ArrowRight", 39, "")}
+"""Code, number and text of a key that is pressed."""
 
 
 class Browser:
     """One session."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, profile: str) -> None:
         self.base = f"http://127.0.0.1:{port}"
-        options = {"binary": CHROMIUM, "args": list(FLAGS), "perfLoggingPrefs": {"enableNetwork": True}}
+        args = [*FLAGS, f"--user-data-dir={profile}"]
+        options = {"binary": CHROMIUM, "args": args, "perfLoggingPrefs": {"enableNetwork": True}}
         asked = {
             "browserName": "chrome",
             "goog:chromeOptions": options,
@@ -63,14 +77,49 @@ class Browser:
         return self._call("/se/log", {"type": kind})
 
     def screenshot(self) -> bytes:
+        """What the window shows."""
         return base64.b64decode(self._call("/screenshot", method="GET"))
+
+    def screenshot_of(self, *selectors: str) -> bytes:
+        """The part of the page that holds these elements."""
+        boxes = [self.run(BOX, selector) for selector in selectors]
+        left, top = (min(box[at] for box in boxes) - 16 for at in (0, 1))
+        right, bottom = (max(box[at] for box in boxes) + 16 for at in (2, 3))
+        clip = {
+            "x": max(0, left),
+            "y": max(0, top),
+            "width": right - left,
+            "height": bottom - top,
+            "scale": 1,
+        }
+        shot = self.devtools("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        return base64.b64decode(shot["data"])
+
+    def press(self, key: str) -> None:
+        """A key, as the keyboard sends it."""
+        code, number, text = KEYS[key]
+        pressed = {"key": key, "code": code, "windowsVirtualKeyCode": number}
+        down = "keyDown" if text else "rawKeyDown"
+        self.devtools("Input.dispatchKeyEvent", type=down, text=text, **pressed)
+        self.devtools("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    def wait(self, script: str, wanted: Any) -> Any:
+        """What the script returns, as soon as it is ``wanted``, or at last."""
+        deadline = time.monotonic() + CALL_S
+        while (found := self.run(script)) != wanted and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
 
     def looks(self, width: int, scheme: str) -> None:
         """A screen of so many pixels, light or dark."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.devtools("Emulation.setEmulatedMedia", features=media)
+        self.media("screen", {"prefers-color-scheme": scheme})
+
+    def media(self, kind: str, features: dict[str, str]) -> None:
+        """``screen`` or ``print``, and what else style sheets ask for."""
+        asked = [{"name": name, "value": value} for name, value in features.items()]
+        self.devtools("Emulation.setEmulatedMedia", media=kind, features=asked)
 
     def close(self) -> None:
         self._call("", method="DELETE")
@@ -79,9 +128,10 @@ class Browser:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser that is ended with its driver."""
-    driver = subprocess.Popen(
-        [DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    assert DRIVER is not None, MISSING
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    driver = subprocess.Popen([DRIVER, "--port=0"], **quiet, start_new_session=True)
+    profile = tempfile.TemporaryDirectory(prefix="lockstep-browser-", ignore_cleanup_errors=True)
     try:
         port = 0
         deadline = time.monotonic() + START_S
@@ -89,11 +139,12 @@ def browser() -> Iterator[Browser]:
             line = driver.stdout.readline()
             if "started successfully on port" in line:
                 port = int(line.rstrip().rstrip(".").rpartition(" ")[2])
-        session = Browser(port)
+        session = Browser(port, profile.name)
         try:
             yield session
         finally:
             session.close()
     finally:
-        driver.kill()
+        os.killpg(driver.pid, signal.SIGKILL)  # and a browser that it started and did not end
         driver.wait()
+        profile.cleanup()

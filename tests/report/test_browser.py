@@ -1,8 +1,10 @@
 """The page in a real browser: it asks for nothing, complains of nothing, and does nothing that a model wrote.
 
-Where ``LOCKSTEP_SCREENSHOTS`` names a directory, what was seen is kept there.
+Where ``LOCKSTEP_SCREENSHOTS`` names a directory, what was seen is kept there; ``LOCKSTEP_SHOWN=RUN`` has a
+run of one's own among the pages.
 """
 
+import itertools
 import json
 import os
 import time
@@ -13,18 +15,28 @@ import pytest
 
 from lockstep.report.build import of_check, of_run
 from lockstep.report.compare import compare
-from lockstep.report.live import Followed, serving
 from lockstep.report.of_comparison import of_comparison
+from lockstep.report.of_documents import of_document, of_path
 from lockstep.report.page import page
 from lockstep.report.trajectories import Arm, Trajectory
 from lockstep.runs.read import open_run
-from lockstep.runs.record import open_recorder
 from tests.report import made
-from tests.report.browser import CHROMIUM, DRIVER, MISSING, browser
+from tests.report.browser import CALL_S, CHROMIUM, DRIVER, MISSING, browser
 
 AXE = Path(__file__).parents[1] / "data" / "axe-core" / "axe.min.js"
-SEEN_S = 30.0
 LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
+OWN = os.environ.get("LOCKSTEP_SHOWN", "")
+PAGES = ["run", "check", "compare", "upgrade", "faults", "diagnose", *(["own"] if OWN else [])]
+UPGRADE = made.ROOT / "evidence" / "upgrade" / "0.18.1-to-0.32.0.json"
+REACHED = "a[href],summary,.scroll"
+LABELS = """window.labels = [];
+const seen = [], fillText = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text) {
+  if (!seen.includes(this)) seen.push(this);
+  window.labels.push([`canvas ${seen.indexOf(this)}, ${this.textAlign}, ${this.font}`, String(text)]);
+  return fillText.apply(this, arguments);
+};"""
+"""Keeps what is written on canvases; runs before the page's own scripts."""
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 
@@ -55,15 +67,32 @@ def compared():
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
-    reports = {"run": of_run(open_run(made.run(root / "run").root)), "compare": compared()}
-    failed = made.run(root / "check", steps=0, failed=True)
-    reports["check"] = of_check(failed.root)
+    reports = {
+        "run": of_run(open_run(made.whole_run(root / "run").root)),
+        "check": of_check(made.run(root / "check", steps=0, failed=True).root),
+        "compare": compared(),
+        "upgrade": of_path(UPGRADE),
+        "faults": of_document(made.CAMPAIGN, "faults.json"),
+        "diagnose": of_document(made.DIAGNOSIS, "diagnose.json"),
+    }
+    if OWN:
+        reports["own"] = of_path(Path(OWN))
     for name, report in reports.items():
         (root / f"{name}.html").write_text(page(report), encoding="utf-8")
     return {name: (root / f"{name}.html").as_uri() for name in reports}
 
 
-@pytest.mark.parametrize("name", ["run", "check", "compare"])
+def keep(name, picture):
+    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        (Path(kept) / f"report-{name}.png").write_bytes(picture)
+
+
+def counts(session, *selectors):
+    return [session.run(f"return document.querySelectorAll('{one}').length") for one in selectors]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_asked_for_and_nothing_is_complained_of(session, pages, name):
     session.log("performance")
     session.log("browser")
@@ -80,86 +109,160 @@ def test_nothing_is_asked_for_and_nothing_is_complained_of(session, pages, name)
     ]
     assert session.log("browser") == []
     assert session.run("return document.title") != "owned"
-    assert session.run("return document.querySelectorAll('script').length") == 2
-    counts = (f"document.querySelectorAll('{kind}').length" for kind in (".uplot canvas", ".live"))
-    drawn, plots = session.run(f"return [{', '.join(counts)}]")
+    drawn, plots, scripts = counts(session, ".uplot canvas", ".live", "script")
+    assert scripts == 2
     assert drawn == plots
-    assert plots > 0 or name == "check"
+    assert (plots > 0) == (name in ("run", "compare", "own"))
 
 
 @pytest.mark.parametrize(("width", "scheme"), LOOKS)
-@pytest.mark.parametrize("name", ["run", "compare"])
+@pytest.mark.parametrize("name", PAGES)
 def test_it_fits_is_accessible_and_has_no_serious_fault(session, pages, name, width, scheme):
     session.looks(width, scheme)
     session.open(pages[name])
+    keep(f"{name}-{width}-{scheme}", session.screenshot())
+    keep(f"{name}-{width}-{scheme}-whole", session.screenshot_of("html"))
     assert session.run("return document.documentElement.scrollWidth") <= width
     dark = session.run("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
     assert dark == (scheme == "dark")
     session.run("document.querySelectorAll('details').forEach((one) => one.open = true)")
+    assert session.run("return document.documentElement.scrollWidth") <= width, "what was folded fits too"
     session.run(AXE.read_text(encoding="utf-8"))
     found = session.run_async("axe.run().then(arguments[arguments.length - 1])")
     serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
     assert not serious, [(v["id"], [node["html"][:120] for node in v["nodes"][:3]]) for v in serious]
     assert len(found["passes"]) > 10
-    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
-        session.open(pages[name])
-        (Path(kept) / f"report-{name}-{width}-{scheme}.png").write_bytes(session.screenshot())
 
 
 def test_a_completions_script_is_text(session, pages):
     session.looks(1440, "light")
     session.open(pages["run"])
-    shown = session.run("return document.querySelector('.tokens').textContent")
+    shown = session.run("return document.querySelector('article .tokens').textContent")
     assert made.SCRIPT in shown
     assert "\\x1b" in shown
     assert "\\u202e" in shown
     assert "\u202e" not in session.run("return document.body.textContent")
 
 
-def test_the_keyboard_reaches_all_there_is_to_reach(session, pages):
+def test_the_keyboard_reaches_all_there_is_and_is_seen_where_it_is(session, pages):
+    session.looks(390, "light")
     session.open(pages["run"])
-    every = "[...document.querySelectorAll('a[href],summary,.scroll')]"
-    assert session.run(f"return {every}.filter((one) => one.tabIndex < 0).length") == 0
-    first = session.run("return document.querySelector('a[href]').className")
-    assert first == "skip"
-
-
-def test_printed_it_has_the_static_plots(session, pages):
-    session.open(pages["run"])
-    shown = "return getComputedStyle(document.querySelector('{}')).display"
-    assert (session.run(shown.format(".static")), session.run(shown.format(".live"))) == ("none", "block")
-    session.devtools("Emulation.setEmulatedMedia", media="print")
-    assert (session.run(shown.format(".static")), session.run(shown.format(".live"))) == ("block", "none")
-    session.devtools("Emulation.setEmulatedMedia", media="")
-
-
-def test_a_page_that_follows_takes_what_is_new_and_leaves_the_rest_as_it_is(session, tmp_path):
-    layout = made.run(tmp_path / "run", steps=2)
-    session.looks(1440, "light")
-    session.log("performance")
-    session.log("browser")
-    followed = Followed(layout.root)
-    with layout.held(), serving(followed) as address:
-        session.open(address)
-        session.run(
-            "document.querySelector('details').open = true; window.first = document.querySelector('h3')"
+    session.run(
+        f"window.wanted = [...document.querySelectorAll('{REACHED}')].filter(e => e.checkVisibility())"
+    )
+    wanted = session.run("return wanted.length")
+    assert wanted > 30
+    order, unseen = [], []
+    for _ in range(wanted):
+        session.press("Tab")
+        at, outline = session.run(
+            "const e = document.activeElement; return [wanted.indexOf(e), getComputedStyle(e).outlineStyle]"
         )
-        open_recorder(layout).step(2, 3, {"reward_mean": 0.625})
-        followed.look()
-        words = "return document.querySelector('#live').textContent"
-        deadline = time.monotonic() + SEEN_S
-        while "3 of 12" not in session.run(words) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert session.run(words) == "Live: 3 of 12 steps are trained."
-        assert "3 steps were trained" in session.run("return document.querySelector('main').textContent")
-        assert session.run("return document.querySelector('details').open")
-        assert session.run("return window.first.isConnected"), "the ladder has not changed"
-        counts = (f"document.querySelectorAll('{kind}').length" for kind in (".uplot canvas", ".live"))
-        drawn, plots = session.run(f"return [{', '.join(counts)}]")
-        assert drawn == plots > 0
-    asked = [json.loads(entry["message"])["message"] for entry in session.log("performance")]
-    urls = {one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"}
-    assert {url for url in urls if not url.startswith("data:")} == {address, f"{address}state.json"}
-    assert [entry for entry in session.log("browser") if "ERR_CONNECTION_REFUSED" not in str(entry)] == []
-    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
-        (Path(kept) / "report-live-1440-light.png").write_bytes(session.screenshot())
+        order.append(at)
+        unseen += [at] if outline == "none" else []
+    assert order == list(range(wanted)), "in the order of the page, none left out"
+    assert unseen == []
+    assert session.run("return wanted[0].className") == "skip"
+    session.run("wanted[0].focus()")
+    session.press("Enter")
+    assert session.run("return document.activeElement.id") == "main"
+    session.run("window.folded = document.querySelector('summary'); folded.focus()")
+    session.press("Enter")
+    assert session.run("return folded.parentElement.open")
+    wide = "[...document.querySelectorAll('.scroll')].find((e) => e.scrollWidth > e.clientWidth + 50)"
+    session.run(f"window.wide = {wide}; wide.focus()")
+    session.press("ArrowRight")
+    session.press("ArrowRight")
+    assert session.wait("return wide.scrollLeft > 0", True)
+
+
+def test_without_colour_verdicts_lines_and_tints_are_told_apart(session, pages):
+    for name in ("run", "compare"):
+        session.looks(1440, "light")
+        session.open(pages[name])
+        marks = session.run("return [...document.querySelectorAll('.status')].map((e) => e.textContent)")
+        assert marks
+        assert all(mark in ("✓ PASS", "✗ FAIL", "– NOT_RUN") for mark in marks)
+        dashes = session.run(
+            "const of = (plot) => [...plot.querySelectorAll('.swatch path')].map((e) => e.outerHTML);"
+            "const dash = (html) => html.match(/stroke-dasharray=.*?>/)[0];"
+            "return [...document.querySelectorAll('.live')].map((plot) => of(plot).map(dash))"
+        )
+        assert max(map(len, dashes)) > 1
+        assert all(len(set(of_plot)) == len(of_plot) for of_plot in dashes)
+    session.open(pages["run"])
+    session.media("screen", {"forced-colors": "active"})
+    grades = ["g1", "g2", "g4", "gx"]
+    style = "return getComputedStyle(document.querySelector('.tokens .{}')).borderBottomStyle"
+    assert [session.run(style.format(g)) for g in grades] == ["dotted", "dashed", "solid", "double"]
+
+
+def test_no_two_marks_of_an_axis_are_written_alike(session, pages):
+    """Of a gap of 1e-5 three decimals are all 0."""
+    asked = session.devtools("Page.addScriptToEvaluateOnNewDocument", source=LABELS)
+    try:
+        session.looks(1440, "light")
+        for name in (one for one in ("run", "compare", "own") if one in pages):
+            session.open(pages[name])
+            written = session.run("return window.labels")
+            assert written
+            for axis, marks in itertools.groupby(written, key=lambda one: one[0]):
+                texts = [text for _, text in marks if text]
+                assert len(set(texts)) == len(texts), (name, axis, texts)
+    finally:
+        session.devtools("Page.removeScriptToEvaluateOnNewDocument", identifier=asked["identifier"])
+
+
+def test_under_the_pointer_the_numbers_are_told(session, pages):
+    session.looks(1440, "light")
+    session.open(pages["run"])
+    session.run(
+        "const plot = document.querySelectorAll('.live')[1]; plot.scrollIntoView({ block: 'center' });"
+        "window.told = [...plot.querySelectorAll('.u-value')]; window.over = plot.querySelector('.u-over')"
+    )
+    assert session.run("return told.map((e) => e.textContent)") == ["", ""]
+    right, middle = session.run(
+        "const box = over.getBoundingClientRect(); return [box.right, (box.top + box.bottom) / 2]"
+    )
+    session.devtools("Input.dispatchMouseEvent", type="mouseMoved", x=right - 2, y=middle)
+    assert session.wait("return told[0].textContent", "13") == "13", "the last step"
+    assert float(session.run("return told[1].textContent")) > 0.0
+
+
+@pytest.mark.parametrize("without", ["print", "noscript"])
+def test_printed_or_without_scripts_it_has_the_static_plots(session, pages, without):
+    session.looks(1440, "light")
+    shown = "return getComputedStyle(document.querySelector('{}')).display"
+    session.open(pages["run"])
+    assert (session.run(shown.format(".static")), session.run(shown.format(".live"))) == ("none", "block")
+    folded = "return document.querySelector('details table').checkVisibility({ contentVisibilityAuto: true })"
+    assert not session.run(folded)
+    if without == "print":
+        session.media("print", {})
+    else:
+        session.devtools("Emulation.setScriptExecutionDisabled", value=True)
+        session.open(pages["run"])
+    try:
+        assert (session.run(shown.format(".static")), session.run(shown.format(".live"))) == ("block", "none")
+        heights = session.run(
+            "return [...document.querySelectorAll('.static svg')].map((e) => e.clientHeight)"
+        )
+        assert len(heights) > 5
+        assert min(heights) > 100
+        assert session.run(folded) == (without == "print"), "on paper nothing can be unfolded"
+        keep(f"run-{without}", session.screenshot_of("html"))
+    finally:
+        session.media("screen", {})
+        session.devtools("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_what_is_downloaded_is_what_the_page_was_made_of(session, pages, tmp_path):
+    session.open(pages["run"])
+    session.devtools("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    session.run("document.querySelectorAll('a[download]').forEach((one) => one.click())")
+    deadline = time.monotonic() + CALL_S
+    while {path.name for path in tmp_path.iterdir()} != {"report.json", "metrics.csv"}:
+        assert time.monotonic() < deadline, list(tmp_path.iterdir())
+        time.sleep(0.2)
+    assert json.loads((tmp_path / "report.json").read_text())["kind"] == "run"
+    assert (tmp_path / "metrics.csv").read_text().startswith("step,weight_version,")
