@@ -288,10 +288,10 @@ def test_under_rounding_that_hides_an_update_from_the_canary_its_rollouts_prove_
     verdicts = open_run(loop.layout.root).verdicts
     after_sync = [v.verdict.status for v in verdicts if isinstance(v.when, AfterSync)]
     rollouts = [v.verdict.status for v in verdicts if isinstance(v.when, OfRollouts)]
-    assert set(after_sync) == {"NOT_RUN"}
+    assert after_sync == ["NOT_RUN", "NOT_RUN", "NOT_RUN", "PASS"], "layer 3 moves each tensor"
     assert rollouts == ["PASS", "PASS"], [v.verdict.summary for v in verdicts]
     steps = read_steps(loop.layout.metrics)
-    assert steps.column("unproven_syncs").tolist() == [1.0, 1.0, 1.0]
+    assert steps.column("unproven_syncs").tolist() == [1.0, 1.0, 0.0]
     assert np.abs(steps.column("update_missing_share")[1:]).max() < 0.3
 
 
@@ -318,17 +318,13 @@ def test_an_update_part_of_which_arrives_under_rounding_is_refused_by_its_rollou
 
 
 @pytest.mark.usefixtures("blind_canary")
-def test_one_tensor_that_stays_behind_under_rounding_is_named_by_the_rollouts(recipe, tmp_path):
-    """From the first step's sync on; each step tells how many of the tensors it would have seen."""
+def test_one_tensor_that_stays_behind_under_rounding_is_named_within_two_steps(recipe, tmp_path):
+    """From the first step's sync on; the rollouts' share of the whole update does not show it."""
     loop = Loop(with_sets(recipe, [*SETS, *WIDE, "training.steps=8"]), tmp_path)
     with pytest.raises(WeightSyncError, match="stale tensors") as raised:
         loop.start(before=rounding(torn=ALL, kept="layers.1.mlp.down_proj"))
     assert "layers.1.mlp.down_proj did not move when it was moved alone" in raised.value.got
-    steps = read_steps(loop.layout.metrics)
-    assert (steps.column("update_tensors")[1:] > 10).all()
-    seen = steps.column("update_tensors_seen")[1:]
-    assert seen[0] < seen[-1], "the longer it is, the more would have shown"
-    assert loop.layout.refusals(len(steps))
+    assert "weight sync 3" in raised.value.boundary
 
 
 def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(loop):

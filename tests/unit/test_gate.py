@@ -1,11 +1,14 @@
 """The gate: what arithmetic brings passes, and one wrong number in a hundred thousand does not."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from lockstep.config.recipe import Objective
 from lockstep.parity.gate import Gate, Measured
+from lockstep.parity.own_noise import OwnNoise
 from lockstep.parity.tolerances import NOISE, largest_gap
 from lockstep.training.step import AtSampling
 
@@ -67,6 +70,17 @@ def test_a_bias_that_hides_in_the_median_is_refused_by_the_mean():
     reasons = gate("bf16", clip_low=0.9, clip_high=100.0).refusals(at)
     assert any(reason.startswith("mean gap") for reason in reasons), reasons
     assert any("for the mismatch alone" in reason for reason in gate("bf16").refusals(at))
+
+
+def test_where_sides_round_one_unlikely_token_of_a_few_hundred_is_no_tail():
+    """It is their p99.9, and says nothing of one in a thousand."""
+    own = OwnNoise(edges=(), engine=(0.05,), trainer=(0.05,))
+    judge = dataclasses.replace(gate("bf16"), own=own)
+    for n, each, refused in ((400, 400, False), (10_000, 100, True)):
+        step = tokens(n, "bf16")
+        unlikely = np.flatnonzero(step.sampling_logprobs < np.log(0.2))[: n // each]
+        off = moved(step, unlikely, 1.2 * np.resize((1.0, -1.0), unlikely.size))
+        assert ["p99.9" in reason for reason in judge.refusals(off)] == [True] * refused
 
 
 def test_a_certain_token_may_move_by_less_than_an_unlikely_one():

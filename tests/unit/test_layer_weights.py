@@ -240,9 +240,7 @@ def test_sides_that_differ_anyway_are_judged_by_their_moves(sides, monkeypatch):
     assert verdict.status == "PASS"
     assert "no stale tensor, where 7 of 9 would have shown" in verdict.summary
     assert (verdict.figures["tensors"], verdict.figures["tensors_seen"]) == (9, 7)
-    old = TensorLeft(
-        Direction("old", ("a",), "a"), Missing(1.0, 0.1, 4), np.ones(4), np.arange(4), again=False
-    )
+    old = TensorLeft(Direction("old", ("a",), "a"), Missing(1.0, 0.1, 4), np.ones(4), np.arange(4))
     monkeypatch.setattr(weights, "proven_each", lambda pair: (asked, [old]))
     named = sides.judged()
     assert (cause(named), named.summary.endswith("a is old")) == ("stale_tensors", True)

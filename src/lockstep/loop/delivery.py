@@ -3,22 +3,19 @@
     sync k ─► canary: too small an update for its noise (bf16) ─► version k draws step k ─► gate
                 ─► trainer scores the tokens under the version proven last, and under k ─► share of the update
                    that is missing (``parity/delivered.py``):  proven │ not yet, tokens add up │ refuted
-                ─► did one tensor stay behind (``parity/left_behind.py``)?  no │ an experiment shows it
 
-The version proven last is kept while the canary sees nothing, and the one whose every tensor was proven last:
-two copies of the weights at most.
+One tensor of hundreds moves a token by a twentieth of what the whole update does, and hides in it: that each
+arrives, layer 3 shows, which moves every tensor far. The version proven last is kept while the canary sees
+nothing: one copy of the weights.
 """
 
 import time
 from dataclasses import dataclass
 
 import numpy as np
-from msgspec.structs import replace
 
-from lockstep.parity.canary import Canary
 from lockstep.parity.causes import finding
 from lockstep.parity.delivered import Missing, Moves, missing
-from lockstep.parity.left_behind import TOKENS, AskedTokens, LeftBehind, left_behind
 from lockstep.parity.pair import Pair
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.variants import Earlier
@@ -37,14 +34,14 @@ class Deliveries:
     proven: int = 0
     how: str = "the ladder"
     """What proved it."""
+    each: int = 0
+    """The version at which every tensor was last seen to arrive."""
     spent_s: float = 0.0
     """On the step under way."""
     _before: Snapshot | None = None
     """The weights of the version ``proven``."""
     _moves: Moves | None = None
     """Tokens of the versions since."""
-    _tensors: LeftBehind | None = None
-    """What tokens have said of single tensors since the ladder or layer 3 proved each of them."""
 
     def settle(self, version: int, how: str) -> None:
         """``version`` is proven."""
@@ -52,7 +49,7 @@ class Deliveries:
         self._before = None
         self._moves = None
         if how != ROLLOUTS:
-            self._tensors = None
+            self.each = version
 
     def told(self, version: int) -> str:
         """Of the last sync, ``version``, for people."""
@@ -75,39 +72,14 @@ class Deliveries:
             moves = _moved(pair, self._before, rollouts, tokens)
             self._moves = moves if self._moves is None else self._moves.with_more(moves)
             verdict = _verdict(pair, missing(self._moves), version, moves)
-            if verdict.status != "FAIL" and self._tensors is not None:
-                verdict = _tensor_by_tensor(pair, self._tensors, version, rollouts, moves, verdict)
             if verdict.status == "PASS":
                 self.settle(version, ROLLOUTS)
         # While the canary proves, no copy is kept. What it misses first layer 3 proves, within
         # ``parity.prove_within`` versions, and from that version on there is one.
         if self.proven == version and self._before is None and self.how != CANARY:
             self._before = pair.trainer.snapshot()
-            self._tensors = self._tensors or LeftBehind(self._before)
         self.spent_s = time.perf_counter() - began
         return verdict
-
-
-def _tensor_by_tensor(
-    pair: Pair, tensors: LeftBehind, version: int, rollouts: Samples, moves: Moves, verdict: Verdict
-) -> Verdict:
-    """The verdict on the whole update; or the refusal of a tensor that an experiment shows is not served."""
-    suspect = tensors.suspect(pair, AskedTokens.of(rollouts, moves))
-    figures = verdict.figures | {
-        "update_tensors": float(tensors.n_tensors),
-        "update_tensors_seen": float(tensors.n_seen),
-        "update_suspicions": float(suspect is not None),
-    }
-    if suspect is None:
-        return replace(verdict, figures=figures)
-    one_each = rollouts.take(range(0, len(rollouts), rollouts.group_size))
-    left = tensors.tried(pair, suspect, Canary.of(one_each, TOKENS))
-    if not left:
-        return replace(verdict, figures=figures)
-    named = left_behind(pair, left, f"; found by t = {suspect.t:.1f}, family-wise p = {suspect.p:.1g}")
-    return Verdict.failed(
-        "weights", f"version {version} is not served whole: {named.evidence}", named, figures
-    )
 
 
 def _moved(pair: Pair, before: Snapshot, rollouts: Samples, tokens: AtSampling) -> Moves:

@@ -3,7 +3,8 @@
     prove             before the first step    the ladder: certificate, gate, canary
     prove_sync        after each sync          the canary: is this version served?
     prove_rollouts    before each step         where the canary could not see: what the version drew
-    prove_transport   before a checkpoint      where neither could: layer 3's perturbation, on fresh tokens
+    prove_transport   every few syncs, before  where the canary could not: layer 3's perturbation of every
+                      a checkpoint             tensor, on fresh tokens
 
 Each writes its verdict, and what refutes stops the run.
 """
@@ -72,9 +73,9 @@ def prove_sync(run: Run, version: int, trainer: np.ndarray) -> CanaryResult:
     run.unproven = 0 if verdict.status == "PASS" else run.unproven + 1
     if verdict.status == "PASS":
         run.deliveries.settle(version, CANARY)
-    # Rollouts have had their steps to prove it by then; the perturbation costs two loads, and tells however
-    # small the update was.
-    elif version - run.deliveries.proven > run.recipe.parity.prove_within:
+    # Rollouts may have proven the update as a whole since; a tensor that stays behind is lost in their noise,
+    # and the perturbation alone tells, however small the update was.
+    elif version - run.deliveries.each > run.recipe.parity.prove_within:
         prove_transport(run, version, AfterSync(version))
     return result
 

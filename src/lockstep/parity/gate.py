@@ -144,9 +144,10 @@ class Gate:
             )
         p999 = quantiles_abs(gap)["p999"]
         limit = self.noise.p999
-        return (
-            "" if p999 <= limit else f"|gap| p99.9 {p999:.2e} nats over {gap.size} tokens, at most {limit:g}"
-        )
+        # Of fewer than a thousand tokens it is their largest, which the limits by probability have judged.
+        if p999 <= limit or (self.own is not None and gap.size < 1000):
+            return ""
+        return f"|gap| p99.9 {p999:.2e} nats over {gap.size} tokens, at most {limit:g}"
 
     def _clips(self, gap: np.ndarray) -> str:
         low, high = self.clip.clip_low, self.clip.clip_high

@@ -91,8 +91,7 @@ ALIKE = 1.5
 told apart by any score. Two re-scores of one edit differ by arithmetic alone; the half is room for that."""
 
 LIMIT_OVER_ALIKE = 10.0
-"""Misses this many times below what is a proof at all are alike too: there the best is best by arithmetic
-alone."""
+"""Misses this many times below what is a proof at all are alike too: arithmetic alone makes the best."""
 
 ABSURD_NATS = 5.0
 """A token is absurd when the engine gave it 150 times the probability of a re-score. fp32 and bf16 pairs
@@ -129,6 +128,10 @@ LOSS_SLACK = 1.01
 """The loss with the engine's numbers as denominator may move by max|A| · (exp(max|gap|) − 1): each ratio
 moves by at most that factor. The hundredth covers the rounding of the sum."""
 
+LEAST_TENSOR = 4.0
+"""How much less than the root mean square over tensors one may move a token: a tiny model's down_proj .036
+nats, where all 16 together moved it by .45."""
+
 PERTURBATION_OVER_NOISE = 3.0
 """Layer 3 is NOT_RUN unless the perturbation moves the trainer's own canary scores by this multiple of the
 dtype's median noise: a proof that could not have failed is none."""
@@ -141,8 +144,7 @@ steps moves the canary by 1.5e-3 to 5e-3 nats, which is 130 to 450 times the cle
 is 3e-2 nats: there a step is lost in the noise, and is counted as not proven."""
 
 CANARY_FLOOR = 1e-6
-"""Least mean |gap| assumed in that comparison, nats: float32 log-probabilities near −10 have a spacing of
-1e-6."""
+"""Least mean |gap| assumed in that comparison, nats: the spacing of float32 log-probabilities near −10."""
 
 OTHER_CHECKPOINT = 2.0
 """The engine held other weights before the first sync when the sides then differed by more than this multiple
@@ -268,8 +270,7 @@ UNRELATED = 0.5
 numbers of a coarse dtype correlate by far more, those of other tokens by about nothing."""
 
 PLAUSIBLE_NATS = -1.0
-"""Mean of log p + entropy per token: 0 for draws of the model. Tokens drawn from something else lie nats
-below."""
+"""Mean of log p + entropy per token: 0 for draws of the model, nats below for other tokens."""
 
 NEARLY_ALL, HALF = 0.9, 0.5
 """A mask is the other way round when at least this share of the numbers beside 1s is 0.0, and less than this

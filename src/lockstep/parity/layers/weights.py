@@ -25,6 +25,7 @@ from lockstep.parity.tolerances import (
     CANARY_FLOOR,
     CANARY_MULTIPLE,
     EXPLAINS,
+    LEAST_TENSOR,
     OTHER_CHECKPOINT,
     PERTURBATION_OVER_NOISE,
 )
@@ -92,9 +93,10 @@ class PerturbationScores:
     def hides_a_tensor(self, n_tensors: int) -> bool:
         """True when one tensor of so many could be old within the limit.
 
-        What single tensors do to a token adds up by squares, so that one of n moves it by 1/√n of the shift.
+        What single tensors do to a token adds up by squares, so that one of n moves it by 1/√n of the shift,
+        and the least of them by a few times less.
         """
-        return self.limit * n_tensors**0.5 >= self.shift
+        return LEAST_TENSOR * self.limit * n_tensors**0.5 >= self.shift
 
     def residue(self, scores: np.ndarray) -> float:
         """mean |engine − scores|, nats; where the sides are blurred, the same of the moves that led to
