@@ -62,7 +62,7 @@ class RunOutcome(Struct, frozen=True, kw_only=True):
     reason: str
     """The error; empty of a run that finished."""
     seconds: float
-    """Over all its starts."""
+    """Over its starts, less those that were killed."""
     starts: int
 
     @property
@@ -131,24 +131,24 @@ def started(arguments: list[str], log: Path, say: Say) -> int:
     whole = [sys.executable, "-m", "lockstep.cli.main", *arguments]
     # Its talk is read from the file: a pipe would stay open as long as anything that it started lives. In a
     # session of its own it gets one signal, from here, and ends in order; a second would end it at once.
-    with open(f"{log}.json", "w") as data, open(f"{log}.log", "a+") as talk:
+    with open(f"{log}.json", "w") as data, open(f"{log}.log", "a") as talk, open(f"{log}.log") as heard:
+        heard.seek(0, os.SEEK_END)
         process = subprocess.Popen(whole, stdout=data, stderr=talk, start_new_session=True)
-        talk.seek(0, os.SEEK_END)
         try:
             while process.poll() is None:
                 time.sleep(LOOK_S)
-                _pass_on(talk, say)
+                _pass_on(heard, say)
         except BaseException:
             process.terminate()
             process.wait()
             raise
-        _pass_on(talk, say)
+        _pass_on(heard, say)
         return process.returncode
 
 
-def _pass_on(talk: TextIO, say: Say) -> None:
+def _pass_on(heard: TextIO, say: Say) -> None:
     """What was written since the last look; of a line that is only half there, what there is."""
-    for line in talk.read().splitlines():
+    for line in heard.read().splitlines():
         if any(mark in line for mark in TOLD):
             say(f"    {line.rstrip()}")
 
@@ -221,7 +221,7 @@ def told_left(plan: Sequence[PlannedRun], outcomes: dict[str, RunOutcome]) -> st
     seconds = left_s(plan, outcomes)
     told = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
     finished = sum(outcome.status == "finished" for outcome in outcomes.values())
-    return f"about {told} left, {f'by {finished} runs that finished' if finished else 'a guess'}"
+    return f"about {told} left, {f'by the {finished} that finished' if finished else 'a guess'}"
 
 
 def describe(form: Form, more: Sequence[str]) -> str:

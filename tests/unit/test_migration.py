@@ -244,9 +244,12 @@ def test_what_is_left_is_told_by_what_is_done(benchmarks):
     assert benchmarks.run.left_s(plan, {"v0-0": done, "tis-0": refused}) == pytest.approx(200.0)
 
 
-def test_an_error_of_the_command_itself_is_the_reason(benchmarks, tmp_path):
+def test_an_error_of_the_command_itself_is_the_reason(benchmarks, tmp_path, monkeypatch):
     log = tmp_path / "logs" / "v0-0"
-    code = benchmarks.run.started(["train", "--resume", str(tmp_path / "none"), "--json"], log, [].append)
+    monkeypatch.setattr(benchmarks.run, "TOLD", ("no manifest.json",))
+    told: list[str] = []
+    code = benchmarks.run.started(["train", "--resume", str(tmp_path / "none"), "--json"], log, told.append)
+    assert len(told) == 1, "its talk is passed on, a line once"
     reason = benchmarks.run.reason_of(log, code, tmp_path)
     assert code == 2
     assert reason.startswith("UsageError, run directory DIR/none")
