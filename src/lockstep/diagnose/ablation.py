@@ -190,6 +190,7 @@ def ablate(recipe: Recipe, version: str | None, say: Say, measure: Measure | Non
     known: dict[bytes, MeanGap] = {}
 
     def measured(configuration: Recipe, what: str) -> MeanGap:
+        # By content: orders of mending meet in the same configurations, and each costs an engine start.
         key = msgspec.json.encode(configuration)
         if key not in known:
             say(f"diagnose: {what}")

@@ -154,6 +154,7 @@ class TransformersEngine(Engine):
         taken = _TakeLogprobs()
         flight = _Flight(self, len(prompt))
         ids = torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device).expand(n, -1)
+        # The trainer, in this process, draws from the same generator: a seed of ours must not move it.
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed + first)  # a prompt's next batch draws others
@@ -161,6 +162,7 @@ class TransformersEngine(Engine):
                 left = sampling.max_tokens - (ids.shape[1] - len(prompt))
                 ids = self.model.generate(
                     input_ids=ids,
+                    # Else ``generate`` takes a stop token in the prompt for padding, which has its id here.
                     attention_mask=torch.ones_like(ids),
                     generation_config=_generation_config(sampling, left),
                     logits_processor=LogitsProcessorList([*_processors(sampling), taken]),

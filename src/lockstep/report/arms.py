@@ -36,6 +36,7 @@ def read_arms(words: Sequence[str], mapping: Mapping[str, str]) -> list[Arm]:
             continue
         for run in runs if _many(runs) else [None]:
             some = [run] if run is not None else runs
+            # Runs of one recipe are one configuration, whichever words they came by.
             own = of_recipe.setdefault(some[0].same or word, _short(some[0] if run else None, word, arms))
             arms.setdefault(own, []).extend(some)
     return [Arm(name, tuple(runs), _notes(name, runs)) for name, runs in arms.items()]
@@ -54,6 +55,7 @@ def _short(run: Trajectory | None, word: str, arms: Mapping[str, object]) -> str
 
 def _paths(text: str) -> list[Path]:
     found: list[Path] = []
+    # Globs too: a shell expands none behind ``NAME=`` or a comma.
     for part in text.split(","):
         matches = (
             sorted(glob.glob(part)) if any(c in part for c in "*?[") and not Path(part).exists() else [part]

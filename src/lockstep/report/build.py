@@ -315,6 +315,7 @@ def _csv(run: RunRecord) -> str:
     names = sorted({name for record in run.steps for name in record.metrics})
     lines = [",".join(("step", "weight_version", *names))]
     for record in run.steps:
+        # ``repr`` has every digit that it takes to read the number back.
         values = (repr(record.metrics[name]) if name in record.metrics else "" for name in names)
         lines.append(",".join((str(record.step), str(record.weight_version), *values)))
     return "\n".join(lines) + "\n"

@@ -44,6 +44,7 @@ def ledger_section(layout: RunLayout) -> Section | None:
 def _lengths(last: Mapping[str, Any]) -> Table:
     """Samples by their length, trained beside dropped: dropping what is old may drop what is long."""
     kept, gone = last["kept_lengths"], last["dropped_lengths"]
+    # JSON's keys are text, by which 16 would stand before 8.
     bounds = sorted({*kept, *gone}, key=int)
     rows = tuple((f"≤ {bound}", str(kept.get(bound, 0)), str(gone.get(bound, 0))) for bound in bounds)
     return Table(title="Samples by length, tokens", columns=("length", "trained", "dropped"), rows=rows)

@@ -125,6 +125,7 @@ def _rollout(row: dict[str, Any], text_of: Any) -> ShownRollout:
     trainer = trainer if trainer is not None else [float("nan")] * n
     tokens = [
         Token(text=text_of(token), engine=a, trainer=c)
+        # Not strict: the ids alone are cut to those that are shown.
         for token, a, c in zip(row["token_ids"][:TOKENS_SHOWN], engine, trainer, strict=False)
     ]
     gaps = [abs(token.trainer - token.engine) for token in tokens]

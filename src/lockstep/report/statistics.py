@@ -113,6 +113,7 @@ def _tested(sample: SeedMeans) -> _Test:
         pairs_freedom = float(a.size - 1)
         if a.size >= PAIRED_FROM:
             error, freedom = by_pair, pairs_freedom
+    # Of seeds that are all alike any difference is beyond chance.
     t = difference / error if error else (inf if difference else 0.0)
     p = student.two_sided(t, freedom)
     return _Test(difference, p, by_pair, pairs_freedom, spread, spread_freedom)

@@ -86,6 +86,7 @@ def _minibatch(samples: Samples, policy: Policy, recipe: Recipe, before: Before)
     learned = loss_mask & kept[samples.owners]
     per_token = {
         "engine_logprobs": samples.engine_logprobs,
+        # Where nothing was sampled there is no advantage, and a NaN would outlive its weight of 0.
         "advantages": np.where(loss_mask, samples.advantages, np.float32(0.0)),
         "token_weights": token_weights(
             learned,

@@ -64,8 +64,10 @@ class Exchange:
             base_url=options.base_url,
             # Not compressed: a few bytes could be gigabytes.
             headers={"Accept-Encoding": "identity", **header},
+            # The deadline over everything is :meth:`ask`'s.
             timeout=httpx.Timeout(None, connect=options.connect_timeout_s),
             limits=httpx.Limits(max_connections=options.max_connections),
+            # No proxy and no .netrc of the environment: requests and key go to the recipe's server alone.
             trust_env=False,
             verify=_certificates(),
         )

@@ -119,6 +119,7 @@ class Environments:
             raise EnvironmentFault(
                 what, got=f"no answer in {seconds:g} s", expected="one", hint="task.reward_timeout_s"
             ) from None
+        # ``sys.exit`` too: it is told with what the method was called on, and ends no process unsaid.
         except BaseException as error:
             shown = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])[:SHOWN]
             raise EnvironmentFault(
