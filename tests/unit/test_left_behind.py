@@ -170,6 +170,22 @@ def test_an_experiment_clears_a_tensor_that_arrives_and_the_weights_are_what_the
         assert all(torch.equal(side[name], value) for name, value in before.items())
 
 
+def test_an_engine_that_moves_but_not_as_the_trainer_does_lacks_no_tensor(pair, since, monkeypatch):
+    """Here the trainer reads each probe after another's prompt, as attention that leaks would have it."""
+    pair.sync(1)
+    suspect = suspected(pair, since, Earlier(since, (DOWN,)))
+    assert suspect is not None
+    canary = Canary.of(drawn(pair, 300)[0], 512)
+    leaking = [
+        Group(other.prompt, own.completions)
+        for own, other in zip(canary.groups, canary.groups[1:] + canary.groups[:1], strict=True)
+    ]
+    monkeypatch.setattr(
+        canary, "trainer_scores", lambda pair: np.concatenate(pair.trainer.score(leaking, 1.0))
+    )
+    assert tried(pair, suspect, canary) == []
+
+
 def test_weights_that_are_what_they_were_are_not_asked(pair):
     here = LeftBehind(pair.trainer.snapshot())
     assert here.suspect(pair, asked(pair, 0)) is None

@@ -37,6 +37,8 @@ TRIED = 4
 """Tensors that an experiment is made on: the suspect, and what these tokens can least tell from it."""
 EACH = 8
 """Tokens of each."""
+ARRIVED = 0.5
+"""Of the trainer's move, root mean square: an engine that moved so far was sent something."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +156,19 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[TensorLeft]]:
     return tensors, [] if suspect is None else tried(pair, suspect, canary)
 
 
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """The engine's numbers before an experiment, twice; nats, float64 [T]."""
+
+    engine: np.ndarray
+    again: np.ndarray
+
+    def moved_by(self, after: np.ndarray) -> float:
+        """Root mean square of its move, less what it differs by from itself."""
+        noise = np.square(self.again - self.engine).mean()
+        return float(np.sqrt(max(0.0, np.square(after - self.engine).mean() - noise)))
+
+
 def tried(pair: Pair, suspect: Suspect, canary: Canary) -> list[TensorLeft]:
     """Those of the suspects that really do not arrive.
 
@@ -162,10 +177,11 @@ def tried(pair: Pair, suspect: Suspect, canary: Canary) -> list[TensorLeft]:
     Args:
         canary: what both sides score in the experiment.
     """
+    before = _Before(*(canary.engine_scores(pair).astype(np.float64) for _ in range(2)))
     with pair.exactly():
-        start = canary.engine_scores(pair) - canary.trainer_scores(pair).astype(np.float64)
+        start = before.engine - canary.trainer_scores(pair)
     now = pair.trainer.snapshot()
-    found = [_moved_alone(pair, each, canary, now, start) for each in suspect.places]
+    found = [_moved_alone(pair, each, canary, now, before, start) for each in suspect.places]
     return [left for left in found if left is not None]
 
 
@@ -201,12 +217,13 @@ def _far(pair: Pair, tensors: Snapshot) -> Perturbed:
 
 
 def _moved_alone(
-    pair: Pair, place: Direction, canary: Canary, now: Snapshot, start: np.ndarray
+    pair: Pair, place: Direction, canary: Canary, now: Snapshot, before: _Before, start: np.ndarray
 ) -> TensorLeft | None:
     """One tensor moved far, sent, and put back; None where the move arrived.
 
     Args:
         now: the weights as they are.
+        before: the engine's numbers under them.
         start: engine − trainer before, nats: both sides' moves are held against each other.
     """
     name = pair.trainer.head_name if place.tensors == (HEAD,) else place.tensors[0]
@@ -219,7 +236,9 @@ def _moved_alone(
     pair.sync(pair.version)
     moves = Moves(engine - new - start, new - old, new, canary.owners)
     found = missing(moves)
-    if not found.refuted:
+    # An engine that lacks the tensor does not move at all. One that moved, but not as the trainer did, has
+    # it: then it is the trainer that computes something else (attention that leaks).
+    if before.moved_by(engine) > ARRIVED * np.sqrt(np.square(moves.moved).mean()) or not found.refuted:
         return None
     return TensorLeft(place, found, np.abs(found.share * moves.moved), moves.owners)
 
