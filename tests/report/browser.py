@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -88,7 +89,7 @@ class Browser:
         clip = {
             "x": max(0, left),
             "y": max(0, top),
-            "width": right - left,
+            "width": min(right, self.run("return innerWidth")) - max(0, left),
             "height": bottom - top,
             "scale": 1,
         }
@@ -148,3 +149,10 @@ def browser() -> Iterator[Browser]:
         os.killpg(driver.pid, signal.SIGKILL)  # and a browser that it started and did not end
         driver.wait()
         profile.cleanup()
+
+
+def keep(name: str, picture: bytes) -> None:
+    """A picture, where ``LOCKSTEP_SCREENSHOTS`` names a directory."""
+    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        (Path(kept) / f"report-{name}.png").write_bytes(picture)

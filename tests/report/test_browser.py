@@ -21,7 +21,7 @@ from lockstep.report.page import page
 from lockstep.report.trajectories import Arm, Trajectory
 from lockstep.runs.read import open_run
 from tests.report import made
-from tests.report.browser import CALL_S, CHROMIUM, DRIVER, MISSING, browser
+from tests.report.browser import CALL_S, CHROMIUM, DRIVER, MISSING, browser, keep
 
 AXE = Path(__file__).parents[1] / "data" / "axe-core" / "axe.min.js"
 LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
@@ -82,12 +82,6 @@ def pages(tmp_path_factory):
     return {name: (root / f"{name}.html").as_uri() for name in reports}
 
 
-def keep(name, picture):
-    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
-        Path(kept).mkdir(parents=True, exist_ok=True)
-        (Path(kept) / f"report-{name}.png").write_bytes(picture)
-
-
 def counts(session, *selectors):
     return [session.run(f"return document.querySelectorAll('{one}').length") for one in selectors]
 
@@ -122,6 +116,8 @@ def test_it_fits_is_accessible_and_has_no_serious_fault(session, pages, name, wi
     session.open(pages[name])
     keep(f"{name}-{width}-{scheme}", session.screenshot())
     keep(f"{name}-{width}-{scheme}-whole", session.screenshot_of("html"))
+    if name in ("run", "own"):
+        keep(f"{name}-{width}-{scheme}-ladder", session.screenshot_of("header", "[aria-labelledby=s1]"))
     assert session.run("return document.documentElement.scrollWidth") <= width
     dark = session.run("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
     assert dark == (scheme == "dark")

@@ -1,11 +1,9 @@
 """A run followed in a real browser: what is new appears in place, its end is said, a token is needed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from lockstep.report.live import Followed, serving
 from lockstep.runs.record import open_recorder
 from tests.report import made
-from tests.report.browser import CALL_S, CHROMIUM, DRIVER, MISSING, browser
+from tests.report.browser import CALL_S, CHROMIUM, DRIVER, MISSING, browser, keep
 
 WORDS = "return document.querySelector('#live').textContent"
 MAIN = "return document.querySelector('main').textContent"
@@ -55,8 +53,7 @@ def test_a_page_that_follows_takes_what_is_new_and_leaves_the_rest_as_it_is(sess
         assert drawn == plots > 0
     assert urls(session) == {address, f"{address}state.json"}
     assert [entry for entry in session.log("browser") if "ERR_CONNECTION_REFUSED" not in str(entry)] == []
-    if kept := os.environ.get("LOCKSTEP_SCREENSHOTS"):
-        (Path(kept) / "report-live-1440-light.png").write_bytes(session.screenshot())
+    keep("live-1440-light", session.screenshot())
 
 
 def test_a_line_that_is_appended_appears_and_the_end_of_run_and_server_is_said(session, tmp_path):

@@ -13,7 +13,10 @@ not. What each stage proves is in ``proofs.py``.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from lockstep.errors import ParityError, RewardError
 from lockstep.loop.figures import rollout_figures
@@ -104,6 +107,8 @@ def train_gated(
     said: dict[str, float] = {}
 
     def admit(tokens: AtSampling) -> None:
+        if not replayed:
+            store.save(run.layout.drawn(step), _as_scored(rollouts, before))
         assert run.gate is not None or run.recipe.parity.override, "the ladder comes before the first step"
         reasons = run.gate.refusals(tokens) if run.gate is not None else unscored(tokens)
         if reasons:
@@ -117,6 +122,17 @@ def train_gated(
 
     # ``said`` comes last: it is filled in the midst of the step.
     return rollout_figures(rollouts, version) | run.pair.trainer.step(rollouts, step, admit, before) | said
+
+
+def _as_scored(rollouts: Samples, before: Before | None) -> Samples:
+    """As they are stored for whoever reads the run: with the trainer's numbers, NaN where it gave none."""
+    if before is None:
+        return rollouts
+    stored = replace(rollouts)
+    # In the place of what is not audited stands the engine's own number, which is no score.
+    known = np.where(before.audited, rollouts.sampling_logprobs, np.float32("nan"))
+    stored.fill(sampling_logprobs=known)
+    return stored
 
 
 def refuse(run: Run, step: int, reasons: list[str], *, replayed: bool = False) -> ParityError:

@@ -29,7 +29,7 @@ MEND = " Mend: "
 """What follows it in a sentence is to be copied."""
 WORST_SHOWN = 8
 """Tokens of a completion in its table."""
-NUMBER = re.compile(r"[+\-−]?[\d.,]+(e[+-]?\d+)?%?|nan|-?inf")
+NUMBER = re.compile(r"[+\-−]?[\d.,]+(e[+-]?\d+)?%?|nan|-?inf|·")
 NO_NUMBER = ("", "–", "not measured")
 """What may stand in a column of numbers."""
 SHORT = 24
@@ -171,9 +171,9 @@ def _said_of(line: Line, plot: Plot) -> str:
     least, most = min(values), max(values)
     if plot.log_x:
         return f"most, {most:.3g}, at {plot.xs[line.ys.index(most)]:.2g}"
-    said = f"{values[0]:.3g} → {values[-1]:.3g}, between {least:.3g} and {most:.3g}"
+    said = f"{values[0]:.4g} → {values[-1]:.4g}, between {least:.4g} and {most:.4g}"
     if least == most:
-        said = f"{most:.3g}" if len(values) == 1 else f"{most:.3g} throughout"
+        said = f"{most:.4g}" if len(values) == 1 else f"{most:.4g} throughout"
     lost = len(line.ys) - len(values)
     return f"{said}, {lost} without a value" if lost else said
 

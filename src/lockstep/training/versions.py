@@ -15,6 +15,7 @@ from lockstep.policy.model import Policy
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.replay import over_kept_caches
 from lockstep.records.samples import Group, Sample, Samples
+from lockstep.records.versions import VersionSpan
 from lockstep.weights.ring import Ring
 
 
@@ -78,7 +79,7 @@ def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawi
     """
     # Seeded by the step: a resume audits the same samples, and its replayed figures are comparable.
     chosen = np.random.default_rng([*drawing.seed, version]).random(len(rollouts)) < drawing.share
-    scores = [_stored(sample) for sample in rollouts]
+    scores = [_stored(sample, version, drawing) for sample in rollouts]
     audited = [np.ones(len(known), bool) for known in scores]
     lacking = [
         row
@@ -95,19 +96,30 @@ def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawi
     return Before(np.concatenate(scores), np.concatenate(audited))
 
 
-def _stored(sample: Sample) -> np.ndarray:
-    stored = sample.sampling_logprobs
-    return np.full(len(sample.token_ids), np.nan, np.float32) if stored is None else stored.copy()
+def _stored(sample: Sample, version: int, drawing: Drawing) -> np.ndarray:
+    """The scores on disk; NaN for what the step's own forward pass gives."""
+    if sample.sampling_logprobs is None:
+        return np.full(len(sample.token_ids), np.nan, np.float32)
+    known = sample.sampling_logprobs.copy()
+    for span in sample.version_spans:
+        # A step that is trained again is judged by the weights of now, never by the numbers it stored.
+        if _own_pass_gives(sample, span, version, drawing):
+            known[span.start : span.stop] = np.nan
+    return known
+
+
+def _own_pass_gives(sample: Sample, span: VersionSpan, version: int, drawing: Drawing) -> bool:
+    # Drawn over an older cache, tokens of now lack it as well: the step's pass has none such.
+    over_old_cache = drawing.kept and len(sample.version_spans) > 1
+    return span.version == version and not over_old_cache
 
 
 def _lacks(sample: Sample, known: np.ndarray, version: int, drawing: Drawing) -> bool:
     """True where a score is missing that the step's own forward pass does not give."""
-    over_old_cache = drawing.kept and len(sample.version_spans) > 1
     return any(
         bool(np.isnan(known[span.start : span.stop]).any())
         for span in sample.version_spans
-        # Tokens of now as well, where they were drawn over an older cache: the step's pass has none such.
-        if span.version != version or over_old_cache
+        if not _own_pass_gives(sample, span, version, drawing)
     )
 
 
