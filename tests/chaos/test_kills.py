@@ -24,6 +24,7 @@ POINTS = {
     "between_two_rewards": ("lockstep.rollout.judge:Judge._here", "exit", 1),
     "scored_not_stored": (f"{STORE}:save", "enter", 1),
     "scored_and_stored": (f"{STORE}:save", "exit", 1),
+    "trainers_numbers_stored": (f"{STORE}:save", "exit", 2),
     "judged_not_admitted": ("lockstep.parity.gate:Gate.refusals", "exit", 0),
     "admitted": (f"{STORE}:admit", "exit", 0),
     "between_two_updates": ("lockstep.training.optimizer:MasterAdamW.step", "exit", 0),
@@ -45,6 +46,7 @@ CASES += [(name, step) for step in (MIDDLE, LAST) for name in SAVING]
 QUICK = {
     ("stored_not_scored", FIRST),
     ("between_two_rewards", MIDDLE),
+    ("trainers_numbers_stored", MIDDLE),
     ("between_two_updates", MIDDLE),
     ("named_beside_the_older", MIDDLE),
     ("admitted", LAST),

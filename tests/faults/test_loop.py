@@ -121,6 +121,19 @@ def test_refused_rollouts_are_never_trained_on_and_resume_draws_that_step_again(
     assert read_certificate(loop.layout.certificate).void == ""
 
 
+def test_what_is_kept_has_the_trainers_numbers_admitted_or_refused(loop):
+    with pytest.raises(ParityError, match="beyond what arithmetic can bring"):
+        loop.start(before=edits_from(1, off_by(3.0)))
+    admitted = store.load(loop.layout.rollouts(0), 2, loop.recipe.sampling)
+    gap = np.abs(admitted.sampling_logprobs - admitted.engine_logprobs)
+    recorded = read_steps(loop.layout.metrics).records[0].metrics
+    assert gap.max() == pytest.approx(recorded["gap_abs_max_nats"], rel=1e-6)
+    (path,) = loop.layout.refusals(1)
+    refused = store.load(path, 2, loop.recipe.sampling)
+    off = np.abs(refused.sampling_logprobs - refused.engine_logprobs).max()
+    assert off == pytest.approx(3.0, abs=1e-3), "what was refused can be seen to be off"
+
+
 def test_a_number_that_is_missing_is_refused_before_it_is_scored(loop):
     def lose(completion):
         logprobs = np.frombuffer(completion.logprobs, FLOAT32).copy()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 
+import numpy as np
 import pytest
 from transformers import LogitsProcessorList
 
@@ -13,6 +14,7 @@ from lockstep.errors import CapabilityError, EngineDied, EngineError, RecipeErro
 from lockstep.loop.flights import Flights
 from lockstep.records.capabilities import Capability
 from lockstep.records.verdicts import BeforeStep, InFlight
+from lockstep.rollout import store
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps, read_verdicts
 from lockstep.runs.record import Recorder
@@ -80,6 +82,11 @@ def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(
     steps = read_steps(found.metrics)
     assert 0 < steps.column("lag_max_steps").max() <= max_lag
     assert steps.column("gap_abs_max_nats").max() < 1e-4, "the mismatch is measured at the sampling version"
+    of_step = [store.load(found.rollouts(step), 2, recipe.sampling) for step in range(STEPS)]
+    stored = [np.abs(some.sampling_logprobs - some.engine_logprobs).max() for some in of_step]
+    assert stored == pytest.approx(steps.column("gap_abs_max_nats"), rel=1e-6), (
+        "what is on disk is what is said"
+    )
     assert steps.column("policy_kl_k3_nats").max() > 1e-9, "what is left is the policy's own move"
     assert steps.column("spanning_fraction").max() > 0.0
     assert len(list((found.root / "versions").glob("*"))) == max_lag

@@ -136,7 +136,7 @@ def test_a_step_is_scored_under_the_weights_that_drew_it_and_not_those_of_now(tr
     assert np.isnan(before.logprobs[16:25]).all(), "what the weights of now drew is the step's own pass"
     assert before.audited.all()
     kept_scores = Samples(drawn, rollouts.sampling)
-    kept_scores.fill(sampling_logprobs=before.logprobs)
+    kept_scores.fill(sampling_logprobs=found)  # as after a step: those of the step's own pass too
     trainer.keep_versions(0)
     try:
         again = trainer.versions.before(kept_scores, NOW, Drawing(kept, 1.0, (0,)))
@@ -145,6 +145,7 @@ def test_a_step_is_scored_under_the_weights_that_drew_it_and_not_those_of_now(tr
         for version in (1, 2):
             trainer.versions.ring.remember(version, weights_of_kept[version])
     assert np.array_equal(again.logprobs, before.logprobs, equal_nan=True), "stored scores need no weights"
+    assert np.isnan(again.logprobs[16:25]).all(), "what is trained again is judged by the weights of now"
 
 
 def test_what_is_not_audited_says_so_and_stands_in_as_the_engines(trainer):

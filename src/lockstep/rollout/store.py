@@ -1,7 +1,8 @@
 """Rollouts on disk: stored as they are drawn, before anything judges, scores or trains on them.
 
-    sampled ─save─► drawn/step-k ─score, save─► drawn/step-k ─┬─admit──► step-k            trained on
-                                                              └─refuse─► refused/step-k    never
+    sampled ─save─► drawn/step-k ─rewards, save─► drawn/step-k
+        ─the trainer's numbers, save─► drawn/step-k ─┬─admit──► step-k            trained on
+                                                     └─refuse─► refused/step-k    never
 
 The names are the state: what lies under the last name may be trained on again by a resume, nothing else.
 """
