@@ -72,6 +72,20 @@ def test_a_bias_that_hides_in_the_median_is_refused_by_the_mean():
     assert any("for the mismatch alone" in reason for reason in gate("bf16").refusals(at))
 
 
+def test_where_sides_round_more_clips_than_one_in_twenty_are_refused_once_they_are_no_chance():
+    """Six in a hundred: of 400 tokens chance, of 40,000 none."""
+    own = OwnNoise(edges=(), engine=(0.1,), trainer=(0.1,))
+    for n, refused in ((400, False), (40_000, True)):
+        step = tokens(n, "bf16")
+        apart = np.flatnonzero(step.sampling_logprobs < np.log(0.3))[::4]
+        off = moved(step, apart, 0.4 * np.resize((1.0, -1.0), apart.size))
+        clipped = np.abs(np.expm1(off.sampling_logprobs - off.engine_logprobs)) > 0.2
+        assert 0.05 < clipped.mean() < 0.08
+        rounds, exact = (dataclasses.replace(gate("bf16"), own=one).refusals(off) for one in (own, None))
+        assert [("lie outside" in reason) for reason in rounds] == [True] * refused
+        assert [("lie outside" in reason) for reason in exact] == [True]
+
+
 def test_where_sides_round_one_unlikely_token_of_a_few_hundred_is_no_tail():
     """It is their p99.9, and says nothing of one in a thousand."""
     own = OwnNoise(edges=(), engine=(0.05,), trainer=(0.05,))
