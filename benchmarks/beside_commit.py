@@ -12,6 +12,7 @@ theirs.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     flags = parser.parse_args()
+    # Ended so, the other tree is taken away too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pairs = []
     with tree_of(flags.commit) as theirs:
         for number in range(flags.rounds):
