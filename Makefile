@@ -58,7 +58,7 @@ bench: prepared $(BENCH_READY)
 migration: migration-ready  # the story, fix by fix, three seeds an arm: hours, it says how many; killed, it goes on
 	$(BIN)/python benchmarks/migration.py --out runs/migration --page
 
-migration-short: migration-ready  # one seed, four arms, ten minutes; docs/ stays as it is
+migration-short: migration-ready  # one seed, four arms, a quarter of an hour; docs/ stays as it is
 	$(BIN)/python benchmarks/migration.py --out runs/migration-short --short
 
 migration-ready: setup model

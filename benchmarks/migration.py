@@ -2,7 +2,7 @@
 
     python benchmarks/migration.py                                    which runs, and how long they may take
     python benchmarks/migration.py --out runs/migration [--page]      ``make migration``: hours; it says
-    python benchmarks/migration.py --out runs/migration-short --short ``make migration-short``: ten minutes
+    python benchmarks/migration.py --out runs/migration-short --short ``make migration-short``: a quarter hour
     python benchmarks/migration.py --out … --no-runs [--page]         the page alone, of what is there
 
 The arms are in ``migration_arms.py``. Each run is ``lockstep train recipes/quickstart.toml --set …`` in a

@@ -306,7 +306,7 @@ def test_the_page_has_the_files_numbers(benchmarks, tmp_path):
     text = places.page.read_text()
 
     def mean(name: str) -> str:
-        seeds = [[made_up(f"v1-defaults-{seed}", step)[name] for step in range(10)] for seed in (0, 1, 2)]
+        seeds = [[made_up(f"v1-defaults-{seed}", step)[name] for step in range(8)] for seed in (0, 1, 2)]
         return f"{fmean(map(fmean, seeds)):.3g} ["
 
     own = next(line for line in text.splitlines() if line.startswith("| `v1-defaults` | 3 |"))
@@ -355,7 +355,7 @@ def test_a_refused_run_is_told_with_its_reason_and_in_no_comparison(benchmarks, 
     assert claims["v1-all"] == "not run"
     assert claims["tis"] == "not run", "its reference did not finish"
     text = benchmarks.page.page(found, benchmarks.page.in_tree("short"))
-    assert "| refused | 10 | 0.0 | ParityError, rollouts in DIR/v1-all-0: a gap of 3 nats |" in text
+    assert "| refused | 8 | 0.0 | ParityError, rollouts in DIR/v1-all-0: a gap of 3 nats |" in text
 
 
 def test_a_page_of_nothing_says_that_nothing_was_run(benchmarks, tmp_path):
