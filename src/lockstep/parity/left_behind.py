@@ -185,11 +185,11 @@ def tried(pair: Pair, suspect: Suspect, canary: Canary) -> list[TensorLeft]:
     return [left for left in found if left is not None]
 
 
-def left_behind(pair: Pair, left: Sequence[TensorLeft], found: str = "") -> Finding:
+def left_behind(pair: Pair, left: Sequence[TensorLeft]) -> Finding:
     """The finding that tensors stayed behind, the first with its size."""
     first = left[0]
     cause = "stale_tensors"
-    told = "; ".join(each.told() for each in left) + found
+    told = "; ".join(each.told() for each in left)
     return finding(cause, first.effect, first.owners, told, pair.engine.fix(cause), first.missing.n_tokens)
 
 
@@ -226,13 +226,17 @@ def _moved_alone(
         before: the engine's numbers under them.
         start: engine − trainer before, nats: both sides' moves are held against each other.
     """
-    name = pair.trainer.head_name if place.tensors == (HEAD,) else place.tensors[0]
+    of_head = place.tensors == (HEAD,)
+    name = pair.trainer.head_name if of_head else place.tensors[0]
+    # The trainer's scores as an engine's would be that still has the tensor's value of then.
+    stayed: Variant = EarlierHead(now) if of_head else Earlier(now, place.tensors)
     with pair.trainer.holding(_far(pair, Snapshot({name: now.values[name]}))):
         pair.sync(PROBE_VERSION)
         engine = canary.engine_scores(pair)
         with pair.exactly():
             new = canary.trainer_scores(pair).astype(np.float64)
-            old = _scores_with_old(pair, canary, place, now)
+            with pair.trainer.holding(stayed):
+                old = canary.trainer_scores(pair)
     pair.sync(pair.version)
     moves = Moves(engine - new - start, new - old, new, canary.owners)
     found = missing(moves)
@@ -241,10 +245,3 @@ def _moved_alone(
     if before.moved_by(engine) > ARRIVED * np.sqrt(np.square(moves.moved).mean()) or not found.refuted:
         return None
     return TensorLeft(place, found, np.abs(found.share * moves.moved), moves.owners)
-
-
-def _scores_with_old(pair: Pair, canary: Canary, place: Direction, before: Snapshot) -> np.ndarray:
-    """The trainer's, as an engine's would be that still has the tensor's value of then."""
-    variant: Variant = EarlierHead(before) if place.tensors == (HEAD,) else Earlier(before, place.tensors)
-    with pair.trainer.holding(variant):
-        return canary.trainer_scores(pair)
