@@ -15,9 +15,11 @@ import psutil
 import pytest
 
 from lockstep.cli import main
+from lockstep.config.recipe import load_recipe
 from lockstep.engines.environments.locate import MARKER, Environment
 from lockstep.engines.environments.recipes import recipe_for
 from lockstep.errors import EngineDied, EngineError, Stopped
+from lockstep.loop import open as opening
 from tests import worker_that_lies
 from tests.commands.tiny_run import write_recipe
 
@@ -109,6 +111,28 @@ def test_ctrl_c_while_the_engine_starts_ends_at_once(slow_engine, begun):
     assert "Traceback" not in errors
     assert not engine.is_running()
     assert not directory.exists()
+
+
+def test_a_stop_in_the_midst_of_a_launch_leaves_no_engine_behind(slow_engine, monkeypatch, tmp_path):
+    def interrupt(number, frame):
+        raise Stopped(128 + number)
+
+    def begun_then_stopped(choice, spec):
+        signal.raise_signal(signal.SIGINT)  # its process is there, and only this line knows of it
+        return SimpleNamespace(close=lambda: closed.append(choice.name))
+
+    closed = []
+    monkeypatch.setattr(opening, "launch", begun_then_stopped)
+    handler = signal.signal(signal.SIGINT, interrupt)
+    recipe = load_recipe(slow_engine, ["engine.name=vllm", "engine.version=0.32.0"])
+    try:
+        for opened in (opening.open_session, opening.open_engine):
+            with pytest.raises(Stopped), opened(recipe, tmp_path / "engine.log", print):
+                raise AssertionError("it went on")
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert closed == ["vllm", "vllm"]
 
 
 def test_a_mistake_found_while_the_engine_starts_ends_at_once(slow_engine, begun):

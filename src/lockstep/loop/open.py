@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine, EngineSpec
-from lockstep.engines.registry import Choice, choose, launch, start
+from lockstep.engines.registry import Choice, choose, launch
 from lockstep.errors import RecipeError
 from lockstep.objectives.corrections.registry import refuse_correction
 from lockstep.objectives.registry import refuse_objective
@@ -23,6 +23,7 @@ from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import EVALUATION_SEED_OFFSET, Task
 from lockstep.runs.manifest import Manifest, build_manifest
 from lockstep.runs.record import refuse_unknown_sinks
+from lockstep.stopping import held
 from lockstep.weights.directory import remove_weights, weights_directory
 
 if TYPE_CHECKING:
@@ -130,9 +131,7 @@ def open_session(
             recipe, model_path, directory, engine_log, api_key_env, plants.launcher if plants else ""
         )
         # An engine with its own process starts while the trainer loads; what ends this ends it in its start.
-        starting = (
-            stack.enter_context(contextlib.closing(launch(choice, spec))) if choice.environment else None
-        )
+        starting = _begun(stack, choice, spec) if choice.environment else None
         renderer = Renderer(model_path, task.tools)
         task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
         _refuse_long_prompt(recipe, task, renderer)
@@ -144,7 +143,7 @@ def open_session(
         trainer = Trainer.load(model_path, recipe, publisher)
 
         def launched(first: Engine | None = None) -> Engine:
-            engine = first or stack.enter_context(contextlib.closing(launch(choice, spec)))
+            engine = first or _begun(stack, choice, spec)
             engine.wait_ready()
             if recipe.engine.weights == "nccl":
                 engine.need("nccl_weights")
@@ -153,6 +152,12 @@ def open_session(
 
         pair = Pair(launched(starting), trainer, renderer, task, recipe, say=say)
         yield Session(pair, choice, model_path, launched, held_out)
+
+
+def _begun(stack: contextlib.ExitStack, choice: Choice, spec: EngineSpec) -> Engine:
+    # An engine in this process loads its model meanwhile, which may be stopped.
+    with held() if choice.environment else contextlib.nullcontext():
+        return stack.enter_context(contextlib.closing(launch(choice, spec)))
 
 
 @contextlib.contextmanager
@@ -166,14 +171,11 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say, api_key_env: str = "
     model_path = Path() if choice.name == "openai" else resolve_model(recipe.model.path)
     say(f"starting {_named(choice)}")
     directory = weights_directory()
-    try:
-        engine = start(choice, _spec(recipe, model_path, directory, engine_log, api_key_env))
-        try:
-            yield engine
-        finally:
-            engine.close()
-    finally:
-        remove_weights(directory)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_weights, directory)
+        engine = _begun(stack, choice, _spec(recipe, model_path, directory, engine_log, api_key_env))
+        engine.wait_ready()
+        yield engine
 
 
 def held_out_of(recipe: Recipe) -> Task | None:
