@@ -1,7 +1,7 @@
 """The two loops on the same questions, in turn: samples a second, and how long each side had nothing to do.
 
     python benchmarks/in_flight.py [--recipe RECIPE] [--workload long] [--cores 0 1] [--lags 1 2]
-    python benchmarks/in_flight.py --token-s 0.05 --train-s 1.5 …    an accelerator simulated on each side
+    python benchmarks/in_flight.py --tiny --token-s 0.005 --train-s 1.5 --lags 1 2 4    simulated
 
 Each loop is ``lockstep train`` in a process of its own, synchronous and in flight in turn. Both are given the
 same questions and seeds. *steady*: the steps after the first two, and before the last ``max_lag``, in which
@@ -9,10 +9,12 @@ nothing is left to be drawn. *whole*: every step, the pipeline's filling and dra
 of neighbours, so that a slow hour of the machine is in both. The ladder before the first step is a small one,
 and in neither figure. ``--cores N``: so many are the engine's, the others the trainer's; 0: both have all.
 
-With ``--token-s`` (on the transformers engine) a group is held back for its longest sample's tokens times
-that, whoever else is drawn, as on an accelerator whose batch has room; with ``--train-s`` a step takes so
-much longer. *bound* is then max(generate, train) over what the synchronous steps measured: their sampling,
-and their rest.
+With ``--token-s`` (on the transformers engine) a group is held back for the longest of its samples' lengths
+times that, whoever else is drawn, as on an accelerator whose batch has room. The lengths are log-normal,
+long-tailed, and the same for a group in each loop; the group is of the version that its request met, and no
+load waits for it. With ``--train-s`` a step takes so much longer. *bound* is then max(generate, train)
+over what the synchronous steps measured: their sampling, and their rest. ``--tiny``: what is really computed
+is a tiny model's, so that the waits are nearly all.
 """
 
 import argparse
@@ -25,9 +27,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import long_answers
+import numpy as np
+import tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lockstep.records.tokens import SamplingParams
 
 WARM_STEPS = 2
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -39,6 +48,14 @@ SMALL_LADDER = [
     "parity.draws_see=1.0",
     "training.checkpoint_every=1000",
 ]
+LENGTH_MEDIAN, LENGTH_SIGMA, LENGTH_MOST = 100.0, 0.6, 800
+"""Tokens of a simulated sample; sigma is of the logarithm."""
+TINY = [
+    "engine.name=transformers",
+    "training.prompts_per_step=4",
+    "training.group_size=4",
+    "sampling.max_tokens=12",
+]
 TIMES = ("step_s", "sample_s", "earlier_s", "replay_s", "reward_s", "train_s", "sync_s", "canary_s")
 
 
@@ -47,6 +64,7 @@ def one(recipe: str, sets: list[str], out: str, token_s: float, train_s: float) 
     from lockstep import api
     from lockstep.config.recipe import load_recipe
 
+    sys.path.insert(0, str(tiny.ROOT))  # the tiny model's reward is one of the tests'
     if token_s:
         _pace_engine(token_s)
     if train_s:
@@ -60,8 +78,8 @@ def _pace_engine(token_s: float) -> None:
 
     begin, sample = TransformersEngine._begin, TransformersEngine._sample
 
-    def held(completions: list) -> float:
-        return max(len(c.token_ids) // 4 for c in completions) * token_s
+    def held(asked: "Sequence[SamplingParams]") -> float:
+        return token_s * max(longest(sampling) for sampling in asked)
 
     def paced_begin(self, prompt, params):
         import threading
@@ -72,7 +90,7 @@ def _pace_engine(token_s: float) -> None:
 
         def later(future: Future) -> None:
             completions = future.result()
-            threading.Timer(held(completions), ended.set_result, [completions]).start()
+            threading.Timer(held([params]), ended.set_result, [completions]).start()
 
         begun.future.add_done_callback(later)
         return Begun(then(ended, list), begun.cancel)
@@ -80,11 +98,17 @@ def _pace_engine(token_s: float) -> None:
     def paced_sample(self, prompts, params):
         completions = sample(self, prompts, params)
         if len(prompts) > 1:  # the synchronous loop's: all of a step at once
-            time.sleep(held(completions))
+            time.sleep(held(params))
         return completions
 
     TransformersEngine._begin = paced_begin
     TransformersEngine._sample = paced_sample
+
+
+def longest(sampling: "SamplingParams") -> int:
+    """Tokens of the longest simulated sample of a request."""
+    drawn = np.random.default_rng(sampling.seed).lognormal(np.log(LENGTH_MEDIAN), LENGTH_SIGMA, sampling.n)
+    return int(min(drawn.max(), LENGTH_MOST))
 
 
 def _pace_trainer(train_s: float) -> None:
@@ -110,7 +134,8 @@ def measured(args: argparse.Namespace, sets: list[str], tail: int) -> dict[str, 
         command = [sys.executable, __file__, "--one", f"{scratch}/run", "--recipe", args.recipe]
         command += ["--token-s", str(args.token_s), "--train-s", str(args.train_s)]
         steps = f"training.steps={WARM_STEPS + args.steps + tail}"
-        for text in (*SMALL_LADDER, *WORKLOADS[args.workload], *args.set, *sets, steps):
+        load = [*tiny.sets(Path(scratch)), *TINY] if args.tiny else WORKLOADS[args.workload]
+        for text in (*SMALL_LADDER, *load, *args.set, *sets, steps):
             command += ["--set", text]
         subprocess.run(command, check=True, stdout=sys.stderr)
         lines = (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()
@@ -193,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipe", default=str(RECIPE))
     parser.add_argument("--workload", choices=WORKLOADS, default="long")
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lags", type=int, nargs="+", default=[1])

@@ -35,7 +35,8 @@ from lockstep.parity.evidence import within
 from lockstep.parity.explain.numerics.direction import Direction
 from lockstep.parity.explain.score_test import alike, score_test, statistic, token_weights
 from lockstep.parity.own_noise import OwnNoise
-from lockstep.parity.tolerances import NOISE, PHANTOM_CLIP_FRACTION, SCORE_AGAIN_T
+from lockstep.parity.search_tolerances import SCORE_AGAIN_T
+from lockstep.parity.tolerances import NOISE, PHANTOM_CLIP_FRACTION
 from lockstep.policy.pretrained import resolve_model
 from lockstep.runs.manifest import processor
 

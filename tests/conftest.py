@@ -6,12 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny_checkpoint import write_checkpoint, write_model
 
 # What torch and transformers make in being imported lives to the end: a fifth of the time of the unit tests
 # went into looking through it for garbage. Off until it is all there; then left out (gc.freeze).
 gc.disable()
+
+# An example that waits for a core that others hold is no slow one. The profile is a child of the one in
+# force, which in CI draws the same examples each time.
+settings.register_profile("patient", settings.default, deadline=None)
+settings.load_profile("patient")
 
 REAL_MODELS = {"contract", "e2e"}
 """Folders whose tests compute on models for which a second thread pays."""

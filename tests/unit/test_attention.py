@@ -39,7 +39,7 @@ def random_tree(n, rng):
     return seen
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     window=st.one_of(st.none(), st.integers(1, 14)),

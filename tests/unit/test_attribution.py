@@ -68,7 +68,7 @@ def test_nothing_is_named_that_a_re_score_does_not_prove(pair, canary):
         assert rounded(pair, canary, random, LIMIT) is None
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(factor=st.floats(0.75, 1.5).filter(lambda f: abs(f - 1) > 0.05), name=st.sampled_from(NAMES))
 def test_a_factor_is_fitted_and_the_trainer_left_as_it_was(factor, name):
     pair = bag_pair()
@@ -95,7 +95,7 @@ def test_of_sets_that_explain_alike_the_smallest_is_named_and_its_equals_beside_
     assert nothing.label == "layers.0.mix.weight", "all is new, and this one may be called old"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_to_first_order_the_set_that_made_the_gap_is_ranked_first(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))

@@ -72,7 +72,7 @@ shapes = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=shapes,
     minibatch=st.sampled_from([1, 2]),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lockstep.parity.explain.semantics.draws import CROWD, TILTS, BothWeighed, weigh
-from lockstep.parity.tolerances import DRAWS_FALSE_ALARM, DRAWS_POWER
+from lockstep.parity.search_tolerances import DRAWS_POWER
+from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
 
 SIMULATIONS = 200
 SINGLES, PROMPTS = 192, 45

@@ -28,7 +28,7 @@ from lockstep.parity.explain.semantics.portions import places_of_rows, rows_off,
 from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.explain.semantics.vocabulary import moved_ids
 from lockstep.parity.search import Search
-from lockstep.parity.tolerances import IMPROVES, TAIL_OVER_MEDIAN
+from lockstep.parity.search_tolerances import IMPROVES, TAIL_OVER_MEDIAN
 from lockstep.policy.truncation import kept
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
@@ -41,7 +41,7 @@ GRID = np.geomspace(0.05, 4.0, 20).tolist()
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(value=st.floats(0.06, 3.5), steep=st.floats(0.1, 10.0))
 def test_a_value_between_two_of_the_grid_is_found(value, steep):
     best = fitted(GRID, lambda v: steep * abs(np.log(v / value)), now=100.0)

@@ -86,7 +86,7 @@ def bearing(p50):
     return msgspec.structs.replace(BF16, p50=p50)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(at=st.integers(0, T - 1), value=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_one_number_that_is_none_never_passes(at, value):
     gap = np.zeros(T, np.float32)
@@ -97,7 +97,7 @@ def test_one_number_that_is_none_never_passes(at, value):
     assert not np.isfinite(verdict.findings[0].effect_nats)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(1e-7, 1e-2))
 def test_the_tail_is_judged_alike_whatever_the_sign_and_the_order(seed, scale):
     rng = np.random.default_rng(seed)

@@ -78,7 +78,7 @@ def test_what_is_not_is_named_with_its_size(monkeypatch, found, cause, effect):
 SHORT = bag_pair(sampling={"max_tokens": 1})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(gap=st.floats(0.0, 9e-4), share=st.floats(0.0, 3.0))
 def test_the_loss_may_move_by_what_the_largest_gap_brings_and_by_no_more(gap, share):
     bound = LOSS_SLACK * float(np.expm1(np.float32(gap)))

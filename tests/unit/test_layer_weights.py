@@ -1,7 +1,6 @@
 """Layer 3 on a pair without a model: what an engine may do to the weights it is sent, each by its name."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from lockstep.parity.delivered import Missing
 from lockstep.parity.evidence import gather
 from lockstep.parity.explain.numerics.systematic import Direction
 from lockstep.parity.layers import weights
-from lockstep.parity.left_behind import TensorLeft
+from lockstep.parity.left_behind import Look, TensorLeft
 from lockstep.parity.perturbation import PROBE_VERSION
 from lockstep.records.versions import LoadReceipt, VersionSpan
 from tests.unit.bag_pair import Bag, bag_pair
@@ -231,7 +230,7 @@ def test_a_perturbation_that_nothing_feels_proves_nothing(sides, monkeypatch):
 
 def test_sides_that_differ_anyway_are_judged_by_their_moves(sides, monkeypatch):
     """An engine whose every score is off by more than the perturbation moves: the move says what arrived."""
-    asked = SimpleNamespace(n_tensors=9, n_seen=7)
+    asked = Look(None, n_tensors=9, n_seen=7)
     monkeypatch.setattr(weights, "proven_each", lambda pair: (asked, []))
     sides.canary.clean_gap_nats = 0.0
     sides.pair.engine.scores = lambda scores, n: scores - np.float32(0.3)

@@ -11,7 +11,7 @@ import torch
 from lockstep.config.recipe import load_recipe
 from lockstep.parity.canary import Canary
 from lockstep.parity.delivered import Moves
-from lockstep.parity.left_behind import AskedTokens, LeftBehind, tried
+from lockstep.parity.left_behind import AskedTokens, Look, look, tried
 from lockstep.parity.tolerances import noise_of
 from lockstep.policy.model import load_policy
 from lockstep.policy.parameters import assign, parameters_of
@@ -125,7 +125,7 @@ def asked(*drawn_as):
 
 
 def suspected(pair, since, variant):
-    return LeftBehind(since).suspect(pair, asked(pair, 0, variant))
+    return look(pair, since, asked(pair, 0, variant)).suspect
 
 
 @pytest.mark.parametrize("name", [DOWN, "model.layers.0.self_attn.v_proj.weight", "model.norm.weight"])
@@ -152,9 +152,8 @@ def test_a_tied_table_is_one_tensor_and_the_heads_own_copy_another(pair, since):
 
 
 def test_where_every_tensor_arrived_none_is_suspected_and_what_would_have_shown_is_counted(pair, since):
-    found = [LeftBehind(since) for _ in range(6)]
-    suspects = [one.suspect(pair, asked(pair, 1000 + seed)) for seed, one in enumerate(found)]
-    assert sum(suspect is not None for suspect in suspects) <= 1  # of 6 at 1 %: more, once in 700 times
+    found = [look(pair, since, asked(pair, 1000 + seed)) for seed in range(6)]
+    assert sum(one.suspect is not None for one in found) <= 1  # of 6 at 1 %: more, once in 700 times
     n = len(parameters_of(pair.trainer._policy.model))
     assert {one.n_tensors for one in found} == {n + 1}, "the head beside the table that it is tied to"
     assert 0 < np.mean([one.n_seen for one in found]) <= n + 1
@@ -187,6 +186,4 @@ def test_an_engine_that_moves_but_not_as_the_trainer_does_lacks_no_tensor(pair, 
 
 
 def test_weights_that_are_what_they_were_are_not_asked(pair):
-    here = LeftBehind(pair.trainer.snapshot())
-    assert here.suspect(pair, asked(pair, 0)) is None
-    assert here.n_tensors == 0
+    assert look(pair, pair.trainer.snapshot(), asked(pair, 0)) == Look()

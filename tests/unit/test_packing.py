@@ -36,7 +36,7 @@ def policy(tiny_model_dir):
 
 
 @given(groups=many_groups(), max_tokens=st.sampled_from([8, 40, 4096]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_packed_scores_are_those_of_each_sequence_alone(policy, groups, max_tokens):
     packed = policy.score(groups, 0.8, max_tokens)
     n = 0
@@ -54,7 +54,7 @@ def test_packed_scores_are_those_of_each_sequence_alone(policy, groups, max_toke
 
 
 @given(groups=many_groups())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_every_target_is_scored_once_and_no_row_is_padded(groups):
     rows = pack(groups, 64)
     numbers = [number for row in rows for number in row.completions]

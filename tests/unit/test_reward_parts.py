@@ -115,7 +115,7 @@ def ends():
     other.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(bodies=st.lists(st.binary(max_size=300), max_size=5))
 def test_frames_arrive_whole_and_in_order(bodies):
     one, other = socket.socketpair()
@@ -189,7 +189,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(item=st.dictionaries(st.text(), plain, max_size=3))
 def test_what_is_called_sendable_arrives_as_it_was(item):
     assert unsendable(item) == ""

@@ -186,7 +186,6 @@ def test_random_events_never_pass_the_bound_lose_a_sample_or_stall(events):
         settings=settings(
             max_examples=events // each,
             stateful_step_count=each,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         ),

@@ -12,7 +12,7 @@ from lockstep.parity.explain.score_test import (
     token_weights,
     widths,
 )
-from lockstep.parity.tolerances import SCORE_LEVEL
+from lockstep.parity.search_tolerances import SCORE_LEVEL
 
 SEQUENCES, TOKENS, DIRECTIONS = 32, 48, 200
 OWNERS = np.repeat(np.arange(SEQUENCES), TOKENS)

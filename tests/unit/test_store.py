@@ -122,7 +122,7 @@ def any_rollouts(draw):
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(any_rollouts())
 def test_whatever_is_saved_is_loaded(tmp_path, written):
     store.save(tmp_path / "a.parquet", written)

@@ -16,7 +16,8 @@ import numpy as np
 
 from lockstep.errors import UsageError
 from lockstep.logged.rows import Logged
-from lockstep.parity.tolerances import HALF, NEARLY_ALL, SEMANTICS_MARGIN
+from lockstep.parity.search_tolerances import HALF, NEARLY_ALL
+from lockstep.parity.tolerances import SEMANTICS_MARGIN
 from lockstep.records.samples import Group
 from lockstep.rendering import Renderer
 from lockstep.training.trainer import Trainer

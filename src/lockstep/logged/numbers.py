@@ -19,8 +19,7 @@ from lockstep.parity.explain.path.corruption import SHOWN, SHOWN_CHARACTERS, Cor
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.explain.semantics.sampler import distributions, examine_draws, likeliest_temperature
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import (
-    ABSURD_NATS,
+from lockstep.parity.search_tolerances import (
     IMPROBABLE_NATS,
     LONG_RUN,
     MOST_ROWS,
@@ -29,8 +28,8 @@ from lockstep.parity.tolerances import (
     RIGHT_TOKENS,
     STRUCK,
     UNRELATED,
-    Tolerance,
 )
+from lockstep.parity.tolerances import ABSURD_NATS, Tolerance
 from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 

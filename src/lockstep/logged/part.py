@@ -35,7 +35,7 @@ from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.explain.semantics.vocabulary import moved_ids
 from lockstep.parity.explain.weights.trainer_hypotheses import Explanation, explain
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS
+from lockstep.parity.search_tolerances import EXPLAINS
 from lockstep.records.samples import Samples
 from lockstep.records.verdicts import LayerName, Verdict
 

@@ -23,6 +23,7 @@ from lockstep.parity.tolerances import (
     NEGLIGIBLE_NATS,
     OWN_NOISE_RATIO,
     OWN_NOISE_Z,
+    P999_TOKENS,
     PHANTOM_CLIP_FRACTION,
     Tolerance,
     largest_gap,
@@ -145,8 +146,7 @@ class Gate:
             )
         p999 = quantiles_abs(gap)["p999"]
         limit = self.noise.p999
-        # Of fewer than a thousand tokens it is their largest, which the limits by probability have judged.
-        if p999 <= limit or (self.own is not None and gap.size < 1000):
+        if p999 <= limit or (self.own is not None and gap.size < P999_TOKENS):
             return ""
         return f"|gap| p99.9 {p999:.2e} nats over {gap.size} tokens, at most {limit:g}"
 

@@ -23,7 +23,8 @@ from lockstep.parity.explain.score_test import alike, curvature, detectable, sco
 from lockstep.parity.pair import Pair
 from lockstep.parity.perturbation import PROBE_VERSION
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.tolerances import FARTHER, SCORE_LEVEL, SUSPECTED
+from lockstep.parity.search_tolerances import SCORE_LEVEL
+from lockstep.parity.tolerances import ARRIVED, FARTHER, SUSPECTED
 from lockstep.policy.parameters import Snapshot
 from lockstep.policy.pulls import HEAD, Asked, Pulls
 from lockstep.policy.variants import Earlier, EarlierHead, Perturbed, Variant
@@ -37,8 +38,6 @@ TRIED = 4
 """Tensors that an experiment is made on: the suspect, and what these tokens can least tell from it."""
 EACH = 8
 """Tokens of each."""
-ARRIVED = 0.5
-"""Of the trainer's move, root mean square: an engine that moved so far was sent something."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,61 +78,59 @@ class TensorLeft:
         return f"{self.place.place} did not move when it was moved alone: {self.missing.told()}"
 
 
-@dataclass(eq=False)
-class LeftBehind:
-    """What tokens say of each tensor that changed."""
+@dataclass(frozen=True)
+class Look:
+    """What tokens say of each tensor that changed since."""
 
-    since: Snapshot
-    """Its weights before."""
+    suspect: Suspect | None = None
     n_tensors: int = 0
-    """That changed since."""
+    """That changed."""
     n_seen: int = 0
     """Of them, those that would have been suspected had they stayed as they were then."""
 
-    def suspect(self, pair: Pair, asked: AskedTokens) -> Suspect | None:
-        """What these tokens point to."""
-        places, pulls, known = self._pulled(pair, asked)
-        self.n_tensors = len(places)
-        self.n_seen = 0
-        if not places:
-            return None
-        scored = score_test(pulls, pair.seed)
-        self.n_seen = int((detectable(pulls, known, scored.critical, pair.seed) <= 1.0).sum())
-        share = pulls.sum(1) / np.maximum(np.square(known).sum(1), np.finfo(float).tiny)
-        # What would have to have moved the other way, or by next to nothing, did not stay behind.
-        behind = np.flatnonzero(share > SUSPECTED)
-        best = max(behind, key=lambda row: scored.t[row], default=None)
-        if best is None or scored.p[best] > SCORE_LEVEL:
-            return None
-        likely = tuple(places[row] for row in alike(pulls, int(best)) if row in behind)
-        return Suspect(likely[:TRIED], float(scored.t[best]), float(scored.p[best]))
 
-    def _pulled(self, pair: Pair, asked: AskedTokens) -> tuple[list[Direction], np.ndarray, np.ndarray]:
-        """Tensors, and the pulls of the gap and of what is known on each, float64 [tensors, prompts]."""
+def look(pair: Pair, since: Snapshot, asked: AskedTokens) -> Look:
+    """Does one of the tensors seem to be as it was ``since``?"""
+    places, pulls, known = _pulled(pair, since, asked)
+    if not places:
+        return Look()
+    scored = score_test(pulls, pair.seed)
+    n_seen = int((detectable(pulls, known, scored.critical, pair.seed) <= 1.0).sum())
+    share = pulls.sum(1) / np.maximum(np.square(known).sum(1), np.finfo(float).tiny)
+    # What would have to have moved the other way, or by next to nothing, did not stay behind.
+    behind = np.flatnonzero(share > SUSPECTED)
+    best = max(behind, key=lambda row: scored.t[row], default=None)
+    if best is None or scored.p[best] > SCORE_LEVEL:
+        return Look(None, len(places), n_seen)
+    likely = tuple(places[row] for row in alike(pulls, int(best)) if row in behind)
+    return Look(Suspect(likely[:TRIED], float(scored.t[best]), float(scored.p[best])), len(places), n_seen)
 
-        def back(name: str, value: Tensor) -> Tensor | None:
-            return self._back(pair, name, value)
 
-        signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), asked.gap.size)
-        bent = np.sqrt(curvature(asked.gap, asked.logprobs))
-        weightings = token_weights(asked.gap, asked.logprobs), signs * bent
-        with pair.exactly():
-            questions = [Asked(weights, {STALE: back}) for weights in weightings]
-            pulled = pair.trainer.pulls(asked.groups, questions, 1.0)
-        by_gap, by_known = (_by_tensor(each, pair.trainer.head_name) for each in pulled)
-        places = list(by_gap)
-        shape = len(places), len(asked.groups)
-        of_gap, known = (np.reshape([rows[place] for place in places], shape) for rows in (by_gap, by_known))
-        return places, of_gap, known
+def _pulled(
+    pair: Pair, since: Snapshot, asked: AskedTokens
+) -> tuple[list[Direction], np.ndarray, np.ndarray]:
+    """Tensors, and the pulls of the gap and of what is known on each, float64 [tensors, prompts]."""
 
-    def _back(self, pair: Pair, name: str, value: Tensor) -> Tensor | None:
+    def back(name: str, value: Tensor) -> Tensor | None:
         """From a tensor as it is to what it was; None where it is the same."""
-        old = self.since.values.get(pair.trainer.head_name if name == HEAD else name)
+        old = since.values.get(pair.trainer.head_name if name == HEAD else name)
         move = None if old is None else old.to(value) - value
         return move if move is not None and bool(move.any()) else None
 
+    signs = np.random.default_rng(pair.seed).choice((-1.0, 1.0), asked.gap.size)
+    bent = np.sqrt(curvature(asked.gap, asked.logprobs))
+    weightings = token_weights(asked.gap, asked.logprobs), signs * bent
+    with pair.exactly():
+        questions = [Asked(weights, {STALE: back}) for weights in weightings]
+        pulled = pair.trainer.pulls(asked.groups, questions, 1.0)
+    by_gap, by_known = (_by_tensor(each, pair.trainer.head_name) for each in pulled)
+    places = list(by_gap)
+    shape = len(places), len(asked.groups)
+    of_gap, known = (np.reshape([rows[place] for place in places], shape) for rows in (by_gap, by_known))
+    return places, of_gap, known
 
-def proven_each(pair: Pair) -> tuple[LeftBehind, list[TensorLeft]]:
+
+def proven_each(pair: Pair) -> tuple[Look, list[TensorLeft]]:
     """All tensors moved at once, sent and scored: what did not arrive?
 
     Leaves trainer and engine with the weights that they had.
@@ -142,7 +139,6 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[TensorLeft]]:
     probes = probe_prompts(pair, n, pair.seed)
     canary = Canary([Group(ids[:1], [ids[1 : 1 + EACH]]) for ids in probes])
     noise = _far(pair, pair.trainer.snapshot())
-    tensors = LeftBehind(noise.before)
     with pair.exactly():
         # What they differ by already is no move: kernels that round otherwise would pass for a tensor.
         start = canary.engine_scores(pair) - canary.trainer_scores(pair).astype(np.float64)
@@ -151,9 +147,9 @@ def proven_each(pair: Pair) -> tuple[LeftBehind, list[TensorLeft]]:
         with pair.exactly():
             new = canary.trainer_scores(pair).astype(np.float64)
         gap = canary.engine_scores(pair) - new - start
-        suspect = tensors.suspect(pair, AskedTokens(canary.groups, gap, new))
+        seen = look(pair, noise.before, AskedTokens(canary.groups, gap, new))
     pair.sync(pair.version)
-    return tensors, [] if suspect is None else tried(pair, suspect, canary)
+    return seen, [] if seen.suspect is None else tried(pair, seen.suspect, canary)
 
 
 @dataclass(frozen=True, eq=False)

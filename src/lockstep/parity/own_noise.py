@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.parity.tolerances import NEGLIGIBLE_NATS, OWN_NOISE_LARGEST, OWN_NOISE_RATIO, OWN_NOISE_Z
+from lockstep.parity.tolerances import (
+    NEGLIGIBLE_NATS,
+    OWN_NOISE_LARGEST,
+    OWN_NOISE_RATIO,
+    OWN_NOISE_Z,
+    SIGMA_OVER_MEDIAN,
+)
 
 BINS, FEWEST = 6, 64
 """Of log p at most, and tokens of each at least."""
 CERTAIN = 1e-4
 """1 − p below which log p has no digits left to tell a rounding by."""
-SIGMA = 1.4826
-"""Of a normal error, over its median."""
 FEWEST_SEQUENCES = 8
 """From which an error over sequences is known; of fewer the ratio has no interval, and refuses nothing."""
 GRID = np.geomspace(0.05, 100.0, 153)
@@ -79,9 +83,8 @@ class OwnNoise:
             # An error of the logits moves log p by (1 − p) of it: what is left is of the logits, and alike
             # over tokens.
             sizes = np.abs(error) / odds
-            return np.array(
-                [SIGMA * np.median(sizes[bins == b]) if (bins == b).any() else 0.0 for b in range(n)]
-            )
+            medians = [np.median(sizes[bins == b]) if (bins == b).any() else 0.0 for b in range(n)]
+            return SIGMA_OVER_MEDIAN * np.array(medians)
 
         # There are several ways in which an engine differs from itself; the gap has whichever is the widest.
         of_engine = np.max([widths(error) for error in engine], axis=0)
@@ -122,7 +125,7 @@ class OwnNoise:
             gap: nats, float [T].
             owners: the sequence of each token, int [T].
         """
-        sizes = SIGMA * np.abs(gap) / self.widths(logprobs, temperature)
+        sizes = SIGMA_OVER_MEDIAN * np.abs(gap) / self.widths(logprobs, temperature)
         lengths = np.bincount(owners)
         if np.count_nonzero(lengths) < FEWEST_SEQUENCES:
             return Ratio(float(np.median(sizes)), 0.0, float("inf"))

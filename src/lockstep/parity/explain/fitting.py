@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from lockstep.parity.search import keep_looking
-from lockstep.parity.tolerances import IMPROVES, TAIL, TAIL_OVER_MEDIAN
+from lockstep.parity.search_tolerances import IMPROVES, TAIL, TAIL_OVER_MEDIAN
 
 GOLDEN = (5**0.5 - 1) / 2
 """Of a bracket: where golden sections probe it."""

@@ -26,15 +26,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.parity.tolerances import (
+from lockstep.parity.search_tolerances import (
     NARROWEST,
     SCORE_ALIKE,
     SCORE_FLIPS,
     SCORE_LEVEL,
     SCORE_POWER,
     SCORE_WINSOR,
-    SIGMA_OVER_MEDIAN,
 )
+from lockstep.parity.tolerances import SIGMA_OVER_MEDIAN
 
 BINS = 8
 """Of the tokens by their log-probability, within which the gap's width is taken to be one number."""

@@ -19,7 +19,7 @@ from lockstep.parity.explain.numerics.direction import SCALED
 from lockstep.parity.explain.numerics.systematic import Systematic, Tested, again, systematic
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.tolerances import SCORE_AGAIN_T, SCORE_POWER, SYSTEMATIC_LEFT, SYSTEMATIC_NATS
+from lockstep.parity.search_tolerances import SCORE_AGAIN_T, SCORE_POWER, SYSTEMATIC_LEFT, SYSTEMATIC_NATS
 from lockstep.records.samples import Samples
 from lockstep.records.verdicts import Verdict
 

@@ -31,7 +31,8 @@ from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
 from lockstep.parity.explain.semantics.sampler import Explained, examine_draws, likeliest_temperature
 from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS, MOST_ROWS, RARELY_ABOVE, SEMANTICS_MARGIN
+from lockstep.parity.search_tolerances import EXPLAINS, MOST_ROWS
+from lockstep.parity.tolerances import RARELY_ABOVE, SEMANTICS_MARGIN
 from lockstep.policy.truncation import kept_log_mass
 from lockstep.records.samples import Samples
 from lockstep.records.semantics import LogprobSemantics

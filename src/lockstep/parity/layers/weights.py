@@ -21,10 +21,10 @@ from lockstep.parity.explain.weights import attribution
 from lockstep.parity.left_behind import left_behind, proven_each
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.perturbation import PROBE_VERSION, perturbed
+from lockstep.parity.search_tolerances import EXPLAINS
 from lockstep.parity.tolerances import (
     CANARY_FLOOR,
     CANARY_MULTIPLE,
-    EXPLAINS,
     LEAST_TENSOR,
     OTHER_CHECKPOINT,
     PERTURBATION_OVER_NOISE,
@@ -156,12 +156,12 @@ def judge(pair: Pair, canary: Canary, sample: Samples) -> Verdict:
     new = figures["residue_all_new_abs_mean_nats"]
     excluded = [] if measured.blurred else ["no stale tensor or head"]
     if measured.hides_a_tensor(len(pair.trainer.parameter_names())):
-        tensors, left = proven_each(pair)
-        figures |= {"tensors": tensors.n_tensors, "tensors_seen": tensors.n_seen}
+        seen, left = proven_each(pair)
+        figures |= {"tensors": seen.n_tensors, "tensors_seen": seen.n_seen}
         if left:
             what = f"{SERVED}{left[0].place.place} is old"
             return Verdict.failed("weights", what, left_behind(pair, left), figures)
-        excluded = [f"no stale tensor, where {tensors.n_seen} of {tensors.n_tensors} would have shown"]
+        excluded = [f"no stale tensor, where {seen.n_seen} of {seen.n_tensors} would have shown"]
     if _cache_limit(pair, measured) < measured.shift:
         excluded.append("no stale prefix cache")
     proven = ", ".join(excluded)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import SCORE_STEP
+from lockstep.parity.search_tolerances import SCORE_STEP
 from lockstep.policy.truncation import CHUNK
 from lockstep.policy.variant_settings import (
     LogitsCapped,

@@ -41,7 +41,7 @@ from lockstep.parity.explain.score_test import (
     token_weights,
 )
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import SCORE_STEP
+from lockstep.parity.search_tolerances import SCORE_STEP
 from lockstep.policy.parameters import in_layer
 from lockstep.policy.pulls import HEAD, Asked, Pulls, scale
 from lockstep.policy.variants import QUANTISED, Along

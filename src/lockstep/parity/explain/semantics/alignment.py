@@ -21,7 +21,7 @@ from lockstep.parity.explain.semantics.sampler import distributions
 from lockstep.parity.explain.semantics.transforms import transform
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.search import Looks, keep_looking
-from lockstep.parity.tolerances import LEAST_ROWS, MOST_ROWS, PROVING_TOKENS, TELLING_NATS
+from lockstep.parity.search_tolerances import LEAST_ROWS, MOST_ROWS, PROVING_TOKENS, TELLING_NATS
 from lockstep.records.samples import Group, Samples
 
 STOP_TOKENS = 4

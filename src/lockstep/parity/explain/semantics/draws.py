@@ -27,7 +27,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import DRAWS_FALSE_ALARM, DRAWS_POWER
+from lockstep.parity.search_tolerances import DRAWS_POWER
+from lockstep.parity.tolerances import DRAWS_FALSE_ALARM
 from lockstep.policy.truncation import CHUNK
 from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import SamplingParams

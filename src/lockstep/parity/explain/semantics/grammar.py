@@ -18,7 +18,8 @@ from lockstep.parity.explain.fitting import miss_of
 from lockstep.parity.explain.semantics.held import Held
 from lockstep.parity.explain.semantics.sampler import Explained
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import EXPLAINS, RARELY_ABOVE
+from lockstep.parity.search_tolerances import EXPLAINS
+from lockstep.parity.tolerances import RARELY_ABOVE
 from lockstep.records.samples import Samples
 
 SHOWN = 24

@@ -13,7 +13,8 @@ from lockstep.parity.explain.semantics.draws import draw_groups
 from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.pair import Pair
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.tolerances import EXPLAINS, LOG_CHANCE
+from lockstep.parity.search_tolerances import EXPLAINS
+from lockstep.parity.tolerances import LOG_CHANCE
 from lockstep.records.samples import Group, Samples
 from lockstep.records.tokens import SamplingParams
 

@@ -17,7 +17,7 @@ from lockstep.parity.explain.semantics.held import SCREENED_TOKENS, Held, spread
 from lockstep.parity.explain.semantics.hypotheses import penalised
 from lockstep.parity.explain.semantics.penalties import Seen
 from lockstep.parity.explain.semantics.sampler import TEMPERATURES, Explained
-from lockstep.parity.tolerances import EXPLAINS, LARGEST_TOP_K, SCREEN_SLACK
+from lockstep.parity.search_tolerances import EXPLAINS, LARGEST_TOP_K, SCREEN_SLACK
 
 REPETITION = tuple(float(1.0 + v) for v in np.geomspace(0.02, 1.0, 10))
 ADDED = tuple(float(v) for v in np.geomspace(0.05, 2.0, 10))

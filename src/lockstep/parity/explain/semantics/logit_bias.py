@@ -14,7 +14,7 @@ from lockstep.parity.explain.fitting import fitted, miss_of
 from lockstep.parity.explain.semantics.held import Held
 from lockstep.parity.explain.semantics.sampler import Explained, distributions
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import BIAS_ENOUGH, BIAS_SUPPORT, EXPLAINS
+from lockstep.parity.search_tolerances import BIAS_ENOUGH, BIAS_SUPPORT, EXPLAINS
 from lockstep.records.samples import Samples
 from lockstep.training.trainer import Trainer
 

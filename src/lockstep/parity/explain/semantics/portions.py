@@ -9,7 +9,7 @@ import numpy as np
 
 from lockstep.parity.explain.semantics.held import Held
 from lockstep.parity.explain.semantics.sampler import TEMPERATURES, Explained, fitted_temperature
-from lockstep.parity.tolerances import OFF_QUANTILE, TEMPERATURES_APART
+from lockstep.parity.search_tolerances import OFF_QUANTILE, TEMPERATURES_APART
 from lockstep.records.samples import Samples
 
 LEAST_TOKENS = 12

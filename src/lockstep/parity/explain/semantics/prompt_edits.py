@@ -17,7 +17,7 @@ from lockstep.parity.evidence import Evidence
 from lockstep.parity.explain.rows import Mangled, off, rows_of
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
-from lockstep.parity.tolerances import MOST_ROWS, UNEDITED_AT_MOST
+from lockstep.parity.search_tolerances import MOST_ROWS, UNEDITED_AT_MOST
 from lockstep.records.samples import Group, Samples
 
 SCREENED = 2

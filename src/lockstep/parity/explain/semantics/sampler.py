@@ -17,14 +17,8 @@ from lockstep.parity.explain.fitting import fitted
 from lockstep.parity.explain.semantics.held import FITTED_TOKENS, Held
 from lockstep.parity.explain.semantics.hypotheses import edit, fits
 from lockstep.parity.explain.semantics.truncation import fitted_truncation
-from lockstep.parity.tolerances import (
-    DRAWS_Z,
-    EXPLAINS,
-    LARGEST_TOP_K,
-    LOG_CHANCE,
-    SCREEN_SLACK,
-    TEMPERATURES_APART,
-)
+from lockstep.parity.search_tolerances import EXPLAINS, LARGEST_TOP_K, SCREEN_SLACK, TEMPERATURES_APART
+from lockstep.parity.tolerances import DRAWS_Z, LOG_CHANCE
 from lockstep.policy.truncation import CHUNK, kept
 from lockstep.records.samples import Group
 from lockstep.records.tokens import SamplingParams

@@ -14,7 +14,8 @@ import torch
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.rows import rows_of
-from lockstep.parity.tolerances import EXPLAINS, LEAST_REPLACED, Tolerance
+from lockstep.parity.search_tolerances import EXPLAINS, LEAST_REPLACED
+from lockstep.parity.tolerances import Tolerance
 
 BASES = {"log10": 1.0 / np.log(10.0), "log2": 1.0 / np.log(2.0), "the sign turned": -1.0}
 DECIMALS = (1, 2, 3)

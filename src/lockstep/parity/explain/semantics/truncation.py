@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from lockstep.parity.explain.semantics.held import Held
-from lockstep.parity.tolerances import EXPLAINS, KEPT_MASS_SLACK, RARELY_ABOVE
+from lockstep.parity.search_tolerances import EXPLAINS
+from lockstep.parity.tolerances import KEPT_MASS_SLACK, RARELY_ABOVE
 from lockstep.policy.truncation import kept
 from lockstep.records.tokens import SamplingParams
 

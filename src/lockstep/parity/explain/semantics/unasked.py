@@ -24,7 +24,7 @@ from lockstep.parity.explain.semantics.portions import (
 from lockstep.parity.explain.semantics.sampler import Explained, setting_hypotheses
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks
-from lockstep.parity.tolerances import EXPLAINS, LEAST_ROWS
+from lockstep.parity.search_tolerances import EXPLAINS, LEAST_ROWS
 from lockstep.records.samples import Samples
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.parity.explain.rows import Mangled
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
-from lockstep.parity.tolerances import MOVE_IMPROVES, MOVED_AT_LEAST_NATS, TOKEN_AT_MOST_NATS
+from lockstep.parity.search_tolerances import MOVE_IMPROVES, MOVED_AT_LEAST_NATS, TOKEN_AT_MOST_NATS
 from lockstep.records.samples import Group, Samples
 
 MOVES = (1, -1, 2, -2)

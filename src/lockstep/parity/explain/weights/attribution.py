@@ -15,7 +15,7 @@ import numpy as np
 from lockstep.parity.canary import Canary
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
-from lockstep.parity.tolerances import ALIKE, LIMIT_OVER_ALIKE
+from lockstep.parity.search_tolerances import ALIKE, LIMIT_OVER_ALIKE
 from lockstep.policy.parameters import Snapshot, in_layer
 from lockstep.policy.variants import Earlier, RoundedThrough, Scaled, Variant
 

@@ -24,7 +24,7 @@ from lockstep.parity.explain.weights.fitted_settings import FittedSetting, setti
 from lockstep.parity.explain.weights.model_settings import Departure, departures
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks, keep_looking
-from lockstep.parity.tolerances import EXPLAINS, SETTING_SCREEN_SLACK
+from lockstep.parity.search_tolerances import EXPLAINS, SETTING_SCREEN_SLACK
 from lockstep.policy.variant_settings import CACHE_FORMS, CacheKept, SlidingWindow
 from lockstep.policy.variants import Configured, Variant
 from lockstep.records.samples import Samples
