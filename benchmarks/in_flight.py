@@ -26,17 +26,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import long_answers
 import numpy as np
 import tiny
+from schedule_clock import World
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lockstep.records.tokens import SamplingParams
+from lockstep.records.tokens import SamplingParams
 
 WARM_STEPS = 2
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
@@ -48,8 +47,6 @@ SMALL_LADDER = [
     "parity.draws_see=1.0",
     "training.checkpoint_every=1000",
 ]
-LENGTH_MEDIAN, LENGTH_SIGMA, LENGTH_MOST = 100.0, 0.6, 800
-"""Tokens of a simulated sample; sigma is of the logarithm."""
 TINY = [
     "engine.name=transformers",
     "training.prompts_per_step=4",
@@ -78,7 +75,7 @@ def _pace_engine(token_s: float) -> None:
 
     begin, sample = TransformersEngine._begin, TransformersEngine._sample
 
-    def held(asked: "Sequence[SamplingParams]") -> float:
+    def held(asked: Sequence[SamplingParams]) -> float:
         return token_s * max(longest(sampling) for sampling in asked)
 
     def paced_begin(self, prompt, params):
@@ -105,10 +102,10 @@ def _pace_engine(token_s: float) -> None:
     TransformersEngine._sample = paced_sample
 
 
-def longest(sampling: "SamplingParams") -> int:
+def longest(sampling: SamplingParams) -> int:
     """Tokens of the longest simulated sample of a request."""
-    drawn = np.random.default_rng(sampling.seed).lognormal(np.log(LENGTH_MEDIAN), LENGTH_SIGMA, sampling.n)
-    return int(min(drawn.max(), LENGTH_MOST))
+    world = World(group_size=sampling.n, length_median=100.0, length_most=800)
+    return int(world.lengths(np.random.default_rng(sampling.seed)).max())
 
 
 def _pace_trainer(train_s: float) -> None:

@@ -30,6 +30,7 @@ from lockstep.cli import (
 )
 from lockstep.cli.console import UNREAD, fail, guarded
 from lockstep.errors import LockstepError, NotInstalledError, Stopped, UsageError
+from lockstep.stopping import STOPS
 
 EXTRA = (
     "torch",
@@ -147,7 +148,7 @@ def _end_in_order() -> None:
         signal.signal(number, signal.SIG_DFL)
         raise Stopped(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPS:
         # What is ignored stays ignored.
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
