@@ -17,6 +17,7 @@ from lockstep.errors import EngineError
 
 R = TypeVar("R", bound=Struct)
 MAX_ID = 2**31 - 1
+TOKEN_NAME = re.compile(r"token_id:([0-9]{1,10})")
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
 Natural = Annotated[int, Meta(ge=0, le=MAX_ID)]
@@ -164,3 +165,9 @@ def _value_at(body: bytes, where: str) -> str:
         return short(msgspec.json.encode(value))
     except RecursionError:
         return f"{type(value).__name__} nested without end"
+
+
+def token_id(name: str) -> int | None:
+    """The id that a token's name says (``token_id:42``); None where it names none."""
+    match = TOKEN_NAME.fullmatch(name)
+    return int(match[1]) if match and int(match[1]) <= MAX_ID else None
