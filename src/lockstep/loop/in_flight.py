@@ -2,7 +2,7 @@
 
     rollouts   submit ─► step k + 1's and k + 2's samples ───────────────────────────────► … (flights.py)
                  ▲              │ finished                   │ weights k + 1 enter in mid-sequence
-    trainer      │  next_batch ─┴► score earlier ─► replay ─► gate ─► train ─► sync ─► confirm(k + 1)
+    trainer      │  next_batch ─┴► score ─► replay ─► gate ─► train ─► sync ─► confirm(k + 1)
                  └───────────────────────────────────────────────────────────────────────────┘
 
     who waits               for what                               what unblocks it
@@ -23,19 +23,19 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from lockstep.errors import CapabilityError, EngineDied, RunError, Stopped, WeightSyncError
+from lockstep.errors import CapabilityError, EngineDied, RunError, Stopped
 from lockstep.loop.evaluate import evaluate
 from lockstep.loop.figures import lag_0_figures
 from lockstep.loop.flights import QUEUE, SCHEDULE, Flights, drawing_of
 from lockstep.loop.proofs import prove
+from lockstep.loop.replays import replay
 from lockstep.loop.resume import catch_up
 from lockstep.loop.run import Run, certified
 from lockstep.loop.shown import show
 from lockstep.loop.stages import checkpoint, leave_out, record, reward, sync, train_gated
-from lockstep.parity import spans
 from lockstep.records.capabilities import CAPABILITIES
 from lockstep.records.samples import Samples
-from lockstep.records.verdicts import BeforeStep, InFlight
+from lockstep.records.verdicts import BeforeStep
 from lockstep.rollout import store
 from lockstep.rollout.ledger import State
 from lockstep.runs.checkpoints import newest_checked
@@ -46,8 +46,6 @@ from lockstep.weights.sync import threads
 
 T = TypeVar("T")
 DRAIN_S = 5.0
-POWER_EVERY = 10
-"""Replays of which one is done over the other cache too, which says whether that would have shown."""
 SCHEMA_LEDGER = "lockstep.ledger/1"
 
 
@@ -124,7 +122,7 @@ def _step(run: Run, flights: Flights) -> None:
 
 
 def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> dict[str, float]:
-    """Score each token under the version that drew it, replay what spans an update, reward, gate, train.
+    """Reward; score each token under the version that drew it, replay what spans an update, gate, train.
 
     Returns figures by catalog name.
     """
@@ -133,17 +131,21 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
     before = trainer.versions.before(rollouts, step, drawing_of(run))
     # In the place of what is not audited stands the engine's own number, which is stored as no score.
     known = np.where(before.audited, before.logprobs, np.float32("nan"))
-    scored = time.perf_counter()
-    figures = {} if replayed else _replay(run, step, rollouts, known)
-    figures |= {"earlier_s": scored - began, "replay_s": time.perf_counter() - scored}
-    trainer.versions.remember(step)  # only now: the oldest version goes
+    figures = {"earlier_s": time.perf_counter() - began, "replay_s": 0.0}
+
+    def judge() -> None:
+        if not replayed:
+            figures.update(replay(run, step, rollouts, before))
+        trainer.versions.remember(step)  # only now: the oldest version goes
+
     if not replayed:
         rollouts.fill(sampling_logprobs=known)  # stored with the rewards: a resume need not have the weights
         reward(run, step, rollouts)
     versions = rollouts.versions
+    trained = train_gated(run, step, rollouts, before, judge, replayed=replayed)
     return (
-        figures
-        | train_gated(run, step, rollouts, before, replayed=replayed)
+        trained
+        | figures  # filled in the midst of the step
         | lag_0_figures(rollouts, step)
         | {
             "wait_s": rollouts.sample_s,
@@ -153,45 +155,6 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
             "audited_fraction": float(before.audited.mean()),
         }
     )
-
-
-def _replay(run: Run, step: int, rollouts: Samples, known: np.ndarray) -> dict[str, float]:
-    """One sequence across each update of the step, piece by piece; what does not fit stops the run, named.
-
-    Args:
-        known: the trainer's scores of each token under the version that drew it, float32 [ΣT]; NaN: not yet.
-
-    Raises:
-        WeightSyncError: names cache rule, span or version.
-    """
-    figures: dict[str, float] = {}
-    if run.override is not None:
-        return figures  # numbers that the ladder refused are no others' measure
-    seen: set[int] = set()
-    replay = spans.Replay.of(run.pair, step)
-    scores = np.split(known, np.cumsum(rollouts.lengths)[:-1])
-    # First those that need no pass of their own: the clip's denominator has them scored piece by piece.
-    for row in sorted(range(len(rollouts)), key=lambda row: bool(np.isnan(scores[row]).any())):
-        sample = rollouts[row]
-        entered = {span.version for span in sample.version_spans[1:]} - seen
-        if not entered:
-            continue
-        seen |= entered
-        kept = run.recipe.rollout.update == "keep"
-        power = run.replays % POWER_EVERY == 0
-        verdict = spans.judge(replay, sample, kept=kept, power=power, scores=scores[row])
-        run.replays += 1
-        run.recorder.verdict(InFlight(max(entered)), verdict)
-        if verdict.status != "PASS":
-            store.refuse(run.layout, step)
-            raise WeightSyncError(
-                f"update in flight to version {max(entered)}",
-                got=verdict.summary,
-                expected="each token as the version that the engine names draws it, over the rule's cache",
-                hint=verdict.findings[0].fix,
-            )
-        figures["replay_gap_abs_max_nats"] = verdict.figures["replay_gap_abs_max_nats"]
-    return figures
 
 
 def _sync(run: Run, flights: Flights, version: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A run under way: what its stages share."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -41,8 +42,9 @@ class Run:
     """Signs the certificate where the user gave one (``runs/signature.py``)."""
     restarts: int = 0
     """Engines that were started in the place of one that died."""
-    replays: int = 0
-    """Sequences across an update that were replayed since the start."""
+    began: float = field(default_factory=time.perf_counter)
+    power_s: float = 0.0
+    """Time that has gone into replays over the other cache (``replays.py``)."""
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
     """While it is entered the engine draws nothing for the loop: other weights may be loaded."""
 

@@ -87,7 +87,13 @@ def reward(run: Run, step: int, rollouts: Samples) -> None:
 
 
 def train_gated(
-    run: Run, step: int, rollouts: Samples, before: Before | None = None, *, replayed: bool = False
+    run: Run,
+    step: int,
+    rollouts: Samples,
+    before: Before | None = None,
+    judge: Callable[[], None] = lambda: None,
+    *,
+    replayed: bool = False,
 ) -> dict[str, float]:
     """Train on a step's rollouts, every token of which the gate has admitted.
 
@@ -95,6 +101,7 @@ def train_gated(
 
     Args:
         before: scores of what versions before ``step`` drew; None: they drew nothing.
+        judge: looks at them before the gate does, when the trainer's scores of all are in them; it raises.
         replayed: they were admitted by an earlier start, and are judged again.
 
     Raises:
@@ -109,6 +116,7 @@ def train_gated(
     def admit(tokens: AtSampling) -> None:
         if not replayed:
             store.save(run.layout.drawn(step), _as_scored(rollouts, before))
+        judge()
         assert run.gate is not None or run.recipe.parity.override, "the ladder comes before the first step"
         reasons = run.gate.refusals(tokens) if run.gate is not None else unscored(tokens)
         if reasons:

@@ -89,12 +89,11 @@ def judge(
     Args:
         kept: the rule of the run (``rollout.update = "keep"``).
         power: replay it over the other cache too: would that have shown?
-        scores: of the sequence under just that claim, float32 [T], where they are known; NaN: they are not.
+        scores: the trainer's under just that claim, float32 [T], nats; None: a pass of its own finds them.
     """
     pair = replay.pair
     claimed = Claim("", sample.version_spans, kept)
-    known = scores is not None and not np.isnan(scores).any()
-    gap = np.abs(scores - sample.engine_logprobs) if known else replay.gap(sample, claimed)
+    gap = replay.gap(sample, claimed) if scores is None else np.abs(scores - sample.engine_logprobs)
     shape = " then ".join(f"{span.version} for {span.stop - span.start}" for span in sample.version_spans)
     where = f"question {sample.item}, sample {sample.sample}, drawn by version {shape} tokens"
     figures = {"replay_gap_abs_max_nats": float(gap.max())}
