@@ -1,5 +1,6 @@
 """The loop in flight, whole runs on the tiny model and the transformers engine."""
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -10,10 +11,12 @@ from transformers import LogitsProcessorList
 
 from lockstep import api
 from lockstep.config.recipe import with_sets
-from lockstep.errors import CapabilityError, EngineDied, EngineError, RecipeError, Stopped
+from lockstep.errors import CapabilityError, EngineDied, EngineError, RecipeError, Stopped, WeightSyncError
+from lockstep.loop import in_flight
 from lockstep.loop.flights import Flights
 from lockstep.records.capabilities import Capability
 from lockstep.records.verdicts import BeforeStep, InFlight
+from lockstep.records.versions import VersionSpan
 from lockstep.rollout import store
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps, read_verdicts
@@ -101,6 +104,38 @@ def test_with_lag_each_token_is_scored_under_its_version_and_none_is_lost(
     assert replays[0].figures["told_apart"] == 1.0
     assert "told_apart" not in replays[1].figures, "the other cache is tried in a small share of the time"
     assert shown == list(range(STEPS)), "what is drawn in flight is shown to people too"
+
+
+@pytest.mark.parametrize("update", ["keep", "recompute"])
+def test_a_span_that_is_off_by_a_token_is_named_before_it_is_trained_on(
+    recipe, tmp_path, monkeypatch, update
+):
+    whole = in_flight.leave_out
+    moved = []
+
+    def off_by_one(run, step, rollouts):
+        whole(run, step, rollouts)
+        for row, sample in enumerate(rollouts):
+            if (
+                len(sample.version_spans) == 2
+                and sample.version_spans[1].stop > sample.version_spans[1].start + 1
+            ):
+                first, second = sample.version_spans
+                edge = second.start + 1
+                spans = (VersionSpan(0, edge, first.version), VersionSpan(edge, second.stop, second.version))
+                rollouts.samples[row] = dataclasses.replace(sample, version_spans=spans)
+                moved.append(step)
+
+    monkeypatch.setattr(in_flight, "leave_out", off_by_one)
+    sets = [*IN_FLIGHT, f"rollout.update={update}", "sampling.max_tokens=90", "optimizer.lr=1e-2"]
+    with pytest.raises(WeightSyncError, match="span: it fits with version"):
+        run(recipe, tmp_path / "run", *sets)
+    layout = RunLayout(tmp_path / "run")
+    assert len(read_steps(layout.metrics)) == moved[0]
+    assert not layout.rollouts(moved[0]).exists()
+    assert list((layout.root / "rollouts" / "refused").iterdir()), "kept, and not trained on"
+    kept = store.load(next((layout.root / "rollouts" / "refused").glob("*.parquet")), 2, recipe.sampling)
+    assert not np.isnan(kept.sampling_logprobs).any(), "with what the trainer says of each token"
 
 
 def test_an_engine_that_was_refused_and_overridden_is_not_held_to_replays(recipe, tmp_path, monkeypatch):
