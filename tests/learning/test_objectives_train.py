@@ -12,6 +12,7 @@ import torch
 
 from lockstep.config.recipe import with_sets
 from lockstep.objectives.catalogue import OBJECTIVES
+from lockstep.objectives.registry import needs_of
 from lockstep.rollout import collect
 from lockstep.training.beside import Beside
 from tests.unit.bag_pair import BagPolicy, bag_pair
@@ -42,7 +43,7 @@ def pair_of(minibatches=2, **objective):
     policy = pair.trainer._policy
     model = copy.deepcopy(policy.model)
     frozen = BagPolicy(model, model.head, None, torch.float32, None, True, "packed", "here")
-    own = pair.trainer._beside if objective.get("name") == "ppo" else Beside()
+    own = pair.trainer._beside if needs_of(pair.recipe.objective).values else Beside()
     pair.trainer._beside = replace(own, reference=frozen)
     return pair
 

@@ -1,6 +1,8 @@
 """Questions from files: columns mapped, order by seed, and what is wrong named by file, line and column."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -56,6 +58,25 @@ def test_a_task_from_a_file_asks_and_rewards(jsonl):
     before = _code(recipe)["task.name"]
     jsonl.write_text(json.dumps(ROWS[0]))
     assert _code(recipe)["task.name"] != before, "a run does not go on with other questions"
+
+
+def test_a_run_does_not_go_on_with_other_code_of_the_users():
+    own = f"{__name__}:ROWS"
+    task = {"name": own, "tool_calls": own, "rewards": [{"function": "exact_match"}, {"function": own}]}
+    objective = {"name": own}
+    recipe = parse_recipe(
+        {
+            "model": {"path": "m"},
+            "task": task,
+            "sampling": {"max_tokens": 1},
+            "training": {"steps": 1},
+            "objective": objective,
+        },
+        "test",
+    )
+    digested = _code(recipe)
+    assert set(digested) == {"task.name", "task.tool_calls", "task.rewards.1", "objective.name"}
+    assert set(digested.values()) == {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
 
 @pytest.mark.parametrize(

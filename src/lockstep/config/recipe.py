@@ -156,6 +156,11 @@ class Loop(ConfigSection, frozen=True):
     deadline_s: PositiveFloat = 1800.0
     """In flight: the longest wait in which nothing happens; who waits for what is told, and the run ends."""
 
+    @property
+    def ahead(self) -> bool:
+        """True where samples are drawn before their step begins: earlier versions may have drawn them."""
+        return self.kind == "in_flight"
+
 
 class Rollout(ConfigSection, frozen=True):
     """In flight: how far sampling may run ahead, and what an update does to what is being drawn."""
@@ -205,7 +210,7 @@ class Recipe(ConfigSection, frozen=True):
     @property
     def overlaps(self) -> bool:
         """True where the engine draws while the trainer trains."""
-        return self.loop.kind == "in_flight" and self.rollout.max_lag > 0
+        return self.loop.ahead and self.rollout.max_lag > 0
 
     @property
     def engine_cores(self) -> int:
@@ -301,7 +306,14 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
 
 
 def _refuse_untrainable(recipe: Recipe, source: str) -> None:
-    refuse_task(recipe.task, recipe.loop.kind, source)
+    refuse_task(recipe.task, source)
+    if recipe.task.environment and recipe.loop.ahead:
+        raise RecipeError(
+            f"recipe {source}, key task.environment",
+            got=f"{recipe.task.environment!r} with loop.kind = {recipe.loop.kind!r}",
+            expected="the synchronous loop: one in flight draws a single turn of each sample",
+            hint="--set loop.kind=sync",
+        )
     refuse_evaluation(recipe.evaluation, recipe.task, source)
     if recipe.sampling.n != 1:
         raise RecipeError(

@@ -69,19 +69,12 @@ class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.max_turns if self.environment else 1
 
 
-def refuse_task(task: TaskConfig, loop: str, source: str) -> None:
-    """What of a task cannot go together, or with the loop.
+def refuse_task(task: TaskConfig, source: str) -> None:
+    """What of a task cannot go together.
 
     Raises:
         RecipeError: for one of them.
     """
-    if task.environment and loop == "in_flight":
-        raise RecipeError(
-            f"recipe {source}, key task.environment",
-            got=f"{task.environment!r} with loop.kind = 'in_flight'",
-            expected="the synchronous loop: one in flight draws a single turn of each sample",
-            hint="--set loop.kind=sync",
-        )
     if task.environment and task.rewards:
         raise RecipeError(
             f"recipe {source}, key task.rewards",

@@ -73,12 +73,11 @@ def choose(config: EngineConfig, api_key_env: str = "") -> Choice:
         )
     if config.name in EMBEDDED:
         return Choice(config.name, None, "asked for")
-    if config.python:
-        _named(REFUSALS[PREFERRED])(config.options)
-        return Choice(PREFERRED, in_place(config.python, config.version), "engine.python: used where it is")
     name = PREFERRED if config.name == "auto" else config.name
     if name in REFUSALS:
         _named(REFUSALS[name])(config.options)
+    if config.python:
+        return Choice(name, in_place(config.python, config.version), "engine.python: used where it is")
     if config.version or name == config.name:
         return Choice(name, find(name, config.version or None), "asked for")
     environments = [environment for environment in installed() if environment.name == name]

@@ -69,7 +69,7 @@ class Session:
     def loop_choices(self) -> dict[str, tuple[str, str]]:
         """What the loop resolved, each with its reason."""
         recipe = self.pair.recipe
-        if recipe.loop.kind != "in_flight":
+        if not recipe.loop.ahead:
             return {}
         n = recipe.rollout.max_lag
         size = self.pair.trainer.nbytes

@@ -56,7 +56,7 @@ class Run:
     @property
     def max_lag(self) -> int:
         """Versions that a token may be old by when it is trained on."""
-        return self.recipe.rollout.max_lag if self.recipe.loop.kind == "in_flight" else 0
+        return self.recipe.rollout.max_lag if self.recipe.loop.ahead else 0
 
     @property
     def recipe(self) -> Recipe:

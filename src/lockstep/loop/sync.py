@@ -38,11 +38,10 @@ def session_of(
 
 def steps_of(recipe: Recipe) -> Callable[..., None]:
     """The loop that a recipe asks for: :func:`run_steps`, here, in flight or offline."""
-    if recipe.loop.kind == "sync":
-        return run_steps
     from lockstep.loop import in_flight, offline
 
-    return in_flight.run_steps if recipe.loop.kind == "in_flight" else offline.run_steps
+    loops = {"sync": run_steps, "in_flight": in_flight.run_steps, "offline": offline.run_steps}
+    return loops[recipe.loop.kind]
 
 
 def run_steps(run: Run, *, resumed: bool) -> None:

@@ -186,8 +186,9 @@ def _code(recipe: Recipe) -> dict[str, str]:
         "task.name": task.name,
         "task.reward": task.reward,
         "task.environment": task.environment,
+        "task.tool_calls": task.tool_calls,
         "objective.name": objective.name,
-    }
+    } | {f"task.rewards.{at}": part.function for at, part in enumerate(task.rewards)}
     # A dataset of reasoning-gym's is told by that package's version.
     return {
         key: _file_digest(n) if n.startswith(FILES) else source_digest(n)
