@@ -55,7 +55,7 @@ def document(
             "schema": SCHEMA,
             "form": form.name,
             "lockstep": lockstep.__version__,
-            "machine": {"cores": os.cpu_count(), "processor": processor()},
+            "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
             "seeds": list(form.seeds),
             "seconds": sum(outcome.seconds for outcome in outcomes.values()),
             "common": _common(plan),
