@@ -181,6 +181,20 @@ def test_known_scores_need_no_pass_and_are_judged_alike(pair, monkeypatch):
     spans.judge(replay, sample, kept=True, power=False, scores=known)
 
 
+def test_tokens_that_the_engine_gave_no_number_are_no_fault_of_an_updates(pair):
+    whole = decoded(pair.trainer, SPANS, True)
+    numbers = whole.engine_logprobs.copy()
+    numbers[[3, 8]] = np.nan
+    rollouts = Samples([dataclasses.replace(whole, engine_logprobs=numbers)], SamplingParams(max_tokens=16))
+    rollouts.leave_out_missing()
+    (known,) = pair.trainer.versions.piecewise([whole], NOW, 1.0, kept=True)
+    for scores in (known, None):
+        verdict = spans.judge(spans.Replay.of(pair, NOW), rollouts[0], kept=True, scores=scores)
+        assert verdict.status == "PASS", verdict
+        assert verdict.figures["told_apart"] == 1.0
+        assert verdict.n_tokens == len(numbers) - 2
+
+
 def moved(sample):
     first, second, *rest = sample.version_spans
     edge = first.stop + 1

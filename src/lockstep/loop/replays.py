@@ -44,7 +44,7 @@ def replay(run: Run, step: int, rollouts: Samples, before: Before) -> dict[str, 
     # First those that need no pass of their own.
     for row in sorted(range(len(rollouts)), key=lambda row: not audited[row]):
         entered = {span.version for span in rollouts[row].version_spans[1:]} - seen
-        if entered:
+        if entered and rollouts[row].known.any():
             seen |= entered
             gap = _one(run, step, rollouts, row, max(entered), scored=audited[row])
     figures = {"replay_s": time.perf_counter() - began}

@@ -63,14 +63,14 @@ class Replay:
         return named <= {self.version, *self.versions.ring.versions}
 
     def gap(self, sample: Sample, claim: Claim) -> np.ndarray:
-        """|trainer − engine|, nats, of each token under a claim; float [T]."""
+        """|trainer − engine|, nats, of what the engine gave a number, under a claim: :func:`gap_of`."""
         sequence = dataclasses.replace(sample, version_spans=claim.spans)
         # Over a kept cache versions go up: a claim of versions that go down was drawn over none.
         rising = all(a.version <= b.version for a, b in pairwise(claim.spans))
         (numbers,) = self.versions.piecewise(
             [sequence], self.version, self.temperature, kept=claim.kept and rising
         )
-        return np.abs(numbers - sample.engine_logprobs)
+        return gap_of(sample, numbers)
 
     def in_place_of(self, sample: Sample, claim: Claim) -> str:
         """What fits where the claim does not; says so where nothing does."""
@@ -79,6 +79,11 @@ class Replay:
         tried = alternatives(claim, [*known, self.version])
         fits = (other for other in tried if within(self.pair.noise, self.gap(sample, other)))
         return next((other.what for other in fits), "no cache rule, span or version nearby fits")
+
+
+def gap_of(sample: Sample, scores: np.ndarray) -> np.ndarray:
+    """|trainer − engine|, nats; float [tokens that the engine gave a number]."""
+    return np.abs(scores - sample.engine_logprobs)[sample.known]
 
 
 def judge(
@@ -93,7 +98,7 @@ def judge(
     """
     pair = replay.pair
     claimed = Claim("", sample.version_spans, kept)
-    gap = replay.gap(sample, claimed) if scores is None else np.abs(scores - sample.engine_logprobs)
+    gap = replay.gap(sample, claimed) if scores is None else gap_of(sample, scores)
     shape = " then ".join(f"{span.version} for {span.stop - span.start}" for span in sample.version_spans)
     where = f"question {sample.item}, sample {sample.sample}, drawn by version {shape} tokens"
     figures = {"replay_gap_abs_max_nats": float(gap.max())}
