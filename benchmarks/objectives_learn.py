@@ -10,16 +10,16 @@ steps is :data:`UP` above that of its first ones, or at its limit. One run each,
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from spanning_updates import lockstep
+
 from lockstep.objectives.catalogue import OBJECTIVES
+from lockstep.runs.read import Steps, read_steps
 
 ROOT = Path(__file__).parent.parent
 UP = 0.15
@@ -29,44 +29,42 @@ KEPT = ("value_loss", "value_explained_variance", "pair_accuracy", "reference_kl
 """Of what not every objective has, the first and the last windows' means are told."""
 
 
-def steps_of(run: Path) -> list[dict[str, float]]:
-    """Figures of the steps that are recorded so far."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line)["metrics"] for line in whole.splitlines()]
-
-
-def ends_of(steps: list[dict[str, float]], name: str) -> tuple[float, float]:
+def ends_of(steps: Steps, name: str) -> tuple[float, float]:
     """Means of a figure over the first window and the last."""
-    values = [step[name] for step in steps if name in step]
+    values = [step.metrics[name] for step in steps if name in step.metrics]
     return fmean(values[:WINDOW]), fmean(values[-WINDOW:])
+
+
+def up(steps: Steps) -> bool:
+    """The reward is."""
+    if len(steps) < 2 * WINDOW:
+        return False
+    first, last = ends_of(steps, "reward_mean")
+    return last - first >= UP
 
 
 def one(name: str, run: Path, sets: list[str], limit_s: float) -> dict[str, Any]:
     """Train until the reward is up or the time is."""
-    command = [sys.executable, "-m", "lockstep.cli.main", "train", str(ROOT / "recipes" / "quickstart.toml")]
+    command = ["train", str(ROOT / "recipes" / "quickstart.toml"), "--out", str(run)]
     for text in [f"objective.name={json.dumps(name)}", "training.steps=200", *sets]:
         command += ["--set", text]
+    metrics = run / "metrics.jsonl"
     began = time.monotonic()
-    process = subprocess.Popen([*command, "--out", str(run)], env=os.environ)
-    up_s = None
-    while process.poll() is None and up_s is None and time.monotonic() - began < limit_s:
-        time.sleep(0.5)
-        steps = steps_of(run)
-        if len(steps) >= 2 * WINDOW:
-            first, last = ends_of(steps, "reward_mean")
-            up_s = time.monotonic() - began if last - first >= UP else None
+    up_s: list[float] = []
+
+    def done() -> bool:
+        if up(read_steps(metrics)):
+            up_s.append(time.monotonic() - began)
+        return bool(up_s)
+
+    code = lockstep(command, run, limit_s=limit_s, until=done)
     spent_s = time.monotonic() - began
-    if process.poll() is None:
-        process.terminate()
-    process.wait()
-    steps = steps_of(run)
-    found: dict[str, Any] = {"objective": name, "steps": len(steps), "up_s": up_s, "spent_s": spent_s}
+    steps = read_steps(metrics)
+    found: dict[str, Any] = {"objective": name, "steps": len(steps), "up_s": next(iter(up_s), None)}
+    found |= {"spent_s": spent_s, "exit_code": code}
     if len(steps) < 2 * WINDOW:
-        return found | {"exit_code": process.returncode}
-    names = ("reward_mean", *(kept for kept in KEPT if any(kept in step for step in steps)))
+        return found
+    names = ("reward_mean", *(kept for kept in KEPT if any(kept in step.metrics for step in steps)))
     return found | {"first_last": {figure: ends_of(steps, figure) for figure in names}}
 
 
@@ -74,11 +72,11 @@ def told(found: dict[str, Any]) -> str:
     """One line for people."""
     if "first_last" not in found:
         return f"{found['objective']:>14}  {found['steps']} steps, exit code {found['exit_code']}"
-    up = "not up by then" if found["up_s"] is None else f"up by {UP} after {found['up_s']:.0f} s"
+    said = "not up by then" if found["up_s"] is None else f"up by {UP} after {found['up_s']:.0f} s"
     figures = "  ".join(
         f"{figure} {first:.3f} → {last:.3f}" for figure, (first, last) in found["first_last"].items()
     )
-    return f"{found['objective']:>14}  {found['steps']:3} steps, {found['spent_s']:.0f} s: {up}  {figures}"
+    return f"{found['objective']:>14}  {found['steps']:3} steps, {found['spent_s']:.0f} s: {said}  {figures}"
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,20 @@ def figures_of(run: Path) -> dict[str, Any]:
     }
 
 
-def lockstep(command: list[str], run: Path, *, kill_at: int = 0, limit_s: float = math.inf) -> int:
+def lockstep(
+    command: list[str],
+    run: Path,
+    *,
+    kill_at: int = 0,
+    limit_s: float = math.inf,
+    until: Callable[[], bool] = lambda: False,
+) -> int:
     """The command's exit code.
 
     Args:
         kill_at: SIGKILL once so many steps are recorded; 0: never.
         limit_s: it is asked to end in order after so long.
+        until: or once this is so.
     """
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -89,7 +98,7 @@ def lockstep(command: list[str], run: Path, *, kill_at: int = 0, limit_s: float 
     while process.poll() is None:
         if kill_at and metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_at:
             process.kill()
-        elif time.monotonic() - began > limit_s and not asked:
+        elif not asked and (time.monotonic() - began > limit_s or until()):
             process.terminate()
             asked = True
         time.sleep(0.2)
