@@ -4,6 +4,7 @@ What is refused is never trained on, what is trained is never lost, a step says 
 """
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -347,3 +348,27 @@ def test_a_step_that_was_trained_is_not_drawn_again_when_its_rollouts_are_gone(l
     with pytest.raises(RunError, match="a step that metrics"):
         loop.start(resumed=True)
     assert [record.step for record in read_steps(loop.layout.metrics)] == [0, 1, 2]
+
+
+def test_steps_without_an_update_are_no_lost_updates(loop, monkeypatch):
+    """All rewards alike: no weight moves. What threads do to the trainer's scores is no update."""
+    scored = canary.Canary.trainer_scores
+    calls = itertools.count()
+    monkeypatch.setattr(
+        canary.Canary,
+        "trainer_scores",
+        lambda self, pair: scored(self, pair) + np.float32(1e-6 * (next(calls) % 2)),
+    )
+
+    trainers = []
+
+    def flat(pair):
+        pair.task._judge._reward = lambda text, item: 0.0
+        trainers.append((pair.trainer, pair.trainer.weights_mark()))
+
+    loop.start(before=flat)
+    [(trainer, mark)] = trainers
+    assert trainer.weights_mark() == mark
+    steps = read_steps(loop.layout.metrics)
+    assert steps.column("grad_norm").tolist() == [0.0] * 3
+    assert steps.column("canary_shift_abs_mean_nats").max() > 0.0

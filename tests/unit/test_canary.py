@@ -17,8 +17,9 @@ NAN = float("nan")
 UNDER, OVER = 0.5 * LIMIT, 2.0 * LIMIT
 
 
-def result(gap=UNDER, shift=OVER, to_previous=OVER, moved=True):
-    return CanaryResult(gap, 2 * gap, shift, to_previous, moved, LIMIT, 8)
+def result(gap=UNDER, shift=OVER, to_previous=OVER, moved=True, sent=None):
+    sent = shift > 0.0 if sent is None else sent
+    return CanaryResult(gap, 2 * gap, shift, to_previous, sent, moved, LIMIT, 8)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,18 @@ def test_what_is_refuted_and_what_is_proven(gap, shift, moved, refuted, proven):
     assert (found.refuted, found.proven) == (refuted, proven)
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_no_update_is_no_lost_update_though_arithmetic_moved_the_trainers_scores(moved):
+    assert not result(UNDER, 0.1 * LIMIT, UNDER, moved, sent=False).refuted
+    wrong = result(OVER, 0.1 * LIMIT, OVER, moved, sent=False)
+    assert wrong.refuted, "what the engine serves is another thing, whatever was sent"
+    assert not wrong.not_delivered
+
+
 def test_nothing_is_ever_both_and_no_nan_gap_is_neither():
     values = (0.0, UNDER, LIMIT, OVER, NAN)
     for gap, shift, previous, moved in itertools.product(values, values, values, (True, False)):
-        found = result(gap, shift, previous, moved)
+        found = result(gap, shift, previous, moved, sent=previous == OVER)
         assert not (found.refuted and found.proven)
         assert found.refuted or not np.isnan(gap)
 
@@ -117,8 +126,13 @@ def test_each_measurement_is_held_against_the_one_before_it(pair, canary):
     first = canary.scores.copy()
     again = canary.measure(pair)
     assert again.shift_abs_mean_nats == 0.0
+    assert not again.trainer_moved
     assert not again.engine_moved
     assert not again.refuted
+    other_threads = canary.measure(pair, canary.trainer_scores(pair) + np.float32(1e-6))
+    assert other_threads.shift_abs_mean_nats > 0.0
+    assert not other_threads.trainer_moved, "scores that move do not mean that weights did"
+    assert not other_threads.refuted
     found = updated(pair, canary)
     assert found.shift_abs_mean_nats == pytest.approx(np.abs(canary.scores - first).mean(), rel=1e-6)
     fresh = replace(canary, scores=np.empty(0, np.float32), served=np.empty(0, np.float32))

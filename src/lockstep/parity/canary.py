@@ -15,6 +15,13 @@ from lockstep.records.samples import Group, Samples
 SEQUENCE_TOKENS = 8
 """Scored in each sequence: context enough for every part of the model to matter."""
 
+MOST = 0.5
+"""Of the canary's tokens: where an update moves so many on the trainer, it moves one on the engine.
+
+Scores alone do not tell an update that was lost from one that there was not: where a step's rewards are all
+the same no weight moves, and yet the trainer's scores do, in their last bit, with the threads it has. And
+under an update that moves a number here and there an engine may keep all of its own."""
+
 
 @dataclass(eq=False)
 class Canary:
@@ -30,6 +37,8 @@ class Canary:
     """The trainer's scores under the weights of the last measurement, float32 [T]."""
     served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The engine's scores of that measurement, float32 [T]."""
+    mark: int = 0
+    """Of the trainer's weights at that measurement."""
     clean_gap_nats: float = 0.0
     """Mean |trainer − engine| that the ladder measured, of these tokens or all re-scored: the larger."""
 
@@ -66,6 +75,8 @@ class Canary:
         self.scores = trainer
         served = self.served
         self.served = engine
+        marked = self.mark
+        self.mark = pair.trainer.weights_mark()
         gap = trainer - engine
         shift = np.abs(trainer - before) if before.size else np.full(1, np.nan)
         return CanaryResult(
@@ -75,6 +86,7 @@ class Canary:
             gap_to_previous_abs_mean_nats=float(np.abs(before - engine).mean())
             if before.size
             else float("nan"),
+            trainer_moved=before.size > 0 and marked != self.mark and _most(shift > 0.0, trainer < 0.0),
             engine_moved=not served.size or not np.array_equal(served, engine),
             limit_nats=CANARY_MULTIPLE * max(self.clean_gap_nats, CANARY_FLOOR),
             n_tokens=gap.size,
@@ -91,6 +103,8 @@ class CanaryResult:
     """How far the trainer's scores moved since the last measurement: what missing the update would show."""
     gap_to_previous_abs_mean_nats: float
     """Mean |engine − trainer before the update|: small when the update was not delivered at all."""
+    trainer_moved: bool
+    """True when its weights are others than before, and so are its numbers of most tokens."""
     engine_moved: bool
     """False when the engine gives every token the very number it gave before the update."""
     limit_nats: float
@@ -99,8 +113,7 @@ class CanaryResult:
     @property
     def refuted(self) -> bool:
         """True when the engine does not serve the weights that it was sent; a NaN anywhere refutes."""
-        stuck = self.shift_abs_mean_nats > 0.0 and not self.engine_moved
-        return stuck or not self.gap_abs_mean_nats <= self.limit_nats
+        return self._stuck or not self.gap_abs_mean_nats <= self.limit_nats
 
     @property
     def proven(self) -> bool:
@@ -108,6 +121,15 @@ class CanaryResult:
         return not self.refuted and self.shift_abs_mean_nats > self.limit_nats
 
     @property
+    def _stuck(self) -> bool:
+        return self.trainer_moved and not self.engine_moved
+
+    @property
     def not_delivered(self) -> bool:
         """True when the engine matches the weights before the update better than those after it."""
-        return not self.engine_moved or self.gap_to_previous_abs_mean_nats < self.gap_abs_mean_nats
+        return self._stuck or self.gap_to_previous_abs_mean_nats < self.gap_abs_mean_nats
+
+
+def _most(moved: np.ndarray, uncertain: np.ndarray) -> bool:
+    """Of the tokens that the model is not wholly certain of: those stand at 0 whatever an update does."""
+    return bool(moved.any()) and float(moved.sum()) >= MOST * float(uncertain.sum())

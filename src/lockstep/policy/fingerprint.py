@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import zlib
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from lockstep.policy.parameters import whole
+from lockstep.policy.parameters import named_weights, whole
 
 PATHS = ("_name_or_path", "transformers_version", "_attn_implementation_internal", "attn_implementation")
 """Of a configuration: where it was read from and by what, and what Lockstep sets itself."""
@@ -21,6 +22,27 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_mark(model: nn.Module) -> int:
+    """Another number when a bit of a weight is another, at a twentieth of what the digest costs.
+
+    Within one process only, and against no adversary: two changes of a row may cancel, one never does.
+    """
+    return zlib.crc32(
+        b"".join(_row_sums(tensor.detach()) for tensor in named_weights(model).values() if tensor.numel())
+    )
+
+
+@torch.no_grad()
+def _row_sums(tensor: Tensor) -> bytes:
+    """The bits of each row of a tensor, added up as integers that wrap."""
+    data = whole(tensor).contiguous()
+    row = data.shape[-1] * data.element_size() if data.dim() else data.element_size()
+    bits = data.view(-1).view(torch.uint8).view(-1, row)
+    # Bytes, too, add up exactly; four at a time are ten times as fast.
+    sums = (bits.view(torch.int32) if row % 4 == 0 else bits).sum(-1, dtype=torch.int32)
+    return sums.cpu().numpy().tobytes()
 
 
 def config_digest(model) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lockstep.config.recipe import Recipe
 from lockstep.objectives.registry import needs_of
 from lockstep.policy import pulls, slopes
-from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest
+from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest, weights_mark
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
 from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of
@@ -168,6 +168,10 @@ class Trainer:
         """SHA-256 of weights and configuration as they are now."""
         model = self._policy.model
         return {"weights_sha256": weights_digest(model), "config_sha256": config_digest(model)}
+
+    def weights_mark(self) -> int:
+        """Another number when a bit of the weights is another; within this process."""
+        return weights_mark(self._policy.model)
 
     def choices(self) -> dict[str, tuple[str, str]]:
         """What was resolved in loading it, each with its reason."""
