@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lockstep.cluster.ranks import ONE, Ranks, joined, refuse_ranks
 from lockstep.config.recipe import Recipe
 from lockstep.engines.base import Engine, EngineSpec
 from lockstep.engines.registry import Choice, choose, launch
@@ -118,10 +119,12 @@ def open_session(
         hint = "--set loop.kind=sync"
         raise RecipeError("recipe, key loop.kind", got=got, expected="a loop with an engine", hint=hint)
     say(f"model {recipe.model.path}, engine {_named(choice)}")
-    task = Task(recipe.task, recipe.training.seed)
-    held_out = held_out_of(recipe)
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(joined())
+        recipe = ranks.recipe(recipe)
+        task = ranks.task(recipe.task, recipe.training.seed)
+        held_out = held_out_of(recipe, ranks)
         # First in and so last out: the engine reads from there until it is closed.
         stack.callback(remove_weights, directory)
         stack.callback(task.close)
@@ -131,7 +134,7 @@ def open_session(
             recipe, model_path, directory, engine_log, api_key_env, plants.launcher if plants else ""
         )
         # An engine with its own process starts while the trainer loads; what ends this ends it in its start.
-        starting = _begun(stack, choice, spec) if choice.environment else None
+        starting = _begun(stack, choice, spec) if choice.environment and ranks.first else None
         renderer = Renderer(model_path, task.tools)
         task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
         _refuse_long_prompt(recipe, task, renderer)
@@ -140,10 +143,10 @@ def open_session(
         from lockstep.weights.publish import publisher_of
 
         publisher = partial(publisher_of, recipe.engine, directory, say)
-        trainer = Trainer.load(model_path, recipe, publisher)
+        trainer = Trainer.load(model_path, recipe, publisher, ranks)
 
         def launched(first: Engine | None = None) -> Engine:
-            engine = first or _begun(stack, choice, spec)
+            engine = ranks.engine(lambda: first or _begun(stack, choice, spec))
             engine.wait_ready()
             if recipe.engine.weights == "nccl":
                 engine.need("nccl_weights")
@@ -178,7 +181,7 @@ def open_engine(recipe: Recipe, engine_log: Path, say: Say, api_key_env: str = "
         yield engine
 
 
-def held_out_of(recipe: Recipe) -> Task | None:
+def held_out_of(recipe: Recipe, ranks: Ranks = ONE) -> Task | None:
     """The questions that a recipe's evaluations ask; None where it has none.
 
     Raises:
@@ -187,7 +190,7 @@ def held_out_of(recipe: Recipe) -> Task | None:
     evaluation = recipe.evaluation
     if not evaluation.every:
         return None
-    return Task(evaluation.task(recipe.task), recipe.training.seed + EVALUATION_SEED_OFFSET)
+    return ranks.task(evaluation.task(recipe.task), recipe.training.seed + EVALUATION_SEED_OFFSET)
 
 
 def wait_asleep(recipe: Recipe, say: Say) -> None:
@@ -211,6 +214,7 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
     Raises:
         UsageError: when one is not there; says how to get it.
     """
+    refuse_ranks(recipe)
     refuse_objective(recipe.objective)
     refuse_correction(recipe.objective)
     refuse_unknown_sinks(recipe.recording.sinks)

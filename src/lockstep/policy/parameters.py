@@ -1,7 +1,7 @@
 """A model's tensors by name: the one place that knows how they lie.
 
     parameters_of · named_weights     as they lie: what an optimizer steps, and what is written back into
-    whole                             one of them in one piece, where FSDP2 has spread it over processes
+    spread · whole                    over processes, by FSDP2; one of them in one piece again
     checkpoint_weights                all of them, whole, as a checkpoint holds them
     laid_as · assign · Snapshot       the way back
     in_layer                          which of a stack of layers one is of, by its name
@@ -19,14 +19,56 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lockstep.errors import ModelError
 
 _IN_LAYER = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of one spread over processes all of it, which every process asks for together."""
-    lies: Any = tensor  # torch.distributed.tensor costs a second to import, and one process has no use for it
-    return lies.full_tensor() if _is_spread(tensor) else tensor
+    """The tensor itself; of one spread over processes all of it, which every process asks for together.
+
+    Its gradient is the sum of what each process has of it.
+    """
+    if not _is_spread(tensor):
+        return tensor
+    # Here: it costs a second to import, and one process has no use for it.
+    from torch.distributed.tensor import Partial
+
+    lies: Any = tensor
+    return lies.full_tensor(grad_placements=[Partial()])
+
+
+def spread(model: PreTrainedModel) -> Tensor:
+    """Lay each tensor out over the processes of the default group, by FSDP2. Returns the head that is spread.
+
+    A layer is gathered when it computes and let go behind it. Gradients are summed over the processes: each
+    backward pass is of rows of its own (``cluster/ranks.py``).
+
+    Raises:
+        ModelError: for a head with a bias, which is not gathered.
+    """
+    from torch.distributed import get_world_size, init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    head: Any = model.get_output_embeddings()
+    if head.bias is not None:
+        where = f"model {type(model).__name__}, spread over ranks"
+        hint = "lockstep train RECIPE, in one process"
+        raise ModelError(where, got="a head with a bias", expected="one without", hint=hint)
+    tied = head.weight is model.get_input_embeddings().weight
+    mesh = init_device_mesh(model.device.type, (get_world_size(),))
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # Never the model itself: a head is multiplied in pieces (``logprobs.py``), outside of any forward pass.
+    for module in (*layers, model.base_model, *([] if tied else [head])):
+        # The last to compute, too, is let go: what is written into the gathered tensor is lost.
+        laid: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        laid.set_gradient_divide_factor(1.0)
+        laid.set_force_sum_reduction_for_comms(True)
+    if tied:
+        head.weight = model.get_input_embeddings().weight
+    return head.weight
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.cluster.ranks import ONE, Ranks
 from lockstep.config.recipe import Objective, Recipe
 from lockstep.errors import DivergenceError
 from lockstep.metrics.reduce import mismatch_figures
@@ -17,6 +19,7 @@ from lockstep.objectives.registry import loss_of
 from lockstep.objectives.regularisers import regulariser
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy
+from lockstep.policy.packing import Packed
 from lockstep.policy.values import ValueHead
 from lockstep.records.samples import Samples
 from lockstep.training.batch import Microbatch, Minibatch, minibatches
@@ -54,6 +57,7 @@ def train(
     gate: Admission,
     beside: Beside = ALONE,
     before: Before | None = None,
+    ranks: Ranks = ONE,
 ) -> dict[str, float]:
     """Train on one step's rollouts: the only way to an optimizer update. Returns figures by catalog name.
 
@@ -75,9 +79,9 @@ def train(
     prepare(parts, rollouts, policy, beside, recipe)
     tokens = StepTokens()
     first, *rest = parts
-    losses = [
-        accumulate(first, policy, recipe, tokens, on_sampling_weights=True, value_head=beside.value_head)
-    ]
+    own = {"policy": policy, "recipe": recipe, "tokens": tokens, "value_head": beside.value_head}
+    learn = partial(accumulate, **own, ranks=ranks)
+    losses = [learn(first, on_sampling_weights=True)]
     sampled = at_sampling(parts, rollouts)
     try:
         gate(sampled)
@@ -88,9 +92,7 @@ def train(
     # Numbered by the step, never counted up: a run that goes on finds its place in the schedule.
     norms = [optimizer.step(step * len(parts))]
     for number, part in enumerate(rest, 1):
-        losses.append(
-            accumulate(part, policy, recipe, tokens, on_sampling_weights=False, value_head=beside.value_head)
-        )
+        losses.append(learn(part, on_sampling_weights=False))
         refuse_divergence(losses[-1])
         norms.append(optimizer.step(step * len(parts) + number))
     clip = recipe.objective.clip_low, recipe.objective.clip_high
@@ -146,6 +148,7 @@ def accumulate(
     *,
     on_sampling_weights: bool,
     value_head: ValueHead | None = None,
+    ranks: Ranks = ONE,
 ) -> float:
     """Forward and backward over a minibatch; gradients add up in the parameters. Returns the loss.
 
@@ -155,29 +158,46 @@ def accumulate(
     Args:
         on_sampling_weights: True before the step's first optimizer update: this forward pass is then its own
             old-logprob pass, of the tokens that no earlier weights drew.
+        ranks: share the microbatches out; each gets every number, and sends its own ones' gradient back.
     """
     total = 0.0
     objective = recipe.objective
     temperature = recipe.sampling.temperature
     correct = correction_of(objective)
-    for micro in part:
-        hidden = policy.hidden(micro.row)
-        scores = policy.project(hidden, micro.row.targets, temperature, with_entropy=True)
-        if on_sampling_weights:
-            micro.scored(scores.logprobs.detach())
-        values = value_head(hidden) if value_head is not None else None
-        inputs = loss_inputs(micro, scores, objective, values)
-        correction = correct(inputs) if correct is not None else None
-        if correction is not None:
-            inputs = replace(inputs, corrections=correction.weights)
-        outputs = loss_of(objective)(inputs)
-        beside = regulariser(inputs, objective)
-        loss = outputs.loss if beside is None else outputs.loss + beside
+    for turn in ranks.turns(part):
+        own = _numbers(policy, ranks.own(turn).row, temperature, value_head)
+        losses = []
+        for micro, (logprobs, entropy, *values) in zip(turn, ranks.shared(turn, own), strict=True):
+            if on_sampling_weights:
+                micro.scored(logprobs.detach())
+            inputs = loss_inputs(micro, TokenScores(logprobs, entropy), objective, *values)
+            correction = correct(inputs) if correct is not None else None
+            if correction is not None:
+                inputs = replace(inputs, corrections=correction.weights)
+            outputs = loss_of(objective)(inputs)
+            beside = regulariser(inputs, objective)
+            losses.append(outputs.loss if beside is None else outputs.loss + beside)
+            total += float(losses[-1].detach())
+            tokens.add(inputs, outputs, correction)
         if torch.is_grad_enabled():
-            loss.backward()
-        total += float(loss.detach())
-        tokens.add(inputs, outputs, correction)
+            ranks.owed(losses, own).backward()
+    if value_head is not None and torch.is_grad_enabled():
+        ranks.add_up([parameter.grad for parameter in value_head.parameters()])
     return total
+
+
+def _numbers(
+    policy: Policy, row: Packed, temperature: float, value_head: ValueHead | None
+) -> tuple[Tensor, ...]:
+    """What the model says of a row's targets, differentiable, float32 [T] each.
+
+    Log-probability and entropy; where there is a value head the value too.
+    """
+    hidden = policy.hidden(row)
+    scores = policy.project(hidden, row.targets, temperature, with_entropy=True)
+    assert scores.entropy is not None
+    values = () if value_head is None else (value_head(hidden),)
+    return scores.logprobs, scores.entropy, *values
 
 
 def loss_inputs(

@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lockstep.cluster.ranks import ONE, Ranks
 from lockstep.config.recipe import Recipe
 from lockstep.objectives.registry import needs_of
 from lockstep.policy import pulls, slopes
 from lockstep.policy.fingerprint import config_digest, trainer_environment, weights_digest, weights_mark
 from lockstep.policy.logprobs import TokenScores
 from lockstep.policy.model import Policy, load_policy, recompute_layers
-from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of
+from lockstep.policy.parameters import Snapshot, checkpoint_weights, parameters_of, spread
 from lockstep.policy.pretrained import resolve_model
 from lockstep.policy.pulls import Asked, Pulls
 from lockstep.policy.slopes import Slope
@@ -53,6 +54,7 @@ class Trainer:
     Args:
         publisher: given the model, makes what carries its weights; None for a trainer that no engine follows.
         reference_path: a checkpoint, loaded and frozen when an objective first asks for a reference model.
+        ranks: the processes over which the policy is spread.
     """
 
     def __init__(
@@ -61,19 +63,27 @@ class Trainer:
         recipe: Recipe,
         publisher: Callable[[nn.Module], Publisher] | None = None,
         reference_path: Path | None = None,
+        ranks: Ranks = ONE,
     ) -> None:
         self._policy = policy
+        self._ranks = ranks
         self._recipe = recipe
         self._reference_path = reference_path
-        self._publisher = publisher(policy.model) if publisher is not None else None
+        self._publisher = publisher(policy.model) if publisher is not None and ranks.first else None
+        if not ranks.first:
+            self._give_part()  # as the first rank's publisher asks for when it is made
         # Asked at each use: while a variant is held, another policy stands here.
         self.versions = Versions(lambda: self._policy, Ring(0))
 
     @classmethod
     def load(
-        cls, path: Path, recipe: Recipe, publisher: Callable[[nn.Module], Publisher] | None = None
+        cls,
+        path: Path,
+        recipe: Recipe,
+        publisher: Callable[[nn.Module], Publisher] | None = None,
+        ranks: Ranks = ONE,
     ) -> "Trainer":
-        """From a checkpoint, placed where the recipe says.
+        """From a checkpoint, placed where the recipe says, and spread over the ranks where they are several.
 
         Raises:
             UsageError: for a device that this machine does not have.
@@ -83,8 +93,10 @@ class Trainer:
         policy = load_policy(path, model.dtype, model.head_dtype, model.device)
         if recipe.training.gradient_checkpointing:
             recompute_layers(policy.model)
+        if ranks.count > 1:
+            policy.head = spread(policy.model)
         other = recipe.objective.kl.reference
-        return cls(policy, recipe, publisher, resolve_model(other) if other else path)
+        return cls(policy, recipe, publisher, resolve_model(other) if other else path, ranks)
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -308,7 +320,15 @@ class Trainer:
             Exception: the gate's, before any weight has changed.
         """
         return train(
-            rollouts, self._policy, self._optimizer, self._recipe, number, gate, self._beside, before
+            rollouts,
+            self._policy,
+            self._optimizer,
+            self._recipe,
+            number,
+            gate,
+            self._beside,
+            before,
+            self._ranks,
         )
 
     def rehearse(self, rollouts: Samples, recipe: Recipe) -> Rehearsal:
@@ -326,13 +346,21 @@ class Trainer:
 
         They must not change until :meth:`settle` has returned.
         """
+        if not self._ranks.first:
+            self._give_part()
+            return WeightUpdate(version=version)
         assert self._publisher is not None, "no engine follows this trainer"
         return self._publisher.publish(version)
 
+    def _give_part(self) -> None:
+        """Of the whole tensors that the first rank publishes, which all ranks gather together."""
+        checkpoint_weights(self._policy.model)
+
     def settle(self) -> None:
         """Every engine has loaded what was published."""
-        assert self._publisher is not None, "no engine follows this trainer"
-        self._publisher.settle()
+        if self._ranks.first:
+            assert self._publisher is not None, "no engine follows this trainer"
+            self._publisher.settle()
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the weights as they are now, under the names of the checkpoint."""

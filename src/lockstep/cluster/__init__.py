@@ -1,0 +1,1 @@
+"""More processes than one: a trainer's ranks."""
