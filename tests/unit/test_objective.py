@@ -72,6 +72,11 @@ def of_sequences(inputs):
     return plain(inputs)
 
 
+@needs(pairs=True)
+def of_pairs(inputs):
+    return plain(inputs)
+
+
 @needs(values=True, reference=True)
 def too_much(inputs):
     return plain(inputs)
@@ -138,6 +143,33 @@ def test_what_an_objective_needs_is_its_own_and_its_kl_terms(theirs):
 def test_values_and_the_estimator_that_is_made_of_them_go_together(name, advantage):
     with pytest.raises(RecipeError, match=r"objective\.advantage"):
         refuse_objective(Objective(name=name, advantage=advantage))
+
+
+UNREAD = {
+    "correction": {"correction": "tis"},
+    "kl.place": {"kl": Kl(coef=0.1, place="reward")},
+    "aggregation": {"aggregation": "seq-mean-token-sum"},
+    "advantage": {"advantage": "leave_one_out"},
+    "advantage_scale": {"advantage_scale": "none"},
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_a_key_that_a_loss_of_pairs_does_not_read_is_refused_and_another_objective_takes_it(key):
+    with pytest.raises(
+        RecipeError, match=rf"key objective\.{re.escape(key)}: got '.*' with 'dpo', expected '"
+    ):
+        refuse_objective(Objective(name="dpo", **UNREAD[key]))
+    refuse_objective(Objective(name="grpo", **UNREAD[key]))
+
+
+@pytest.mark.parametrize("beside", [{"kl": Kl(coef=0.1)}, {"entropy_coef": 0.01}])
+def test_with_a_mean_over_tokens_beside_its_pairs_dpo_has_an_aggregation(beside):
+    refuse_objective(Objective(name="dpo", aggregation="seq-mean-token-sum", **beside))
+
+
+def test_what_an_objective_of_the_users_reads_beside_its_pairs_is_not_refused(theirs):
+    refuse_objective(Objective(name=f"{theirs}of_pairs", correction="tis", aggregation="seq-mean-token-mean"))
 
 
 @pytest.mark.parametrize("name", ["plain", "of_sequences"])

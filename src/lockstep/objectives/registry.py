@@ -87,7 +87,10 @@ def refuse_objective(objective: Objective) -> None:
     if ":" in objective.name:
         loss_of(objective)
     else:
-        _arguments(objective, _known(objective.name))
+        known = _known(objective.name)
+        _arguments(objective, known)
+        if known.needs.pairs:
+            _refuse_unread(objective)
     estimator = advantage_of(objective)
     values = needs_of(objective).values
     if values != (estimator == "gae"):
@@ -97,6 +100,30 @@ def refuse_objective(objective: Objective) -> None:
             expected="gae, which is made of a value head's estimates" if values else "any but gae",
             hint="--set objective.advantage=auto",
         )
+
+
+def _refuse_unread(objective: Objective) -> None:
+    """Keys that a loss of pairs does not read: pairs are made of raw rewards, and every pair counts alike.
+
+    What one of the user's does with its pairs is its own affair.
+    """
+    beside_pairs = objective.entropy_coef > 0.0 or (objective.kl.coef > 0.0 and objective.kl.place == "loss")
+    unread: dict[str, tuple[str, str]] = {
+        "correction": (objective.correction, "none"),
+        "kl.place": (objective.kl.place, "loss"),
+        "advantage": (objective.advantage, "auto"),
+        "advantage_scale": (objective.advantage_scale, "std"),
+    }
+    if not beside_pairs:  # those are means over tokens
+        unread["aggregation"] = (objective.aggregation, "token-mean")
+    for key, (got, default) in unread.items():
+        if got != default:
+            raise RecipeError(
+                f"recipe, key objective.{key}",
+                got=f"{got!r} with {objective.name!r}",
+                expected=f"{default!r}, or no such key: a loss of pairs does not read it",
+                hint=f"--set objective.{key}={default}, or another objective.name",
+            )
 
 
 def _known(name: str) -> Known:
