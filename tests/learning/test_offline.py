@@ -91,6 +91,7 @@ def test_dpo_learns_pairs_and_goes_on_after_a_kill_to_the_same_weights(recipe, t
     [
         ({"objective": {"name": "grpo"}}, r"key objective\.name"),
         ({"training": {"steps": 1, "group_size": 4}}, r"key training\.group_size"),
+        ({"objective": {"name": "dpo", "correction": "tis"}}, r"key objective\.correction.*no ladder passes"),
         ({"evaluation": {"every": 1}}, r"key evaluation\.every"),
     ],
 )

@@ -50,8 +50,15 @@ def refuse_offline(recipe: Recipe) -> None:
     """What an offline loop cannot train.
 
     Raises:
-        RecipeError: for an objective without pairs, or groups that are none.
+        RecipeError: for a correction, an objective without pairs, or groups that are none.
     """
+    if recipe.objective.correction != "none":
+        raise RecipeError(
+            "recipe, key objective.correction",
+            got=f"{recipe.objective.correction!r} with loop.kind = 'offline'",
+            expected="'none': no engine runs, so no ladder passes that would unlock it",
+            hint="--set objective.correction=none",
+        )
     refuse_objective(recipe.objective)
     if not needs_of(recipe.objective).pairs:
         raise RecipeError(
