@@ -56,10 +56,9 @@ class Loop:
             if not resumed:
                 write_manifest(self.layout.manifest, session.manifest)
             before(session.pair)
+            self.run = Run(session, self.layout, self.said.append, open_recorder(self.layout))
             try:
-                run_steps(
-                    Run(session, self.layout, self.said.append, open_recorder(self.layout)), resumed=resumed
-                )
+                run_steps(self.run, resumed=resumed)
             finally:
                 self.weights = torch.cat(
                     [p.detach().reshape(-1).clone() for p in session.pair.trainer._policy.model.parameters()]
@@ -118,7 +117,9 @@ def test_refused_rollouts_are_never_trained_on_and_resume_draws_that_step_again(
         read_certificate(loop.layout.certificate)
     assert torch.equal(loop.start(resumed=True), expected)
     assert refused.exists()
-    assert [record.step for record in read_steps(loop.layout.metrics)] == [0, 1, 2]
+    steps = read_steps(loop.layout.metrics)
+    assert [record.step for record in steps] == [0, 1, 2]
+    assert loop.run.watch.first == steps.records[0].metrics, "a collapse is measured over all starts"
     assert read_certificate(loop.layout.certificate).void == ""
 
 

@@ -50,6 +50,32 @@ def test_a_drift_in_flight_is_held_against_what_is_not_stale(fresh, said):
     assert said in watch().look(1, off).sentence
 
 
+def test_of_sides_that_agreed_bit_for_bit_a_gap_is_a_drift_and_what_training_brings_is_none():
+    """In bf16 two sides with the same kernels agree to 0 at first and to .003 once training has begun."""
+    exact = Watch(gap_p50=0.0, unfelt=0.03)
+    assert exact.look(0, CLEAN | {"gap_abs_p50_nats": 3e-3}) is None
+    assert exact.look(1, CLEAN | {"gap_abs_p50_nats": 0.5}).name == "gap drift"
+    assert Watch(gap_p50=0.0).look(0, CLEAN | {"gap_abs_p50_nats": 2e-4}).name == "gap drift"
+
+
+def test_where_no_ladder_passed_there_is_nothing_to_drift_from():
+    assert Watch().look(0, CLEAN | {"gap_abs_p50_nats": 0.5}) is None
+
+
+def test_a_pair_that_was_proven_wide_is_held_to_twice_its_own_width():
+    """Log-ratios with a variance of .03 have an ESS of .97; of twice the width, .03 times four, .88."""
+    wide = Watch(gap_p50=0.12, ess=0.97)
+    assert wide.look(0, CLEAN | {"mismatch_ess": 0.95}) is None
+    assert wide.look(1, CLEAN | {"mismatch_ess": 0.87}).name == "mismatch"
+    assert Watch(gap_p50=1e-5, ess=1 - 1e-9).look(0, CLEAN | {"mismatch_ess": 0.9999}) is None
+
+
+def test_a_collapse_is_held_against_the_runs_first_step_and_not_the_first_after_a_resume():
+    fallen = CLEAN | OFF["entropy collapse"]
+    assert Watch(gap_p50=1e-3).look(40, fallen) is None
+    assert Watch(gap_p50=1e-3, first=CLEAN).look(40, fallen).name == "entropy collapse"
+
+
 def test_phantom_clips_alone_are_a_mismatch():
     assert watch().look(1, CLEAN | {"phantom_clip_fraction": 0.2}).name == "mismatch"
 
@@ -76,6 +102,13 @@ def test_the_healthy_quick_start_gives_none():
 
 def test_an_age_within_the_bound_is_no_alarm():
     assert watch(max_lag=2).look(1, CLEAN | OFF["lag"]) is None
+
+
+def test_the_oldest_token_is_too_old_where_the_mean_is_within_the_bound():
+    alarm = watch(max_lag=2).look(1, CLEAN | {"lag_steps": 0.3, "lag_max_steps": 3.0})
+    assert alarm.name == "lag"
+    assert alarm.sentence == "tokens are up to 3 versions old, at most 2"
+    assert watch(max_lag=3).look(1, CLEAN | {"lag_steps": 0.3, "lag_max_steps": 3.0}) is None
 
 
 def test_an_alarm_is_on_disk_and_read_back(tmp_path):

@@ -52,7 +52,13 @@ def prove(run: Run, when: When) -> LadderResult:
     run.deliveries.settle(run.pair.version, "the ladder")
     figures = next(v.figures for v in result.verdicts if v.layer == "numerics")
     run.gate = Gate.of(run.pair, figures)
-    run.watch = Watch(figures["gap_abs_p50_nats"], run.max_lag)
+    run.watch = Watch(
+        gap_p50=figures["gap_abs_p50_nats"],
+        ess=figures["mismatch_ess"],
+        unfelt=run.gate.unfelt,
+        max_lag=run.max_lag,
+        first=run.first_figures(),
+    )
     return result
 
 

@@ -16,6 +16,7 @@ from lockstep.parity.pair import Pair
 from lockstep.records.alarms import Override
 from lockstep.runs.certificate import void
 from lockstep.runs.layout import RunLayout
+from lockstep.runs.read import read_steps
 from lockstep.runs.record import Recorder
 
 
@@ -57,6 +58,10 @@ class Run:
     def max_lag(self) -> int:
         """Versions that a token may be old by when it is trained on."""
         return self.recipe.rollout.max_lag if self.recipe.loop.ahead else 0
+
+    def first_figures(self) -> dict[str, float] | None:
+        """Of the run's first recorded step, over all its starts; None before it."""
+        return next((dict(record.metrics) for record in read_steps(self.layout.metrics)), None)
 
     @property
     def recipe(self) -> Recipe:

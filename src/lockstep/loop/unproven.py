@@ -27,7 +27,7 @@ def go_on(run: Run, result: LadderResult) -> None:
     verdict = next(v for v in result.verdicts if v.status != "PASS")
     cause = verdict.findings[0].cause.replace("_", " ") if verdict.findings else verdict.reason
     run.override = run.recorder.override = Override(reason=sentence, layer=verdict.layer, cause=cause)
-    run.watch = Watch(max_lag=run.max_lag, known_layer=verdict.layer)
+    run.watch = Watch(max_lag=run.max_lag, known_layer=verdict.layer, first=run.first_figures())
     run.canary, run.gate = None, None
     run.say(str(run.override))
 

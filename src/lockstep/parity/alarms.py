@@ -17,6 +17,7 @@ from lockstep.parity.tolerances import (
     ALARM_ESS,
     ALARM_FLAT_GROUPS,
     ALARM_LENGTH_LEFT,
+    GATE_MEDIAN_MULTIPLE,
     NEGLIGIBLE_NATS,
     PHANTOM_CLIP_FRACTION,
 )
@@ -40,21 +41,28 @@ class Watch:
     """Looks at each step's figures.
 
     Args:
-        gap_p50: what the ladder measured, nats; 0 where it did not pass.
+        gap_p50: what the ladder measured, nats, 0 of sides that agree bit for bit; None where it did not
+            pass.
+        ess: the mismatch ESS that it measured.
+        unfelt: a median |gap| that the gate never refuses, nats.
         max_lag: the bound on a token's age, in versions.
         known_layer: of an override: the layer that is known to be broken, whatever is seen of it.
+        first: figures of the run's first step, which a collapse is held against; None: of the first looked
+            at.
     """
 
-    gap_p50: float = 0.0
+    gap_p50: float | None = None
+    ess: float = 1.0
+    unfelt: float = 0.0
     max_lag: int = 0
     known_layer: str = ""
-    _first: dict[str, float] | None = None
+    first: Figures | None = None
     _told: str = ""
 
     def look(self, step: int, figures: Figures) -> Alarm | None:
         """The alarm of a step, if it has one that was not told for the step before."""
-        if self._first is None:
-            self._first = dict(figures)
+        if self.first is None:
+            self.first = dict(figures)
         for name, layer, sentence_of in self._rules():
             sentence = sentence_of(figures)
             if sentence:
@@ -77,7 +85,8 @@ class Watch:
     def _mismatch(self, figures: Figures) -> str:
         ess = figures.get("mismatch_ess", 1.0)
         phantom = figures.get("phantom_clip_fraction", 0.0)
-        if ess >= ALARM_ESS and phantom <= PHANTOM_CLIP_FRACTION:
+        least = min(ALARM_ESS, 1.0 - ALARM_DRIFT_MULTIPLE**2 * (1.0 - self.ess))
+        if ess >= least and phantom <= PHANTOM_CLIP_FRACTION:
             return ""
         ratio, gap = (figures.get(name, math.nan) for name in ("mismatch_ratio_mean", "gap_abs_p50_nats"))
         return (
@@ -86,9 +95,12 @@ class Watch:
         )
 
     def _drift(self, figures: Figures) -> str:
+        if self.gap_p50 is None:
+            return ""
         now = figures.get("gap_abs_p50_nats", 0.0)
-        limit = ALARM_DRIFT_MULTIPLE * self.gap_p50
-        if not self.gap_p50 or now <= max(limit, NEGLIGIBLE_NATS):
+        least = max(self.gap_p50, self.unfelt / GATE_MEDIAN_MULTIPLE)
+        limit = max(ALARM_DRIFT_MULTIPLE * least, NEGLIGIBLE_NATS)
+        if now <= limit:
             return ""
         drifts = f"the gap drifts: |gap| p50 {now:.1e} nats, the ladder measured {self.gap_p50:.1e}"
         fresh = figures.get("lag_0_gap_abs_p50_nats")
@@ -96,14 +108,18 @@ class Watch:
             return drifts
         where = (
             "so the two sides differ now"
-            if fresh > max(limit, NEGLIGIBLE_NATS)
+            if fresh > limit
             else "so it is what earlier versions drew that is scored otherwise than it was drawn"
         )
         return f"{drifts}; where nothing is stale {fresh:.1e}, {where}"
 
     def _lag(self, figures: Figures) -> str:
-        lag = figures.get("lag_steps", 0.0)
-        return f"tokens are {lag:.2f} versions old on average, at most {self.max_lag}" * (lag > self.max_lag)
+        mean = figures.get("lag_steps", 0.0)
+        oldest = figures.get("lag_max_steps", mean)
+        if oldest <= self.max_lag:
+            return ""
+        told = f"up to {oldest:.0f}" if "lag_max_steps" in figures else f"on average {mean:.2f}"
+        return f"tokens are {told} versions old, at most {self.max_lag}"
 
     def _flat(self, figures: Figures) -> str:
         flat = figures.get("flat_group_fraction", 0.0)
@@ -119,8 +135,8 @@ class Watch:
         return self._fell(figures, "completion_tokens_mean", ALARM_LENGTH_LEFT, "mean length")
 
     def _fell(self, figures: Figures, name: str, left: float, said: str) -> str:
-        assert self._first is not None
-        first = self._first.get(name)
+        assert self.first is not None
+        first = self.first.get(name)
         now = figures.get(name)
         if first is None or now is None or now >= left * first:
             return ""

@@ -89,7 +89,7 @@ class Gate:
         return [reason for reason in found if reason]
 
     @property
-    def _unfelt(self) -> float:
+    def unfelt(self) -> float:
         """A median that is never refused, nats.
 
         What the ladder measured may be 0 where both sides run the same kernels.
@@ -107,7 +107,7 @@ class Gate:
         own = self.measured.p50
         # A pair that the ladder found close is held close; one that it found wide gets no more than
         # arithmetic brings.
-        limit = min(self.noise.p50, max(self._unfelt, GATE_MEDIAN_MULTIPLE * own))
+        limit = min(self.noise.p50, max(self.unfelt, GATE_MEDIAN_MULTIPLE * own))
         median = float(np.median(np.abs(gap)))
         return (
             ""
@@ -117,7 +117,7 @@ class Gate:
 
     def _bias(self, gap: np.ndarray, owners: np.ndarray) -> str:
         mean, error = mean_over_sequences(gap, owners)
-        slack = abs(self.measured.mean) + max(self._unfelt, self.measured.p50)
+        slack = abs(self.measured.mean) + max(self.unfelt, self.measured.p50)
         # Both means are estimates, the ladder's and this step's, and their errors are independent.
         limit = slack + BIAS_Z * float(np.hypot(error, self.measured.mean_se))
         return (

@@ -240,10 +240,13 @@ bf16 93 of 273 tensors would have shown at once, 160 at three times."""
 
 ALARM_ESS = 0.99
 """Mismatch ESS. For a small gap it is 1 less the gap's variance: 1 − 1e-9 of the fp32 pairs in the README,
-and .9975 of a bf16 body, whose mean |gap| is .05; at .99 the gap is twice as wide as that."""
+and .9975 of a bf16 body, whose mean |gap| is .05; at .99 the gap is twice as wide as that. Of a pair that the
+ladder found wider it is the ESS of a gap ``ALARM_DRIFT_MULTIPLE`` times as wide as the ladder's. The alarm of
+clips has no such measure: ``PHANTOM_CLIP_FRACTION`` bounds a loss of signal, whatever pair it is of."""
 
 ALARM_DRIFT_MULTIPLE = 2.0
-"""Median |gap| over the ladder's from which it drifts; the gate refuses at ``GATE_MEDIAN_MULTIPLE``, 3."""
+"""Median |gap| over the ladder's from which it drifts; the gate refuses at ``GATE_MEDIAN_MULTIPLE``, 3. Where
+the ladder measured next to nothing, over a third of what the gate never refuses."""
 
 ALARM_FLAT_GROUPS = 0.9
 """Share of flat groups. A tenth of the batch is what is left to learn from, at ten times the price."""
