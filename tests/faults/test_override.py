@@ -3,6 +3,7 @@
 The engine reports raw log-probabilities of tokens that it draws at T = 0.7, as the story's did.
 """
 
+import itertools
 from dataclasses import replace
 
 import msgspec
@@ -11,7 +12,6 @@ import pytest
 
 from lockstep.config.recipe import with_sets
 from lockstep.errors import ParityError
-from lockstep.objectives.aggregation import token_weights
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import pack_logprobs
 from lockstep.rollout import store
@@ -99,14 +99,27 @@ def test_missing_numbers_are_refused_where_the_recipe_allows_none(recipe, tmp_pa
 def test_missing_numbers_leave_loss_and_denominator_where_a_share_is_allowed(recipe, tmp_path):
     """And never become a ratio of 1: the loss is that of the other tokens alone."""
     loop = Loop(with_sets(recipe, [*SETS, "training.steps=2", "parity.missing_share=0.9"]), tmp_path)
-    loop.start(before=edits_from(1, first_is_missing))
+    # Of two samples of a group the first is the better one, and the first of them all lacks a number.
+    rewards = itertools.cycle([1.0, 0.0])
+    edits = itertools.chain([first_is_missing], itertools.repeat(lambda completion: completion))
+
+    def before(pair):
+        pair.task._judge._reward = lambda text, item: next(rewards)
+        edits_from(1, lambda completion: next(edits)(completion))(pair)
+
+    loop.start(before=before)
     first, second = open_run(loop.layout.root).steps.records
-    assert [step.metrics["missing_logprobs"] for step in (first, second)] == [0.0, 4.0]
+    assert [step.metrics["missing_logprobs"] for step in (first, second)] == [0.0, 1.0]
     stored = store.load(loop.layout.rollouts(1), 2, loop.recipe.sampling)
-    assert stored.left_out == 4
-    assert all(not sample.loss_mask[0] and sample.loss_mask[1:].all() for sample in stored)
-    weights = token_weights(stored.loss_mask, stored.lengths, "token-mean", 8)
-    assert weights.sum() == pytest.approx(1.0, rel=1e-6)
-    assert (weights[~stored.loss_mask] == 0.0).all()
-    before = replace(stored[0], loss_mask=np.ones(len(stored[0].token_ids), bool))
-    assert before.missing == 1
+    assert stored.left_out == 1
+    kept = stored.loss_mask
+    assert np.flatnonzero(~kept).tolist() == [0]
+    advantages = np.repeat([sample.advantages[-1] for sample in stored], stored.lengths)
+    # Before the first update each ratio is 1: a token's loss is minus its advantage.
+    alone = -advantages[kept].sum() / kept.sum()
+    others = {"left in": -advantages.mean(), "left in the denominator": -advantages[kept].sum() / kept.size}
+    assert second.metrics["loss"] == pytest.approx(alone, abs=1e-6)
+    for told, loss in others.items():
+        assert abs(alone - loss) > 1e-4, told
+    whole = replace(stored[0], loss_mask=np.ones(len(stored[0].token_ids), bool))
+    assert whole.missing == 1
