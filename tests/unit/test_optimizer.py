@@ -1,13 +1,15 @@
 """AdamW over fp32 masters: what a bf16 model gains, and that none of the state is lost on the way to disk."""
 
+from typing import get_args
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lockstep.config.recipe import Optimizer
-from lockstep.errors import DivergenceError
+from lockstep.config.recipe import LrSchedule, Optimizer
+from lockstep.errors import DivergenceError, RecipeError
 from lockstep.training.optimizer import MasterAdamW
 
 CONFIG = msgspec.convert({"lr": 1e-4, "max_grad_norm": 1.0, "weight_decay": 0.01}, Optimizer)
@@ -101,6 +103,62 @@ def test_warm_up_rises_evenly_to_the_rate_and_stays():
     optimizer = MasterAdamW(Model(torch.float32), config)
     np.testing.assert_allclose([optimizer.lr_at(n) for n in range(7)], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0])
     assert MasterAdamW(Model(torch.float32), CONFIG).lr_at(0) == CONFIG.lr
+
+
+OPTIONS = {
+    "cosine": {"num_cycles": 1.5},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"lr_end": 1e-5, "power": 2.0},
+    "inverse_sqrt": {"timescale": 5},
+    "cosine_with_min_lr": {"min_lr": 2e-5},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 6, "min_lr_ratio": 0.1, "decay_type": "linear"},
+}
+NEED_OPTIONS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
+SCHEDULES = [(name, {}) for name in get_args(LrSchedule) if name not in NEED_OPTIONS] + list(OPTIONS.items())
+
+
+@pytest.mark.parametrize(("name", "options"), SCHEDULES)
+def test_a_schedules_rates_are_transformers_own_over_a_run(name, options):
+    from transformers import get_scheduler
+
+    updates = 24
+    warmup = 0 if name == "constant" else 4  # transformers' constant has none
+    rate = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=CONFIG.lr)
+    theirs = get_scheduler(name, rate, warmup, updates, scheduler_specific_kwargs=options)
+    config = msgspec.structs.replace(CONFIG, schedule=name, schedule_options=options, warmup_steps=warmup)
+    ours = MasterAdamW(Model(torch.float32), config, updates)
+    expected = []
+    for _ in range(updates):
+        expected += theirs.get_last_lr()
+        rate.step()
+        theirs.step()
+    assert [ours.lr_at(update) for update in range(updates)] == expected
+    assert (len(set(expected)) > 1) == (name != "constant")
+
+
+def test_every_schedule_is_held_to_transformers():
+    assert {name for name, _ in SCHEDULES} == set(get_args(LrSchedule))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("cosine", {"cycles": 2}, "unexpected keyword argument 'cycles'"),
+        ("cosine_with_min_lr", {}, "min_lr"),
+        ("warmup_stable_decay", {}, "num_decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "steep"}, "steep"),
+        ("polynomial", {"power": "two"}, "for 'polynomial'"),
+        ("polynomial", {"lr_end": -1.0}, "negative"),
+        ("cosine", {"num_training_steps": 5}, "multiple values"),
+        ("constant", {"num_cycles": 2}, "a schedule that has none"),
+        ("constant_with_warmup", {"num_cycles": 2}, "a schedule that has none"),
+    ],
+)
+def test_options_that_transformers_refuses_or_would_ignore_are_refused(name, options, told):
+    config = msgspec.structs.replace(CONFIG, schedule=name, schedule_options=options)
+    with pytest.raises(RecipeError, match=rf"key optimizer\.schedule_options: got .*{told}"):
+        MasterAdamW(Model(torch.float32), config, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

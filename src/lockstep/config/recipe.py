@@ -37,6 +37,9 @@ LrSchedule = Literal[
     "polynomial",
     "inverse_sqrt",
     "constant_with_warmup",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
 ]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 """What every generator of random numbers takes, numpy's and an engine's among them."""
@@ -88,6 +91,8 @@ class Optimizer(ConfigSection, frozen=True):
     schedule: LrSchedule = "constant"
     """Over all optimizer steps of the run, as transformers has it by that name; ``constant``: warm-up, then
     ``lr``."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Its own keyword arguments, by transformers' names: ``min_lr``, ``num_decay_steps``, ``num_cycles`` …"""
     warmup_steps: NonNegative = 0
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999

@@ -6,23 +6,52 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.config.recipe import Optimizer as OptimizerConfig
-from lockstep.errors import DivergenceError
+from lockstep.errors import DivergenceError, RecipeError
 from lockstep.policy.parameters import laid_as, whole
 
 BESIDE = "beside."
 """Begins the names of what is trained and is no part of the model."""
+WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
+"""Schedules that transformers passes no options to: they would be ignored."""
+ASKED = 1000
+"""Optimizer steps, evenly over the run, at which a schedule must give a number before the run begins."""
 
 
 def _schedule(config: OptimizerConfig, updates: int) -> Callable[[int], float]:
-    """The share of the learning rate at each optimizer step, counted from 0."""
+    """The share of the learning rate at each optimizer step, counted from 0.
+
+    Raises:
+        RecipeError: where transformers has no such schedule with these options, or it is none.
+    """
+    if config.schedule in WITHOUT_OPTIONS and config.schedule_options:
+        raise _refused(config, "options of a schedule that has none")
     if config.schedule == "constant":  # warmed up from 1 / (n + 1): at 0 the first update would be none
         return lambda update: min(1.0, (update + 1) / (config.warmup_steps + 1))
     from transformers import get_scheduler
 
-    # transformers has a schedule as a function of the step, within an optimizer's: of one that holds nothing.
-    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    made = get_scheduler(config.schedule, nothing, config.warmup_steps, updates)
-    return made.lr_lambdas[0]
+    # transformers has a schedule as a function of the step, within an optimizer's: of one that holds nothing,
+    # at the same rate, which lowest rates are a share of.
+    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    asked_for = config.schedule, nothing, config.warmup_steps, updates
+    try:
+        made = get_scheduler(*asked_for, scheduler_specific_kwargs=dict(config.schedule_options))
+        share = made.lr_lambdas[0]
+        # Some options are read only when their part of the schedule comes.
+        asked = [share(update) for update in range(0, updates, max(1, updates // ASKED))]
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise _refused(config, str(error)) from error
+    if not all(0.0 <= value < float("inf") for value in asked):
+        raise _refused(config, "a learning rate that is negative or no number")
+    return share
+
+
+def _refused(config: OptimizerConfig, why: str) -> RecipeError:
+    return RecipeError(
+        "recipe, key optimizer.schedule_options",
+        got=f"{config.schedule_options or 'none'} for {config.schedule!r} ({why})",
+        expected="the keyword arguments that transformers' schedule of that name takes",
+        hint="transformers.get_scheduler has them; --set optimizer.schedule=constant needs none",
+    )
 
 
 class MasterAdamW:
@@ -35,6 +64,9 @@ class MasterAdamW:
     Args:
         updates: optimizer steps of the whole run, for schedules that end with it.
         beside: what else is trained, in a group of its own at ``beside_lr``; it follows the schedule.
+
+    Raises:
+        RecipeError: for a schedule that cannot be.
     """
 
     def __init__(
