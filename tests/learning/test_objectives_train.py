@@ -31,10 +31,10 @@ class DividesByThree:
         return [np.mean([(ord(c) - 48) % 3 == 0 for c in text]) for text in texts]
 
 
-def pair_of(minibatches=2, **objective):
+def pair_of(minibatches=2, temperature=1.0, **objective):
     pair = bag_pair(
         objective=objective,
-        sampling={"max_tokens": 4},
+        sampling={"max_tokens": 4, "temperature": temperature},
         training=TRAINING | {"minibatches": minibatches},
         optimizer={"lr": 0.03},
         value_head={"lr": 0.05},
@@ -144,6 +144,29 @@ def test_a_kl_in_the_reward_is_a_penalty_on_each_token_and_the_stored_advantages
     figures = pair.trainer.step(rollouts, 0, lambda tokens: None)
     np.testing.assert_allclose(rollouts.advantages, expected[rollouts.owners], atol=1e-5)
     assert figures["reference_kl_k3_nats"] == pytest.approx(np.mean(np.exp(-moved) + moved - 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_policy_and_reference_are_scored_at_the_temperature_of_sampling(place, monkeypatch):
+    """The KL of a policy that is its reference is 0, bit for bit, and is not with one side at T = 1."""
+    found = []
+    for shift in (0.0, 0.3):
+        pair = pair_of(minibatches=1, temperature=0.7, kl={"coef": 0.5, "place": place, "estimator": "k3"})
+        reference = pair.trainer._beside.reference
+        scores = reference.scores
+
+        def at(row, temperature, scores=scores, shift=shift):
+            return scores(row, temperature + shift)
+
+        monkeypatch.setattr(reference, "scores", at)
+        rollouts = collect.sample(pair.engine, pair.task, pair.renderer, pair.recipe, 0)
+        collect.score(rollouts, pair.task, pair.recipe)
+        found.append(pair.trainer.step(rollouts, 0, lambda tokens: None))
+        assert found[-1]["gap_abs_max_nats"] < 1e-5, "the policy's are those that the engine drew by"
+    same, across = found
+    assert same["reference_kl_k3_nats"] == 0.0
+    assert across["reference_kl_k3_nats"] > 1e-2
+    assert across["loss"] > same["loss"] + 1e-3 if place == "loss" else across["loss"] != same["loss"]
 
 
 def test_in_a_minibatch_of_ties_dpo_has_no_pair_and_no_gradient():
