@@ -58,7 +58,7 @@ def summarise(run: RunRecord) -> RunSummary:
     bare = RunSummary(
         run=str(run.layout.root),
         planted=run.manifest.planted,
-        override=next((record.override for record in reversed(steps.records) if record.override), ""),
+        override=run.override,
         alarms=len(run.alarms),
     )
     if not len(steps):

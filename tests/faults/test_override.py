@@ -3,7 +3,9 @@
 The engine reports raw log-probabilities of tokens that it draws at T = 0.7, as the story's did.
 """
 
+import csv
 import itertools
+import re
 from dataclasses import replace
 
 import msgspec
@@ -14,7 +16,10 @@ from lockstep.config.recipe import with_sets
 from lockstep.errors import ParityError
 from lockstep.records.samples import Samples
 from lockstep.records.tokens import pack_logprobs
+from lockstep.report.arms import read_arms
+from lockstep.report.build import of_run
 from lockstep.rollout import store
+from lockstep.runs.checkpoints import read_state
 from lockstep.runs.read import open_run
 from lockstep.summary import summarise, summary_table
 from tests.faults.test_loop import SETS, Loop, edits_from
@@ -58,11 +63,16 @@ def test_with_the_override_every_artefact_says_so_and_one_alarm_names_the_layer(
     run = open_run(loop.layout.root)
     assert len(run.steps) == 2
     assert run.certificate is None
-    assert SENTENCE in loop.layout.manifest.read_text()
-    lines = loop.layout.metrics.read_text().splitlines()
-    assert all(SENTENCE in line and "semantics: raw logprobs" in line for line in lines)
+    told = f"OVERRIDDEN (semantics: raw logprobs): {SENTENCE}"
+    assert str(run.manifest.override) == told
+    for path in (loop.layout.metrics, loop.layout.verdicts, loop.layout.alarms):
+        lines = path.read_text().splitlines()
+        assert lines, path
+        assert all(f'"override":"{told}"' in line for line in lines), path
+    assert str(read_state(loop.layout.checkpoint(2)).override) == told
+    assert not unstamped(loop.layout.root)
     assert sum(SENTENCE in line for line in loop.said) == 3, "once when it goes on, and with each step"
-    assert SENTENCE in summary_table(summarise(run))
+    assert told in summary_table(summarise(run))
     (alarm,) = run.alarms
     assert (alarm.layer, alarm.name) == ("semantics", "mismatch")
     assert sum("ALARM" in line for line in loop.said) == 1
@@ -74,12 +84,50 @@ def test_with_the_override_every_artefact_says_so_and_one_alarm_names_the_layer(
     assert first["policy_ratio_mean"] == 1.0, "and the policy's own has not moved"
 
 
+def unstamped(root):
+    """Files that people or programs read and that do not say it, by their path in the run."""
+    data = {".parquet", ".safetensors"}
+    texts = {path for path in root.rglob("*") if path.is_file() and path.suffix not in data}
+    silent = {str(path.relative_to(root)) for path in texts if SENTENCE not in path.read_text()}
+    # What a checkpoint has of the model's own, for any tool that loads one.
+    return {name for name in silent if not re.fullmatch(r"checkpoints/[^/]+/[^/]+", name)}
+
+
+def test_who_holds_runs_side_by_side_or_reports_one_is_told_that_it_was_not_proven(loop):
+    loop.recipe = with_sets(loop.recipe, [f"parity.override={SENTENCE}"])
+    loop.start(before=says_raw)
+    (arm,) = read_arms([str(loop.layout.root)], {})
+    assert any("was trained without proof" in note and SENTENCE in note for note in arm.notes)
+    report = of_run(open_run(loop.layout.root))
+    assert SENTENCE in report.words[0]
+    header, *rows = csv.reader(report.downloads[0].text.splitlines())
+    assert header[-1] == "override"
+    assert len(rows) == 2
+    assert all(row[-1].endswith(SENTENCE) and len(row) == len(header) for row in rows)
+
+
+def test_a_proof_after_the_backend_was_mended_takes_nothing_back_of_what_was_trained(loop):
+    loop.recipe = with_sets(loop.recipe, [f"parity.override={SENTENCE}"])
+    loop.start(before=says_raw)
+    loop.recipe = with_sets(loop.recipe, ["training.steps=3"])
+    loop.start(resumed=True)
+    run = open_run(loop.layout.root)
+    assert run.certificate is not None
+    assert [SENTENCE in record.override for record in run.steps] == [True, True, False]
+    for stamp in (run.manifest.override, read_state(loop.layout.checkpoint(3)).override):
+        assert stamp.reason == SENTENCE
+    assert SENTENCE in run.override
+
+
 def test_an_override_that_nothing_needs_changes_nothing(recipe, tmp_path):
     loop = Loop(with_sets(recipe, [*SETS, "training.steps=1", f"parity.override={SENTENCE}"]), tmp_path)
     loop.start()
     run = open_run(loop.layout.root)
     assert run.certificate is not None
-    assert SENTENCE not in loop.layout.metrics.read_text()
+    assert run.manifest.override is None
+    assert run.override == ""
+    assert unstamped(loop.layout.root) >= {"metrics.jsonl", "verdicts.jsonl", "certificate.json"}
+    assert read_state(loop.layout.checkpoint(1)).override is None
     assert not any(SENTENCE in line for line in loop.said)
 
 

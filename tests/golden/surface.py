@@ -99,7 +99,7 @@ def record_schemas() -> list[str]:
     }
     lines = [f"{schema}  {line}" for schema, struct in files.items() for line in _fields(struct)]
     lines += [f"{schema}  schema: str" for schema in (jsonl.SCHEMA_METRICS, jsonl.SCHEMA_VERDICT)]
-    lines.append(f"{jsonl.SCHEMA_VERDICT}  when: str")
+    lines += [f"{jsonl.SCHEMA_VERDICT}  {name}: str" for name in ("when", "override")]
     lines += [
         f"{rollouts.SCHEMA_ROLLOUTS}  column {field.name}: {field.type}" for field in rollouts.columns()
     ]

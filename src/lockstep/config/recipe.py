@@ -141,8 +141,9 @@ class Parity(ConfigSection, frozen=True):
     """Of a step's tokens: so many without a log-probability of the engine's may be left out of the loss and
     of its denominator; more, and the step is refused."""
     override: str = ""
-    """Train although the ladder does not pass, for the reason that this sentence gives. It is stamped on the
-    manifest, on every step and on the summary; no certificate is issued."""
+    """Train although the ladder does not pass, for the reason that this sentence gives. It is then stamped on
+    manifest, verdicts, steps, alarms, checkpoints, summary, report and comparison, and no certificate is
+    issued."""
     audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.05
     """In flight with ``old_logprobs = "engine"``: share of the samples of earlier versions that the trainer
     scores under the weights that drew them, to measure the mismatch. With another all are."""

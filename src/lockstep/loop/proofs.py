@@ -14,7 +14,7 @@ import numpy as np
 from lockstep.errors import WeightSyncError
 from lockstep.loop.delivery import CANARY
 from lockstep.loop.run import Run
-from lockstep.loop.unproven import go_on
+from lockstep.loop.unproven import go_on, stamp
 from lockstep.parity.alarms import Watch
 from lockstep.parity.canary import Canary, CanaryResult
 from lockstep.parity.causes import finding
@@ -40,6 +40,7 @@ def prove(run: Run, when: When) -> LadderResult:
         ParityError: when a layer fails: training on this pair would be training on another policy's samples.
     """
     result = climb(run.pair, lambda layer: run.say(f"ladder: {layer}"))
+    stamp(run, result)
     for verdict in result.verdicts:
         run.recorder.verdict(when, verdict)
         run.say(f"  {verdict.layer:<10} {verdict.status:<8} {verdict.summary}")

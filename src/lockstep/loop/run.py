@@ -39,6 +39,8 @@ class Run:
     """Looks at each step's figures."""
     override: Override | None = None
     """Where the ladder did not pass and the recipe goes on all the same."""
+    ever_overridden: Override | None = None
+    """The same of any start of the run: a later proof takes nothing back of what was trained."""
     sign_key: bytes = b""
     """Signs the certificate where the user gave one (``runs/signature.py``)."""
     restarts: int = 0

@@ -213,7 +213,8 @@ def checkpoint(run: Run, version: int, also: Callable[[Path], None] = lambda par
         WeightSyncError: when it is refuted.
     """
     prove_transport(run, version, BeforeCheckpoint(version))
-    run.pair.trainer.save(run.layout.checkpoints, version, run.session.model_path, also)
+    model = run.session.model_path
+    run.pair.trainer.save(run.layout.checkpoints, version, model, also, run.ever_overridden)
 
 
 def _line(run: Run, step: int, figures: dict[str, float]) -> str:

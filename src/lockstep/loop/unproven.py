@@ -6,17 +6,38 @@ from lockstep.parity.alarms import Watch
 from lockstep.parity.ladder import LadderResult
 from lockstep.records.alarms import Override
 from lockstep.runs.certificate import void
+from lockstep.runs.manifest import read_manifest, stamp_override
+
+
+def stamp(run: Run, result: LadderResult) -> None:
+    """Have all that is recorded from here on say that nothing is proven, where the recipe's override is used.
+
+    In manifest and checkpoints it stays, whatever a later start proves.
+
+    Raises:
+        RunError: when the manifest cannot be written.
+    """
+    sentence = run.recipe.parity.override
+    if not sentence:
+        return
+    if result.passed:
+        run.ever_overridden = read_manifest(run.layout.manifest).override
+        return
+    verdict = next(v for v in result.verdicts if v.status != "PASS")
+    cause = verdict.findings[0].cause.replace("_", " ") if verdict.findings else verdict.reason
+    run.override = run.recorder.override = Override(reason=sentence, layer=verdict.layer, cause=cause)
+    run.ever_overridden = run.override
+    stamp_override(run.layout.manifest, run.override)
 
 
 def go_on(run: Run, result: LadderResult) -> None:
-    """Go on without a proof where the recipe says why; it is told with everything that the run records.
+    """Go on without a proof where the recipe says why.
 
     Raises:
         ParityError: where it does not.
     """
     error = refusal(result)
-    sentence = run.recipe.parity.override
-    if not sentence:
+    if run.override is None:
         if run.recipe.objective.correction != "none":
             error.add_note(
                 f"objective.correction = {run.recipe.objective.correction!r} is locked until the ladder "
@@ -24,10 +45,7 @@ def go_on(run: Run, result: LadderResult) -> None:
             )
         raise error
     void(run.layout.certificate, f"{error.boundary}: {error.got}")
-    verdict = next(v for v in result.verdicts if v.status != "PASS")
-    cause = verdict.findings[0].cause.replace("_", " ") if verdict.findings else verdict.reason
-    run.override = run.recorder.override = Override(reason=sentence, layer=verdict.layer, cause=cause)
-    run.watch = Watch(max_lag=run.max_lag, known_layer=verdict.layer, first=run.first_figures())
+    run.watch = Watch(max_lag=run.max_lag, known_layer=run.override.layer, first=run.first_figures())
     run.canary, run.gate = None, None
     run.say(str(run.override))
 

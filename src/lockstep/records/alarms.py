@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 
-class Alarm(Struct, frozen=True, kw_only=True):
+class Alarm(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sentence, and where its cause is to be looked for.
 
     Example::
@@ -18,6 +18,8 @@ class Alarm(Struct, frozen=True, kw_only=True):
     layer: str
     """The layer of the ladder that is most likely broken; ``task`` where none is."""
     sentence: str
+    override: str = ""
+    """Of a run that trains although the ladder did not pass: :class:`Override`, as text."""
 
     def __str__(self) -> str:
         return f"{self.name}, likely layer {self.layer}: {self.sentence}"

@@ -74,4 +74,7 @@ def _notes(name: str, runs: Sequence[Trajectory]) -> tuple[str, ...]:
         notes.append(
             f"{name}: its runs differ in more than their seeds, so their spread is no spread of seeds"
         )
+    notes += [
+        f"{name}: {run.source} was trained without proof. {run.unproven}" for run in runs if run.unproven
+    ]
     return tuple(notes)

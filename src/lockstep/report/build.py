@@ -3,6 +3,8 @@
 run directory ─► verdicts, steps, manifest, rollouts ─► sections ─► Report ─► report.json ─► page.py
 """
 
+import csv
+import io
 import re
 from collections.abc import Sequence
 from math import isfinite
@@ -313,9 +315,13 @@ def _words(run: RunRecord, ladder: Sequence[Verdict], gaps: GapCounts) -> list[s
 
 def _csv(run: RunRecord) -> str:
     names = sorted({name for record in run.steps for name in record.metrics})
-    lines = [",".join(("step", "weight_version", *names))]
+    stamped = any(record.override for record in run.steps)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("step", "weight_version", *names, *(("override",) if stamped else ())))
     for record in run.steps:
         # ``repr`` has every digit that it takes to read the number back.
         values = (repr(record.metrics[name]) if name in record.metrics else "" for name in names)
-        lines.append(",".join((str(record.step), str(record.weight_version), *values)))
-    return "\n".join(lines) + "\n"
+        stamp = (record.override,) if stamped else ()
+        table.writerow((record.step, record.weight_version, *values, *stamp))
+    return text.getvalue()

@@ -41,6 +41,8 @@ class Trajectory:
     """What pairs it with another configuration's run; empty where nothing says."""
     same: str = ""
     """Runs that have it in common differ in nothing but seeds; empty where nothing says."""
+    unproven: str = ""
+    """Of a run that trained although the ladder did not pass: layer, cause and reason."""
 
 
 @dataclass(frozen=True)

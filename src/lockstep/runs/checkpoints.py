@@ -25,6 +25,7 @@ from pathlib import Path
 from msgspec import MsgspecError, Struct, json
 
 from lockstep.errors import RunError
+from lockstep.records.alarms import Override
 from lockstep.runs.durable import PARTIAL, rename, writing
 from lockstep.runs.tensor_files import header_of
 
@@ -34,12 +35,14 @@ OLDER, DAMAGED = ".older", ".damaged"
 NAME = re.compile(rf"step-(\d+)({re.escape(OLDER)})?")
 
 
-class CheckpointState(Struct, frozen=True):
+class CheckpointState(Struct, frozen=True, omit_defaults=True):
     """What is no tensor. ``step`` training steps are inside the weights."""
 
     step: int
     sha256: dict[str, str] = {}
     """Of every other file, by its path in the checkpoint. Empty: one of before these were kept."""
+    override: Override | None = None
+    """Where a start of the run trained although the ladder did not pass."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,11 @@ class Checkpoint:
     """Training steps that are in it."""
 
 
-def seal(directory: Path, step: int) -> None:
+def seal(directory: Path, step: int, override: Override | None = None) -> None:
     """Write ``state.json`` over all files that are there: the last file of a checkpoint. Raises OSError."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / STATE)
     digests = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
-    (directory / STATE).write_bytes(json.encode(CheckpointState(step, digests)))
+    (directory / STATE).write_bytes(json.encode(CheckpointState(step, digests, override)))
 
 
 def checked(path: Path) -> Checkpoint:

@@ -22,6 +22,7 @@ from lockstep.config.imported import source_digest
 from lockstep.config.recipe import Recipe
 from lockstep.errors import LockstepError, RunError
 from lockstep.metrics.catalog import METRICS, Metric
+from lockstep.records.alarms import Override
 from lockstep.records.messages import Ready
 from lockstep.runs.checkpoints import checked, keep_newest
 from lockstep.runs.durable import write_atomically
@@ -39,7 +40,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "msgspec", "reasoni
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """One run, before its first step."""
+    """One run, before its first step. Nothing of it changes later but :attr:`override`."""
 
     schema: str = SCHEMA
     started: str = ""
@@ -66,6 +67,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
     machine: dict[str, str]
     planted: tuple[str, ...] = ()
     """Faults that were planted on purpose (``--plant``)."""
+    override: Override | None = None
+    """Where ``parity.override`` was needed, once the ladder has said so; the latest start's that did."""
     metrics: tuple[Metric, ...] = METRICS
 
 
@@ -109,6 +112,15 @@ def build_manifest(
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write it whole."""
     write_atomically(path, json.format(json.encode(plain(manifest)), indent=1))
+
+
+def stamp_override(path: Path, override: Override) -> None:
+    """Write into a run's manifest that it trains although the ladder did not pass.
+
+    Raises:
+        RunError: as :func:`read_manifest`; when it cannot be written, it is as it was.
+    """
+    write_manifest(path, replace(read_manifest(path), override=override))
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -77,6 +77,15 @@ class RunRecord:
         """What ``alarms.jsonl`` holds; a run without alarms has no such file."""
         return tuple(_of_lines(self.layout.alarms, SCHEMA_ALARM, lambda row: convert(row, Alarm)))
 
+    @property
+    def override(self) -> str:
+        """Of a run that trained although the ladder did not pass: layer, cause and the recipe's reason.
+
+        Else empty.
+        """
+        stamps = (record.override for record in reversed(self.steps.records) if record.override)
+        return next(stamps, str(self.manifest.override or ""))
+
     @cached_property
     def certificate(self) -> Certificate | None:
         """The certificate as it stands, a void one too; None where none was issued."""
@@ -113,7 +122,9 @@ def read_verdicts(path: Path) -> tuple[VerdictRecord, ...]:
 
 
 def _verdict(row: dict[str, Any]) -> VerdictRecord:
-    return VerdictRecord(when=when_of(str(row.pop("when", ""))), verdict=convert(row, Verdict))
+    when = when_of(str(row.pop("when", "")))
+    override = str(row.pop("override", ""))
+    return VerdictRecord(when=when, verdict=convert(row, Verdict), override=override)
 
 
 def _of_lines(path: Path, schema: str, read: Callable[[dict[str, Any]], Record]) -> Iterator[Record]:

@@ -30,7 +30,11 @@ class Recorder:
         self.sinks = tuple(sinks)
         self._aliases = aliases
         self.override: Override | None = None
-        """Of a run whose ladder did not pass; stamped on each step."""
+        """Of a run whose ladder did not pass; stamped on each step, verdict and alarm."""
+
+    @property
+    def _stamp(self) -> str:
+        return str(self.override) if self.override is not None else ""
 
     def step(self, step: int, weight_version: int, metrics: Mapping[str, float]) -> None:
         """Record a step's figures. Every one must be in the catalog.
@@ -42,8 +46,8 @@ class Recorder:
         unknown = sorted(name for name in metrics if metric_named(name) is None)
         if unknown:
             raise KeyError(f"figures {unknown} are not in metrics/catalog.py")
-        stamp = str(self.override) if self.override is not None else ""
-        record = StepRecord(step=step, weight_version=weight_version, override=stamp, metrics=dict(metrics))
+        figures = dict(metrics)
+        record = StepRecord(step=step, weight_version=weight_version, override=self._stamp, metrics=figures)
         also = exported(metrics, self._aliases) if self._aliases is not None else {}
         own, *others = self.sinks
         own.step(record)  # which a run is read back from: our names alone
@@ -57,7 +61,7 @@ class Recorder:
             RunError: when a sink cannot write.
         """
         for sink in self.sinks:
-            sink.verdict(VerdictRecord(when=when, verdict=verdict))
+            sink.verdict(VerdictRecord(when=when, verdict=verdict, override=self._stamp))
 
     @property
     def shows_completions(self) -> bool:
@@ -80,7 +84,7 @@ class Recorder:
             RunError: when a sink cannot write.
         """
         for sink in self.sinks:
-            sink.alarm(alarm)
+            sink.alarm(replace(alarm, override=self._stamp))
 
 
 def sink_names() -> list[str]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from lockstep.errors import RunError
 from lockstep.policy.model import Policy
 from lockstep.policy.parameters import assign, checkpoint_weights, named_weights
+from lockstep.records.alarms import Override
 from lockstep.runs.checkpoints import (
     MODEL,
     OLDER,
@@ -76,11 +77,13 @@ def save_checkpoint(
     optimizer: MasterAdamW,
     model_path: Path,
     also: Callable[[Path], None] = lambda partial: None,
+    override: Override | None = None,
 ) -> Path:
     """Write ``directory/step-000012`` and then remove older ones. Returns its path.
 
     Args:
         also: writes what else belongs to it, before it has its name.
+        override: of a run that trained although the ladder did not pass.
 
     Raises:
         RunError: when it cannot be written; those that were there before are still there.
@@ -98,7 +101,7 @@ def save_checkpoint(
                 _save_tensors(optimizer.state(), partial / OPTIMIZER)
             with writing(target / STATE):
                 also(partial)
-                seal(partial, step)
+                seal(partial, step, override)
             _flush_tree(partial)
             _put_in_place(partial, target)
         except BaseException:

@@ -35,6 +35,7 @@ from lockstep.policy.slopes import Slope
 from lockstep.policy.values import ValueHead
 from lockstep.policy.variant_settings import base_of, epsilon_of, rotary_of
 from lockstep.policy.variants import Variant, name_of_head
+from lockstep.records.alarms import Override
 from lockstep.records.samples import Group, Samples
 from lockstep.records.versions import WeightUpdate
 from lockstep.runs.checkpoints import Checkpoint
@@ -374,13 +375,19 @@ class Trainer:
         step: int,
         model_path: Path,
         also: Callable[[Path], None] = lambda partial: None,
+        override: Override | None = None,
     ) -> Path:
         """Write a checkpoint that ``step`` steps are in, and remove older ones. Returns its path.
+
+        Args:
+            also: writes what else belongs to it.
+            override: of a run that trained although the ladder did not pass.
 
         Raises:
             RunError: when it cannot be written; those that were there before are still there.
         """
-        return checkpoint.save_checkpoint(directory, step, self._policy, self._optimizer, model_path, also)
+        own = self._policy, self._optimizer
+        return checkpoint.save_checkpoint(directory, step, *own, model_path, also, override)
 
     def restore(self, stored: Checkpoint) -> int:
         """Put a checkpoint's weights and optimizer state in place. Returns how many steps are in it.

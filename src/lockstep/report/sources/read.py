@@ -10,6 +10,7 @@ The last two are read by strict readers of our own (``tensorboard.py``, ``wandb.
 framed records of a few protobuf fields, and their libraries bring hundreds of megabytes.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,4 +71,5 @@ def _of_run(run: RunRecord, mapping: Mapping[str, str]) -> Trajectory:
     planted = ",".join(run.manifest.planted)
     same = f"{engine.engine} {engine.version} {planted} {json.encode(plain, order='sorted').decode()}"
     rows = [(float(record.step), record.metrics) for record in run.steps]
-    return trajectory(str(run.layout.root), rows, mapping, seed=str(recipe.training.seed), same=same)
+    found = trajectory(str(run.layout.root), rows, mapping, seed=str(recipe.training.seed), same=same)
+    return dataclasses.replace(found, unproven=run.override)

@@ -31,6 +31,8 @@ class VerdictRecord(Struct, frozen=True, kw_only=True):
 
     when: When
     verdict: Verdict
+    override: str = ""
+    """Of a run that trains although the ladder did not pass; the verdicts of that ladder say so too."""
 
 
 class ShownCompletions(Struct, frozen=True, kw_only=True):

@@ -39,10 +39,10 @@ class JsonlSink:
         Raises:
             RunError: as :meth:`step`.
         """
-        append(
-            self.layout.verdicts,
-            {"schema": SCHEMA_VERDICT, "when": str(record.when), **plain(record.verdict)},
-        )
+        row = {"schema": SCHEMA_VERDICT, "when": str(record.when)}
+        if record.override:
+            row["override"] = record.override
+        append(self.layout.verdicts, row | plain(record.verdict))
 
     def alarm(self, alarm: Alarm) -> None:
         """Add a line to ``alarms.jsonl``.
