@@ -129,7 +129,8 @@ def test_each_measurement_is_held_against_the_one_before_it(pair, canary):
     assert not again.trainer_moved
     assert not again.engine_moved
     assert not again.refuted
-    other_threads = canary.measure(pair, canary.trainer_scores(pair) + np.float32(1e-6))
+    side = canary.trainer_side(pair)
+    other_threads = canary.measure(pair, replace(side, scores=side.scores + np.float32(1e-6)))
     assert other_threads.shift_abs_mean_nats > 0.0
     assert not other_threads.trainer_moved, "scores that move do not mean that weights did"
     assert not other_threads.refuted

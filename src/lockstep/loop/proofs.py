@@ -16,7 +16,7 @@ from lockstep.loop.delivery import CANARY
 from lockstep.loop.run import Run
 from lockstep.loop.unproven import go_on, stamp
 from lockstep.parity.alarms import Watch
-from lockstep.parity.canary import Canary, CanaryResult
+from lockstep.parity.canary import Canary, CanaryResult, TrainerSide
 from lockstep.parity.causes import finding
 from lockstep.parity.certificate import issue
 from lockstep.parity.gate import Gate
@@ -63,11 +63,11 @@ def prove(run: Run, when: When) -> LadderResult:
     return result
 
 
-def prove_sync(run: Run, version: int, trainer: np.ndarray) -> CanaryResult:
+def prove_sync(run: Run, version: int, trainer: TrainerSide) -> CanaryResult:
     """Hold what the engine serves now to the canary; what it cannot see for too long, layer 3 proves.
 
     Args:
-        trainer: its scores of the canary under ``version``.
+        trainer: what it says of the canary under ``version``.
 
     Raises:
         WeightSyncError: where other weights are served than those that were sent; the cause is named.

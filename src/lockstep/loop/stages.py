@@ -175,7 +175,7 @@ def sync(run: Run, version: int, mode: LoadMode = "wait") -> dict[str, float]:
         return {"unproven_syncs": float(run.unproven), "sync_s": time.perf_counter() - began}
     # The trainer scores the canary while the engine loads: both only read the weights.
     with run.pair.loading(version, mode):
-        trainer = run.canary.trainer_scores(run.pair)
+        trainer = run.canary.trainer_side(run.pair)
     run.pair.version = version
     loaded = time.perf_counter()
     result = prove_sync(run, version, trainer)

@@ -23,6 +23,16 @@ the same no weight moves, and yet the trainer's scores do, in their last bit, wi
 under an update that moves a number here and there an engine may keep all of its own."""
 
 
+@dataclass(frozen=True, eq=False)
+class TrainerSide:
+    """What the trainer says of a canary, and under which weights."""
+
+    scores: np.ndarray
+    """Score C, float32 [T]."""
+    mark: int
+    """Of its weights (``Trainer.weights_mark``)."""
+
+
 @dataclass(eq=False)
 class Canary:
     """A few sequences, and what the trainer last gave them.
@@ -63,20 +73,25 @@ class Canary:
         """Score C, float32 [T]."""
         return np.concatenate(pair.trainer.score(self.groups, self.temperature))
 
-    def measure(self, pair: Pair, trainer: np.ndarray | None = None) -> "CanaryResult":
+    def trainer_side(self, pair: Pair) -> TrainerSide:
+        """The trainer's half of a measurement: it only reads the weights, and may run beside their load."""
+        return TrainerSide(self.trainer_scores(pair), pair.trainer.weights_mark())
+
+    def measure(self, pair: Pair, side: TrainerSide | None = None) -> "CanaryResult":
         """Score on both sides now, and remember the scores for the next time.
 
         Args:
-            trainer: its scores, where they were taken while the engine was loading the same weights.
+            side: the trainer's, where it was taken while the engine was loading the same weights.
         """
-        trainer = self.trainer_scores(pair) if trainer is None else trainer
+        side = self.trainer_side(pair) if side is None else side
+        trainer = side.scores
         engine = self.engine_scores(pair)
         before = self.scores
         self.scores = trainer
         served = self.served
         self.served = engine
         marked = self.mark
-        self.mark = pair.trainer.weights_mark()
+        self.mark = side.mark
         gap = trainer - engine
         shift = np.abs(trainer - before) if before.size else np.full(1, np.nan)
         return CanaryResult(
