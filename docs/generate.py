@@ -59,10 +59,7 @@ def metrics() -> str:
         lines.append(f"| `{m.name}` | {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     lines += ["", "## Other systems' names", ""]
     lines += ["| system | its name | ours | |", "|---|---|---|---|"]
-    lines += [
-        f"| {a.system} | `{a.name}` | `{a.ours}` | {f'refused: {a.differs}' if a.differs else 'exported'} |"
-        for a in ALIASES
-    ]
+    lines += [f"| {a.system} | `{a.name}` | {f'`{a.ours}`' if a.ours else ''} | {a.told} |" for a in ALIASES]
     return "\n".join(lines) + "\n"
 
 

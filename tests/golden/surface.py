@@ -40,12 +40,16 @@ def _keys(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
 
 
 def metric_names() -> list[str]:
-    """``name [unit]  system:alias`` of aliases that are exported."""
+    """``name [unit]  system:alias`` of aliases that are exported; in brackets: under some recipes alone."""
     from lockstep.metrics.aliases import ALIASES
     from lockstep.metrics.catalog import METRICS
 
     also = {
-        m.name: sorted(f"{a.system}:{a.name}" for a in ALIASES if a.ours == m.name and not a.differs)
+        m.name: sorted(
+            f"({a.system}:{a.name})" if a.only else f"{a.system}:{a.name}"
+            for a in ALIASES
+            if a.ours == m.name and not a.differs
+        )
         for m in METRICS
     }
     return sorted(

@@ -8,9 +8,13 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from lockstep import api
+from lockstep.config.recipe import load_recipe, with_sets
+from lockstep.metrics.aliases import aliases_of
 from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import BeforeStep, Verdict
 from lockstep.report.sources.read import read_runs
@@ -18,6 +22,7 @@ from lockstep.runs.layout import RunLayout
 from lockstep.runs.record import open_recorder
 from lockstep.runs.sinks.base import ShownCompletions, table
 
+QUICKSTART = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.toml")
 PASSED = Verdict(layer="semantics", status="PASS", summary="the sampler's", n_tokens=8)
 ALARM = Alarm(step=1, name="flat groups", layer="task", sentence="95% of the groups teach nothing")
 SHOWN = ShownCompletions(step=0, rows=(("1 + 1 =", "2 | or\nthree", 0.5, "stop"),))
@@ -36,7 +41,7 @@ def layout(tmp_path, monkeypatch):
 
 def recorded(layout, name, override=False):
     pytest.importorskip(name, reason=f'NOT_RUN: {name} is not installed (pip install "lockstep-rl[{name}]")')
-    recorder = open_recorder(layout, [name], "trl")
+    recorder = open_recorder(layout, [name], aliases_of("trl", QUICKSTART))
     assert not any((layout.root / name).iterdir() if (layout.root / name).exists() else ()), "not written yet"
     if override:
         recorder.override = Override(reason="a sentence", layer="semantics", cause="raw logprobs")
@@ -135,7 +140,7 @@ def test_one_that_is_missing_gives_the_line_that_installs_it(layout, monkeypatch
 def test_aliases_go_to_sinks_and_not_to_the_runs_own_files(layout):
     from lockstep.runs.sinks import csv
 
-    recorder = open_recorder(layout, ["csv"], "trl")
+    recorder = open_recorder(layout, ["csv"], aliases_of("trl", QUICKSTART))
     seen = []
     recorder.sinks[1].step = seen.append
     recorder.step(0, 1, {"reward_mean": 0.5, "mismatch_ratio_mean": 1.0})
@@ -143,6 +148,19 @@ def test_aliases_go_to_sinks_and_not_to_the_runs_own_files(layout):
     assert b'"reward":' not in layout.metrics.read_bytes()
     csv.open_sink(layout).step(seen[0])
     assert "reward," not in (layout.root / "metrics.csv").read_text().partition("\n")[0]
+
+
+def test_a_run_is_told_once_which_names_it_does_not_get():
+    said = []
+    names = {
+        alias.name for alias in api._aliases(with_sets(QUICKSTART, ["recording.aliases=trl"]), said.append)
+    }
+    assert "clip_ratio/region_mean" in names
+    assert "clip_ratio/low_mean" not in names
+    (sentence,) = said
+    assert "lockstep metrics --aliases trl says how" in sentence
+    assert api._aliases(QUICKSTART, said.append) == ()
+    assert len(said) == 1
 
 
 def test_a_table_escapes_what_would_break_it():

@@ -35,7 +35,7 @@ def metrics(
         emit("catalog", {"metrics": [_told(metric) for metric in METRICS]})
     elif system is not None:
         own = [alias for alias in ALIASES if alias.system == system]
-        show("\n".join(f"{a.name:<46} {a.ours:<28} {a.differs or 'the same'}" for a in own))
+        show("\n".join(f"{a.name:<46} {a.ours or '-':<28} {a.told}" for a in own))
     else:
         show("\n".join(f"{m.name:<28} {m.unit:<9} {m.formula}" for m in METRICS))
 
@@ -56,7 +56,14 @@ def _told(metric: Metric) -> dict[str, Any]:
     return {
         **msgspec.structs.asdict(metric),
         "aliases": [
-            {"system": a.system, "name": a.name, "exported": not a.differs, "differs": a.differs} for a in own
+            {
+                "system": a.system,
+                "name": a.name,
+                "exported": not a.differs,
+                "only_with": a.only.said if a.only is not None else "",
+                "differs": a.differs,
+            }
+            for a in own
         ],
     }
 
@@ -64,5 +71,5 @@ def _told(metric: Metric) -> dict[str, Any]:
 def _one(metric: Metric) -> str:
     rows = [(key, value) for key, value in msgspec.structs.asdict(metric).items() if value]
     own = [alias for alias in ALIASES if alias.ours == metric.name]
-    rows += [(a.system, a.name + (f": not exported, {a.differs}" if a.differs else "")) for a in own]
+    rows += [(a.system, f"{a.name}: {a.told}") for a in own]
     return "\n".join(f"{key:<12} {value}" for key, value in rows)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from lockstep.errors import RecipeError
-from lockstep.metrics.aliases import System, exported
+from lockstep.metrics.aliases import Alias, exported
 from lockstep.metrics.catalog import metric_named
 from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import Verdict, When
@@ -26,9 +26,9 @@ KEY = "recipe, key recording.sinks"
 class Recorder:
     """Writes each record to every sink, in their order."""
 
-    def __init__(self, sinks: Sequence[Sink], aliases: System | None = None) -> None:
+    def __init__(self, sinks: Sequence[Sink], aliases: Sequence[Alias] = ()) -> None:
         self.sinks = tuple(sinks)
-        self._aliases = aliases
+        self._aliases = tuple(aliases)
         self.override: Override | None = None
         """Of a run whose ladder did not pass; stamped on each step, verdict and alarm."""
 
@@ -48,7 +48,7 @@ class Recorder:
             raise KeyError(f"figures {unknown} are not in metrics/catalog.py")
         figures = dict(metrics)
         record = StepRecord(step=step, weight_version=weight_version, override=self._stamp, metrics=figures)
-        also = exported(metrics, self._aliases) if self._aliases is not None else {}
+        also = exported(metrics, self._aliases)
         own, *others = self.sinks
         own.step(record)  # which a run is read back from: our names alone
         for sink in others:
@@ -106,8 +106,11 @@ def refuse_unknown_sinks(names: Sequence[str]) -> None:
             raise RecipeError(KEY, got=repr(name), expected=f"sinks out of {', '.join(known)}", hint=hint)
 
 
-def open_recorder(layout: RunLayout, also: Sequence[str] = (), aliases: System | None = None) -> Recorder:
+def open_recorder(layout: RunLayout, also: Sequence[str] = (), aliases: Sequence[Alias] = ()) -> Recorder:
     """A recorder into a run's own files, then into the sinks of these names. Nothing is written yet.
+
+    Args:
+        aliases: other systems' names that these sinks get too (``metrics/aliases.py``).
 
     Raises:
         RecipeError: for a name that no sink has, or a sink that needs what is not installed.
