@@ -49,13 +49,14 @@ def metrics() -> str:
         "",
         "What stands in `metrics.jsonl`, and what `lockstep metrics` prints. ℓ is the log-probability of a "
         "sampled token, n how many there are; ratios are taken before anything bounds them, unless it says "
-        "*after*. Made by `docs/generate.py`.",
+        "*after*. *Reduction* is how many numbers become one. Made by `docs/generate.py`.",
         "",
-        "| figure | unit | formula | estimator | over | bounds | denominator | non-finite |",
-        "|---|---|---|---|---|---|---|---|",
+        "| figure | unit | formula | estimator | reduction | over | bounds | denominator | non-finite |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for m in METRICS:
-        cells = (m.unit, f"`{m.formula}`", m.estimator, m.mask, m.clipping, m.denominator, m.nan_rule)
+        of = (m.reduction, m.mask, m.clipping, m.denominator, m.nan_rule)
+        cells = (m.unit, f"`{m.formula}`", m.estimator, *of)
         lines.append(f"| `{m.name}` | {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     lines += ["", "## Other systems' names", ""]
     lines += ["| system | its name | ours | |", "|---|---|---|---|"]

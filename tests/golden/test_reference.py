@@ -16,6 +16,16 @@ def test_the_reference_is_up_to_date():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_reference_has_all_that_the_catalog_says_of_a_figure():
+    from lockstep.metrics.catalog import METRICS
+
+    lines = (ROOT / "docs" / "reference" / "metrics.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line.replace("\\|", "|") for line in lines if line.startswith("| `")}
+    for metric in METRICS:
+        of = (metric.unit, metric.formula, metric.estimator, metric.reduction, metric.mask, metric.clipping)
+        assert all(said in rows[metric.name] for said in (*of, metric.denominator, metric.nan_rule))
+
+
 def test_every_cause_that_the_code_names_is_explained():
     import re
 
