@@ -68,12 +68,16 @@ def objectives() -> str:
     """Every objective that comes with Lockstep, its options, and what several share."""
     parts = [
         "# Objectives",
-        "`objective.name`, and the options of each: `[objective.options]`. "
-        "Papers are cited in each file of `src/lockstep/objectives/`. Made by `docs/generate.py`.",
+        "`objective.name`, and the options of each: `[objective.options]`. What is said of each stands at "
+        "the head of its file in `src/lockstep/objectives/`. Made by `docs/generate.py`.",
     ]
+    told: dict[str, str] = {}
     for name, known in OBJECTIVES.items():
         function = imported(known.function, "objective.name")
         module = known.function.partition(":")[0].rpartition(".")[2]
+        head = inspect.cleandoc(inspect.getmodule(function).__doc__).replace("``", "`")
+        head = f"More of it under [{told[module]}](#{told[module]})." if module in told else head
+        told.setdefault(module, name)
         said = inspect.cleandoc(function.__doc__).partition("\n\nArgs:")[0].replace("``", "`")
         rows = [f"| `{key}` | of `[objective]` | the range that ratios are held in |" for key in known.keys]
         for field in msgspec.structs.fields(known.options):
@@ -81,7 +85,7 @@ def objectives() -> str:
             rows.append(f"| `options.{field.name}` | {default} | {_said_of(known.options, field.name)} |")
         table = "\n".join(["| | default | |", "|---|---|---|", *rows])
         own = f"Advantages: `{known.advantage}`. `objectives/{module}.py`."
-        parts.append(f"## {name}\n\n{said}\n\n{own}\n\n{table}")
+        parts.append(f"## {name}\n\n{said}\n\n{head}\n\n{own}\n\n{table}")
     for title, module in (
         ("Advantages", advantages),
         ("Aggregations", aggregation),

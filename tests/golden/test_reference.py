@@ -26,6 +26,14 @@ def test_the_reference_has_all_that_the_catalog_says_of_a_figure():
         assert all(said in rows[metric.name] for said in (*of, metric.denominator, metric.nan_rule))
 
 
+def test_the_reference_of_objectives_has_the_head_of_each_file():
+    """With the keys that make GRPO's variants, and why a bound below 1 is no clip."""
+    page = " ".join((ROOT / "docs" / "reference" / "objectives.md").read_text().split())
+    assert 'Dr. GRPO advantage_scale = "none" aggregation = "seq-mean-token-sum-norm"' in page
+    assert "A bound below 1 scales every gradient, also at ratio 1. TRL reads `epsilon_high`" in page
+    assert "is no pair" in page
+
+
 def test_every_cause_that_the_code_names_is_explained():
     import re
 

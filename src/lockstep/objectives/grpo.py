@@ -1,7 +1,7 @@
 """GRPO, and with it PPO's clipped surrogate: the policy ratio times an advantage, held near 1.
 
 Shao et al., "DeepSeekMath", 2024, arXiv:2402.03300, eq. 3; Schulman et al., "Proximal Policy Optimization",
-2017, arXiv:1707.06347, eq. 7. The published variants are settings of it:
+2017, arXiv:1707.06347, eq. 7. The published variants are keys of ``[objective]``:
 
     GRPO      advantage_scale = "std"   aggregation = "seq-mean-token-mean"
     Dr. GRPO  advantage_scale = "none"  aggregation = "seq-mean-token-sum-norm"    arXiv:2503.20783
