@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny random model, made here, so that unit tests need no download."""
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -83,6 +84,17 @@ def need(function, *args):
         if os.environ.get("CI") and not isinstance(error, MachineError):
             raise
         pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
+
+
+def need_extra(module, extra=""):
+    """The package of an extra; a skip with its reason where it is not installed.
+
+    Under ``make extras``, whose environment has all of them, that is an error.
+    """
+    if os.environ.get("LOCKSTEP_EXTRAS"):
+        return importlib.import_module(module)
+    line = f'pip install "lockstep-rl[{extra or module}]"'
+    return pytest.importorskip(module, reason=f"NOT_RUN: {module} is not installed ({line}, or make extras)")
 
 
 @pytest.fixture(autouse=True, scope="module")

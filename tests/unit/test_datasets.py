@@ -13,6 +13,7 @@ from lockstep.errors import RecipeError
 from lockstep.rollout.datasets import read_items
 from lockstep.rollout.tasks import Task
 from lockstep.runs.manifest import _code
+from tests.conftest import need_extra
 
 ROWS = [{"problem": f"{n} + 1", "solution": str(n + 1), "level": n} for n in range(8)]
 COLUMNS = {"question": "problem", "answer": "solution"}
@@ -90,7 +91,7 @@ def test_a_run_does_not_go_on_with_other_code_of_the_users():
             {"columns": {"question": "prompt"}},
             "row 0: got no column 'prompt', but problem",
         ),
-        ('{"problem": "x"}\n', {"colums": {}}, "expected columns, shuffle, split"),
+        ('{"problem": "x"}\n', {"colums": {}}, "expected columns, shuffle, split, config"),
         ("\n", {}, "an empty dataset"),
     ],
 )
@@ -118,3 +119,43 @@ def test_the_hubs_library_is_an_extra_and_its_absence_gives_the_line_that_instal
     with pytest.raises(RecipeError) as raised:
         read_items("hub", "org/name", {}, 0)
     assert raised.value.hint == 'pip install "lockstep-rl[datasets]"'
+
+
+CARD = """---
+configs:
+- config_name: main
+  data_files: [{split: train, path: main.jsonl}, {split: test, path: other.jsonl}]
+- config_name: other
+  data_files: other.jsonl
+---
+"""
+
+
+@pytest.fixture
+def gsm8k(tmp_path, monkeypatch):
+    """A data set of two configurations, as the hub's are laid out, read with the hub's own library."""
+    datasets = need_extra("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "gsm8k"
+    root.mkdir()
+    (root / "README.md").write_text(CARD)
+    for name, rows in (("main", ROWS), ("other", [row | {"level": -1} for row in ROWS[:2]])):
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(root)
+
+
+def test_a_data_set_of_several_configurations_is_read_by_its_name(gsm8k):
+    main = read_items("hub", gsm8k, {"config": "main", "columns": COLUMNS}, 0)
+    assert [item["level"] for item in main] == list(range(8))
+    assert main[3]["question"] == "3 + 1"
+    other = read_items("hub", gsm8k, {"config": "other"}, 0)
+    assert [item["level"] for item in other] == [-1, -1]
+    assert read_items("hub", gsm8k, {"config": "main", "split": "test"}, 0) == other
+
+
+def test_without_its_name_the_configurations_that_there_are_are_told(gsm8k):
+    with pytest.raises(RecipeError, match=r"main.*other") as raised:
+        read_items("hub", gsm8k, {}, 0)
+    assert 'config = "…"' in raised.value.hint
+    with pytest.raises(RecipeError, match="no_such"):
+        read_items("hub", gsm8k, {"config": "no_such"}, 0)

@@ -6,6 +6,7 @@ name = "jsonl:data/questions.jsonl"                      # or parquet:PATH, hub:
 [task.options]
 columns = { question = "problem", answer = "solution" }  # ours = theirs; all other columns are kept
 shuffle = true                                           # by the run's seed; else in the file's order
+config = "main"                                          # of hub:openai/gsm8k, which has several
 """
 
 from collections.abc import Callable
@@ -27,6 +28,8 @@ class FileOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     shuffle: bool = False
     split: str = "train"
     """Of a data set of the hub's."""
+    config: str = ""
+    """Which of its configurations, where it has several; empty: the only one, or the one it calls default."""
 
 
 def read_items(source: str, name: str, options: dict[str, Any], seed: int) -> list[Item]:
@@ -97,9 +100,12 @@ def _hub(where: str, name: str, asked: FileOptions) -> list[dict[str, Any]]:
             hint='pip install "lockstep-rl[datasets]"',
         ) from error
     try:
-        return list(datasets.load_dataset(name, split=asked.split))
+        return list(datasets.load_dataset(name, asked.config or None, split=asked.split))
     except Exception as error:  # its own, the hub's, the network's
-        raise _not_read(where, name, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        # Which configurations there are stands behind its first line.
+        got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        hint = 'task.options = { config = "…", split = "…" }'
+        raise RecipeError(where, got=got, expected="one split of one configuration", hint=hint) from error
 
 
 READERS: dict[str, Callable[[str, str, FileOptions], list[dict[str, Any]]]] = {
