@@ -24,7 +24,7 @@ ifeq ($(filter $(PLATFORM),Linux-x86_64 Linux-aarch64),)
 TRAIN_FLAGS := --engine transformers
 endif
 
-.PHONY: quickstart test test-unit chaos check faults bench migration migration-short migration-ready peers setup prepared engine engines model lock clean
+.PHONY: quickstart test test-unit chaos check faults bench migration migration-short migration-ready peers extras setup prepared engine engines model lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: prepared
@@ -72,6 +72,19 @@ peers: $(PEERS_READY)  # Lockstep's objectives beside TRL's and verl's own code;
 $(PEERS_READY):  # verl pins an older transformers than TRL's: what is compared needs neither's trainer
 	@rm -rf .venv-peers && $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip --disable-pip-version-check --no-input install -qq --no-deps -r requirements-peers.lock
+	@touch $@
+
+EXTRAS_READY := .venv-extras/.ready-$(shell cksum < requirements-extras.lock | cut -d ' ' -f 1)
+
+extras: $(EXTRAS_READY)  # sinks, mathematics and the hub's data sets with the real libraries, offline; no torch
+	LOCKSTEP_EXTRAS=1 PYTHONPATH=src:. .venv-extras/bin/python -m pytest \
+		tests/unit/test_sinks.py tests/unit/test_math_reward.py tests/unit/test_datasets.py
+
+$(EXTRAS_READY):  # mlflow holds pyarrow below the trainer's
+	@rm -rf .venv-extras && mkdir -p build
+	@.ci/quietly ".venv-extras, virtual environment" build/venv-extras.log $(PYTHON) -m venv .venv-extras
+	@.ci/quietly ".venv-extras, the extras" build/pip-extras.log .venv-extras/bin/python -m pip \
+		--disable-pip-version-check --no-input install -qq --no-compile --no-deps -r requirements-extras.lock
 	@touch $@
 
 setup: $(READY)

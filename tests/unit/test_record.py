@@ -23,7 +23,7 @@ from lockstep.records.verdicts import (
 from lockstep.runs.layout import RunLayout, new_run
 from lockstep.runs.manifest import write_manifest
 from lockstep.runs.read import open_run, read_steps, read_verdicts
-from lockstep.runs.record import Recorder, open_recorder, sink_names
+from lockstep.runs.record import Recorder, open_recorder
 from lockstep.runs.sinks import csv as csv_sink
 from lockstep.runs.strict import drop_partial_line
 from lockstep.summary import summarise
@@ -192,16 +192,6 @@ def test_a_sink_that_nobody_has_is_refused_with_the_nearest(layout):
     ) as raised:
         open_recorder(layout, ["cvs"])
     assert raised.value.hint == "--set 'recording.sinks=[\"csv\"]'"
-
-
-@pytest.mark.parametrize("name", sink_names())
-def test_a_sink_writes_nothing_before_its_first_record(tmp_path, name):
-    """Otherwise a start that fails before its manifest could not be made again in its place."""
-    if name not in ("csv", "jsonl"):
-        pytest.importorskip(name, reason=f"NOT_RUN: {name} is not installed")
-    layout = new_run(tmp_path / "run")
-    open_recorder(layout, [name])
-    assert list(layout.root.iterdir()) == []
 
 
 def test_a_sink_that_cannot_be_opened_leaves_the_place_to_the_next_try(

@@ -1,6 +1,6 @@
 """Sinks of other libraries, each with the real one, offline, read back from what it wrote.
 
-One that is not installed is NOT_RUN, and says so.
+One that is not installed is NOT_RUN, and says so; ``make extras`` has all of them.
 """
 
 import importlib
@@ -18,9 +18,10 @@ from lockstep.metrics.aliases import aliases_of
 from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import BeforeStep, Verdict
 from lockstep.report.sources.read import read_runs
-from lockstep.runs.layout import RunLayout
-from lockstep.runs.record import open_recorder
+from lockstep.runs.layout import RunLayout, new_run
+from lockstep.runs.record import open_recorder, sink_names
 from lockstep.runs.sinks.base import ShownCompletions, table
+from tests.conftest import need_extra
 
 QUICKSTART = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.toml")
 PASSED = Verdict(layer="semantics", status="PASS", summary="the sampler's", n_tokens=8)
@@ -40,7 +41,7 @@ def layout(tmp_path, monkeypatch):
 
 
 def recorded(layout, name, override=False):
-    pytest.importorskip(name, reason=f'NOT_RUN: {name} is not installed (pip install "lockstep-rl[{name}]")')
+    need_extra(name)
     recorder = open_recorder(layout, [name], aliases_of("trl", QUICKSTART))
     assert not any((layout.root / name).iterdir() if (layout.root / name).exists() else ()), "not written yet"
     if override:
@@ -75,6 +76,7 @@ def test_wandb_has_the_figures_under_both_names_offline(layout):
     run = sink._run
     assert run.settings._offline
     run.finish()
+    sink._wandb.teardown()  # finish() does not wait until the other process has written the file to its end
     (file,) = layout.root.glob("wandb/offline-run-*/run-*.wandb")
     (read,) = read_runs(file, {})  # W&B has no reader of its own any more: compare's, held to W&B's files
     assert read.figures["loss"].tolist() == [0.25, -1.0]
@@ -103,16 +105,28 @@ def test_mlflow_has_figures_tags_and_the_table_and_goes_on_with_its_run(layout):
         assert json.load(file)["reward"] == [0.5]
 
 
-def test_trackio_has_the_figures_and_the_alert(layout):
-    sink = recorded(layout, "trackio")
+def test_trackio_has_the_figures_the_stamp_and_the_alert(layout):
+    sink = recorded(layout, "trackio", override=True)
     sink._trackio.finish()
     from trackio.sqlite_storage import SQLiteStorage
 
     rows = SQLiteStorage.get_logs("lockstep", "run")
-    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(0, 0.25), (1, -1.0)]
+    steps = [row for row in rows if "loss" in row]
+    assert [(row["step"], row["loss"]) for row in steps] == [(0, 0.25), (1, -1.0)]
+    assert ["a sentence" in row["override"] for row in steps] == [True, True]
     assert any("completions" in row for row in rows)
     (alert,) = sink._trackio.Api().runs("lockstep")[0].alerts()
     assert alert["title"] == "flat groups"
+
+
+@pytest.mark.parametrize("name", sink_names())
+def test_a_sink_writes_nothing_before_its_first_record(tmp_path, name):
+    """Otherwise a start that fails before its manifest could not be made again in its place."""
+    if name not in ("csv", "jsonl"):
+        need_extra(name)
+    layout = new_run(tmp_path / "run")
+    open_recorder(layout, [name])
+    assert list(layout.root.iterdir()) == []
 
 
 def test_no_extra_is_imported_unless_asked_for():

@@ -267,15 +267,3 @@ def test_mathematics_is_parsed_on_both_sides_and_compared(monkeypatch):
     with pytest.raises(RewardError, match="is no mathematics"):
         list(task.rewards(["1"], [{"question": "", "answer": "a cat"}]))
     math_reward._library.cache_clear()
-
-
-def test_with_the_library_itself():
-    pytest.importorskip("math_verify", reason='NOT_RUN: no math-verify (pip install "lockstep-rl[math]")')
-    for answer, completion, worth in [
-        ("1/2", r"so \boxed{0.5}", 1.0),
-        (r"\frac{1}{2}", r"The answer is $\frac{2}{4}$", 1.0),
-        ("x+1", "$1+x$", 1.0),
-        ("12", "it is 13", 0.0),
-        ("5", "", 0.0),
-    ]:
-        assert math_reward.math_verify(completion, {"answer": answer}) == worth
