@@ -23,7 +23,6 @@ from lockstep.errors import LockstepError, UsageError
 if TYPE_CHECKING:
     from lockstep.engines.audit import KnobRow
     from lockstep.loop.open import Plants, Session
-    from lockstep.metrics.aliases import Alias
     from lockstep.parity.ladder import LadderResult
     from lockstep.records.verdicts import Status, Verdict
     from lockstep.runs.certificate import Certificate
@@ -206,23 +205,12 @@ def _run_of(
     return (read_recipe(layout.manifest), layout) if layout else (loaded, None)
 
 
-def _aliases(recipe: Recipe, say: Say) -> "tuple[Alias, ...]":
-    """The names of another system that the sinks get too; how many of them do not, and why, is told once."""
-    from lockstep.metrics.aliases import aliases_of, left_out
-
-    system = recipe.recording.aliases
-    if not system:
-        return ()
-    say(left_out(system, recipe))
-    return aliases_of(system, recipe)
-
-
 def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resumed: bool) -> None:
     from lockstep.loop.sync import session_of
     from lockstep.runs.manifest import refuse_other_run, write_manifest
-    from lockstep.runs.record import open_recorder
+    from lockstep.runs.record import recorder_of
 
-    recorder = open_recorder(layout, recipe.recording.sinks, _aliases(recipe, say))
+    recorder = recorder_of(recipe, layout, say)
     with session_of(recipe, layout.engine_log, say, _plants(start.faults), start.api_key_env) as session:
         from lockstep.loop.run import Run
         from lockstep.loop.sync import steps_of

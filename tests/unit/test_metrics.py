@@ -136,7 +136,8 @@ def test_trls_clip_ratio_leaves_out_what_the_dual_clip_takes():
     from lockstep.objectives.grpo import grpo
     from tests.unit.loss_inputs import inputs_of
 
-    r, a = torch.tensor([0.7, 1.5, 5.0, 1.0]), torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    r = torch.tensor([0.7, 1.5, 5.0, 1.0])
+    a = torch.tensor([-1.0, 1.0, -1.0, 1.0])
     given = inputs_of(r.log(), torch.zeros(4), a)
     theirs = ((r < 0.8) & (a < 0)) | ((r > 1.2) & (a > 0))
     plain = grpo(given, clip_low=0.2, clip_high=0.2, dual_clip=math.inf).clipped

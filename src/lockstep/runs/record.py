@@ -7,12 +7,13 @@ loop ── step, verdict, alarm ──► Recorder ──┬──► sinks/jso
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
+from lockstep.config.recipe import Recipe
 from lockstep.errors import RecipeError
-from lockstep.metrics.aliases import Alias, exported
+from lockstep.metrics.aliases import Alias, aliases_of, exported, left_out
 from lockstep.metrics.catalog import metric_named
 from lockstep.records.alarms import Alarm, Override
 from lockstep.records.verdicts import Verdict, When
@@ -117,6 +118,18 @@ def open_recorder(layout: RunLayout, also: Sequence[str] = (), aliases: Sequence
     """
     refuse_unknown_sinks(also)
     return Recorder([_opened(name, layout) for name in dict.fromkeys(["jsonl", *also])], aliases)
+
+
+def recorder_of(recipe: Recipe, layout: RunLayout, say: Callable[[str], None]) -> Recorder:
+    """The recorder that a recipe asks for; how many names of another system it leaves out is said once.
+
+    Raises:
+        RecipeError: as :func:`open_recorder`.
+    """
+    system = recipe.recording.aliases
+    if system:
+        say(left_out(system, recipe))
+    return open_recorder(layout, recipe.recording.sinks, aliases_of(system, recipe) if system else ())
 
 
 def _opened(name: str, layout: RunLayout) -> Sink:
