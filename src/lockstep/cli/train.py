@@ -80,4 +80,4 @@ def _look(recipe: Recipe | None, out: Path | None, api_key_env: str, *, as_json:
     if as_json:
         emit("dry_run", found)
     else:
-        show(told(found))
+        show(told(found, recipe))

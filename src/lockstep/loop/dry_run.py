@@ -3,6 +3,7 @@
 Nothing is started and nothing is written.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import msgspec
 from msgspec import Struct
 
 from lockstep.config.recipe import Recipe
+from lockstep.config.written import toml_of
 from lockstep.errors import ModelError
-from lockstep.loop.open import preflight
+from lockstep.loop.open import held_out_of, preflight, refuse_long_prompt
 from lockstep.objectives.registry import advantage_of, needs_of
 from lockstep.rendering import Renderer
+from lockstep.rollout.preferences import Preferences
+from lockstep.rollout.rewards import Item
 from lockstep.rollout.tasks import Task
+from lockstep.runs.layout import RunLayout
 from lockstep.runs.tensor_files import header_of
 
 SHOWN = 3
@@ -55,18 +60,13 @@ def dry_run(recipe: Recipe, out: Path | None, api_key_env: str = "") -> DryRun:
 
     Raises:
         UsageError: as a run would, before it starts anything.
+        EnvironmentFault: where an environment's reset fails, as it would in a run.
     """
     choice, path = preflight(recipe, api_key_env)
-    task = Task(recipe.task, recipe.training.seed)
-    renderer = Renderer(path, task.tools)
-    task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
-    try:
-        prompts = tuple(_prompt(renderer, task, number) for number in range(SHOWN))
-    finally:
-        task.close()
+    prompts = _prompts(recipe, path)
     parameters = _parameters(path)
     training = recipe.training
-    root = str(out) if out is not None else "runs/<date>-<random>"
+    root = RunLayout(out if out is not None else Path("runs/<date>-<random>"))
     return DryRun(
         engine=f"{choice.name} {choice.environment.version if choice.environment else ''}".strip(),
         engine_reason=choice.reason,
@@ -77,26 +77,63 @@ def dry_run(recipe: Recipe, out: Path | None, api_key_env: str = "") -> DryRun:
         prompts=prompts,
         n_parameters=parameters,
         memory_gib={name: n / GIB for name, n in _memory(recipe, parameters).items()},
-        writes=tuple(
-            f"{root}/{name}"
-            for name in (
-                *("manifest.json", "certificate.json", "verdicts.jsonl", "metrics.jsonl", "rollouts/"),
-                *("checkpoints/", "engine.log", *(f"({sink})" for sink in recipe.recording.sinks)),
-            )
-        ),
+        writes=_writes(recipe, root),
         recipe=msgspec.to_builtins(recipe),
     )
 
 
+def _writes(recipe: Recipe, run: RunLayout) -> tuple[str, ...]:
+    """Every file and directory of a run, and where a sink keeps its own."""
+    own = [str(run.manifest), str(run.metrics), f"{run.checkpoints}/"]
+    if recipe.loop.kind != "offline":
+        own += [*map(str, (run.certificate, run.verdicts, run.alarms, run.engine_log))]
+        own.append(f"{run.root}/rollouts/")
+    if recipe.loop.ahead:
+        own.append(str(run.ledger))
+    return (*own, *(f"{run.root}/({sink})" for sink in recipe.recording.sinks))
+
+
+def _prompts(recipe: Recipe, model: Path) -> tuple[Prompt, ...]:
+    """The first questions, after what a run asks of its questions before it starts an engine.
+
+    Raises:
+        UsageError: for questions that are none, or leave the engine no room.
+    """
+    task = Task(recipe.task, recipe.training.seed)
+    with contextlib.ExitStack() as stack:
+        stack.callback(task.close)
+        if (held_out := held_out_of(recipe)) is not None:
+            stack.callback(held_out.close)
+        renderer = Renderer(model, task.tools)
+        task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
+        if recipe.loop.kind == "offline":
+            Preferences(task, renderer, recipe).step(0)
+        else:
+            refuse_long_prompt(recipe, task, renderer)
+        return tuple(_prompt(renderer, task, number) for number in range(SHOWN))
+
+
 def _prompt(renderer: Renderer, task: Task, number: int) -> Prompt:
     item = task.item(number)
-    ids = renderer.prompt(task.messages(item))
+    ids = renderer.prompt(task.messages(item, _said_first(task, item)))
     return Prompt(
         item=number,
         text=renderer.tokenizer.decode(ids),
         token_ids=tuple(ids.tolist()),
-        answer=str(item.get("answer", "")),
+        answer=str(item.get("answer", item.get("chosen", ""))),
     )
+
+
+def _said_first(task: Task, item: Item) -> str:
+    """What an environment adds to a question; empty without one."""
+    environments = task.environments
+    if environments is None:
+        return ""
+    one = environments.made()
+    try:
+        return str(environments.call(one.reset, **item) or "")
+    finally:
+        environments.close(one)
 
 
 def _parameters(path: Path) -> int:
@@ -129,14 +166,21 @@ def _memory(recipe: Recipe, parameters: int) -> dict[str, int]:
         "gradients": width * parameters,
         "adam moments": 8 * parameters,  # two, in fp32
         "fp32 masters": 0 if width == 4 else 4 * parameters,
+        "fp32 master gradients": 0 if width == 4 else 4 * parameters,  # of each update, beside the model's
         # With one buffer the trainer's parameters lie in the published file themselves.
         "published weights": 0 if buffers == 1 else 2 * width * parameters,
         "reference model": width * parameters if needs_of(recipe.objective).reference else 0,
+        "ring of versions": _versions_held(recipe) * width * parameters,
     }
 
 
-def told(found: DryRun) -> str:
-    """For people."""
+def _versions_held(recipe: Recipe) -> int:
+    """Copies of the weights in memory under which tokens of earlier versions are scored."""
+    return recipe.rollout.max_lag if recipe.loop.ahead and recipe.rollout.ring == "memory" else 0
+
+
+def told(found: DryRun, recipe: Recipe) -> str:
+    """For people: the recipe last, as a file that a run can be started with."""
     total = sum(found.memory_gib.values())
     parts = ", ".join(f"{name} {size:.2f}" for name, size in found.memory_gib.items() if size)
     lines = [
@@ -152,4 +196,6 @@ def told(found: DryRun) -> str:
             f"  {prompt.text!r}",
             f"  {' '.join(map(str, prompt.token_ids))}",
         ]
-    return "\n".join([*lines, *(f"would write {name}" for name in found.writes), "nothing was started"])
+    lines += [f"would write {name}" for name in found.writes]
+    lines += ["", "the recipe; every other key is at its default:", "", toml_of(recipe)]
+    return "\n".join([*lines, "nothing was started"])

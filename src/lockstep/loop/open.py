@@ -137,7 +137,7 @@ def open_session(
         starting = _begun(stack, choice, spec) if choice.environment and ranks.first else None
         renderer = Renderer(model_path, task.tools)
         task.pass_over_long(lambda messages: len(renderer.prompt(messages)))
-        _refuse_long_prompt(recipe, task, renderer)
+        refuse_long_prompt(recipe, task, renderer)
         from lockstep.parity.pair import Pair
         from lockstep.training.trainer import Trainer
         from lockstep.weights.publish import publisher_of
@@ -219,6 +219,9 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
     refuse_correction(recipe.objective)
     refuse_unknown_sinks(recipe.recording.sinks)
     if recipe.loop.kind == "offline":
+        from lockstep.loop.offline import refuse_offline
+
+        refuse_offline(recipe)
         return OFFLINE, resolve_model(recipe.model.path)
     return choose(recipe.engine, api_key_env), resolve_model(recipe.model.path)
 
@@ -249,7 +252,12 @@ def _spec(
     )
 
 
-def _refuse_long_prompt(recipe: Recipe, task: Task, renderer: Renderer) -> None:
+def refuse_long_prompt(recipe: Recipe, task: Task, renderer: Renderer) -> None:
+    """What the engine has no room for.
+
+    Raises:
+        RecipeError: where the first prompt and what is sampled after it are longer than it takes.
+    """
     # The first stands for all; a longer one the engine refuses when it is asked.
     length = len(renderer.prompt(task.messages(task.item(0))))
     needed = length + max(recipe.sampling.max_tokens, recipe.parity.probe_tokens)
