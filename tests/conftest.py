@@ -86,6 +86,10 @@ def need(function, *args):
         pytest.skip(f"NOT_RUN: {error.boundary}, {error.got}; {error.hint}")
 
 
+EXTRAS = ("tensorboard", "wandb", "mlflow", "trackio", "datasets", "math_verify", "pandas")
+"""What pyproject.toml's extras bring beside the trainer's packages: nothing imports them unasked."""
+
+
 def need_extra(module, extra=""):
     """The package of an extra; a skip with its reason where it is not installed.
 

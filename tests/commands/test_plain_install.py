@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,10 +13,11 @@ import pytest
 
 import lockstep as lockstep_rl
 from lockstep.cli.main import EXTRA
+from tests.conftest import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
-HEAVY = ("torch", "transformers", "pyarrow", "rich", "pandas", "vllm")
+HEAVY = ("torch", "transformers", "pyarrow", "rich", "vllm", *EXTRAS)
 VERBS = [
     [],
     ["init"],
@@ -155,6 +157,13 @@ def test_the_extras_packages_are_those_that_the_command_knows():
         for line in table["project"]["optional-dependencies"]["trainer"]
     }
     assert declared | {"huggingface_hub"} == set(EXTRA)
+
+
+def test_every_extra_is_one_that_nothing_may_bring():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = [lines for name, lines in table.items() if name not in ("trainer", "dev", "bench")]
+    packages = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for lines in extras for line in lines}
+    assert packages <= {*HEAVY}
 
 
 def test_runs_are_compared_and_reported_without_torch(tmp_path):

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 import lockstep
+from tests.conftest import EXTRAS
 from tests.faults import conftest
 
 recipe = conftest.recipe
-HEAVY = ("torch", "transformers", "typer", "rich", "pyarrow", "httpx2", "numpy", "msgspec", "vllm", "ray")
+HEAVY = (
+    *("torch", "transformers", "typer", "rich", "pyarrow", "httpx2", "numpy", "msgspec", "vllm", "ray"),
+    *EXTRAS,
+)
 """What ``import lockstep`` must not bring."""
 
 
@@ -29,7 +33,7 @@ def test_the_import_alone_brings_nothing():
 @pytest.mark.parametrize("name", sorted(lockstep.PUBLIC.keys() - {"Trainer"}))  # it owns tensors
 def test_a_name_brings_what_it_is_made_of_and_neither_torch_nor_the_command_line(name):
     brought = modules_after(f"import lockstep; lockstep.{name}")
-    assert brought & {"torch", "transformers", "typer", "rich", "vllm", "pyarrow"} == set()
+    assert brought & {"torch", "transformers", "typer", "rich", "vllm", "pyarrow", *EXTRAS} == set()
 
 
 def test_the_names_are_the_librarys_own():
