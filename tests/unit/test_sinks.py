@@ -25,7 +25,7 @@ from tests.conftest import EXTRAS, need_extra
 QUICKSTART = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.toml")
 PASSED = Verdict(layer="semantics", status="PASS", summary="the sampler's", n_tokens=8)
 ALARM = Alarm(step=1, name="flat groups", layer="task", sentence="95% of the groups teach nothing")
-SHOWN = ShownCompletions(step=0, rows=(("1 + 1 =", "2 | or\nthree", 0.5, "stop"),))
+SHOWN = ShownCompletions(step=0, rows=(("1 + 1 =", "2 | or\nthree", 0.5, -1.25, "stop"),))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_wandb_has_the_figures_under_both_names_offline(layout):
     assert b"a sentence" in content
     assert b"teach nothing" in content
     (shown,) = layout.root.glob("wandb/offline-run-*/files/media/table/completions*.json")
-    assert json.loads(shown.read_text())["data"] == [["1 + 1 =", "2 | or\nthree", 0.5, "stop"]]
+    assert json.loads(shown.read_text())["data"] == [["1 + 1 =", "2 | or\nthree", 0.5, -1.25, "stop"]]
 
 
 def test_mlflow_has_figures_tags_and_the_table_and_goes_on_with_its_run(layout):
@@ -101,7 +101,8 @@ def test_mlflow_has_figures_tags_and_the_table_and_goes_on_with_its_run(layout):
     (artifact,) = client.list_artifacts(run.info.run_id, "completions")
     where = client.download_artifacts(run.info.run_id, artifact.path)
     with open(where) as file:
-        assert json.load(file)["reward"] == [0.5]
+        shown = json.load(file)
+    assert (shown["reward"], shown["advantage"]) == ([0.5], [-1.25])
 
 
 def test_trackio_has_the_figures_the_stamp_and_the_alert(layout):
@@ -182,4 +183,4 @@ def test_a_run_is_told_once_which_names_it_does_not_get(layout):
 
 
 def test_a_table_escapes_what_would_break_it():
-    assert table(SHOWN).splitlines()[-1] == "| 1 + 1 = | 2 \\| or ⏎ three | 0.5 | stop |"
+    assert table(SHOWN).splitlines()[-1] == "| 1 + 1 = | 2 \\| or ⏎ three | 0.5 | -1.25 | stop |"

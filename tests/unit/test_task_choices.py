@@ -14,6 +14,7 @@ from lockstep.config.task import TaskConfig
 from lockstep.errors import RecipeError, RewardError
 from lockstep.loop import evaluate
 from lockstep.loop.open import held_out_of
+from lockstep.loop.shown import show
 from lockstep.metrics.catalog import BY_NAME, metric_named
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
@@ -238,6 +239,22 @@ def test_evaluations_that_say_nothing_are_refused(evaluation, told):
     }
     with pytest.raises(RecipeError, match=told):
         parse_recipe(table, "tests")
+
+
+# ── what people are shown ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_shown_is_the_first_of_each_group_with_what_is_learned_from_it(tmp_path):
+    rollouts = samples_of([3, 2, 4, 1], ["stop"] * 4)
+    rollouts.samples[2] = replace(rollouts[2], loss_mask=np.array([True, False, True, False]))
+    rollouts.fill(advantages=np.array([0.5, 0.5, 0.5, -0.5, -0.5, 1.0, 9.0, 3.0, 9.0, -2.0], np.float32))
+    tables = []
+    recorder = SimpleNamespace(shows_completions=True, completions=tables.append)
+    renderer = SimpleNamespace(text=lambda ids: "asked")
+    show(SimpleNamespace(recorder=recorder, pair=SimpleNamespace(renderer=renderer)), 7, rollouts)
+    (shown,) = tables
+    advantages = [row[shown.columns.index("advantage")] for row in shown.rows]
+    assert (shown.step, advantages) == (7, [0.5, 2.0])
 
 
 # ── mathematics ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,7 @@
 """A few of a step's completions for the sinks that people look at."""
 
 from lockstep.loop.run import Run
-from lockstep.records.samples import Samples
+from lockstep.records.samples import Sample, Samples
 from lockstep.runs.sinks.base import ShownCompletions
 
 SHOWN = 8
@@ -20,8 +20,16 @@ def show(run: Run, step: int, rollouts: Samples) -> None:
             run.pair.renderer.text(sample.prompt_ids)[-PROMPT_END:],
             sample.text,
             float(sample.reward),
+            _advantage(sample),
             str(sample.finish_reason),
         )
         for sample in firsts
     ]
     run.recorder.completions(ShownCompletions(step=step, rows=tuple(rows)))
+
+
+def _advantage(sample: Sample) -> float:
+    """Of its tokens in the loss, their mean: all of them have the same unless a value head gave them."""
+    if sample.advantages is None or not sample.loss_mask.any():
+        return float("nan")
+    return float(sample.advantages[sample.loss_mask].mean())

@@ -39,8 +39,9 @@ class ShownCompletions(Struct, frozen=True, kw_only=True):
     """Some of a step's completions, for people."""
 
     step: int
-    columns: tuple[str, ...] = ("prompt", "completion", "reward", "finish_reason")
-    rows: tuple[tuple[str, str, float, str], ...]
+    columns: tuple[str, ...] = ("prompt", "completion", "reward", "advantage", "finish_reason")
+    """The advantage: its mean over the tokens that were sampled; NaN where nothing is learned of them."""
+    rows: tuple[tuple[str, str, float, float, str], ...]
 
 
 def table(completions: ShownCompletions) -> str:
