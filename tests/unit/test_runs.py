@@ -1,6 +1,7 @@
 """Run directories: found again when interrupted, held by one process at a time."""
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -136,6 +137,20 @@ def test_auto_is_resolved_once_and_an_edited_recipe_is_refused(tmp_path):
     with pytest.raises(RunError, match="a recipe that was edited"):
         read_recipe(layout.manifest)
     assert unfinished_run(AUTO, tmp_path) is None
+
+
+def test_a_run_from_before_a_key_was_there_is_read_with_the_keys_default(tmp_path):
+    layout = made(tmp_path / "a", AUTO)
+    table = json.loads(layout.manifest.read_text())
+    del table["recipe"]["optimizer"]["schedule_options"]
+    older = msgspec.json.encode(table["recipe"], order="sorted")
+    table["recipe_sha256"] = hashlib.sha256(older).hexdigest()
+    layout.manifest.write_text(json.dumps(table))
+    assert read_recipe(layout.manifest).optimizer == AUTO.optimizer
+    table["recipe"]["optimizer"]["lr"] = 0.5
+    layout.manifest.write_text(json.dumps(table))
+    with pytest.raises(RunError, match="a recipe that was edited"):
+        read_recipe(layout.manifest)
 
 
 @pytest.mark.parametrize(

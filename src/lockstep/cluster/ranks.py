@@ -18,6 +18,8 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,9 +46,21 @@ PATIENCE = timedelta(hours=1)
 """How long a rank waits for another: the first one may start an engine meanwhile."""
 LAUNCHED = "LOCKSTEP_RANK_SCRATCH"
 """In the environment of a rank: the directory that goes with it, empty for the first one."""
-ALONE = {"--resume", "--continue", "--dry-run"}
+ALONE = ("--resume", "--continue", "--dry-run", "--plant")
+"""Flags of ``lockstep train`` that are for one process."""
 NO_SEARCH_S = 1e-9
 """A search for a cause ends by the clock, and each rank has its own: one process names it, several do not."""
+OF_TORCHRUN = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_",
+    "ROLE_",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+)
+"""How torchrun's variables begin: an engine that inherited them would look for ranks of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +167,7 @@ class Ranks:
     # ── what the loop holds in place of its own ─────────────────────────────────────────────────────────────
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe as the ranks run it."""
+        """The recipe as a pair of these ranks has it: nothing is tried that the clock would end."""
         if self.count == 1:
             return recipe
         parity = msgspec.structs.replace(recipe.parity, search_s=NO_SEARCH_S)
@@ -181,11 +195,15 @@ def refuse_ranks(recipe: Recipe) -> None:
     """
     if LAUNCHED not in os.environ:
         return
+    if scratch := os.environ[LAUNCHED]:
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)  # after the run's summary
     refused = {
         f"loop.kind = {recipe.loop.kind}": recipe.loop.kind != "sync",
         "a task with an environment": bool(recipe.task.environment),
         "several rewards": bool(recipe.task.rewards),
         f"model.dtype = {recipe.model.dtype}": recipe.model.dtype != "float32",
+        f"engine.dtype = {recipe.engine.dtype}": recipe.engine.dtype not in ("", None, "float32"),
+        f"engine.weights = {recipe.engine.weights}": recipe.engine.weights == "nccl",
     }
     got = ", ".join(what for what, holds in refused.items() if holds)
     if got:
@@ -224,6 +242,14 @@ class ToldEngine(Engine):
         self.ready = self._ranks.told(ready, Ready)
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
+        own = zlib.crc32(b"".join(prompt.tobytes() for prompt in prompts))
+        if self._ranks.told(lambda: own, int) != own:
+            raise errors.EngineError(
+                f"rank {self._ranks.number}, prompts",
+                got="others than the first rank's",
+                expected="the same on every rank",
+                hint="the data set gives another order in each process: sort it",
+            )
         return self._ranks.told(lambda: self._of.sample(prompts, params), list[Completion])
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
@@ -270,8 +296,6 @@ def joined() -> Iterator[Ranks]:
     if LAUNCHED not in os.environ:
         yield ONE
         return
-    if scratch := os.environ[LAUNCHED]:
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)  # after the run's summary
     import torch
     from torch import distributed
 
@@ -281,6 +305,8 @@ def joined() -> Iterator[Ranks]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        for name in [name for name in os.environ if name.startswith(OF_TORCHRUN)]:
+            del os.environ[name]
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), group)
     finally:
         distributed.destroy_process_group()
@@ -289,7 +315,7 @@ def joined() -> Iterator[Ranks]:
 def main() -> None:
     """Become ``lockstep train``, as the rank that torchrun has started."""
     arguments = sys.argv[1:]
-    if "RANK" not in os.environ or arguments[:1] != ["train"] or ALONE & set(arguments):
+    if "RANK" not in os.environ or arguments[:1] != ["train"] or any(a.startswith(ALONE) for a in arguments):
         print(
             "usage: torchrun --standalone --nproc-per-node N -m lockstep.cluster.ranks train RECIPE …",
             file=sys.stderr,
@@ -298,8 +324,9 @@ def main() -> None:
         sys.exit(errors.UsageError.exit_code)
     scratch = ""
     if os.environ["RANK"] != "0":
-        scratch = tempfile.mkdtemp(prefix="lockstep-rank-")
-        arguments += ["--out", str(Path(scratch) / "run")]
+        # Made when the run's directory is, privately; a recipe that is refused leaves nothing behind.
+        scratch = str(Path(tempfile.gettempdir()) / f"lockstep-rank-{uuid.uuid4().hex}")
+        arguments += ["--out", str(Path(scratch) / "run"), "--set", "recording.sinks=[]"]
     command = [sys.executable, "-m", "lockstep.cli.main", *arguments]
     os.execve(sys.executable, command, os.environ | {LAUNCHED: scratch})
 

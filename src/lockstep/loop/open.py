@@ -56,6 +56,8 @@ class Session:
     """Starts another engine like the first, and ends it with the session."""
     held_out: Task | None = None
     """Questions of evaluations, where the recipe has them."""
+    asked: Recipe | None = None
+    """The recipe of the run, where the pair's is another: of several ranks."""
 
     def restart_engine(self) -> None:
         """Another engine in the place of one that died; it holds the weights that the first began with.
@@ -90,7 +92,7 @@ class Session:
             **self.loop_choices(),
         }
         return build_manifest(
-            pair.recipe,
+            self.asked or pair.recipe,
             pair.engine.ready,
             choices,
             self.model_path,
@@ -121,13 +123,12 @@ def open_session(
     say(f"model {recipe.model.path}, engine {_named(choice)}")
     directory = weights_directory()
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(joined())
-        recipe = ranks.recipe(recipe)
-        task = ranks.task(recipe.task, recipe.training.seed)
-        held_out = held_out_of(recipe, ranks)
         # First in and so last out: the engine reads from there until it is closed.
         stack.callback(remove_weights, directory)
+        ranks = stack.enter_context(joined())
+        task = ranks.task(recipe.task, recipe.training.seed)
         stack.callback(task.close)
+        held_out = held_out_of(recipe, ranks)
         if held_out is not None:
             stack.callback(held_out.close)
         spec = _spec(
@@ -153,8 +154,8 @@ def open_session(
             say(f"engine {engine.ready.engine} {engine.ready.version} is up ({engine.ready.start_s:.0f} s)")
             return plants.around(engine) if plants else engine
 
-        pair = Pair(launched(starting), trainer, renderer, task, recipe, say=say)
-        yield Session(pair, choice, model_path, launched, held_out)
+        pair = Pair(launched(starting), trainer, renderer, task, ranks.recipe(recipe), say=say)
+        yield Session(pair, choice, model_path, launched, held_out, recipe)
 
 
 def _begun(stack: contextlib.ExitStack, choice: Choice, spec: EngineSpec) -> Engine:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -108,15 +109,12 @@ def _refuse_unread(objective: Objective) -> None:
     What one of the user's does with its pairs is its own affair.
     """
     beside_pairs = objective.entropy_coef > 0.0 or (objective.kl.coef > 0.0 and objective.kl.place == "loss")
-    unread: dict[str, tuple[str, str]] = {
-        "correction": (objective.correction, "none"),
-        "kl.place": (objective.kl.place, "loss"),
-        "advantage": (objective.advantage, "auto"),
-        "advantage_scale": (objective.advantage_scale, "std"),
-    }
-    if not beside_pairs:  # those are means over tokens
-        unread["aggregation"] = (objective.aggregation, "token-mean")
-    for key, (got, default) in unread.items():
+    unread = ["correction", "kl.place", "advantage", "advantage_scale"]
+    if not beside_pairs:  # which are means over tokens
+        unread.append("aggregation")
+    for key in unread:
+        got = attrgetter(key)(objective)
+        default = attrgetter(key)(Objective())
         if got != default:
             raise RecipeError(
                 f"recipe, key objective.{key}",

@@ -138,8 +138,9 @@ def read_manifest(path: Path) -> Manifest:
         manifest = convert(exact(table), Manifest, str_keys=True)
     except ValidationError as error:
         raise RunError(f"manifest {path}", got=str(error), expected="a whole manifest", hint=hint) from error
-    # The schema alone takes an edited number, and the run would go on as another.
-    if manifest.recipe_sha256 != _digest(manifest.recipe):
+    # The schema alone takes an edited number, and the run would go on as another. Of what is stored: there, a
+    # key that is younger than the run is missing.
+    if manifest.recipe_sha256 != _digest(table["recipe"]):
         raise RunError(
             f"manifest {path}", got="a recipe that was edited", expected="the recipe that was run", hint=hint
         )
@@ -273,7 +274,7 @@ def tidy(layout: RunLayout) -> None:
     keep_newest(layout.checkpoints)
 
 
-def _digest(recipe: Recipe) -> str:
+def _digest(recipe: Recipe | dict[str, Any]) -> str:
     return hashlib.sha256(json.encode(plain(recipe), order="sorted")).hexdigest()
 
 

@@ -72,7 +72,7 @@ class Trainer:
         self._reference_path = reference_path
         self._publisher = publisher(policy.model) if publisher is not None and ranks.first else None
         if not ranks.first:
-            self._give_part()  # as the first rank's publisher asks for when it is made
+            checkpoint_weights(policy.model)  # as the first rank's publisher does when it is made
         # Asked at each use: while a variant is held, another policy stands here.
         self.versions = Versions(lambda: self._policy, Ring(0))
 
@@ -262,6 +262,10 @@ class Trainer:
                 parameter itself, which is a change of its scale.
             before_each: called before each token's backward pass; what it raises ends them.
         """
+        if (
+            self._ranks.count > 1
+        ):  # of spread tensors there are none to be had: nothing moves, nothing is named
+            return [Slope(int(token), np.zeros(len(names))) for token in tokens]
         return slopes.slopes(self._policy, groups, tokens, temperature, names, towards, before_each)
 
     def pulls(
@@ -348,14 +352,10 @@ class Trainer:
         They must not change until :meth:`settle` has returned.
         """
         if not self._ranks.first:
-            self._give_part()
+            checkpoint_weights(self._policy.model)  # whole tensors, which all ranks gather together
             return WeightUpdate(version=version)
         assert self._publisher is not None, "no engine follows this trainer"
         return self._publisher.publish(version)
-
-    def _give_part(self) -> None:
-        """Of the whole tensors that the first rank publishes, which all ranks gather together."""
-        checkpoint_weights(self._policy.model)
 
     def settle(self) -> None:
         """Every engine has loaded what was published."""

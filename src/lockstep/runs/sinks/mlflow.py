@@ -10,6 +10,7 @@ from typing import Any
 from lockstep.records.alarms import Alarm
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.sinks.base import ShownCompletions, StepRecord, VerdictRecord
+from lockstep.runs.strict import strict
 
 EXPERIMENT = "lockstep"
 
@@ -47,7 +48,7 @@ class MlflowSink:
     def completions(self, completions: ShownCompletions) -> None:
         """A table, as an artifact of the step."""
         columns = zip(completions.columns, zip(*completions.rows, strict=True), strict=True)
-        content = {name: list(values) for name, values in columns}
+        content = {name: strict(list(values)) for name, values in columns}
         self._client.log_dict(self._opened(), content, f"completions/step-{completions.step:06d}.json")
 
     def _client_tag(self, name: str, text: str) -> None:
