@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lockstep.config.recipe import parse_recipe, with_sets
-from lockstep.errors import ModelError, UsageError
+from lockstep.errors import ModelError, RecipeError, UsageError
 from lockstep.loop.dry_run import dry_run, told
 from lockstep.rendering import Renderer
 from lockstep.runs.layout import RunLayout
@@ -151,3 +151,11 @@ def test_an_offline_dry_run_reads_the_pairs_that_it_would_train_on(recipe, tmp_p
     pairs.write_text(json.dumps({"question": "1 + 1", "chosen": "2"}))
     with pytest.raises(UsageError, match="rejected"):
         dry_run(offline, None)
+
+
+def test_a_schedule_that_cannot_be_is_refused_before_anything_starts(recipe):
+    sets = ["optimizer.schedule=cosine_with_min_lr", "optimizer.schedule_options={least = 1e-7}"]
+    with pytest.raises(RecipeError, match=r"optimizer\.schedule_options"):
+        dry_run(with_sets(recipe, sets), None)
+    sets[1] = "optimizer.schedule_options={min_lr = 1e-7}"
+    assert dry_run(with_sets(recipe, sets), None).optimizer_steps == 6

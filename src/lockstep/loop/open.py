@@ -219,6 +219,10 @@ def preflight(recipe: Recipe, api_key_env: str = "") -> tuple[Choice, Path]:
     refuse_objective(recipe.objective)
     refuse_correction(recipe.objective)
     refuse_unknown_sinks(recipe.recording.sinks)
+    if recipe.optimizer.schedule != "constant" or recipe.optimizer.schedule_options:
+        from lockstep.training.optimizer import refuse_schedule  # which asks transformers
+
+        refuse_schedule(recipe.optimizer, recipe.training.steps * recipe.training.minibatches)
     if recipe.loop.kind == "offline":
         from lockstep.loop.offline import refuse_offline
 

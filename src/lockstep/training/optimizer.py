@@ -45,6 +45,18 @@ def _schedule(config: OptimizerConfig, updates: int) -> Callable[[int], float]:
     return share
 
 
+def refuse_schedule(config: OptimizerConfig, updates: int) -> None:
+    """Refuse a schedule that cannot be, before anything is started.
+
+    Args:
+        updates: optimizer steps of the whole run.
+
+    Raises:
+        RecipeError: says why.
+    """
+    _schedule(config, updates)
+
+
 def _refused(config: OptimizerConfig, why: str) -> RecipeError:
     return RecipeError(
         "recipe, key optimizer.schedule_options",
