@@ -51,6 +51,20 @@ def test_one_request_is_cancelled_and_the_others_go_on(side):
     assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
 
 
+def test_requests_that_are_cancelled_at_once_all_end_with_what_there_is(side):
+    """Some have no token by then, and an engine may have nothing to say of them."""
+    asked = [SamplingParams(max_tokens=100, seed=row, n=2) for row in range(12)]
+    handles = side.engine.submit(prompts_of(12, seed=25), asked)
+    for handle in handles:
+        handle.cancel()
+    assert side.engine.drain(DEADLINE_S) == 0
+    for handle in handles:
+        cut = handle.result(0.0)
+        assert [completion.sample_index for completion in cut] == [0, 1]
+        assert {completion.finish_reason for completion in cut} <= {"abort", "stop"}
+    assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
+
+
 def test_a_request_that_comes_during_a_load_waits_and_is_of_the_new_version(side):
     if not side.engine.ready.capabilities["load"].supported:
         pytest.skip(f"NOT_RUN: {side.engine.ready.capabilities['load'].how}")

@@ -80,3 +80,17 @@ def test_exact_scores_are_proven_exactly():
     assert missing(exact).proven
     stale = moves(rng, 1.0, 0.01, noise=0.0)
     assert missing(stale).refuted
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-6, 4e-6])
+def test_an_update_no_larger_than_the_scores_own_rounding_is_never_refuted(size):
+    """As at the end of a schedule: each of the three scores has a rounding of its own."""
+    rng = np.random.default_rng(4)
+    owners = np.repeat(np.arange(SEQUENCES), LENGTH)
+    logprobs = -rng.exponential(1.0, owners.size)
+    for _ in range(100):
+        moved = size * rng.standard_t(4, owners.size)
+        new, old, engine = 4e-6 * rng.normal(size=(3, owners.size))
+        found = missing(Moves(engine - new, moved + new - old, logprobs, owners))
+        assert not found.refuted
+        assert not found.proven

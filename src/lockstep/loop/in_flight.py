@@ -208,7 +208,9 @@ def _proven_again(run: Run) -> dict[str, float]:
     """The figures of a sync that a restart and its ladder took the place of."""
     if run.canary is None:
         return {"unproven_syncs": float(run.unproven)}
-    result = run.canary.measure(run.pair)
+    with run.pair.as_beside_a_load():
+        side = run.canary.trainer_side(run.pair)
+    result = run.canary.measure(run.pair, side)
     return {"canary_gap_abs_max_nats": result.gap_abs_max_nats, "unproven_syncs": 0.0}
 
 

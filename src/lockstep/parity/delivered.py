@@ -15,6 +15,7 @@ import numpy as np
 
 from lockstep.parity.explain.score_test import slant, token_weights
 from lockstep.parity.tolerances import (
+    DELIVERED_LEAST_MOVE,
     DELIVERED_MISSING,
     DELIVERED_PROVEN,
     DELIVERED_SETTLED,
@@ -91,7 +92,8 @@ def missing(moves: Moves) -> Missing:
     From "all arrived" and from "nothing did", whichever leaves the narrower gap: the tokens' widths are those
     of what is left.
     """
-    if not np.square(moves.moved).sum() > 0.0:
+    # The trainer's own rounding is in the gap and, the other way round, in the move.
+    if not np.sqrt(np.square(moves.moved).mean()) > DELIVERED_LEAST_MOVE:
         return Missing(0.0, float("inf"), moves.gap.size)
     ends = [_descended(moves, start) for start in (0.0, 1.0)]
     theta = min(ends, key=lambda at: float(np.abs(moves.gap + at * moves.moved).sum()))

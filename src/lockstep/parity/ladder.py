@@ -128,5 +128,7 @@ def _canary(pair: Pair, evidence: Evidence) -> Canary:
     if pair.engine.ready.capabilities["rescore"].supported:
         # The mean of few tokens may be small by chance, and would then refuse the next sync by chance.
         of_all = float(np.abs(evidence.rescored - evidence.trainer).mean())
-        canary.clean_gap_nats = max(canary.measure(pair).gap_abs_mean_nats, of_all)
+        with pair.as_beside_a_load():
+            side = canary.trainer_side(pair)
+        canary.clean_gap_nats = max(canary.measure(pair, side).gap_abs_mean_nats, of_all)
     return canary

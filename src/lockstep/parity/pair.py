@@ -19,7 +19,7 @@ from lockstep.records.versions import LoadMode, LoadReceipt
 from lockstep.rendering import Renderer
 from lockstep.rollout.tasks import Task
 from lockstep.training.trainer import Trainer
-from lockstep.weights.sync import push
+from lockstep.weights.sync import beside_a_load, push
 
 
 @dataclass(eq=False)
@@ -97,6 +97,10 @@ class Pair:
     def shares_cores(self) -> bool:
         """True where the engine computes on the cores that the trainer computes on."""
         return self.trainer.device.type == "cpu" and self.resolved(self.engine.facts.device) in ("", "cpu")
+
+    def as_beside_a_load(self) -> AbstractContextManager[None]:
+        """The trainer's threads as a sync has them: with others the last bits of a score are others."""
+        return beside_a_load(self.shares_cores)
 
     @property
     def seed(self) -> int:

@@ -9,7 +9,7 @@ Whatever stops the process while the engine loads closes the engine, for its loa
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,7 +64,7 @@ def push(
     with ThreadPoolExecutor(1, "weight-load") as thread:
         load = thread.submit(engine.load, update, mode)
         try:
-            with threads(_share if shares_cores else _all):
+            with beside_a_load(shares_cores):
                 yield pushed
             pushed.receipt = load.result()
         except (Stopped, KeyboardInterrupt):
@@ -72,6 +72,11 @@ def push(
             raise
     # Not where the load failed: what the engine has read by then nobody knows, and the error ends the sync.
     source.settle()
+
+
+def beside_a_load(shares_cores: bool) -> AbstractContextManager[None]:
+    """The threads that a body has while an engine loads."""
+    return threads(_share if shares_cores else _all)
 
 
 def _all(threads: int) -> int:

@@ -224,6 +224,11 @@ class _Server:
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         try:
             reply: Reply = await self._reply(request)
+        except asyncio.CancelledError as error:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise  # nobody waits any more
+            # An engine's own: without a reply the trainer would wait for one to its deadline.
+            reply = failure_of(request.id, error)
         except Exception as error:
             traceback.print_exc()
             reply = failure_of(request.id, error, fatal=self.engine.ended_by(error))

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -73,6 +74,7 @@ class VllmWorker(ABC):
         self._requests = 0
         self.in_flight: dict[str, int] = {}  # vLLM's name of each request → the trainer's that it is of
         self._switches: dict[str, list[tuple[int, VersionSpan]]] = {}
+        self._cut: set[int] = set()  # the trainer's requests that were aborted, begun or not
 
     @abstractmethod
     async def start(self) -> "VllmWorker":
@@ -96,7 +98,12 @@ class VllmWorker(ABC):
         of = request.id
         checked_prompts(prompts, request.params, self.vllm_config.model_config.max_model_len)
         asked = [self.params(params) for params in request.params]
-        named = await asyncio.gather(*[self._named(i, p, of) for i, p in zip(prompts, asked, strict=True)])
+        try:
+            named = await asyncio.gather(
+                *[self._named(i, p, of) for i, p in zip(prompts, asked, strict=True)]
+            )
+        finally:
+            self._cut.discard(of)
         return [
             completion_of(
                 index, o, tiled([s for at, s in switches if at == o.index], version, len(o.token_ids))
@@ -106,7 +113,8 @@ class VllmWorker(ABC):
         ]
 
     def chosen(self, draws: Sequence[int]) -> list[str]:
-        """vLLM's names of what is in flight of these requests; of all where none is named."""
+        """vLLM's names of what is in flight of these requests, or of all. None of them begins now."""
+        self._cut.update(draws or self.in_flight.values())
         return [name for name, of in self.in_flight.items() if not draws or of in draws]
 
     def switched(self, tokens: dict[str, int]) -> None:
@@ -159,7 +167,8 @@ class VllmWorker(ABC):
         self.in_flight[name] = of
         try:
             version = await self.let_in(name)
-            output = await self.generate(name, ids, params)
+            # An abort may come before vLLM has heard of the request.
+            output = nothing(params.n) if of in self._cut else await self.generate(name, ids, params)
             return Ended(output, self._switches.get(name, []), version)
         finally:
             self.left(name)
@@ -311,6 +320,15 @@ def checked_path(config: Config, request: Load) -> Path:
             f"weights at {path}", f"a .safetensors file in {config.weights_dir}", "use the run's publisher"
         )
     return path
+
+
+def nothing(n: int) -> Any:
+    """The last output of a request that was aborted before it had one."""
+    samples = [
+        SimpleNamespace(index=sample, token_ids=(), logprobs=None, finish_reason="abort")
+        for sample in range(n)
+    ]
+    return SimpleNamespace(outputs=samples, prompt_logprobs=None)
 
 
 def completion_of(prompt_index: int, output: Any, version_spans: tuple[VersionSpan, ...]) -> Completion:

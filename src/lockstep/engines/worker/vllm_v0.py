@@ -116,9 +116,9 @@ class V0Worker(terms.VllmWorker):
             async for output in self.llm.generate({"prompt_token_ids": ids}, params, name):
                 last = output
         except asyncio.CancelledError:
-            if last is None or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise  # this task was cancelled, not the request
-        return last
+        return last if last is not None else terms.nothing(params.n)
 
 
 def _bias(bias: dict[int, float]) -> Any:
