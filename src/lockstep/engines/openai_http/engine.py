@@ -9,6 +9,7 @@ repeat work but never count it twice.
 """
 
 import asyncio
+import contextlib
 import re
 import threading
 import time
@@ -191,15 +192,20 @@ class OpenAIHttpEngine(Engine):
     def _begin(self, prompt: np.ndarray, params: SamplingParams) -> Begun:
         self._refuse(0, prompt, params)
         begun: list[asyncio.Task[Any]] = []
+        cut: list[bool] = []
 
         async def draw() -> list[Completion]:
-            begun.append(asyncio.ensure_future(self._complete(0, prompt, params)))
-            return self._checked([params], await begun[0])
+            if not cut:
+                begun.append(asyncio.ensure_future(self._complete(0, prompt, params)))
+                with contextlib.suppress(asyncio.CancelledError):
+                    return self._checked([params], await begun[0])
+            return aborted(params)  # before anything was sent
+
+        def cancel() -> None:
+            cut.append(any(task.cancel() for task in begun))
 
         future = asyncio.run_coroutine_threadsafe(draw(), self._loop)
-        return Begun(
-            future, lambda: self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in begun])
-        )
+        return Begun(future, lambda: self._loop.call_soon_threadsafe(cancel))
 
     async def _complete(self, number: int, prompt: np.ndarray, params: SamplingParams) -> list[Completion]:
         limit = completion_bytes(len(prompt), params.max_tokens, params.n)
