@@ -148,11 +148,11 @@ class Ranks:
         data = self._sent(msgspec.msgpack.encode(answer) if self.first else b"")
         if raised is not None:
             raise raised
-        name, said = msgspec.msgpack.decode(data, type=tuple[str, Any])
+        name, said = msgspec.msgpack.decode(data, type=tuple[str, msgspec.Raw])
         if name:
-            boundary, got, expected, hint = said
+            boundary, got, expected, hint = msgspec.msgpack.decode(said)
             raise getattr(errors, name, errors.EngineError)(boundary, got=got, expected=expected, hint=hint)
-        return msgspec.msgpack.decode(data, type=tuple[str, kind])[1]
+        return msgspec.msgpack.decode(said, type=kind)
 
     def _sent(self, data: bytes) -> bytes:
         import torch

@@ -262,9 +262,8 @@ class Trainer:
                 parameter itself, which is a change of its scale.
             before_each: called before each token's backward pass; what it raises ends them.
         """
-        if (
-            self._ranks.count > 1
-        ):  # of spread tensors there are none to be had: nothing moves, nothing is named
+        # Of spread tensors there are none to be had: nothing moves, and so nothing is named.
+        if self._ranks.count > 1:
             return [Slope(int(token), np.zeros(len(names))) for token in tokens]
         return slopes.slopes(self._policy, groups, tokens, temperature, names, towards, before_each)
 

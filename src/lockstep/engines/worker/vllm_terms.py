@@ -112,7 +112,7 @@ class VllmWorker(ABC):
             for o in sorted(output.outputs, key=lambda o: o.index)
         ]
 
-    def chosen(self, draws: Sequence[int]) -> list[str]:
+    def cut(self, draws: Sequence[int]) -> list[str]:
         """vLLM's names of what is in flight of these requests, or of all. None of them begins now."""
         self._cut.update(draws or self.in_flight.values())
         return [name for name, of in self.in_flight.items() if not draws or of in draws]

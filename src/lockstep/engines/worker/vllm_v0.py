@@ -90,7 +90,7 @@ class V0Worker(terms.VllmWorker):
 
     async def abort(self, draws: Sequence[int]) -> int:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        in_flight = self.chosen(draws)
+        in_flight = self.cut(draws)
         for name in in_flight:
             await self.llm.abort(name)
         return len(in_flight)

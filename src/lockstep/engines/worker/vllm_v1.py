@@ -185,7 +185,7 @@ class V1Worker(terms.VllmWorker):
 
     async def abort(self, draws: Sequence[int]) -> int:
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
-        in_flight = self.chosen(draws)
+        in_flight = self.cut(draws)
         await self.llm.abort(in_flight)
         return len(in_flight)
 
