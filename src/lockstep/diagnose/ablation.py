@@ -30,6 +30,7 @@ from lockstep.loop.open import Say, open_session
 from lockstep.metrics.reduce import bootstrap_mean_ci95
 from lockstep.parity.pair import draw
 from lockstep.parity.probes import probe_prompts
+from lockstep.parity.tolerances import CANCELS
 from lockstep.records.tokens import SamplingParams
 
 NEUTRAL = {
@@ -74,8 +75,6 @@ class Ablation(Struct, frozen=True, kw_only=True):
 
 EVERY_ORDER = 5
 """So many factors have 32 sets of mended ones: an engine start for each."""
-CANCELS = 0.1
-"""Of the total: what two factors take off together beyond each alone is no noise from here on."""
 
 
 @dataclass(frozen=True)

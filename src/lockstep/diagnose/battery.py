@@ -19,14 +19,13 @@ from lockstep.engines.base import Engine
 from lockstep.parity.ladder import climb
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
+from lockstep.parity.tolerances import SAME_NATS
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.records.verdicts import Status
 
 ALONE = 4
 """Completions drawn once more by themselves."""
-SAME_NATS = 1e-3
-"""In fp32: kernels of two shapes differ by 1e-5, another distribution, row or version by 0.01 and more."""
 
 QUESTIONS = {
     "logprobs": "sampled tokens' log-probabilities are of the distribution they were drawn from",

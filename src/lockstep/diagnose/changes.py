@@ -6,6 +6,7 @@ from math import isfinite, nan
 from msgspec import Struct
 
 from lockstep.diagnose.sides import IN_FLIGHT, FirstRun, Left, Side, cannot
+from lockstep.parity.tolerances import MODE_Z, Z_OF_95
 from lockstep.records.verdicts import Verdict
 
 TOPICS = ("semantics", "path", "weight updates", "numerics", "speed", "configuration")
@@ -58,10 +59,9 @@ def differences(old: Side, seen: FirstRun, head: Side | str) -> list[Difference]
 def _modes(old: Side, new: Side) -> Iterator[Difference]:
     """Which distribution sampled tokens' numbers are of, seen where it shows."""
     before, after = (_resolved(side, "log-probability mode") for side in (old, new))
-    # Five errors: by chance alone once in a million.
-    if before == after and abs(new.gap_mean_nats) <= 5.0 * new.gap_mean_error_nats:
+    if before == after and abs(new.gap_mean_nats) <= MODE_Z * new.gap_mean_error_nats:
         return
-    low, high = (new.gap_mean_nats + sign * 1.96 * new.gap_mean_error_nats for sign in (-1, 1))
+    low, high = (new.gap_mean_nats + sign * Z_OF_95 * new.gap_mean_error_nats for sign in (-1, 1))
     yield Difference(
         topic="semantics",
         what=f"log-probabilities of sampled tokens, at T = {new.temperature:g}",

@@ -27,7 +27,7 @@ from lockstep.records.verdicts import LAYERS, LayerName, Verdict
 from lockstep.rendering import Renderer
 from lockstep.training.trainer import Trainer
 
-MOST_SETTINGS = 16
+SETTINGS_TRIED = 16
 """Sampling settings that hypotheses are tried under, those of the most rows; the gap is measured under
 all."""
 
@@ -83,9 +83,9 @@ def _parts(pair: Pair, logged: Logged, wrong_mask: str, most_rows: int | None) -
         )
     groups = {int(logged.settings[rows[0]]): rows for rows in _by_setting(logged, usable)}
     chosen = sorted(_by_setting(logged, measured), key=len, reverse=True)
-    if len(chosen) > MOST_SETTINGS:
+    if len(chosen) > SETTINGS_TRIED:
         text = (
-            f"hypotheses are tried under {MOST_SETTINGS} of {len(chosen):,} sampling settings, "
+            f"hypotheses are tried under {SETTINGS_TRIED} of {len(chosen):,} sampling settings, "
             "those of the most completions"
         )
         logged.notes.append(text)
@@ -100,7 +100,7 @@ def _by_setting(logged: Logged, rows: np.ndarray) -> list[np.ndarray]:
 
 def _semantics(parts: Sequence[LogPart], logged: Logged) -> Verdict:
     """The verdict of layer 1 over all parts, with what was left out and what was assumed."""
-    verdict = _worst([part.semantics() for part in parts[:MOST_SETTINGS]])
+    verdict = _worst([part.semantics() for part in parts[:SETTINGS_TRIED]])
     rows = {"rows": len(logged.spans), "rows_measured": sum(len(part.rows) for part in parts)}
     verdict = replace(verdict, figures=verdict.figures | rows | {"notes": list(logged.notes)})
     if verdict.status == "PASS":

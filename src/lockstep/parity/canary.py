@@ -9,18 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lockstep.parity.pair import Pair
-from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MULTIPLE
+from lockstep.parity.tolerances import CANARY_FLOOR, CANARY_MOST, CANARY_MULTIPLE
 from lockstep.records.samples import Group, Samples
 
 SEQUENCE_TOKENS = 8
 """Scored in each sequence: context enough for every part of the model to matter."""
-
-MOST = 0.5
-"""Of the canary's tokens: where an update moves so many on the trainer, it moves one on the engine.
-
-Scores alone do not tell an update that was lost from one that there was not: where a step's rewards are all
-the same no weight moves, and yet the trainer's scores do, in their last bit, with the threads it has. And
-under an update that moves a number here and there an engine may keep all of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,4 +140,4 @@ class CanaryResult:
 
 def _most(moved: np.ndarray, uncertain: np.ndarray) -> bool:
     """Of the tokens that the model is not wholly certain of: those stand at 0 whatever an update does."""
-    return bool(moved.any()) and float(moved.sum()) >= MOST * float(uncertain.sum())
+    return bool(moved.any()) and float(moved.sum()) >= CANARY_MOST * float(uncertain.sum())

@@ -18,18 +18,16 @@ import numpy as np
 
 from lockstep.parity.tolerances import (
     NEGLIGIBLE_NATS,
+    OWN_NOISE_CERTAIN,
     OWN_NOISE_LARGEST,
     OWN_NOISE_RATIO,
+    OWN_NOISE_SEQUENCES,
     OWN_NOISE_Z,
     SIGMA_OVER_MEDIAN,
 )
 
 BINS, FEWEST = 6, 64
 """Of log p at most, and tokens of each at least."""
-CERTAIN = 1e-4
-"""1 − p below which log p has no digits left to tell a rounding by."""
-FEWEST_SEQUENCES = 8
-"""From which an error over sequences is known; of fewer the ratio has no interval, and refuses nothing."""
 GRID = np.geomspace(0.05, 100.0, 153)
 """Ratios between which the interval's ends are told, 5 % apart."""
 
@@ -127,7 +125,7 @@ class OwnNoise:
         """
         sizes = SIGMA_OVER_MEDIAN * np.abs(gap) / self.widths(logprobs, temperature)
         lengths = np.bincount(owners)
-        if np.count_nonzero(lengths) < FEWEST_SEQUENCES:
+        if np.count_nonzero(lengths) < OWN_NOISE_SEQUENCES:
             return Ratio(float(np.median(sizes)), 0.0, float("inf"))
         beyond, error = np.empty(GRID.size), np.empty(GRID.size)
         for at, ratio in enumerate(GRID):
@@ -144,4 +142,4 @@ class OwnNoise:
 
 def _unlikely(logprobs: np.ndarray) -> np.ndarray:
     """1 − p, float64 [T]."""
-    return np.maximum(-np.expm1(np.minimum(np.asarray(logprobs, np.float64), 0.0)), CERTAIN)
+    return np.maximum(-np.expm1(np.minimum(np.asarray(logprobs, np.float64), 0.0)), OWN_NOISE_CERTAIN)

@@ -30,6 +30,14 @@ of the whole path, what strikes fewer is corruption, which layer 2 looks for."""
 LEAST_ROWS = 2
 """Rows that are off before an explanation of rows is looked for: one is corruption."""
 
+LEAST_TOKENS = 12
+"""Numbers of the rows that are off, from which an explanation of these alone is looked for: what is fitted is
+judged by their median, which of fewer is within reach of some setting or other."""
+
+MOST_TEMPERATURES = 4
+"""Temperatures that rows of one file are told apart by: with one for every row, rows that are off for another
+reason would be called tempered."""
+
 OFF_QUANTILE = 0.8
 """Of a row's |gap|: a setting that is felt by a fifth of a row's tokens makes the row one that is off."""
 
@@ -61,6 +69,10 @@ LARGEST_TOP_K = 4096
 """Ranks past this speak against a truncation that matters: the tail beyond holds next to no mass, and nobody
 sets such a k."""
 
+LEAST_P = 0.02
+"""Quantile of the kept masses that is read as a top-p: their least is it, but for noise, which brings one
+token in fifty below (``RARELY_ABOVE``)."""
+
 BIAS_ENOUGH = 0.5
 """Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked for.
 Less is arithmetic's."""
@@ -84,6 +96,13 @@ moved id makes its own number wrong and those behind it; a rarer one leaves the 
 LEAST_REPLACED = 3
 """Numbers beyond a threshold that must be one and the same value to be replaced ones: float32 numbers of
 different tokens agree bit for bit once in some million pairs."""
+
+ON_GRID = 1e-6
+"""What a number on a grid may be off it, nats: the spacing of float32 near −10."""
+
+ROUNDINGS = 2
+"""Of the largest that the right numbers show when they are rounded: what one may be off by under its own. It
+doubles past a power of two, which the right numbers may lie just below."""
 
 DRAWS_POWER = 0.9
 """Chance with which the effects that a check says it would have seen are seen."""
@@ -116,6 +135,9 @@ NEARLY_ALL, HALF = 0.9, 0.5
 of those beside 0s: a token that was not sampled carries 0.0."""
 
 # Of the score test, which looks for a direction in a gap (explain/score_test.py).
+
+FEWEST_PROMPTS = 16
+"""Of which a direction is looked for: t is at most the root of their number, and noise alone reaches 3.7."""
 
 SCORE_LEVEL = 0.01
 """Chance, over all directions of one test together, that noise is called a direction."""

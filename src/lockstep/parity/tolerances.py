@@ -1,6 +1,8 @@
-"""Every threshold of the ladder, with its derivation.
+"""Every threshold of the ladder, and of what is diagnosed with it, with its derivation.
 
-Nothing else in parity/ holds a number that decides, but ``search_tolerances.py``, the search's for a cause.
+Nothing else in parity/, deep/ or diagnose/ holds a number that decides a verdict or a cause, but
+``search_tolerances.py``, the search's for a cause. ``tests/unit/test_thresholds.py`` reads the code for
+others, and says of each number that stays where it is why it is none.
 
 A gap is judged against what the arithmetic of a dtype can bring about, measured on this project's own clean
 runs, and against the objective's clip range; never against a mean that can cancel.
@@ -129,6 +131,13 @@ is 3e-2 nats: there a step is lost in the noise, and is counted as not proven.""
 CANARY_FLOOR = 1e-6
 """Least mean |gap| assumed in that comparison, nats: the spacing of float32 log-probabilities near −10."""
 
+CANARY_MOST = 0.5
+"""Of the canary's tokens: where an update moves so many on the trainer, it moves one on the engine.
+
+Scores alone do not tell an update that was lost from one that there was not: where a step's rewards are all
+the same no weight moves, and yet the trainer's scores do, in their last bit, with the threads it has. And
+under an update that moves a number here and there an engine may keep all of its own."""
+
 OTHER_CHECKPOINT = 2.0
 """The engine held other weights before the first sync when the sides then differed by more than this multiple
 of the dtype's median noise, and by more than what a later sync is refused at. The factor is for the mean of a
@@ -155,6 +164,10 @@ OWN_NOISE_Z = 3.0
 OWN_NOISE_LARGEST = 30.0
 """Widths that one token may be off by: three (``LARGEST_OVER_P999``) times bf16's tail of ten medians, seven
 widths (``NOISE``), and half as much again for the width's own error."""
+OWN_NOISE_CERTAIN = 1e-4
+"""1 − p below which log p has no digits left to tell a rounding by."""
+OWN_NOISE_SEQUENCES = 8
+"""From which an error over sequences is known; of fewer the ratio has no interval, and refuses nothing."""
 
 P999_TOKENS = 1000
 """Of fewer the 0.999 quantile is their largest, which the limits by each token's own probability judge."""
@@ -265,3 +278,20 @@ ALARM_ENTROPY_LEFT = 0.05
 ALARM_LENGTH_LEFT = 0.25
 """Of the first step's mean length. An answer with the reasoning gone is shorter than that; one that has
 learned to be brief is not, of the tasks that are run here."""
+
+# Of what is diagnosed: an atlas's cells (diagnose/battery.py), an upgrade's differences (changes.py), factors
+# (ablation.py).
+
+SAME_NATS = 1e-3
+"""In fp32: kernels of two shapes differ by 1e-5, another distribution, row or version by 0.01 and more."""
+
+MODE_Z = 5.0
+"""Standard errors of a mean gap beyond which an engine's numbers are of another distribution: by chance alone
+once in a million."""
+
+Z_OF_95 = 1.96
+"""Standard errors to either side of a mean that hold 95 % of a normal's: the interval that is shown beside
+it."""
+
+CANCELS = 0.1
+"""Of the total: what two factors take off together beyond each alone is no noise from here on."""

@@ -19,7 +19,13 @@ from lockstep.parity.explain.numerics.direction import SCALED
 from lockstep.parity.explain.numerics.systematic import Systematic, Tested, again, systematic
 from lockstep.parity.pair import Pair, draw
 from lockstep.parity.probes import probe_prompts
-from lockstep.parity.search_tolerances import SCORE_AGAIN_T, SCORE_POWER, SYSTEMATIC_LEFT, SYSTEMATIC_NATS
+from lockstep.parity.search_tolerances import (
+    FEWEST_PROMPTS,
+    SCORE_AGAIN_T,
+    SCORE_POWER,
+    SYSTEMATIC_LEFT,
+    SYSTEMATIC_NATS,
+)
 from lockstep.records.samples import Samples
 from lockstep.records.verdicts import Verdict
 
@@ -27,8 +33,6 @@ CAUSE = "systematic_departure"
 SEQUENCES, SEQUENCES_COARSE = 32, 128
 """Drawn where the recipe does not say: in fp32, whose noise is a thousandth of bf16's, fewer show as much."""
 SAME = "the two sides' numbers are the same to the last digit, which leaves no direction"
-FEWEST_PROMPTS = 16
-"""t is at most the root of their number, and noise alone reaches 3.7."""
 MARGIN = 1.1
 """More sequences than the root law asks for: the size that is seen is itself known to some per cent."""
 MORE = 4

@@ -17,12 +17,10 @@ from lockstep.parity.explain.semantics.held import SCREENED_TOKENS, Held, spread
 from lockstep.parity.explain.semantics.hypotheses import penalised
 from lockstep.parity.explain.semantics.penalties import Seen
 from lockstep.parity.explain.semantics.sampler import TEMPERATURES, Explained
-from lockstep.parity.search_tolerances import EXPLAINS, LARGEST_TOP_K, SCREEN_SLACK
+from lockstep.parity.search_tolerances import EXPLAINS, LARGEST_TOP_K, LEAST_P, SCREEN_SLACK
 
 REPETITION = tuple(float(1.0 + v) for v in np.geomspace(0.02, 1.0, 10))
 ADDED = tuple(float(v) for v in np.geomspace(0.05, 2.0, 10))
-LEAST_P = 0.02
-"""Quantile of the kept masses: their least is the top-p, but for noise."""
 RANKS = LARGEST_TOP_K // 4
 """Of each token that are sorted. Not all, as where one sort does: these are sorted again for every value of
 every kind that is tried, some thirty of each."""

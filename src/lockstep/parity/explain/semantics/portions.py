@@ -9,15 +9,11 @@ import numpy as np
 
 from lockstep.parity.explain.semantics.held import Held
 from lockstep.parity.explain.semantics.sampler import TEMPERATURES, Explained, fitted_temperature
-from lockstep.parity.search_tolerances import OFF_QUANTILE, TEMPERATURES_APART
+from lockstep.parity.search_tolerances import MOST_TEMPERATURES, OFF_QUANTILE, TEMPERATURES_APART
 from lockstep.records.samples import Samples
 
-LEAST_TOKENS = 12
-"""Of a part that is to be explained by itself."""
 ROW_TOKENS = 6
 """Of each row, to which a temperature of its own is fitted."""
-MOST_SETTINGS = 4
-"""Temperatures that rows of one file are told apart by."""
 SHOWN = 8
 
 
@@ -72,7 +68,7 @@ def temperatures_of_rows(sample: Samples, held: Held, owners: np.ndarray, limit:
     # [R, grid]
     by_row = np.array([[float(m[np.flatnonzero(owners == row)].median()) for m in misses] for row in rest])
     worst = 0.0
-    while len(rest) and len(named) < MOST_SETTINGS:
+    while len(rest) and len(named) < MOST_TEMPERATURES:
         nearest = by_row[rest].argmin(1)
         common = int(np.bincount(nearest).argmax())
         # A row's few tokens place its temperature on the grid to a step or so.

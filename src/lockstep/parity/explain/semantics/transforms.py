@@ -14,7 +14,7 @@ import torch
 from lockstep.metrics.reduce import quantiles_abs
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.rows import rows_of
-from lockstep.parity.search_tolerances import EXPLAINS, LEAST_REPLACED
+from lockstep.parity.search_tolerances import EXPLAINS, LEAST_REPLACED, ON_GRID, ROUNDINGS
 from lockstep.parity.tolerances import Tolerance
 
 BASES = {"log10": 1.0 / np.log(10.0), "log2": 1.0 / np.log(2.0), "the sign turned": -1.0}
@@ -91,10 +91,10 @@ def _grid(a: np.ndarray, b: np.ndarray, noise: Tolerance) -> str | None:
     for name, to_grid in rounded.items():
         step = np.abs(to_grid(b) - b).max()
         on_it = (
-            np.isclose(a, to_grid(a), rtol=0.0, atol=1e-6).all()
-            and not np.isclose(b, to_grid(b), rtol=0.0, atol=1e-6).all()
+            np.isclose(a, to_grid(a), rtol=0.0, atol=ON_GRID).all()
+            and not np.isclose(b, to_grid(b), rtol=0.0, atol=ON_GRID).all()
         )
-        if on_it and np.abs(a - b).max() <= 2 * step + noise.p50:
+        if on_it and np.abs(a - b).max() <= ROUNDINGS * step + noise.p50:
             return name
     return None
 

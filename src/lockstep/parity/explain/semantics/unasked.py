@@ -14,17 +14,11 @@ from lockstep.parity.explain.semantics.held import Held, tokens_of_every_part
 from lockstep.parity.explain.semantics.joint import hidden_cut
 from lockstep.parity.explain.semantics.logit_bias import hidden_bias
 from lockstep.parity.explain.semantics.penalties import Seen, hidden_penalty, seen_before
-from lockstep.parity.explain.semantics.portions import (
-    LEAST_TOKENS,
-    places_of_rows,
-    rows_off,
-    temperatures_of_rows,
-    where,
-)
+from lockstep.parity.explain.semantics.portions import places_of_rows, rows_off, temperatures_of_rows, where
 from lockstep.parity.explain.semantics.sampler import Explained, setting_hypotheses
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import Looks
-from lockstep.parity.search_tolerances import EXPLAINS, LEAST_ROWS
+from lockstep.parity.search_tolerances import EXPLAINS, LEAST_ROWS, LEAST_TOKENS
 from lockstep.records.samples import Samples
 
 
