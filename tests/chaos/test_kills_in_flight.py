@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_rollouts
+from lockstep.runs.rollouts import read_table
 from tests.chaos.test_kills import POINTS, SAVING
 from tests.chaos.whole_run import FIRST, LAST, MIDDLE, RECIPE, STEPS, state_of
 
@@ -44,7 +44,7 @@ def assert_accounted(layout, steps=STEPS):
     items = Counter(
         row["item"]
         for step in range(steps)
-        for row in read_rollouts(layout.rollouts(step))
+        for row in read_table(layout.rollouts(step))[0].to_pylist()
         if row["sample"] == 0
     )
     assert items == Counter(range(steps * 2)), "no prompt skipped, none trained twice"

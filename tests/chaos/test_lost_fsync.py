@@ -16,7 +16,8 @@ from lockstep.rollout import store
 from lockstep.runs import durable
 from lockstep.runs.checkpoints import checked, newest_checkpoint
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_rollouts, read_steps
+from lockstep.runs.read import read_steps
+from lockstep.runs.rollouts import read_table
 from lockstep.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.chaos.lost_flush import recorded
 from tests.chaos.tiny_run import (
@@ -53,7 +54,7 @@ def assert_in_order(layout: RunLayout, trainer: Trainer) -> None:
     newest = newest_checkpoint(layout.checkpoints)
     kept = load_checkpoint(checked(newest), trainer.policy, trainer.optimizer) if newest else 0
     for step in admitted:
-        assert len(read_rollouts(layout.rollouts(step))) == GROUP_SIZE
+        assert len(read_table(layout.rollouts(step))[0]) == GROUP_SIZE
         assert store.load(layout.rollouts(step), GROUP_SIZE, SAMPLING).rewarded
     lines = [record.step for record in read_steps(layout.metrics)]
     assert lines == list(range(len(lines)))

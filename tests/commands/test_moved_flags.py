@@ -44,6 +44,7 @@ def test_a_flag_that_became_a_command_says_on_stderr_what_to_type(old, typed, tm
         ["r.toml", "--sign-key", "k"],
         ["r.toml", "--rollouts", "l", "--plant", "stale_head"],
         ["r.toml", "--rollouts", "l", "--sign-key", "k"],
+        ["r.toml", "--rollouts", "l", "--out", "d"],
         ["r.toml", "--engine", "vllm", "--engine-url", "http://127.0.0.1:9"],
     ],
 )

@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 
 from lockstep.records.verdicts import BeforeStep
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import open_run, read_rollouts, read_steps
+from lockstep.runs.read import open_run, read_steps
+from lockstep.runs.rollouts import read_table
 from tests.canaries import CANARIES, environment, found_in
 from tests.e2e.conftest import QUICKSTART, tiny_checkpoint
 
@@ -185,7 +186,7 @@ def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
     assert [record.step for record in run.steps] == list(range(STEPS))
     assert all(record.weight_version == record.step + 1 for record in run.steps)
     for step in range(STEPS):
-        rollouts = read_rollouts(layout.rollouts(step))
+        rollouts = read_table(layout.rollouts(step))[0].to_pylist()
         assert len(rollouts) == 16
         assert {row["weight_version"] for row in rollouts} == {step}
     state = json.loads((layout.checkpoints / f"step-{STEPS:06}" / "trainer" / "state.json").read_text())

@@ -209,7 +209,7 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
     from lockstep.loop.run import Run
     from lockstep.loop.stages import reward, sample
     from lockstep.runs.layout import new_run
-    from lockstep.runs.read import read_rollouts
+    from lockstep.runs.rollouts import read_table
 
     layout = new_run(tmp_path / "run")
     run = Run(Session(pair, None, Path()), layout, print, open_recorder(layout))
@@ -228,7 +228,7 @@ def test_a_reward_that_fails_shows_the_sample_and_keeps_the_rollouts(pair, tmp_p
             judge._reward = original
         assert "completion" in raised.value.hint
         assert raised.value.exit_code == 2
-        rows = read_rollouts(layout.drawn(0))
+        rows = read_table(layout.drawn(0))[0].to_pylist()
         assert len(rows) == 16
         # The second start takes what the first drew.
         assert drawn in (None, [row["token_ids"] for row in rows])

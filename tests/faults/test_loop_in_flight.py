@@ -217,12 +217,23 @@ def test_ctrl_c_saves_what_is_whole_and_the_run_goes_on(recipe, tmp_path, monkey
     assert [row["step"] for row in ledger(layout)] == list(range(STEPS))
 
 
-def test_an_engine_without_a_pause_is_told_before_anything_is_drawn(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("without", "update", "other"),
+    [
+        (["pause_keep"], "keep", r"rollout\.update=abort"),
+        (["pause_keep", "pause_abort"], "keep", r"rollout\.update=wait"),
+        (["pause_wait", "pause_abort"], "wait", r"loop\.kind=sync"),
+    ],
+)
+def test_an_engine_without_a_pause_is_told_before_anything_is_drawn(
+    recipe, tmp_path, monkeypatch, without, update, other
+):
     from lockstep.engines import transformers
 
-    monkeypatch.setitem(transformers.CAN, "pause_keep", Capability(False, "not this one"))
-    with pytest.raises(CapabilityError, match=r"rollout.update=abort"):
-        run(recipe, tmp_path / "run", "loop.kind=in_flight")
+    for name in without:
+        monkeypatch.setitem(transformers.CAN, name, Capability(False, "not this one"))
+    with pytest.raises(CapabilityError, match=other):
+        run(recipe, tmp_path / "run", "loop.kind=in_flight", f"rollout.update={update}")
 
 
 def test_old_logprobs_of_the_current_weights_are_refused_by_name(recipe):

@@ -12,7 +12,7 @@ import pytest
 
 from lockstep.errors import RunError, UsageError
 from lockstep.report.build import of_check, of_run
-from lockstep.report.document import read_report, write_report
+from lockstep.report.document import write_report
 from lockstep.report.of_documents import of_document, of_path
 from lockstep.report.page import page, text
 from lockstep.report.tokens import edges, quantile_of, read_gaps
@@ -70,7 +70,7 @@ def hold(name, report):
     report = msgspec.structs.replace(report, lockstep_version="0", sections=tuple(sections))
     if os.environ.get("LOCKSTEP_GOLDEN") == "write":
         write_report(path, report)
-    golden, now = (portable(msgspec.to_builtins(each)) for each in (read_report(path), report))
+    golden, now = (portable(msgspec.to_builtins(each)) for each in (of_path(path), report))
     assert golden == now, f"report of {name} changed"
 
 
@@ -97,9 +97,10 @@ def test_words_come_first_and_say_the_verdict(report):
 
 def test_the_page_is_a_pure_function_of_the_report(report, tmp_path):
     write_report(tmp_path / "report.json", report)
-    assert page(read_report(tmp_path / "report.json")) == page(report)
-    with pytest.raises(RunError):
-        read_report(GOLDEN / "nothing.json")
+    assert page(of_path(tmp_path / "report.json")) == page(report)
+    (tmp_path / "cut.json").write_text('{"schema": "lockstep.report/1", "kind": "run"}')
+    with pytest.raises(RunError, match="make the document anew"):
+        of_path(tmp_path / "cut.json")
 
 
 def test_nothing_that_a_model_said_is_an_element(report):

@@ -67,11 +67,6 @@ def plain(inputs, *, scale=1.0):
     return LossOutputs(loss=-inputs.mean(inputs.logprobs * scale), clipped=torch.zeros_like(inputs.loss_mask))
 
 
-@needs(sequence_ids=True)
-def of_sequences(inputs):
-    return plain(inputs)
-
-
 @needs(pairs=True)
 def of_pairs(inputs):
     return plain(inputs)
@@ -134,7 +129,7 @@ def test_an_objective_that_cannot_be_is_refused_before_anything_is_started(their
 
 def test_what_an_objective_needs_is_its_own_and_its_kl_terms(theirs):
     assert needs_of(Objective(name=f"{theirs}too_much")) == Needs(values=True, reference=True)
-    assert needs_of(Objective(name=f"{theirs}of_sequences")) == Needs(sequence_ids=True)
+    assert needs_of(Objective(name=f"{theirs}of_pairs")) == Needs(pairs=True)
     assert needs_of(Objective(kl=Kl(coef=0.1))) == Needs(reference=True)
     assert needs_of(Objective()) == Needs()
 
@@ -172,7 +167,7 @@ def test_what_an_objective_of_the_users_reads_beside_its_pairs_is_not_refused(th
     refuse_objective(Objective(name=f"{theirs}of_pairs", correction="tis", aggregation="seq-mean-token-mean"))
 
 
-@pytest.mark.parametrize("name", ["plain", "of_sequences"])
+@pytest.mark.parametrize("name", ["plain", "of_pairs"])
 def test_an_objective_of_the_users_gets_its_options(theirs, name):
     options = {"scale": 3.0} if name == "plain" else {}
     objective = Objective(name=f"{theirs}{name}", options=options)

@@ -14,7 +14,7 @@ from lockstep.records.tokens import SamplingParams
 from lockstep.records.versions import VersionSpan
 from lockstep.rollout import store
 from lockstep.runs.layout import RunLayout
-from lockstep.runs.read import read_rollouts
+from lockstep.runs.rollouts import read_table
 
 SAMPLING = SamplingParams(max_tokens=3)
 
@@ -72,7 +72,7 @@ def test_every_field_of_a_sample_comes_back(tmp_path):
     assert [sample.version_spans for sample in found] == [(VersionSpan(0, 1, 6), VersionSpan(1, 3, 7))] * 4
     assert [sample.prompt_tokens for sample in found] == [11, 11, 12, 12]
     assert [sample.missing for sample in found] == [1, 0, 1, 0], "a tool's token is missed by nobody"
-    assert [row["missing_logprobs"] for row in read_rollouts(tmp_path / "a.parquet")] == [1, 0, 1, 0]
+    assert read_table(tmp_path / "a.parquet")[0]["missing_logprobs"].to_pylist() == [1, 0, 1, 0]
     assert_same(found, written)
 
 
@@ -261,7 +261,7 @@ def test_a_damaged_file_is_an_error_that_names_it_and_the_way_on(tmp_path, damag
     layout = RunLayout(tmp_path)
     store.save(layout.rollouts(7), rollouts())
     damage(layout.rollouts(7))
-    for read in (load, read_rollouts):
+    for read in (load, read_table):
         with pytest.raises(RunError, match=r"step-000007\.parquet") as raised:
             read(layout.rollouts(7))
         assert f"lockstep train --resume {tmp_path}" in raised.value.hint

@@ -93,6 +93,8 @@ def _refuse_contradictions(old: OldFlags, given: PairFlags) -> None:
             "--verify-key with --certificate FILE",
             "leave --verify-key out",
         )
+    if given.out is not None:
+        raise refuse("--out where no certificate is issued", "nothing to write", "leave --out out")
     if old.rows is not None and old.rollouts is None:
         raise refuse("--rows without rollouts", "--rows with --rollouts FILE", "leave --rows out")
 

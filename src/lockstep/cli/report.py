@@ -15,7 +15,8 @@ def report(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A run, a check's --out, or what check, diagnose, faults, compare or upgrade --json said."
+            help="A run, a check's --out, a report.json, or what check, diagnose, faults, compare or upgrade "
+            "--json said."
         ),
     ],
     out: Annotated[

@@ -91,13 +91,14 @@ def _refuse_update(run: Run) -> None:
     engine.need("load")
     can = engine.ready.capabilities
     needs = {"wait": "pause_wait", "abort": "pause_abort"}.get(update, "pause_keep")
-    if update != "wait" and not can[needs].supported:
-        other = "abort" if needs == "pause_keep" and can["pause_abort"].supported else "wait"
+    if not can[needs].supported:
+        ways = (("pause_abort", "rollout.update=abort"), ("pause_wait", "rollout.update=wait"))
+        other = next((way for name, way in ways if can[name].supported), "loop.kind=sync")
         raise CapabilityError(
             f"engine {engine.ready.engine} {engine.ready.version}, rollout.update = {update!r}",
             got=can[needs].how,
             expected=CAPABILITIES[needs],
-            hint=f"--set rollout.update={other}",
+            hint=f"--set {other}",
         )
 
 

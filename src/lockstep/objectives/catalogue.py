@@ -103,8 +103,6 @@ class Needs:
     """Log-probabilities of a frozen reference model."""
     pairs: bool = False
     """A chosen and a rejected sequence side by side, instead of advantages."""
-    sequence_ids: bool = False
-    """Which sequence each token belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)

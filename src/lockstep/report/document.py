@@ -9,12 +9,10 @@ import msgspec
 from msgspec import Struct
 
 import lockstep
-from lockstep.errors import RunError
 from lockstep.runs.durable import write_atomically
-from lockstep.runs.strict import exact, plain, read_document
+from lockstep.runs.strict import plain
 
 SCHEMA = "lockstep.report/1"
-HINT = "lockstep report RUN makes it anew"
 
 
 class Table(Struct, frozen=True, kw_only=True):
@@ -106,18 +104,3 @@ class Report(Struct, frozen=True, kw_only=True):
 def write_report(path: Path, report: Report) -> None:
     """Write it whole."""
     write_atomically(path, msgspec.json.format(msgspec.json.encode(plain(report)), indent=1))
-
-
-def read_report(path: Path) -> Report:
-    """What :func:`write_report` wrote.
-
-    Raises:
-        RunError: when it is damaged or of another schema.
-    """
-    table = read_document(path, HINT)
-    try:
-        if table.get("schema") != SCHEMA:
-            raise ValueError(f"schema {table.get('schema')!r}")
-        return msgspec.convert(exact(table), Report)
-    except ValueError as error:  # msgspec's own errors are ValueErrors
-        raise RunError(f"file {path}", got=str(error), expected=SCHEMA, hint=HINT) from error

@@ -1,4 +1,4 @@
-"""Reports of what verbs print with ``--json``: check, check-log, diagnose, faults, compare, upgrade."""
+"""Reports of what verbs print with ``--json``, and of a report.json itself."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from lockstep.errors import RunError, UsageError
 from lockstep.records.verdicts import LAYERS, Verdict
 from lockstep.report.build import ladder_sections, ladder_words, of_check, of_run, planted_words, shown
 from lockstep.report.compare import Comparison
-from lockstep.report.document import Report, Section, Table
+from lockstep.report.document import SCHEMA, Report, Section, Table
 from lockstep.report.of_comparison import of_comparison
 from lockstep.report.of_upgrade import of_upgrade
 from lockstep.runs.read import open_run
@@ -18,7 +18,7 @@ from lockstep.runs.strict import exact, read_document
 
 
 def of_path(path: Path) -> Report:
-    """The report of a run, of a check's directory, or of a document that a verb printed with ``--json``.
+    """The report of a run, of a check's directory, or of a document that a verb wrote or printed.
 
     Raises:
         UsageError: for a path that is none of them.
@@ -135,6 +135,11 @@ def _of_comparison(table: Mapping[str, Any], name: str) -> Report:
     return of_comparison(msgspec.convert(table["comparison"], Comparison))
 
 
+def _itself(table: Mapping[str, Any], name: str) -> Report:
+    """A ``report.json``, whose page may be made anew where what it was of is not at hand."""
+    return msgspec.convert(table, Report)
+
+
 DOCUMENTS: dict[str, Callable[[Mapping[str, Any], str], Report]] = {
     "lockstep.check/1": _of_ladder,
     "lockstep.check-log/1": _of_ladder,
@@ -142,5 +147,6 @@ DOCUMENTS: dict[str, Callable[[Mapping[str, Any], str], Report]] = {
     "lockstep.faults/1": _of_campaign,
     "lockstep.compare/1": _of_comparison,
     "lockstep.upgrade/1": of_upgrade,
+    SCHEMA: _itself,
 }
 """Schema of a document → what makes its report."""

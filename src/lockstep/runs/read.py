@@ -20,7 +20,6 @@ from lockstep.records.verdicts import Verdict, when_of
 from lockstep.runs.certificate import Certificate, whole_certificate
 from lockstep.runs.layout import RunLayout, existing_run
 from lockstep.runs.manifest import Manifest, read_manifest
-from lockstep.runs.rollouts import read_table
 from lockstep.runs.sinks.base import StepRecord, VerdictRecord
 from lockstep.runs.sinks.jsonl import SCHEMA_ALARM, SCHEMA_METRICS, SCHEMA_VERDICT
 from lockstep.runs.strict import bad_line, exact, read_lines
@@ -136,12 +135,3 @@ def _of_lines(path: Path, schema: str, read: Callable[[dict[str, Any]], Record])
         except ValueError as error:  # msgspec's own errors are ValueErrors
             raise bad_line(path, number, str(error), f"a record of {schema}") from error
         yield record
-
-
-def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of one step's Parquet file.
-
-    Raises:
-        RunError: when it is not whole.
-    """
-    return read_table(path)[0].to_pylist()

@@ -36,7 +36,6 @@ class Source(Protocol):
 class Push:
     """A sync under way."""
 
-    version: int
     receipt: LoadReceipt | None = None
     """What the engine did; None until it is done."""
 
@@ -59,7 +58,7 @@ def push(
     Raises:
         EngineError: when the engine does not load, once the body has ended.
     """
-    pushed = Push(version)
+    pushed = Push()
     update = source.publish(version)
     with ThreadPoolExecutor(1, "weight-load") as thread:
         load = thread.submit(engine.load, update, mode)
