@@ -341,24 +341,24 @@ def audit(recipe: Recipe, before: str, *, api_key_env: str = "", say: Say = quie
         UsageError: for a version whose defaults are not known.
         EngineError: as :func:`check`.
     """
-    from lockstep.engines.audit import VERSIONS
     from lockstep.engines.audit import audit as rows_of
+    from lockstep.engines.registry import checklist
     from lockstep.loop.open import open_engine
 
+    known = checklist()
     # The CPU wheel of 0.8.5 is numbered 0.8.5.post2.
-    before = next((version for version in VERSIONS if before in (version, f"{version}.post2")), before)
-    if before not in VERSIONS:
+    before = next((version for version in known.versions if before in (version, f"{version}.post2")), before)
+    if before not in known.versions:
         raise UsageError(
-            "flag --from", got=before, expected=f"one of {', '.join(VERSIONS)}", hint="--from 0.8.5"
+            "flag --from", got=before, expected=f"one of {', '.join(known.versions)}", hint="--from 0.8.5"
         )
     with (
         tempfile.TemporaryDirectory(prefix="lockstep-audit-") as scratch,
         open_engine(recipe, Path(scratch) / "engine.log", say, api_key_env) as running,
     ):
         ready = running.ready
-        return Audit(
-            f"{ready.engine} {ready.version} ({ready.generation})", before, rows_of(running, recipe, before)
-        )
+        rows = rows_of(running, recipe, known, before)
+        return Audit(f"{ready.engine} {ready.version} ({ready.generation})", before, rows)
 
 
 def _loaded(recipe: Recipe | Path | str) -> Recipe:

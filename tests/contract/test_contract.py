@@ -15,6 +15,7 @@ from tests.contract.conftest import MAX_MODEL_LEN, MODEL, groups_of, ids_of, log
 
 from lockstep.config.recipe import Model, Recipe, TaskConfig, Training, load_recipe
 from lockstep.engines.audit import audit
+from lockstep.engines.registry import checklist
 from lockstep.errors import CapabilityError, UsageError
 from lockstep.faults.at_load import AtLoad
 from lockstep.parity.explain.semantics.hypotheses import fits
@@ -80,7 +81,7 @@ def test_the_audit_reads_what_the_engine_resolved_to(side):
         sampling=SamplingParams(max_tokens=1, temperature=0.7),
         training=Training(steps=1),
     )
-    rows = {row.knob: row for row in audit(side.engine, recipe, "0.8.5")}
+    rows = {row.knob: row for row in audit(side.engine, recipe, checklist(), "0.8.5")}
     verdicts = {row.verdict for row in rows.values()}
     if side.name == "http:vllm==0.18.1":  # tells nothing, and its default mode was found out by scoring
         assert rows["log-probability mode"].verdict == "change"

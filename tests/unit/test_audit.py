@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from lockstep.config.recipe import Model, Recipe, TaskConfig, Training
-from lockstep.engines.audit import KNOBS, VERSIONS, audit
+from lockstep.engines.audit import audit
+from lockstep.engines.base import EngineFacts
+from lockstep.engines.registry import checklist
 from lockstep.records.capabilities import Capability
 from lockstep.records.tokens import SamplingParams
 
@@ -28,7 +30,10 @@ GOOD = {
 }
 
 
-def rows_of(resolved, *, tells=True, **sampling):
+FACTS = EngineFacts(since={"async scheduling": "0.18.1", "prefix cache": ""})
+
+
+def rows_of(resolved, *, tells=True, version="0.18.1", **sampling):
     recipe = Recipe(
         model=Model(path="m"),
         task=TaskConfig(name="t"),
@@ -36,13 +41,24 @@ def rows_of(resolved, *, tells=True, **sampling):
         sampling=SamplingParams(max_tokens=4, **sampling),
     )
     can = {"resolved_config": Capability(tells, "because")}
-    engine = SimpleNamespace(ready=SimpleNamespace(resolved=resolved, capabilities=can), asked={"seed": 0})
-    return {row.knob: row for row in audit(engine, recipe, "0.8.5")}
+    ready = SimpleNamespace(resolved=resolved, capabilities=can, version=version)
+    engine = SimpleNamespace(ready=ready, asked={"seed": 0}, facts=FACTS)
+    return {row.knob: row for row in audit(engine, recipe, checklist(), "0.8.5")}
 
 
 def test_every_knob_knows_every_versions_default():
-    assert all(set(knob.defaults) == set(VERSIONS) for knob in KNOBS)
-    assert len(KNOBS) >= 15
+    known = checklist()
+    assert all(set(knob.defaults) == set(known.versions) for knob in known.knobs)
+    assert len(known.knobs) >= 15
+
+
+def test_an_adapter_speaks_of_knobs_that_there_are():
+    from lockstep.engines import transformers
+    from lockstep.engines.vllm.v1 import VllmV1
+
+    named = {knob.name for knob in checklist().knobs}
+    assert set(VllmV1.facts.since) < named
+    assert set(transformers.FACTS.since) < named
 
 
 def test_a_good_configuration_needs_nothing():
@@ -86,3 +102,20 @@ def test_what_an_engine_does_not_tell_is_unknown_and_not_ok():
     rows = rows_of({"measured.logprobs_mode": "processed_logprobs"}, tells=False)
     assert rows["log-probability mode"].verdict == "ok"
     assert rows["generation_config"].verdict == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("key", "version", "verdict"),
+    [
+        ("scheduler_config.async_scheduling", "0.8.5.post2", "ok"),
+        ("scheduler_config.async_scheduling", "0.18.1", "unknown"),
+        ("scheduler_config.async_scheduling", "0.33.0", "unknown"),
+        ("cache_config.enable_prefix_caching", "0.18.1", "ok"),
+        ("cache_config.cache_dtype", "0.8.5", "unknown"),
+    ],
+)
+def test_a_setting_that_is_absent_is_none_only_where_the_adapter_says_so(key, version, verdict):
+    """One that a version has renamed would else be ok, unseen."""
+    rows = rows_of({name: value for name, value in GOOD.items() if name != key}, version=version)
+    (absent,) = (row for row in rows.values() if row.resolved == "-")
+    assert absent.verdict == verdict

@@ -133,11 +133,11 @@ def _semantics(pair: Pair, side: Side, sample: Samples) -> Iterator[Cell]:
         )
     else:
         yield Cell(question="prompt_logprobs", status="NOT_RUN", says=side.how["rescore"])
-    config = next((row.resolved for row in side.rows if row.knob == "generation_config"), "-")
+    config = next(row for row in side.rows if row.knob == "generation_config")
     yield Cell(
         question="generation_config",
-        status="PASS" if config == "vllm" else "FAIL",
-        says=f"{config} by default; a request that sets every field is not touched",
+        status="PASS" if config.verdict == "ok" else "FAIL",
+        says=f"{config.resolved} by default; a request that sets every field is not touched",
     )
 
 

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 
 from lockstep.config.recipe import Recipe
 from lockstep.deep.switch import replay_switch
-from lockstep.engines.audit import VERSIONS, KnobRow, audit
-from lockstep.engines.registry import choose, facts_of
+from lockstep.engines.audit import KnobRow, audit
+from lockstep.engines.registry import checklist, choose, facts_of
 from lockstep.faults.campaign import planted
 from lockstep.faults.catalogue import FAULTS
 from lockstep.metrics.reduce import mean_over_sequences, quantiles_abs
@@ -133,6 +133,7 @@ def observed(pair: Pair) -> Side:
     mean, error = mean_over_sequences(sample.scored(pair.trainer) - sample.engine_logprobs, sample.owners)
     at_one = plain.scored(pair.trainer) - plain.engine_logprobs
     can = {name: found.supported for name, found in ready.capabilities.items()}
+    known = checklist()
     before = plain.rescored(pair.engine) if can["rescore"] else np.full(1, np.nan)
     return Side(
         engine=f"{ready.engine} {ready.version} ({ready.generation})",
@@ -149,7 +150,7 @@ def observed(pair: Pair) -> Side:
         can=can,
         how={name: found.how for name, found in ready.capabilities.items()},
         resolved={name: str(value) for name, value in steady(ready.resolved).items()},
-        rows=tuple(audit(pair.engine, pair.recipe, VERSIONS[0])),
+        rows=tuple(audit(pair.engine, pair.recipe, known, known.versions[0])),
     )
 
 

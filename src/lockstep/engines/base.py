@@ -86,6 +86,9 @@ class EngineFacts(Struct, frozen=True):
     """The same of keys and values (``fp8_e5m2``; ``auto``: as its parameters); empty where it never tells."""
     side_by_side: str = ""
     """Key of how many sequences it runs at once; empty where it never tells."""
+    since: dict[str, str] = {}
+    """Setting of a migration checklist → the first version that has it; empty: none has. One that is absent
+    from a version that should tell it is not known."""
     device: str = ""
     """Key of what it computes on (``cpu``, ``cuda``); empty where it never tells: it is taken for a CPU's."""
 

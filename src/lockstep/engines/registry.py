@@ -4,9 +4,10 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lockstep.config.recipe import EngineConfig
+from lockstep.engines.audit import Checklist
 from lockstep.engines.base import Engine, EngineFacts, EngineSpec
 from lockstep.engines.environments.in_place import in_place
 from lockstep.engines.environments.locate import Environment, find, installed
@@ -29,6 +30,9 @@ PREFERRED = "vllm"
 
 KEYED = {"openai": "lockstep.engines.openai_http.options:options_of"}
 """Engines that are sent a key: what refuses options that cannot be, given them and the key's variable."""
+
+CHECKLISTS = {PREFERRED: "lockstep.engines.vllm.knobs:CHECKLIST"}
+"""What one who comes from an engine has to look at (``audit.py``), of those that have such a list."""
 
 REFUSALS = {PREFERRED: "lockstep.engines.vllm.served:refuse_options"}
 """What refuses options of other engines, given them."""
@@ -102,6 +106,11 @@ def facts_of(choice: Choice) -> EngineFacts:
         return EngineFacts()
     adapter: Any = _named(ADAPTERS[choice.environment.name, choice.environment.generation])
     return adapter.facts
+
+
+def checklist() -> Checklist:
+    """Of the preferred engine, which is the one that people come from."""
+    return cast(Checklist, _named(CHECKLISTS[PREFERRED]))
 
 
 def start(choice: Choice, spec: EngineSpec) -> Engine:

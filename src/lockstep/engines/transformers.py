@@ -47,6 +47,22 @@ FACTS = EngineFacts(
         "body_precision": "engine.dtype = model.dtype",
     },
     defaults={"attn_implementation": "sdpa", "max_batch_size": 128},
+    # One forward pass after the other over a cache of the batch's own: no scheduler, no pool of blocks.
+    since=dict.fromkeys(
+        (
+            "prefix cache",
+            "async scheduling",
+            "chunked prefill",
+            "tokens a step",
+            "requests a step",
+            "cascade attention",
+            "generation_config",
+            "seed",
+            "KV cache dtype",
+            "recurrent-state dtype",
+        ),
+        "",
+    ),
 )
 
 CAN = {

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lockstep.engines.base import EngineFacts, EngineSpec, PathFactor
 from lockstep.engines.environments.locate import Environment
 from lockstep.engines.process import WorkerProgram
+from lockstep.engines.vllm.knobs import SINCE
 from lockstep.engines.vllm.older_form import older_form
 from lockstep.engines.worker.vllm_plugin import ENTRY_POINTS
 from lockstep.engines.worker_engine import WorkerEngine
@@ -66,7 +67,7 @@ def facts_of(
         "device": "device_config.device_type",
         "side_by_side": "scheduler_config.max_num_seqs",
     }
-    return EngineFacts(FIXES | fixes, RL_DEFAULTS | defaults, factors, **keys)
+    return EngineFacts(FIXES | fixes, RL_DEFAULTS | defaults, factors, since=SINCE, **keys)
 
 
 class VllmEngine(WorkerEngine):
