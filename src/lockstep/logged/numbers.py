@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from lockstep.logged.rows import Logged
 from lockstep.parity.evidence import within
 from lockstep.parity.explain.path.corruption import SHOWN, SHOWN_CHARACTERS, Corrupted
-from lockstep.parity.explain.rows import Mangled
+from lockstep.parity.explain.rows import Explanation
 from lockstep.parity.explain.semantics.sampler import distributions, examine_draws, likeliest_temperature
 from lockstep.parity.pair import Pair
 from lockstep.parity.search_tolerances import (
@@ -81,7 +81,7 @@ def of_all(logged: Logged, rows: np.ndarray, gap: np.ndarray) -> Gaps:
     return Gaps(logged.logprobs[judged], gap, owners, places, np.diff(logged.spans[rows])[:, 0])
 
 
-def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
+def placeholders(gaps: Gaps, noise: Tolerance) -> Explanation | None:
     """One value that most tokens which are off carry, while the others are right."""
     off = ~(np.abs(gaps.gap) <= noise.p999)
     if not off.any():
@@ -112,11 +112,11 @@ def placeholders(gaps: Gaps, noise: Tolerance) -> Mangled | None:
             f"{wrong.sum():,} of {wrong.size:,} tokens {where} carry {beside}; "
             f"they stand in runs of up to {run[wrong].max():,}"
         )
-        return Mangled("tokens_not_sampled", text)
+        return Explanation("tokens_not_sampled", text)
     name, place = _standing(gaps, wrong)
     if name:
         where = f"{name} of {np.count_nonzero(same & place):,} of {len(gaps.lengths):,} completions"
-    return Mangled("placeholder_numbers", f"{where}: {wrong.sum():,} tokens carry {beside}")
+    return Explanation("placeholder_numbers", f"{where}: {wrong.sum():,} tokens carry {beside}")
 
 
 def _runs(gaps: Gaps, same: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ def rows_off(parts: Sequence[tuple[Logged, np.ndarray, Gaps]], noise: Tolerance)
     )
 
 
-def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
+def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Explanation | None:
     """Rows whose tokens are the model's own draws, and whose numbers are of other tokens."""
     if not some.plausible or some.related:
         return None
@@ -210,10 +210,10 @@ def foreign(pair: Pair, gaps: Gaps, some: SomeRows) -> Mangled | None:
         "do not go with their tokens, which are draws"
     )
     if n_foreign >= MOST_ROWS * looked.size:
-        return Mangled(
+        return Explanation(
             "rows_swapped", f"{text}; {n_foreign} of {looked.size} that were looked for are another row's"
         )
-    return Mangled(
+    return Explanation(
         "foreign_logprobs",
         f"{text}; {n_foreign} of {looked.size} that were looked for are another row's of this file",
     )

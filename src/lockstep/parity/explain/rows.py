@@ -1,4 +1,4 @@
-"""Rows of one sample: the values of each completion, and what was found out about how they were mangled."""
+"""What an explanation is, and rows of one sample: the values of each completion."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,16 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Mangled:
-    """How rows were mangled."""
+class Explanation:
+    """What explains a gap."""
 
     cause: str
+    """Of ``parity/causes.py``."""
     evidence: str
+
+
+Mangled = Explanation
+"""Of rows that were mangled."""
 
 
 def rows_of(values: np.ndarray, owners: np.ndarray) -> list[np.ndarray]:

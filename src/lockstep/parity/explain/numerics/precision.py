@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.parity.evidence import Evidence, within
+from lockstep.parity.explain.rows import Explanation
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
 from lockstep.parity.tolerances import CENTRED, PRECISION_MULTIPLE, QUANTISED_CORRELATION
@@ -21,14 +22,6 @@ FORMS = ("torch.float16", "torch.bfloat16")
 """Dtypes that are tried for the body of an engine that does not tell its own."""
 FEW_TOKENS = 48
 """The forms are tried on so many tokens of the sample, or a few more: whole rows are taken."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What explains a gap."""
-
-    cause: str
-    evidence: str
 
 
 @dataclass(frozen=True)

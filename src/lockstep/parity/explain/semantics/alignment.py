@@ -14,7 +14,7 @@ import torch
 from msgspec.structs import replace
 
 from lockstep.parity.evidence import Evidence, within
-from lockstep.parity.explain.rows import Mangled, off, rows_of
+from lockstep.parity.explain.rows import Explanation, off, rows_of
 from lockstep.parity.explain.semantics.portions import where
 from lockstep.parity.explain.semantics.prompt_edits import edited_prompts, miscounted_prompts
 from lockstep.parity.explain.semantics.sampler import distributions
@@ -35,7 +35,7 @@ NEAREST = 8
 MOST_EDITS = 4
 
 
-def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
+def examine(pair: Pair, evidence: Evidence) -> Explanation | None:
     """The first explanation that fits the rows that are off, if more than one is."""
     neutral = evidence.neutral
     ours = rows_of(neutral.engine_logprobs, neutral.owners)
@@ -43,10 +43,10 @@ def examine(pair: Pair, evidence: Evidence) -> Mangled | None:
     wrong = _rows_off(ours, theirs, pair.noise.p50)
     strange = _rows_off(ours, rows_of(evidence.trainer, neutral.owners), pair.noise.p50)
 
-    def of(rows: np.ndarray, look: Callable[[], Mangled | None]) -> Callable[[], Mangled | None]:
+    def of(rows: np.ndarray, look: Callable[[], Explanation | None]) -> Callable[[], Explanation | None]:
         return lambda: _naming_rows(neutral, rows, look())
 
-    looks: list[Looks[Mangled]] = []
+    looks: list[Looks[Explanation]] = []
     if len(wrong) >= LEAST_ROWS:
         some, others = [ours[i] for i in wrong], [theirs[i] for i in wrong]
         looks.append(
@@ -69,14 +69,14 @@ def _rows_off(ours: list[np.ndarray], others: list[np.ndarray], limit: float) ->
     return np.array([i for i, (a, b) in enumerate(zip(ours, others, strict=True)) if off(a, b, limit)], int)
 
 
-def _naming_rows(sample: Samples, rows: np.ndarray, mangled: Mangled | None) -> Mangled | None:
+def _naming_rows(samples: Samples, rows: np.ndarray, found: Explanation | None) -> Explanation | None:
     """An explanation that says which rows it is of, where those are not most."""
-    if mangled is None or len(rows) >= MOST_ROWS * len(sample):
-        return mangled
-    return Mangled(mangled.cause, f"in {where(sample, rows)}: {mangled.evidence}")
+    if found is None or len(rows) >= MOST_ROWS * len(samples):
+        return found
+    return Explanation(found.cause, f"in {where(samples, rows)}: {found.evidence}")
 
 
-def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
+def transformed(pair: Pair, evidence: Evidence) -> Explanation | None:
     """Numbers that are logits, or a function of the right ones.
 
     Of its re-scores, where the trainer confirms these.
@@ -86,10 +86,12 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
         gap = _logits(pair, evidence) - neutral.engine_logprobs
         if within(pair.noise, gap):
             text = f"the trainer's logits fit to {np.median(np.abs(gap)):.1e} (median)"
-            return Mangled("logits_reported", f"numbers of up to {neutral.engine_logprobs.max():.3g}; {text}")
+            return Explanation(
+                "logits_reported", f"numbers of up to {neutral.engine_logprobs.max():.3g}; {text}"
+            )
     change = transform(neutral.engine_logprobs, evidence.rescored, neutral.owners, pair.noise)
     if change is not None and evidence.confirmed(pair):
-        return Mangled("logprobs_transformed", f"the numbers are the right ones, {change}")
+        return Explanation("logprobs_transformed", f"the numbers are the right ones, {change}")
     # What is done to the re-scores too is no difference between them: then both are a function of the
     # trainer's.
     drawn = transform(neutral.engine_logprobs, evidence.trainer, neutral.owners, pair.noise)
@@ -97,7 +99,7 @@ def transformed(pair: Pair, evidence: Evidence) -> Mangled | None:
     if drawn is None or rescored is None or _kind(drawn) != _kind(rescored):
         return None
     text = f"the numbers, and those of its re-scores, are the trainer's, {drawn}"
-    return Mangled("logprobs_transformed", text)
+    return Explanation("logprobs_transformed", text)
 
 
 def _kind(change: str) -> str:
@@ -113,7 +115,7 @@ def _logits(pair: Pair, evidence: Evidence) -> np.ndarray:
     return torch.cat([z.gather(1, ids[:, None])[:, 0] for z, ids in drawn_from]).numpy(force=True)
 
 
-def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Mangled | None:
+def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> Explanation | None:
     """Numbers that are right, and stand beside a token before or after their own."""
     for by in range(1, FARTHEST_SHIFT + 1):
         # A number that stands beside the token after its own fits the token before the one it stands beside.
@@ -121,13 +123,13 @@ def _shifted(ours: list[np.ndarray], theirs: list[np.ndarray], limit: float) -> 
             gap = np.abs(np.concatenate([a[:-by] - b[by:] for a, b in zip(one, other, strict=True)]))
             if gap.size and np.median(gap) <= limit:
                 text = f"each number fits the token {by} {place} it to {np.median(gap):.1e} nats (median)"
-                return Mangled("shifted_logprobs", text)
+                return Explanation("shifted_logprobs", text)
     return None
 
 
 def _swapped(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray], wrong: np.ndarray
-) -> Mangled | None:
+) -> Explanation | None:
     """Numbers that fit another row's tokens, or whole completions that fit another row's prompt.
 
     Args:
@@ -138,7 +140,9 @@ def _swapped(
     limit = pair.noise.p50
     elsewhere = sum(_fits_another(ours[i], theirs, i, limit) for i in wrong)
     if elsewhere >= MOST_ROWS * len(wrong):
-        return Mangled("rows_swapped", f"the numbers of {elsewhere} of {len(wrong)} rows are another row's")
+        return Explanation(
+            "rows_swapped", f"the numbers of {elsewhere} of {len(wrong)} rows are another row's"
+        )
     # Every completion after every prompt is a quadratic number of scores, so a few rows must fit before all
     # are tried.
     if not _after_another_prompt(pair, evidence, ours, wrong[:SCREENED]):
@@ -146,7 +150,7 @@ def _swapped(
     homes = _after_another_prompt(pair, evidence, ours, wrong)
     if not homes or homes < MOST_ROWS * len(wrong):
         return None
-    return Mangled(
+    return Explanation(
         "rows_swapped", f"{homes} of {len(wrong)} completions were drawn after another row's prompt"
     )
 
@@ -171,7 +175,7 @@ def _after_another_prompt(pair: Pair, evidence: Evidence, ours: list[np.ndarray]
 
 def _edited(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray], theirs: list[np.ndarray]
-) -> Mangled | None:
+) -> Explanation | None:
     """Rows whose numbers become right when a few of their tokens are put back.
 
     Which token stood there is read off its number: it is one of those with the log-probability reported.
@@ -195,7 +199,7 @@ def _edited(
         f"{len(restored)} of {len(wrong)} rows that are off agree "
         f"once {sum(restored)} of their tokens are others"
     )
-    return Mangled("tokens_edited", text)
+    return Explanation("tokens_edited", text)
 
 
 def _edits(pair: Pair, numbers: np.ndarray, group: Group, temperature: float, tail: float) -> int | None:
@@ -231,7 +235,7 @@ def _first_off(a: np.ndarray, b: np.ndarray, tail: float) -> int:
     return int(beyond.argmax()) if beyond.any() else len(beyond)
 
 
-def _no_more_after(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float) -> Mangled | None:
+def _no_more_after(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float) -> Explanation | None:
     """Rows that agree up to one token and mostly not after it, which is all that is seen where a number fits
     too many tokens."""
     places = 0
@@ -241,10 +245,12 @@ def _no_more_after(ours: list[np.ndarray], theirs: list[np.ndarray], tail: float
         places += 0 < first < len(a) - PROVING_TOKENS - 1 and bool(rest.mean() > MOST_ROWS)
     if places < MOST_ROWS * len(ours):
         return None
-    return Mangled("tokens_edited", f"{places} of {len(ours)} rows agree up to a token and hardly after it")
+    return Explanation(
+        "tokens_edited", f"{places} of {len(ours)} rows agree up to a token and hardly after it"
+    )
 
 
-def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:
+def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Explanation | None:
     """Stop at tokens that are likely to be drawn, and look whether the completions that stopped end in
     one."""
     neutral = evidence.neutral
@@ -263,5 +269,5 @@ def dropped_stop(pair: Pair, evidence: Evidence, seed: int) -> Mangled | None:
     without = [s for s in stopped if not len(s.token_ids) or int(s.token_ids[-1]) not in stops]
     if without:
         text = f"{len(without)} of {len(stopped)} completions that stopped do not end in a stop token"
-        return Mangled("stop_token_dropped", text)
+        return Explanation("stop_token_dropped", text)
     return None

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from lockstep.parity.evidence import Evidence, within
 from lockstep.parity.explain.fitting import miss_of
-from lockstep.parity.explain.rows import Mangled
+from lockstep.parity.explain.rows import Explanation
 from lockstep.parity.explain.semantics.alignment import examine, transformed
 from lockstep.parity.explain.semantics.draws import draw_groups
 from lockstep.parity.explain.semantics.unasked import unasked
@@ -26,7 +26,7 @@ TOKENS = 8
 class Grouped(NamedTuple):
     """Requests for several samples, and what became of them."""
 
-    wrong: Mangled | None
+    wrong: Explanation | None
     """None where nothing is."""
     sample: Samples
     gap: np.ndarray
@@ -46,13 +46,13 @@ def examine_groups(pair: Pair, asked: SamplingParams) -> Grouped:
         text = (
             f"{sample.missing} of {sample.engine_logprobs.size} tokens came without a finite log-probability"
         )
-        missing = Mangled("missing_logprobs", _only(sampling, text))
+        missing = Explanation("missing_logprobs", _only(sampling, text))
         return Grouped(missing, sample, np.full(1, np.nan, np.float32))
     trainer = sample.scored(pair.trainer)
     gap = trainer - sample.engine_logprobs
     agrees = within(pair.noise, gap)
     wrong = _repeated(sample.groups, trainer) if agrees else _explained(pair, sample.apart(), trainer)
-    told = None if wrong is None else Mangled(wrong.cause, _only(sampling, wrong.evidence))
+    told = None if wrong is None else Explanation(wrong.cause, _only(sampling, wrong.evidence))
     return Grouped(told, sample, gap)
 
 
@@ -60,7 +60,7 @@ def _only(sampling: SamplingParams, text: str) -> str:
     return f"only where one request asks for n = {sampling.n} samples: {text}"
 
 
-def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
+def _repeated(groups: list[Group], trainer: np.ndarray) -> Explanation | None:
     """Samples of one prompt that are alike more often than chance makes them."""
     log_chance = 0.0
     count = 0
@@ -78,23 +78,27 @@ def _repeated(groups: list[Group], trainer: np.ndarray) -> Mangled | None:
             at += len(ids)
     if log_chance >= LOG_CHANCE:
         return None
-    return Mangled(
+    return Explanation(
         "draws_differ",
         f"{count} samples repeat another of their prompt; the chance of that is e^{log_chance:.0f}",
     )
 
 
-def _explained(pair: Pair, sample: Samples, trainer: np.ndarray) -> Mangled:
+def _explained(pair: Pair, samples: Samples, trainer: np.ndarray) -> Explanation:
     """What is wrong with the numbers, as far as layer 1 knows it."""
-    evidence = Evidence.by_trainer(sample, trainer)
-    size = np.abs(trainer - sample.engine_logprobs)
+    evidence = Evidence.by_trainer(samples, trainer)
+    size = np.abs(trainer - samples.engine_logprobs)
     cause = transformed(pair, evidence)
     if cause is None:
-        hidden = unasked(pair, sample, min(pair.noise.p50, EXPLAINS * miss_of(size)))
+        hidden = unasked(pair, samples, min(pair.noise.p50, EXPLAINS * miss_of(size)))
         cause = (
-            None if hidden is None else Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
+            None
+            if hidden is None
+            else Explanation(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
         )
     differs = f"the trainer differs by {np.median(size):.1e} nats in the median, {size.max():.1e} at most"
     return (
-        cause or examine(pair, evidence) or Mangled("unexplained_semantics", f"{differs}{pair.search.told()}")
+        cause
+        or examine(pair, evidence)
+        or Explanation("unexplained_semantics", f"{differs}{pair.search.told()}")
     )

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lockstep.parity.evidence import Evidence
-from lockstep.parity.explain.rows import Mangled, off, rows_of
+from lockstep.parity.explain.rows import Explanation, off, rows_of
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
 from lockstep.parity.search_tolerances import MOST_ROWS, UNEDITED_AT_MOST
@@ -26,7 +26,7 @@ SCREENED = 2
 
 def edited_prompts(
     pair: Pair, evidence: Evidence, ours: list[np.ndarray], strange: np.ndarray
-) -> Mangled | None:
+) -> Explanation | None:
     """The edit of its own prompts under which the trainer agrees with the engine.
 
     Args:
@@ -51,7 +51,9 @@ def edited_prompts(
         # Half of them is enough: a cut may leave nothing of the shortest.
         screened = 2 * agree(edit, first).sum() >= len(first)
         if screened and agree(edit, rows).mean() > 1 - UNEDITED_AT_MOST:
-            return Mangled(cause, f"the trainer agrees with the engine once its prompts are edited: {name}")
+            return Explanation(
+                cause, f"the trainer agrees with the engine once its prompts are edited: {name}"
+            )
     return None
 
 
@@ -128,9 +130,9 @@ def _kept(left: Callable[[np.ndarray, int], np.ndarray], n: int, prompt: np.ndar
     return left(prompt, max(len(prompt) - n, 0))
 
 
-def miscounted_prompts(sample: Samples) -> Mangled | None:
+def miscounted_prompts(samples: Samples) -> Explanation | None:
     """Prompts of another length by the engine's own count: something was put in that cannot be guessed."""
-    counts = [(s.prompt_tokens, len(s.prompt_ids)) for s in sample if s.prompt_tokens]
+    counts = [(s.prompt_tokens, len(s.prompt_ids)) for s in samples if s.prompt_tokens]
     wrong = [(counted, sent) for counted, sent in counts if counted != sent]
     if not wrong or len(wrong) < MOST_ROWS * len(counts):
         return None
@@ -139,12 +141,12 @@ def miscounted_prompts(sample: Samples) -> Mangled | None:
         f"the engine counts another number of tokens in {len(wrong)} of {len(counts)} prompts: "
         f"{counted} where {sent} were sent"
     )
-    return Mangled("prompt_edited", text)
+    return Explanation("prompt_edited", text)
 
 
-def doubled_bos(pair: Pair, prompt: np.ndarray) -> Mangled | None:
+def doubled_bos(pair: Pair, prompt: np.ndarray) -> Explanation | None:
     """A doubled BOS in one of the task's own prompts, which no score shows: both sides are sent the same."""
     bos = pair.renderer.tokenizer.bos_token_id
     if bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
-        return Mangled("bos_doubled", f"the task's prompts begin with token {bos} twice")
+        return Explanation("bos_doubled", f"the task's prompts begin with token {bos} twice")
     return None

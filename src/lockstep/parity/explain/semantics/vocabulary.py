@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lockstep.parity.explain.rows import Mangled
+from lockstep.parity.explain.rows import Explanation
 from lockstep.parity.pair import Pair
 from lockstep.parity.search import keep_looking
 from lockstep.parity.search_tolerances import MOVE_IMPROVES, MOVED_AT_LEAST_NATS, TOKEN_AT_MOST_NATS
@@ -22,7 +22,7 @@ PLACES = 12
 """Ids from which the others may be moved that are tried before the best is looked at more closely."""
 
 
-def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
+def moved_ids(pair: Pair, few: Samples) -> Explanation | None:
     """The move under which the trainer agrees with the numbers, and the id from which it is."""
     groups = [Group(group.prompt, [group.completions[0][:TOKENS]]) for group in few.groups[:ROWS]]
     engine = np.concatenate([few.engine_logprobs[few.owners == row][:TOKENS] for row in range(len(groups))])
@@ -55,7 +55,7 @@ def moved_ids(pair: Pair, few: Samples) -> Mangled | None:
         left = float("inf") if at is None else float(np.median(gap(move, at)))
         if at is not None and left <= pair.noise.p50:
             read = f"ids from {used[at]} on read as {abs(move)} {'less' if move > 0 else 'more'}"
-            return Mangled("vocabulary_shifted", f"with {read} the trainer agrees to {left:.1e} nats")
+            return Explanation("vocabulary_shifted", f"with {read} the trainer agrees to {left:.1e} nats")
     return None
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from lockstep.errors import ModelError
 from lockstep.parity.canary import Canary
 from lockstep.parity.explain.fitting import fitted
-from lockstep.parity.explain.numerics.precision import Explanation, precision
+from lockstep.parity.explain.numerics.precision import precision
+from lockstep.parity.explain.rows import Explanation
 from lockstep.parity.explain.weights import attribution
 from lockstep.parity.explain.weights.fitted_settings import FittedSetting, settings_of
 from lockstep.parity.explain.weights.model_settings import Departure, departures
