@@ -23,7 +23,10 @@ import numpy as np
 from lockstep.report.compare import against
 from lockstep.report.trajectories import Arm, Trajectory
 
-PAIRS, STEPS, RHO, NOISE = 200, 40, 0.7, 0.5
+PAIRS = 200
+STEPS = 40
+RHO = 0.7
+NOISE = 0.5
 FIGURES = (
     "reward_mean",
     "entropy_mean_nats",

@@ -73,7 +73,8 @@ def _pace_engine(token_s: float) -> None:
     from lockstep.engines.streaming import Begun, then
     from lockstep.engines.transformers import TransformersEngine
 
-    begin, sample = TransformersEngine._begin, TransformersEngine._sample
+    begin = TransformersEngine._begin
+    sample = TransformersEngine._sample
 
     def held(asked: Sequence[SamplingParams]) -> float:
         return token_s * max(longest(sampling) for sampling in asked)

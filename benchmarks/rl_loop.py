@@ -89,7 +89,8 @@ def run_trl(steps, prompts):
     recipe = load_recipe(RECIPE, [f"training.prompts_per_step={prompts}"])
     path = resolve_model(recipe.model.path)
     task = Task(recipe.task, recipe.training.seed)
-    n_prompts, group = recipe.training.prompts_per_step, recipe.training.group_size
+    n_prompts = recipe.training.prompts_per_step
+    group = recipe.training.group_size
     items = [task.item(number) for number in range(n_prompts * (steps + WARM_STEPS))]
     rows = [{"prompt": task.messages(item), "answer": str(item["answer"])} for item in items]
 

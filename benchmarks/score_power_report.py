@@ -40,7 +40,8 @@ def clean_table(found: dict) -> Iterator[str]:
 
 def _binomial_most(n: int, p: float) -> int:
     """The largest count that a binomial reaches in more than 2.5 % of all studies."""
-    total, k = 0.0, -1
+    total = 0.0
+    k = -1
     while total < 0.975:
         k += 1
         total += math.comb(n, k) * p**k * (1 - p) ** (n - k)

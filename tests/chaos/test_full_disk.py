@@ -72,7 +72,9 @@ class Disk:
     """Says no from its ``fails_at``-th operation on that needs the disk, until :meth:`repair`."""
 
     def __init__(self, monkeypatch, code: int, fails_at: int, *, once: bool = False) -> None:
-        self.code, self.fails_at, self.once = code, fails_at, once
+        self.code = code
+        self.fails_at = fails_at
+        self.once = once
         self.seen: list[str] = []
         self.refused: list[str] = []
         self._patch = monkeypatch

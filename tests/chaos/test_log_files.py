@@ -27,7 +27,8 @@ from lockstep.records.verdicts import LAYERS
 from tests.faults import conftest
 from tests.faults.conftest import NEUTRAL
 
-pair, recipe = conftest.pair, conftest.recipe
+pair = conftest.pair
+recipe = conftest.recipe
 session = conftest.session
 
 SLOWEST_S, SLOWEST_CHECK_S = 10.0, 100.0

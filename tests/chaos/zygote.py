@@ -35,7 +35,11 @@ class Kill:
     def __init__(
         self, target: str, when: str, call: int, step: int, whom: str = "trainer", told: str = ""
     ) -> None:
-        self.target, self.when, self.call, self.step, self.whom = target, when, call, step, whom
+        self.target = target
+        self.when = when
+        self.call = call
+        self.step = step
+        self.whom = whom
         self.told = told
         self.now, self.calls = -1, 0
 

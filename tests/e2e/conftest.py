@@ -56,7 +56,11 @@ def session(installed, tmp_path_factory):
 @pytest.fixture
 def pair(session):
     """The session's pair; the recipe and the engine are put back after the test."""
-    recipe, engine, version = session.pair.recipe, session.pair.engine, session.pair.version
+    recipe = session.pair.recipe
+    engine = session.pair.engine
+    version = session.pair.version
     yield session.pair
-    session.pair.recipe, session.pair.engine, session.pair.version = recipe, engine, version
+    session.pair.recipe = recipe
+    session.pair.engine = engine
+    session.pair.version = version
     session.pair.sync(version)

@@ -178,7 +178,8 @@ def test_the_run_holds_no_secret_and_neither_do_its_engines(interrupted):
 
 
 def test_the_resumed_run_loses_nothing_and_trains_nothing_twice(interrupted):
-    layout, resumed = interrupted.layout, interrupted.resumed
+    layout = interrupted.layout
+    resumed = interrupted.resumed
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads(resumed.stdout)
     assert summary["steps"] == STEPS

@@ -25,7 +25,8 @@ class DividesByThree:
     """A task whose reward is the share of tokens that do."""
 
     def __init__(self, task):
-        self.item, self.messages = task.item, task.messages
+        self.item = task.item
+        self.messages = task.messages
 
     def rewards(self, texts, items):
         return [np.mean([(ord(c) - 48) % 3 == 0 for c in text]) for text in texts]

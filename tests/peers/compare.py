@@ -228,7 +228,9 @@ def verl_estimators() -> list[Row]:
 def value_loss() -> float:
     """The value term alone: the surrogate's advantage is 0."""
     still = replace(TOOL, advantages=torch.zeros_like(TOOL.advantages))
-    values, returns = TOOL.reference.clone(), TOOL.engine.clone()  # any numbers do
+    # any numbers do
+    values = TOOL.reference.clone()
+    returns = TOOL.engine.clone()
     flat = {"values": values, "old_values": TOOL.values, "returns": returns}
     found = ours(
         still,

@@ -102,7 +102,8 @@ class Shelf:
     directory = Path()
 
     def __init__(self, model, versions):
-        self.model, self.versions = model, versions
+        self.model = model
+        self.versions = versions
 
     def publish(self, version):
         self.versions[version] = {name: p.detach().clone() for name, p in self.model.named_parameters()}

@@ -168,7 +168,8 @@ def test_right_numbers_of_tokens_that_a_truncation_drew_are_found_by_the_draws()
     def whole(numbers, prompt, ids):
         return pair.engine._of(np.r_[prompt, ids], asked_for[-1])[len(prompt) - 1 :]
 
-    pair.engine.params, pair.engine.numbers = truncated, whole
+    pair.engine.params = truncated
+    pair.engine.numbers = whole
     verdict = judged(pair)
     found = failed(verdict)
     assert found.cause == "draws_differ"
@@ -208,7 +209,8 @@ def test_a_prompt_that_was_edited_on_its_way_is_told_with_the_edit(edit, cause, 
         tail = ids[n:]
         return np.r_[np.zeros(n - 1, np.float32), of(np.r_[edit(ids[:n]), tail], temperature)[-len(tail) :]]
 
-    pair.engine._drawn, pair.engine._of = remembering, rescored
+    pair.engine._drawn = remembering
+    pair.engine._of = rescored
     found = failed(judged(pair))
     assert found.cause == cause
     assert told in found.evidence

@@ -123,10 +123,8 @@ def test_every_run_of_either_form_is_one_that_train_takes(benchmarks):
 
 
 def test_the_full_form_has_three_seeds_and_the_short_one_fits_into_a_quarter_of_an_hour(benchmarks):
-    full, short = (
-        benchmarks.arms.planned(benchmarks.arms.FULL),
-        benchmarks.arms.planned(benchmarks.arms.SHORT),
-    )
+    full = benchmarks.arms.planned(benchmarks.arms.FULL)
+    short = benchmarks.arms.planned(benchmarks.arms.SHORT)
     assert {run.arm.name for run in full} == set(benchmarks.arms.ARMS)
     assert len(full) == 3 * len(benchmarks.arms.ARMS)
     assert benchmarks.run.left_s(short, {}) <= 15 * 60

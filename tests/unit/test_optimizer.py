@@ -40,7 +40,8 @@ def stepped(model, optimizer, steps):
 
 
 def test_a_bf16_models_masters_go_the_fp32_models_way_bit_for_bit():
-    single, half = Model(torch.float32), Model(torch.bfloat16)
+    single = Model(torch.float32)
+    half = Model(torch.bfloat16)
     of_single, of_half = MasterAdamW(single, CONFIG), MasterAdamW(half, CONFIG)
     assert stepped(single, of_single, range(20)) == stepped(half, of_half, range(20))
     for mine, master, parameter in zip(of_single.masters, of_half.masters, of_half.parameters, strict=True):

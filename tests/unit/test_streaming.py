@@ -31,7 +31,8 @@ class Held(Canned):
         self.wrong = False
 
     def _sample(self, prompts, params):
-        (prompt,), (asked,) = prompts, params
+        (prompt,) = prompts
+        (asked,) = params
         self.begun.append(int(prompt[0]))
         assert self.gates[int(prompt[0])].wait(SOON_S)
         if prompt[0] == 3:

@@ -193,7 +193,8 @@ def with_tools(rollouts, engine_says=np.nan):
     """
     for sample, masked in {0: [1], 1: [1, 2, 3], 5: [0], 6: [2]}.items():
         before = rollouts[sample]
-        mask, numbers = before.loss_mask.copy(), before.engine_logprobs.copy()
+        mask = before.loss_mask.copy()
+        numbers = before.engine_logprobs.copy()
         mask[masked] = False
         numbers[masked] = engine_says
         rollouts.samples[sample] = replace(before, loss_mask=mask, engine_logprobs=numbers)

@@ -28,7 +28,8 @@ class SamplingParams:
 def release(monkeypatch):
     """A release, and nothing of the real one."""
     vllm, engine, arg_utils = (ModuleType(name) for name in ("vllm", "vllm.engine", "vllm.engine.arg_utils"))
-    arg_utils.AsyncEngineArgs, vllm.SamplingParams = AsyncEngineArgs, SamplingParams
+    arg_utils.AsyncEngineArgs = AsyncEngineArgs
+    vllm.SamplingParams = SamplingParams
     for module in (vllm, engine, arg_utils):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -80,7 +80,8 @@ class Peer:
     """The trainer's end of the socket."""
 
     def __init__(self, reader, writer):
-        self.reader, self.writer = reader, writer
+        self.reader = reader
+        self.writer = writer
 
     def ask(self, *requests):
         for request in requests:

@@ -346,7 +346,8 @@ def _refuse_untrainable(recipe: Recipe, source: str) -> None:
             ),
             hint="--set objective.old_logprobs=trainer",
         )
-    groups, parts = recipe.training.prompts_per_step, recipe.training.minibatches
+    groups = recipe.training.prompts_per_step
+    parts = recipe.training.minibatches
     if groups % parts:
         raise RecipeError(
             f"recipe {source}, key training.minibatches",

@@ -119,7 +119,8 @@ def factors_of(recipe: Recipe, version: str | None) -> list[Mendable]:
             Mendable(Factor(name=f"engine.options.{name}={value}", flag=flag), _without_option(name))
         )
     for name in ("head_dtype", "dtype"):
-        asked, own = getattr(recipe.engine, name), getattr(recipe.model, name)
+        asked = getattr(recipe.engine, name)
+        own = getattr(recipe.model, name)
         # The trainer's own goes to float32 below, and an engine that names today's would stay behind.
         if asked not in (None, own) or (asked is not None and own != "float32"):
             differs = Factor(name=f"engine.{name}={asked}", flag=f"--set engine.{name}={own}")

@@ -199,7 +199,8 @@ def _held(pair: Pair) -> Iterator[Cell]:
 
 def _draws(pair: Pair, sample: Samples) -> Iterator[Cell]:
     """Completions drawn again: alone, with the same seeds, and among others that have none."""
-    prompts, sampling = sample.prompts, sample.sampling
+    prompts = sample.prompts
+    sampling = sample.sampling
     # Row i of a draw has the i-th seed after the first.
     alone = [draw(pair, prompts[i : i + 1], sampling, pair.seed + i)[0] for i in range(ALONE)]
     yield _same("batch", alone, sample[:ALONE])

@@ -78,7 +78,8 @@ class Bench:
     """Engines, one after the other, each in a session of its own; tests have one without engines."""
 
     def __init__(self, log: Path, say: Say) -> None:
-        self.log, self.say = log, say
+        self.log = log
+        self.say = say
 
     def run(
         self, recipe: Recipe, what: str, work: "Callable[[Pair], Result]", *, breakable: bool = False

@@ -121,7 +121,8 @@ def check_completions(
         which = f"completion {completion.sample_index} of prompt {completion.prompt_index}"
         if (completion.prompt_index, completion.sample_index) != (prompt, sample):
             raise _wrong(where, which, f"completion {sample} of prompt {prompt} in its place")
-        size, numbers = len(completion.token_ids), len(completion.logprobs)
+        size = len(completion.token_ids)
+        numbers = len(completion.logprobs)
         if size % 4 or numbers != size:
             raise _wrong(
                 where,

@@ -270,7 +270,8 @@ class _Flight:
     """A stopping criterion: between two tokens it lets loads in, and notes where the weights changed."""
 
     def __init__(self, engine: TransformersEngine, n_prompt: int) -> None:
-        self._engine, self._n_prompt = engine, n_prompt
+        self._engine = engine
+        self._n_prompt = n_prompt
         self.began = engine.version
         self.switches: list[VersionSpan] = []
         """Where, and to which version."""

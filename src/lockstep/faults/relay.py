@@ -21,7 +21,9 @@ class Relay(Engine):
 
     def __init__(self, inner: Engine, *alterations: str) -> None:
         self.inner = inner
-        self.facts, self.ready, self.asked = inner.facts, inner.ready, inner.asked
+        self.facts = inner.facts
+        self.ready = inner.ready
+        self.asked = inner.asked
         self.vocabulary = inner.vocabulary
         self.altered_by = (*inner.altered_by, *alterations)
 

@@ -161,7 +161,8 @@ def some_rows(pair: Pair, logged: Logged, rows: np.ndarray, gaps: Gaps) -> SomeR
     few = off[:LOOKED_AT]
     turns = logged.turns(rows[few], 256)
     chosen = np.isin(gaps.owners, few)
-    engine, trainer = gaps.engine[chosen], gaps.trainer[chosen]
+    engine = gaps.engine[chosen]
+    trainer = gaps.trainer[chosen]
     spread = engine.std() * trainer.std()
     related = (
         spread > 0.0

@@ -45,7 +45,8 @@ class Deliveries:
 
     def settle(self, version: int, how: str) -> None:
         """``version`` is proven."""
-        self.proven, self.how = version, how
+        self.proven = version
+        self.how = how
         self._before = None
         self._moves = None
         if how != ROLLOUTS:

@@ -131,7 +131,9 @@ class Flights:
             self._pieces.clear()
             self._cut.clear()
             self.schedule.lost()
-            self._thread, self._ending, self._error = None, False, None
+            self._thread = None
+            self._ending = False
+            self._error = None
             self._held -= 1
         self._rewards.close()
 
@@ -340,7 +342,8 @@ class Flights:
                 self._pieces.asked(group)
 
     def _request(self, group: int, cut: Sample | None) -> tuple[np.ndarray, SamplingParams]:
-        pair, recipe = self._run.pair, self._run.recipe
+        pair = self._run.pair
+        recipe = self._run.recipe
         place = group // recipe.training.prompts_per_step, group
         if cut is None:
             prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(group)))
@@ -378,8 +381,7 @@ class Flights:
             if drawn is None or open_samples:
                 return
             self._pieces.forget(group)
-            text = self._run.pair.renderer.text
-            samples = [replace(sample, text=text(sample.token_ids)) for sample in drawn]
+            samples = [replace(s, text=self._run.pair.renderer.text(s.token_ids)) for s in drawn]
             oldest = min(span.version for sample in samples for span in sample.version_spans)
             self._samples[group] = samples
             self._rewards.begin(group, samples)

@@ -9,9 +9,12 @@ IMPROVES = 0.9
 for. A setting that is right leaves a third of the miss at most (``EXPLAINS``), and the grids are dense enough
 that its neighbours mend a tenth."""
 
-TAIL, TAIL_OVER_MEDIAN = 0.99, 10.0
-"""A hypothesis is held against a tenth of this quantile of |gap| too: what the arithmetic of a body's dtype
-brings has a p999 of ten times its median (``NOISE``), and a p99 below that."""
+TAIL = 0.99
+"""Quantile of |gap| that a hypothesis is held against beside the median."""
+
+TAIL_OVER_MEDIAN = 10.0
+"""What that quantile counts less than the median: what the arithmetic of a body's dtype brings has a p999 of
+ten times its median (``NOISE``), and a p99 below that."""
 
 EXPLAINS = 1 / 3
 """Of a miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
@@ -112,9 +115,12 @@ DRAWS_POWER = 0.9
 ONE_VALUE = 0.9
 """Share of the tokens that are off which carry one value, or stand in one place: then it is a placeholder."""
 
-LONG_RUN, IMPROBABLE_NATS = 4, -2.0
-"""So many exact zeros on end, beside tokens so improbable to the model, are no draws, whatever else is off: a
-number of 0.0 says certainty, where the model gives four such tokens e^−8."""
+LONG_RUN = 4
+"""So many exact zeros on end, beside improbable tokens, are no draws, whatever else is off: a number of 0.0
+says certainty, where the model gives four such tokens e^−8."""
+
+IMPROBABLE_NATS = -2.0
+"""Of the model: what half of those tokens have at most."""
 
 RIGHT_TOKENS = 8
 """Tokens beside the placeholders at least: that they are right must be seen on more than a few."""

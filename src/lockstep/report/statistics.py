@@ -97,7 +97,8 @@ class _Test:
 
 
 def _tested(sample: SeedMeans) -> _Test:
-    a, b = sample.a, sample.b
+    a = sample.a
+    b = sample.b
     difference = float(b.mean() - a.mean()) if a.size and b.size else nan
     spread_freedom = float(a.size + b.size - 2)
     if min(a.size, b.size) < 2 or not isfinite(difference):
@@ -107,12 +108,14 @@ def _tested(sample: SeedMeans) -> _Test:
         spread_freedom = a.size - 1.0
     error = spread * sqrt(1.0 / a.size + 1.0 / b.size)
     freedom = float(a.size + b.size - 2)
-    by_pair, pairs_freedom = error, freedom
+    by_pair = error
+    pairs_freedom = freedom
     if sample.paired:
         by_pair = float((b - a).std(ddof=1)) / sqrt(a.size)
         pairs_freedom = float(a.size - 1)
         if a.size >= PAIRED_FROM:
-            error, freedom = by_pair, pairs_freedom
+            error = by_pair
+            freedom = pairs_freedom
     # Of seeds that are all alike any difference is beyond chance.
     t = difference / error if error else (inf if difference else 0.0)
     p = student.two_sided(t, freedom)

@@ -18,7 +18,8 @@ class Vocabulary:
     """Texts of tokens; ids alone where the file is not there or is of another kind."""
 
     def __init__(self, texts: dict[int, str], why_not: str = "") -> None:
-        self.texts, self.why_not = texts, why_not
+        self.texts = texts
+        self.why_not = why_not
 
     def text(self, token: int) -> str:
         """The token's text, or its id in brackets."""

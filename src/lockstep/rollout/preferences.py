@@ -27,7 +27,9 @@ class Preferences:
     """The pairs of a recipe's task, by number; longer ones than ``engine.max_model_len`` are passed over."""
 
     def __init__(self, task: Task, renderer: Renderer, recipe: Recipe) -> None:
-        self._task, self._renderer, self._recipe = task, renderer, recipe
+        self._task = task
+        self._renderer = renderer
+        self._recipe = recipe
         self._short = ShortPrompts(self._length, task.n_items, recipe.engine.max_model_len)
 
     def step(self, step: int) -> Samples:

@@ -73,7 +73,8 @@ class Schedule:
 
     def _new(self) -> int:
         """Groups that were never admitted and may be, as far as steps and staleness go."""
-        bound, state = self.bound, self.state
+        bound = self.bound
+        state = self.state
         live = state.step * bound.groups_per_step + len(state.training) + self.outstanding
         # Counted from the version that every engine serves, not from the trainer's: a group that is admitted
         # now may be drawn by the slowest of them.
@@ -85,7 +86,8 @@ class Schedule:
 
     def _missing(self) -> dict[int, int]:
         """Deadline → how many groups of it or an earlier one must still finish before the next step."""
-        bound, state = self.bound, self.state
+        bound = self.bound
+        state = self.state
         lacking = {}
         if len(self._fresh()) < bound.groups_per_step:
             # Any groups do, under a deadline behind all others.

@@ -19,7 +19,9 @@ class ShortPrompts:
     """
 
     def __init__(self, length: Callable[[int], int], n_items: int, most: int) -> None:
-        self._length, self._n_items, self.most = length, n_items, most
+        self._length = length
+        self._n_items = n_items
+        self.most = most
         self._kept: list[int] = []
         self._looked_at = 0
         self._changing = threading.Lock()  # in flight, the rollout thread and the trainer's both ask

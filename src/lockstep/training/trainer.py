@@ -283,7 +283,8 @@ class Trainer:
     @cached_property
     def _optimizer(self) -> MasterAdamW:
         """Made when first needed: a check trains nothing, and masters of a bf16 model are twice its size."""
-        training, head = self._recipe.training, self._recipe.value_head
+        training = self._recipe.training
+        head = self._recipe.value_head
         updates = training.steps * training.minibatches
         return MasterAdamW(
             self._policy.model, self._recipe.optimizer, updates, self._beside.value_head, head.lr

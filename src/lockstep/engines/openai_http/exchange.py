@@ -103,7 +103,9 @@ class Exchange:
                         else:
                             if isinstance(found, bytes):
                                 return decode(found, kind, f"engine at {self.options.base_url}{path}")
-                            failure, least, paused = found.refusal, found.wait_s, found.paused
+                            failure = found.refusal
+                            least = found.wait_s
+                            paused = found.paused
                         attempt += not paused
                         if attempt <= self.options.retries:
                             most = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt)  # full jitter

@@ -76,11 +76,15 @@ def _golden(low: float, high: float, miss: Callable[[float], float], tries: int)
     for _ in range(tries - 2):
         keep_looking()
         if miss_left < miss_right:
-            stop, right, miss_right = right, left, miss_left
+            stop = right
+            right = left
+            miss_right = miss_left
             left = stop - GOLDEN * (stop - start)
             miss_left = miss(float(np.exp(left)))
         else:
-            start, left, miss_left = left, right, miss_right
+            start = left
+            left = right
+            miss_left = miss_right
             right = start + GOLDEN * (stop - start)
             miss_right = miss(float(np.exp(right)))
     return float(np.exp((start + stop) / 2))

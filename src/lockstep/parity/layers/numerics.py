@@ -39,7 +39,8 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
     sample = evidence.own
     trainer = evidence.own_trainer
     gap = trainer - sample.engine_logprobs
-    again, alone = evidence.floors.repeat, evidence.floors.alone
+    again = evidence.floors.repeat
+    alone = evidence.floors.alone
     # Not measured where the engine cannot re-score.
     floor_engine = path.figures.get("batch_composition_abs_p999_nats", 0.0)
     figures: dict[str, Any] = {
@@ -145,7 +146,8 @@ def _against_own_noise(
     Args:
         rescored: score B, float32 [T]; None of an engine that cannot be asked again.
     """
-    sample, trainer = evidence.neutral, evidence.trainer
+    sample = evidence.neutral
+    trainer = evidence.trainer
     exact = reference(pair.trainer, sample)  # score D
     rounded = trainer - exact
     of_engine = [_in_the_engines_dtype(pair, sample, trainer) - exact]

@@ -44,7 +44,8 @@ class Compared(NamedTuple):
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
     """The verdict of layer 2."""
-    neutral, rescored = evidence.neutral, evidence.rescored
+    neutral = evidence.neutral
+    rescored = evidence.rescored
     comparisons = {
         # The floor first: what fails it is no yardstick.
         "batch_composition": _alone(pair, neutral, rescored),
@@ -105,7 +106,8 @@ def _rescores_own(pair: Pair, evidence: Evidence) -> bool:
 
 def _decode(pair: Pair, evidence: Evidence) -> Compared:
     """A − B, at T = 1, and at the recipe's temperature where the engine can."""
-    neutral, own = evidence.neutral, evidence.own
+    neutral = evidence.neutral
+    own = evidence.own
     gap = neutral.engine_logprobs - evidence.rescored
     owners = neutral.owners
     if _rescores_own(pair, evidence):

@@ -78,7 +78,10 @@ class Questions:
     """
 
     def __init__(self, seed: int, size: int = 1_000_000, digits: int = 3, shots: int = 3) -> None:
-        self.seed, self.size, self.digits, self.shots = seed, size, digits, shots
+        self.seed = seed
+        self.size = size
+        self.digits = digits
+        self.shots = shots
 
     def __len__(self) -> int:
         return self.size

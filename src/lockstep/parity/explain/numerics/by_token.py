@@ -42,7 +42,9 @@ ROTARY_BASE = "logarithm of the rotary base"
 POSITIONS = "positions divided"
 EPSILON = "decimal logarithm of the norms' epsilon"
 CUT = "share of prompts without their first token"
-TOP_P, TOP_K, KEPT_AT_MOST = 0.95, 50, 256
+TOP_P = 0.95
+TOP_K = 50
+KEPT_AT_MOST = 256
 TRUNCATED_P, TRUNCATED_K = f"share of a top-p of {TOP_P}", f"share of a top-k of {TOP_K}"
 """A truncation is none of degree: a share of it says how much of its effect the numbers have."""
 REPETITION, PRESENCE, FREQUENCY = "repetition penalty", "presence penalty", "frequency penalty"

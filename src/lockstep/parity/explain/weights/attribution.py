@@ -226,7 +226,8 @@ def _rescored(
     Args:
         gap: engine − trainer as it is, float32 [T].
     """
-    names, factor = hypothesis.names, hypothesis.factor
+    names = hypothesis.names
+    factor = hypothesis.factor
     tried = []
     last = 1.0
     last_left = gap
@@ -237,7 +238,9 @@ def _rescored(
         tried.append(Hypothesis(names, factor, float(np.abs(left).mean())))
         # The line through the last two factors meets the engine's scores at the next one.
         ahead = factor + (factor - last) * _projected(left, last_left - left)
-        last, last_left, factor = factor, left, ahead
+        last = factor
+        last_left = left
+        factor = ahead
     return min(tried, key=lambda at: (at.miss, at.factor))
 
 
