@@ -297,6 +297,22 @@ def test_an_override_stands_in_for_the_gate_only_where_no_ladder_passed(killed):
     assert [_recorded_gate(run, step) is not None for step in range(4)] == [True, True, False, True]
 
 
+def test_a_step_that_is_recorded_by_the_next_start_says_that_nothing_was_proven_before_it(killed):
+    """The kill came between the gate and the step's line; this start's own ladder comes later."""
+    failed = Verdict(layer="semantics", status="NOT_RUN", summary="", n_tokens=0, reason="no number")
+    sentence = "it cannot be mended before Monday"
+    for run in (killed, resumed := recorded(killed, SEMANTICS, NUMERICS)):
+        run.pair.recipe = with_sets(run.pair.recipe, [f"parity.override={sentence}"])
+    killed.recorder.verdict(BeforeStep(2), failed)
+    train(killed, [2], record=False)
+    assert catch_up(resumed) == 3
+    assert [row.override for row in read_steps(killed.layout.metrics)] == [
+        *("", ""),
+        f"OVERRIDDEN (semantics: no number): {sentence}",
+    ]
+    assert resumed.recorder.override is None
+
+
 @pytest.mark.parametrize(
     ("dtype", "off", "refused"),
     [

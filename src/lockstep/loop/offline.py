@@ -37,6 +37,7 @@ def open_offline(recipe: Recipe, say: Say) -> Iterator[Session]:
     Raises:
         UsageError: for a model, a task or an objective that cannot be.
     """
+    refuse_objective(recipe.objective)
     refuse_offline(recipe)
     path = resolve_model(recipe.model.path)
     say(f"model {recipe.model.path}, {WHY}")
@@ -47,7 +48,7 @@ def open_offline(recipe: Recipe, say: Say) -> Iterator[Session]:
 
 
 def refuse_offline(recipe: Recipe) -> None:
-    """What an offline loop cannot train.
+    """What an offline loop cannot train, of an objective that can be.
 
     Raises:
         RecipeError: for a correction, an objective without pairs, or groups that are none.
@@ -59,7 +60,6 @@ def refuse_offline(recipe: Recipe) -> None:
             expected="'none': no engine runs, so no ladder passes that would unlock it",
             hint="--set objective.correction=none",
         )
-    refuse_objective(recipe.objective)
     if not needs_of(recipe.objective).pairs:
         raise RecipeError(
             "recipe, key objective.name",

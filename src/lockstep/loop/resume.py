@@ -14,10 +14,12 @@ import numpy as np
 from lockstep.errors import RunError
 from lockstep.loop.run import Run
 from lockstep.loop.stages import train_gated
+from lockstep.loop.unproven import overriding
 from lockstep.parity.gate import Gate
 from lockstep.parity.tolerances import REPLAY_ATOL, replay_rtol
+from lockstep.records.alarms import Override
 from lockstep.records.samples import Samples
-from lockstep.records.verdicts import BeforeStep
+from lockstep.records.verdicts import BeforeStep, Verdict
 from lockstep.rollout import store
 from lockstep.runs.checkpoints import keep_newest, newest_checked
 from lockstep.runs.layout import forget_partials
@@ -52,6 +54,7 @@ def catch_up(run: Run, again: Again | None = None) -> int:
     run.say(f"resume: {newest.path.name if newest else 'no whole checkpoint, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = _recorded_gate(run, step)
+        run.recorder.override = _recorded_override(run, step)
         rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
         figures = again(step, rollouts) if again else train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:  # the kill came between the gate and the step's line
@@ -60,6 +63,7 @@ def catch_up(run: Run, again: Again | None = None) -> int:
             _refuse_other_figures(run, step, figures, recorded[step])
         run.say(f"resume: step {step + 1} replayed from its stored rollouts")
         step += 1
+    run.recorder.override = None  # what this start's own ladder says is not known yet
     lost = sorted(number for number in recorded if number >= step)
     if lost:
         raise RunError(
@@ -76,17 +80,13 @@ def _recorded_gate(run: Run, step: int) -> Gate | None:
 
     None where no ladder passed before it and the recipe's override stood in.
     """
-    ladders = [
-        record.verdict
-        for record in read_verdicts(run.layout.verdicts)
-        if isinstance(record.when, BeforeStep) and record.when.step <= step
+    if _recorded_override(run, step) is not None:
+        return None
+    passed = [
+        verdict
+        for verdict in _recorded_ladders(run, step)
+        if verdict.layer == "numerics" and verdict.status == "PASS"
     ]
-    if run.recipe.parity.override:
-        # The last climb, which began with its first layer.
-        first = max((n for n, verdict in enumerate(ladders) if verdict.layer == "semantics"), default=0)
-        if any(verdict.status != "PASS" for verdict in ladders[first:]):
-            return None
-    passed = [verdict for verdict in ladders if verdict.layer == "numerics" and verdict.status == "PASS"]
     try:
         return Gate.of(run.pair, passed[-1].figures)
     except (IndexError, KeyError) as error:
@@ -96,6 +96,25 @@ def _recorded_gate(run: Run, step: int) -> Gate | None:
             expected="the ladder that passed before the first step",
             hint="start a new run: lockstep train RECIPE",
         ) from error
+
+
+def _recorded_override(run: Run, step: int) -> Override | None:
+    """What stood in for the ladder before a step; None where it passed."""
+    sentence = run.recipe.parity.override
+    ladders = _recorded_ladders(run, step)
+    # The last climb, which began with its first layer.
+    first = max((n for n, verdict in enumerate(ladders) if verdict.layer == "semantics"), default=0)
+    failed = any(verdict.status != "PASS" for verdict in ladders[first:])
+    return overriding(sentence, ladders[first:]) if sentence and failed else None
+
+
+def _recorded_ladders(run: Run, step: int) -> list[Verdict]:
+    """The verdicts of every ladder that was climbed before a step, in order."""
+    return [
+        record.verdict
+        for record in read_verdicts(run.layout.verdicts)
+        if isinstance(record.when, BeforeStep) and record.when.step <= step
+    ]
 
 
 def _refuse_other_figures(run: Run, step: int, figures: dict[str, float], recorded: dict[str, float]) -> None:

@@ -1,10 +1,13 @@
 """A run whose ladder did not pass ends, or the recipe says in a sentence why it goes on."""
 
+from collections.abc import Sequence
+
 from lockstep.errors import ParityError
 from lockstep.loop.run import Run
 from lockstep.parity.alarms import Watch
 from lockstep.parity.ladder import LadderResult
 from lockstep.records.alarms import Override
+from lockstep.records.verdicts import Verdict
 from lockstep.runs.certificate import void
 from lockstep.runs.manifest import read_manifest, stamp_override
 
@@ -23,11 +26,16 @@ def stamp(run: Run, result: LadderResult) -> None:
     if result.passed:
         run.ever_overridden = read_manifest(run.layout.manifest).override
         return
-    verdict = next(v for v in result.verdicts if v.status != "PASS")
-    cause = verdict.findings[0].cause.replace("_", " ") if verdict.findings else verdict.reason
-    run.override = run.recorder.override = Override(reason=sentence, layer=verdict.layer, cause=cause)
+    run.override = run.recorder.override = overriding(sentence, result.verdicts)
     run.ever_overridden = run.override
     stamp_override(run.layout.manifest, run.override)
+
+
+def overriding(sentence: str, verdicts: Sequence[Verdict]) -> Override:
+    """What stands in for a ladder that did not pass, by its verdicts."""
+    verdict = next(v for v in verdicts if v.status != "PASS")
+    cause = verdict.findings[0].cause.replace("_", " ") if verdict.findings else verdict.reason
+    return Override(reason=sentence, layer=verdict.layer, cause=cause)
 
 
 def go_on(run: Run, result: LadderResult) -> None:
