@@ -86,12 +86,17 @@ def _options(command: Any, name: str) -> Iterator[str]:
 
 
 def record_schemas() -> list[str]:
-    """``schema  path: type`` of every file of a run that is read back.
+    """``schema  path: type`` of every file that is read back; a file without a schema by its name.
 
-    Manifest, certificate, metrics, verdicts, rollouts.
+    Of a run, and of upgrade and atlas, whose verbs print what they write: an atlas's file is one of
+    ``columns``, with the schema.
     """
+    from lockstep.diagnose import atlas, upgrade
+    from lockstep.loop import flights, in_flight
+    from lockstep.records import alarms
     from lockstep.records.verdicts import Verdict
-    from lockstep.runs import certificate, manifest, rollouts
+    from lockstep.rollout import ledger
+    from lockstep.runs import certificate, checkpoints, manifest, rollouts
     from lockstep.runs.sinks import base, jsonl
 
     files: dict[str, type[msgspec.Struct]] = {
@@ -99,11 +104,22 @@ def record_schemas() -> list[str]:
         certificate.SCHEMA: certificate.Certificate,
         jsonl.SCHEMA_METRICS: base.StepRecord,
         jsonl.SCHEMA_VERDICT: Verdict,
+        jsonl.SCHEMA_ALARM: alarms.Alarm,
+        in_flight.SCHEMA_LEDGER: ledger.Ledger,
         rollouts.SCHEMA_ROLLOUTS: rollouts.About,
+        flights.SCHEDULE: ledger.State,
+        checkpoints.STATE: checkpoints.CheckpointState,
     }
     lines = [f"{schema}  {line}" for schema, struct in files.items() for line in _fields(struct)]
-    lines += [f"{schema}  schema: str" for schema in (jsonl.SCHEMA_METRICS, jsonl.SCHEMA_VERDICT)]
+    of_lines = (jsonl.SCHEMA_METRICS, jsonl.SCHEMA_VERDICT, jsonl.SCHEMA_ALARM, in_flight.SCHEMA_LEDGER)
+    lines += [f"{schema}  schema: str" for schema in of_lines]
     lines += [f"{jsonl.SCHEMA_VERDICT}  {name}: str" for name in ("when", "override")]
+    lines += [f"{in_flight.SCHEMA_LEDGER}  {name}: int" for name in ("step", "open_groups")]
+    documents = (
+        (atlas.SCHEMA, "columns[].", atlas.Column),
+        ("lockstep.upgrade/1", "upgrade.", upgrade.Upgrade),
+    )
+    lines += [f"{schema}  {line}" for schema, prefix, struct in documents for line in _fields(struct, prefix)]
     lines += [
         f"{rollouts.SCHEMA_ROLLOUTS}  column {field.name}: {field.type}" for field in rollouts.columns()
     ]
