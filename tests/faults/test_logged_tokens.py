@@ -212,8 +212,9 @@ def test_greedy_is_claimed_of_what_was_drawn_at_one(tmp_path, pair, log):
     assert "temperature of about 1" in verdicts[0].findings[0].evidence
 
 
-def test_greedy_rows_pass(tmp_path, pair, log):
-    rows = [row | {"temperature": 0.0} for row in log(replace(SHARP, temperature=0.0))]
+@pytest.mark.parametrize("asked", [{}, {"top_p": 0.9}])
+def test_greedy_rows_pass_whatever_they_were_not_cut_by(tmp_path, pair, log, asked):
+    rows = [row | {"temperature": 0.0} | asked for row in log(replace(SHARP, temperature=0.0))]
     verdicts = verdicts_of(tmp_path, pair, rows)
     assert [v.status for v in verdicts] == PASSED
 

@@ -33,7 +33,7 @@ class LogprobSemantics(Struct, frozen=True):
         return cls(
             distribution=distribution,
             temperature=1.0 if greedy else sampling.temperature,
-            truncated=distribution == "sampler" and sampling.truncates and not greedy,
+            truncated=distribution == "sampler" and sampling.truncates,
             penalised=sampling.penalises,
         )
 

@@ -77,8 +77,8 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def truncates(self) -> bool:
-        """True when some tokens cannot be drawn at all, and the sampler's distribution is renormalised."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+        """True when some tokens cannot be drawn at all, and the rest is renormalised; never of greedy."""
+        return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
     @property
     def penalises(self) -> bool:

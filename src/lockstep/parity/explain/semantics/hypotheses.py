@@ -85,9 +85,8 @@ def scored_under(
 
 def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:
     """The distributions that ``sampling`` tells apart."""
-    # T = 0 is greedy: there are no logits divided by it, and no draws to truncate.
+    # T = 0 is greedy: there are no logits divided by it.
     temperatures = {1.0, sampling.temperature or 1.0}
-    truncations = {False, sampling.truncates and sampling.temperature > 0.0}
     return [
         LogprobSemantics(
             distribution="model" if (temperature, truncated, penalised) == (1.0, False, False) else "sampler",
@@ -96,7 +95,7 @@ def candidates_of(sampling: SamplingParams) -> list[LogprobSemantics]:
             penalised=penalised,
         )
         for temperature, truncated, penalised in product(
-            temperatures, truncations, {False, sampling.penalises}
+            temperatures, {False, sampling.truncates}, {False, sampling.penalises}
         )
     ]
 
