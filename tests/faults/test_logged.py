@@ -39,6 +39,14 @@ def swapped(rows, *columns):
     return [row | {column: rows[i ^ 1][column] for column in columns} for i, row in enumerate(rows)]
 
 
+def rescored(pair, rows, temperature):
+    for row in rows:
+        group = [np.asarray(row["completion_ids"], np.int32)]
+        (scores,) = pair.trainer.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], temperature)
+        row["logprobs"] = scores.tolist()
+    return rows
+
+
 def edited(rows, at):
     for row in rows:
         row["completion_ids"][at] = (row["completion_ids"][at] + 40) % 97
@@ -92,17 +100,18 @@ def test_settings_that_the_log_does_not_tell_are_fitted(tmp_path, pair, log, cau
     assert named(verdicts_of(tmp_path, pair, log(replace(SHARP, **drawn)), T)) == ("semantics", cause)
 
 
-def test_raw_numbers_at_another_temperature_are_named(tmp_path, pair, log):
+def test_numbers_and_draws_of_another_temperature_than_the_log_says_are_named(tmp_path, pair, log):
     rows = [row | {"temperature": 0.5} for row in log(replace(SHARP, temperature=1.0))]
-    assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "raw_logprobs")
+    assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "temperature_altered")
+
+
+def test_raw_numbers_of_draws_at_another_temperature_are_named(tmp_path, pair, log):
+    rows = rescored(pair, log(), 1.0)
+    assert named(verdicts_of(tmp_path, pair, rows, T)) == ("semantics", "raw_logprobs")
 
 
 def test_draws_that_are_truncated_behind_whole_numbers_are_noticed(tmp_path, pair, log):
-    rows = log(replace(SHARP, temperature=1.0, top_k=3))
-    for row in rows:
-        group = [np.asarray(row["completion_ids"], np.int32)]
-        (scores,) = pair.trainer.score([Group(np.asarray(row["prompt_ids"], np.int32), group)], 1.0)
-        row["logprobs"] = scores.tolist()
+    rows = rescored(pair, log(replace(SHARP, temperature=1.0, top_k=3)), 1.0)
     assert named(verdicts_of(tmp_path, pair, rows)) == ("semantics", "draws_differ")
 
 
@@ -128,12 +137,7 @@ def test_what_nobody_said_an_engine_computes_in_is_unknown_and_a_narrower_body_i
 ):
     rows = log()
     with pair.trainer.holding(InDtype(dtype, "float32")):
-        for row in rows:
-            group = [np.asarray(row["completion_ids"], np.int32)]
-            (scores,) = pair.trainer.score(
-                [Group(np.asarray(row["prompt_ids"], np.int32), group)], SHARP.temperature
-            )
-            row["logprobs"] = scores.tolist()
+        rescored(pair, rows, SHARP.temperature)
     verdicts = verdicts_of(tmp_path, pair, rows, T)
     assert named(verdicts) == ("numerics", "body_precision")
     (found,) = verdicts[3].findings

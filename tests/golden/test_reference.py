@@ -39,7 +39,7 @@ def test_every_cause_that_the_code_names_is_explained():
 
     named = set()
     for path in (ROOT / "src" / "lockstep").rglob("*.py"):
-        named |= set(re.findall(r'(?:finding|Explanation|Mangled|Explained)\(\s*"(\w+)"', path.read_text()))
+        named |= set(re.findall(r'(?:finding|Explanation|Explained)\((?:case,)?\s*"(\w+)"', path.read_text()))
     assert len(named) > 10
     assert named <= CAUSES.keys()
 

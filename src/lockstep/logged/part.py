@@ -1,11 +1,11 @@
 """The completions of a log that were drawn under one setting: what of the layers can be said of them.
 
-Layer 1 goes from what was asked for to what nobody asked for, on a few rows; what strikes some tokens or some
+Layer 1 asks what it asks of a live engine, in the same order, of a few rows; what strikes some tokens or some
 rows, and leaves the median right, is looked for on all that are measured.
 """
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,19 +25,15 @@ from lockstep.logged.numbers import (
 from lockstep.logged.rows import Logged
 from lockstep.parity.causes import CAUSES, NamedCause, finding
 from lockstep.parity.evidence import Evidence, within
-from lockstep.parity.explain.fitting import miss_of
-from lockstep.parity.explain.rows import Mangled
-from lockstep.parity.explain.semantics.alignment import examine, transformed
-from lockstep.parity.explain.semantics.hypotheses import Fit, fits
-from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
+from lockstep.parity.explain.rows import Explanation
+from lockstep.parity.explain.semantics.hypotheses import fits
+from lockstep.parity.explain.semantics.order import Case, Identified, finding_of, first_cause
 from lockstep.parity.explain.semantics.sampler import examine_draws
-from lockstep.parity.explain.semantics.unasked import unasked
 from lockstep.parity.explain.semantics.vocabulary import moved_ids
-from lockstep.parity.explain.weights.trainer_hypotheses import Explanation, explain
+from lockstep.parity.explain.weights.trainer_hypotheses import explain
 from lockstep.parity.pair import Pair
-from lockstep.parity.search_tolerances import EXPLAINS
 from lockstep.records.samples import Samples
-from lockstep.records.verdicts import LayerName, Verdict
+from lockstep.records.verdicts import Finding, LayerName, Verdict
 
 FEW_ROWS = 32
 """Completions that hypotheses are tried on; the gap is measured on all. Neighbours, for a log may have mixed
@@ -48,14 +44,12 @@ SAID_EVERY_S = 10.0
 """How far the scoring is."""
 UNEXPLAINED = "unexplained_numerics"
 SAY_DTYPE = "say what it ran in: --set engine.dtype=bfloat16"
-MENDS_OF_A_LOG = {
-    "corrupted_completions": (
-        "Join completions to prompts by request id wherever they pass a proxy or a log. "
-        "If the engine returned them so, its state or cache slots are mixed up: "
-        "look for its version notes; try a larger cache."
-    ),
-}
-"""Of causes whose general mend speaks of an engine alone."""
+MEND_CORRUPTED = (
+    "Join completions to prompts by request id wherever they pass a proxy or a log. "
+    "If the engine returned them so, its state or cache slots are mixed up: "
+    "look for its version notes; try a larger cache."
+)
+"""The general one speaks of an engine alone."""
 
 
 class LogPart:
@@ -108,122 +102,101 @@ class LogPart:
 
     def semantics(self) -> Verdict:
         """The verdict of layer 1."""
-        pair = self.pair
-        few = self.few
-        # First: while it is in doubt which tokens were sampled, no number says anything.
-        if self.wrong_mask:
-            return self._fail("mask_contradicted", self.wrong_mask, {})
-        values = self.logged.logprobs[self.logged.judged(self.every)]
-        missing = np.count_nonzero(np.isnan(values))
-        if missing:
-            text = f"{missing} of {values.size} are null, non-finite or clamped"
-            return self._fail("missing_logprobs", text, {}, np.full(1, np.nan))
-        ranked = fits(pair.trainer, few.groups, few.engine_logprobs, few.sampling, pair.noise.p50)
-        figures = {"identified": ranked[0].semantics.describe(), "fit_p50_nats": ranked[0].p50}
-        figures["minimal_detectable_effect_nats"] = pair.noise.p50
-        wrong = (
-            doubled_bos(pair, few.prompts[0])
-            or placeholders(of_few(few, self.trainer), pair.noise)
-            or self._named(ranked)
+        case = Case(
+            pair=self.pair,
+            n_tokens=self.n,
+            unreal=self._unreal,
+            prompt=lambda: self.few.prompts[0],
+            evidence=lambda: self.evidence,
+            identified=lambda: self.identified,
+            ours=lambda: self._some_off,
+            later=lambda: self.other is not None,
+            draws=self._draws,
+            strange=self._strange,
+            question="; is --model the checkpoint that drew them?",
         )
-        if wrong is not None:
-            return self._fail(wrong.cause, wrong.evidence, figures)
-        summary = f"the log holds what the trainer scores: the {ranked[0].semantics.describe()}"
-        if not ranked[0].p50 <= pair.noise.p50:
+        found = first_cause(case)
+        if isinstance(found, Explanation):
+            return self._failed(finding_of(case, found), {})
+        best = self.identified.ranked[0]
+        figures = {"identified": best.semantics.describe(), "fit_p50_nats": best.p50}
+        figures["minimal_detectable_effect_nats"] = self.identified.limit
+        if found is not None:
+            return self._failed(found, figures)
+        summary = f"the log holds what the trainer scores: the {best.semantics.describe()}"
+        if self.identified.best is None:
             summary = "the log's numbers are those of another model, which layer numerics names"
         return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=self.n, figures=figures)
 
-    def _named(self, ranked: Sequence[Fit]) -> Mangled | None:
-        """What is wrong with the numbers; None where nothing is, or where layer 4 explains them."""
-        asked = self.few.sampling
-        best = ranked[0]
-        fitting = (
-            "; ".join(f"{fit.semantics.describe()} fits to {fit.p50:.1e} nats" for fit in ranked[:2])
-            + " (medians)"
-        )
-        if not best.p50 <= self.pair.noise.p50:
-            return self._unexplained(fitting)
-        if asked.penalises:
-            return Mangled("penalties_unmodelled", fitting)
-        if asked.truncates:
-            hint = "" if best.semantics.truncated else "; the numbers do not show what was cut"
-            return Mangled("truncation_unmodelled", f"{fitting}{hint}")
-        if best.semantics.temperature != asked.temperature and asked.temperature > 0.0:
-            return Mangled("raw_logprobs", fitting)
-        return self._in_some() or self._drawn()
-
-    def _unexplained(self, fitting: str) -> Mangled | None:
-        """What is wrong where nothing that was asked for explains the numbers; None where layer 4 explains
-        them."""
-        hidden = self._unasked(fitting)
-        if hidden is not None or self.other is not None:
-            return hidden
-        question = f"{fitting}; is --model the checkpoint that drew them?{self.pair.search.told()}"
-        return Mangled("unexplained_semantics", question)
-
-    def _drawn(self) -> Mangled | None:
-        """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
-        pair = self.pair
+    @cached_property
+    def identified(self) -> Identified:
+        """What of what was asked for explains the few."""
         few = self.few
-        if few.sampling.temperature == 0.0:
-            others = not_greedy(pair.trainer, few, pair.noise)
-            return Mangled("temperature_altered", others) if others else None
-        cut = examine_draws(pair.trainer, few.groups, few.sampling).cut()
-        return Mangled("draws_differ", cut) if cut else None
+        limit = self.pair.noise.p50
+        ranked = fits(self.pair.trainer, few.groups, few.engine_logprobs, few.sampling, limit)
+        return Identified(ranked, limit)
 
-    def _in_some(self) -> Mangled | None:
-        """What strikes some tokens, or some rows, and leaves the median right."""
-        pair = self.pair
-        gaps = self.gaps
-        if within(pair.noise, gaps.gap):
-            return None
-        replaced = placeholders(gaps, pair.noise)
-        if replaced is not None:
-            return replaced
-        some = some_rows(pair, self.logged, self.rows, gaps)
-        if some is None:
-            return self._rarely_felt()
-        moved = foreign(pair, gaps, some)
-        if moved is not None:
-            return moved
-        unlike = not some.plausible and not some.related
-        if unlike and corrupted(pair, self.logged, self.rows, gaps) is not None:
-            return None  # layer path shows them
-        return self._rarely_felt()
-
-    def _unasked(self, fitting: str) -> Mangled | None:
-        """Numbers changed, settings that nobody asked for, rows mangled, prompts edited: what layer 1 knows
-        besides."""
-        pair = self.pair
-        few = self.few
-        evidence = self._evidence()
-        mangled = transformed(pair, evidence) or pair.search.first(
-            [("ids of another vocabulary", lambda: moved_ids(pair, few))]
-        )
-        if mangled is not None:
-            return mangled
-        hidden = unasked(pair, few, pair.noise.p50)
-        if hidden is not None:
-            evidence_text = f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {fitting}"
-            return Mangled(hidden.cause, evidence_text)
-        mangled = examine(pair, evidence)
-        return None if mangled is None else Mangled(mangled.cause, f"{mangled.evidence}; {fitting}")
-
-    def _rarely_felt(self) -> Mangled | None:
-        """A setting, or tokens that are others, where the median token feels nothing of it."""
-        pair = self.pair
-        few = self.few
-        gap = few.engine_logprobs - self.trainer
-        if within(pair.noise, gap):
-            return None
-        hidden = unasked(pair, few, min(pair.noise.p50, EXPLAINS * miss_of(gap)))
-        if hidden is not None:
-            return Mangled(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
-        return examine(pair, self._evidence())
-
-    def _evidence(self) -> Evidence:
+    @cached_property
+    def evidence(self) -> Evidence:
         """The few, of an engine that cannot be asked again."""
-        return Evidence.by_trainer(self.few, self.trainer)
+        few = self.few
+        rows = self.every[:FEW_ROWS]
+        # For the sample at T = 1, where all hypotheses coincide, stands what explains the numbers.
+        best = self.identified.ranked[0]
+        scores = few.engine_logprobs - best.gap if self.identified.best is not None else self.trainer
+        gaps = of_few(few, scores)
+        shown = corrupted(self.pair, self.logged, rows, gaps)
+        some = None if shown is None else some_rows(self.pair, self.logged, rows, gaps)
+        # What layer path shows, nothing of this one is to explain.
+        if shown is not None and some is not None and not some.plausible and not some.related:
+            scores = np.where(np.isin(few.owners, shown.rows), few.engine_logprobs, scores)
+        return replace(Evidence.by_trainer(few, scores), own_trainer=self.trainer)
+
+    def _unreal(self) -> Explanation | None:
+        # First: while it is in doubt which tokens were sampled, no number says anything.
+        if self.wrong_mask:
+            return Explanation("mask_contradicted", self.wrong_mask)
+        values = self.logged.logprobs[self.logged.judged(self.every)]
+        missing = np.count_nonzero(np.isnan(values))
+        if missing:
+            return Explanation(
+                "missing_logprobs", f"{missing} of {values.size} are null, non-finite or clamped"
+            )
+        return placeholders(of_few(self.few, self.trainer), self.pair.noise)
+
+    def _strange(self) -> Explanation | None:
+        """Ids of another vocabulary; of all rows, numbers that are none of their tokens."""
+        pair = self.pair
+        if self.identified.best is None:
+            return pair.search.first([("ids of another vocabulary", lambda: moved_ids(pair, self.few))])
+        if not self._some_off:
+            return None
+        some = some_rows(pair, self.logged, self.rows, self.gaps)
+        moved = None if some is None else foreign(pair, self.gaps, some)
+        return placeholders(self.gaps, pair.noise) or moved
+
+    @cached_property
+    def _some_off(self) -> bool:
+        """True where what explains the few is what the trainer scores, and does not explain all rows."""
+        best = self.identified.best
+        asked = self.few.sampling
+        if best is None or best.temperature != self.few.temperature or asked.truncates or asked.penalises:
+            return False
+        return not within(self.pair.noise, self.gaps.gap)
+
+    def _draws(self) -> Finding | None:
+        """Tokens that are not drawn from the distribution that the numbers are of, or not as the log says."""
+        few = self.few
+        if self.identified.best is None:
+            return None
+        if few.sampling.temperature == 0.0:
+            text = not_greedy(self.pair.trainer, few, self.pair.noise)
+            size = np.abs(self.trainer - few.engine_logprobs)
+            return finding("temperature_altered", size, few.owners, text, n_tokens=self.n) if text else None
+        draws = examine_draws(self.pair.trainer, few.groups, few.sampling)
+        # Not how likely they are, as of a live engine: a log may hold none but rows that were rewarded.
+        text = draws.cut()
+        return finding("draws_differ", draws.sizes, few.owners, text, n_tokens=self.n) if text else None
 
     @cached_property
     def other(self) -> Explanation | None:
@@ -243,31 +216,14 @@ class LogPart:
 
     def path(self) -> Verdict:
         """The verdict of layer 2: corrupted completions are seen without an engine, the rest is not."""
-        completions = corrupted(self.pair, self.logged, self.rows, self.gaps)
+        gaps = self.gaps
+        completions = corrupted(self.pair, self.logged, self.rows, gaps)
         if completions is None:
             return Verdict.not_judged("path", REASON)
-        return self._fail("corrupted_completions", completions.evidence(), {}, np.abs(self.gaps.gap), "path")
+        text = completions.evidence()
+        found = finding("corrupted_completions", np.abs(gaps.gap), gaps.owners, text, MEND_CORRUPTED, self.n)
+        return self._failed(found, {}, "path")
 
-    def _fail(
-        self,
-        cause: str,
-        evidence: str,
-        figures: dict[str, Any],
-        size: np.ndarray | None = None,
-        layer: LayerName = "semantics",
-    ) -> Verdict:
-        """A verdict that fails.
-
-        Args:
-            size: what the cause does to each token of the few or of all, nats; None for the gap of the few.
-        """
-        size = np.abs(self.trainer - self.few.engine_logprobs) if size is None else size
-        owners = np.zeros(1, int)
-        if size.size == self.trainer.size:
-            owners = self.few.owners
-        elif size.size == self.n:
-            owners = self.gaps.owners
-        mend = MENDS_OF_A_LOG.get(cause, CAUSES[cause].mend)
-        named = finding(cause, size, owners, evidence, mend, self.n)
-        summary = f"{cause.replace('_', ' ')}, in completions drawn at T={self.sampling.temperature:g}"
-        return Verdict.failed(layer, summary, named, figures)
+    def _failed(self, found: Finding, figures: dict[str, Any], layer: LayerName = "semantics") -> Verdict:
+        summary = f"{found.cause.replace('_', ' ')}, in completions drawn at T={self.sampling.temperature:g}"
+        return Verdict.failed(layer, summary, found, figures)

@@ -14,10 +14,6 @@ class Explanation:
     evidence: str
 
 
-Mangled = Explanation
-"""Of rows that were mangled."""
-
-
 def rows_of(values: np.ndarray, owners: np.ndarray) -> list[np.ndarray]:
     """The values of each completion."""
     return [values[owners == i] for i in np.unique(owners)]

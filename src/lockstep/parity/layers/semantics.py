@@ -1,80 +1,30 @@
 """Layer 1: which distribution are the engine's log-probabilities of, and is it the one the trainer scores?
 
-In this order, each only when those before it found nothing:
-
-1. every token has a finite number, and no function was applied to the numbers (``transforms.py``); 2. one
-hypothesis explains the numbers on tokens where the hypotheses differ (``hypotheses.py``), with its runner-up;
-where none does, settings that nobody asked for are fitted (``unasked.py``); 3. the numbers stand beside their
-own tokens, the tokens are those that were drawn (``alignment.py``), after the prompt that was sent
-(``prompt_edits.py``); 4. what explains them is what the recipe asked for, and what the trainer scores; 5. the
-tokens are drawn from the distribution that the numbers are of (``sampler.py``).
+What is looked at, and in which order, stands in ``explain/semantics/order.py``; here is what only a live
+engine can be asked: its own re-score, completions that stop, requests for several samples, many draws.
 
 What B and C differ by, at T = 1, where all hypotheses coincide, is the *ground*: it is no matter of
 semantics, so wrong weights or coarse arithmetic further down disturb nothing here. Nor does an engine that
 disagrees with itself at T = 1: that is layer 2's.
 """
 
-from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
 from lockstep.parity.causes import finding
 from lockstep.parity.evidence import Evidence, within
-from lockstep.parity.explain.fitting import miss_of
-from lockstep.parity.explain.rows import Mangled
-from lockstep.parity.explain.semantics.alignment import dropped_stop, examine, transformed
+from lockstep.parity.explain.rows import Explanation
+from lockstep.parity.explain.semantics.alignment import dropped_stop
 from lockstep.parity.explain.semantics.draws import draw_many
 from lockstep.parity.explain.semantics.groups import examine_groups
-from lockstep.parity.explain.semantics.hypotheses import Fit, fits, scored_under
-from lockstep.parity.explain.semantics.prompt_edits import doubled_bos
-from lockstep.parity.explain.semantics.sampler import Explained, examine_draws, likeliest_temperature
-from lockstep.parity.explain.semantics.unasked import unasked
+from lockstep.parity.explain.semantics.hypotheses import fits
+from lockstep.parity.explain.semantics.order import Case, Identified, finding_of, first_cause, named
+from lockstep.parity.explain.semantics.sampler import examine_draws, likeliest_temperature
 from lockstep.parity.pair import Pair
-from lockstep.parity.search_tolerances import EXPLAINS, MOST_ROWS
-from lockstep.parity.tolerances import RARELY_ABOVE, SEMANTICS_MARGIN
-from lockstep.policy.truncation import kept_log_mass
-from lockstep.records.samples import Samples
-from lockstep.records.semantics import LogprobSemantics
+from lockstep.parity.tolerances import SEMANTICS_MARGIN
 from lockstep.records.verdicts import Finding, Verdict
-
-
-@dataclass(frozen=True)
-class Identified:
-    """Which candidate explains the engine's numbers on the telling sample."""
-
-    ranked: list[Fit]
-    ground: float
-    """median |B − C| at T = 1, nats."""
-    limit: float
-    """A candidate explains the numbers when its median miss is at most this, nats."""
-
-    @property
-    def best(self) -> LogprobSemantics | None:
-        """The candidate that explains them, if one does."""
-        return self.ranked[0].semantics if self.ranked[0].p50 <= self.limit else None
-
-    @property
-    def margin(self) -> float:
-        """How many times worse the runner-up fits; infinite where the sampling tells no two candidates
-        apart."""
-        # Two sides that agree bit for bit miss by 0.
-        return self.ranked[1].miss / max(self.ranked[0].miss, 1e-9) if len(self.ranked) > 1 else float("inf")
-
-    def evidence(self) -> str:
-        """The fits, for people."""
-        best = "; ".join(f"{named(fit.semantics)} fits to {fit.p50:.1e} nats" for fit in self.ranked[:2])
-        return f"{best} (medians); at T=1 the two sides differ by {self.ground:.1e}"
-
-
-def named(semantics: LogprobSemantics) -> str:
-    """``raw``, ``tempered``, ``truncated``, ``penalised``, or what of them applies."""
-    parts = {
-        "tempered": semantics.temperature != 1.0,
-        "truncated": semantics.truncated,
-        "penalised": semantics.penalised,
-    }
-    return ", ".join(name for name, applies in parts.items() if applies) or "raw"
 
 
 def identify(pair: Pair, evidence: Evidence) -> Identified:
@@ -84,7 +34,7 @@ def identify(pair: Pair, evidence: Evidence) -> Identified:
     limit = max(pair.noise.p50, SEMANTICS_MARGIN * ground)
     states = evidence.states(pair, telling)
     ranked = fits(pair.trainer, telling.groups, telling.engine_logprobs, telling.sampling, limit, states)
-    identified = Identified(ranked, ground, limit)
+    identified = Identified(ranked, limit, ground)
     if ground > pair.noise.p50 and identified.margin < SEMANTICS_MARGIN:
         identified = _by_the_engine_alone(pair, evidence, identified)
     return identified
@@ -104,41 +54,49 @@ def _by_the_engine_alone(pair: Pair, evidence: Evidence, identified: Identified)
         return identified
     # The engine has decided: what the trainer's scores miss by, too far off to judge, must not refuse it.
     limit = max(identified.limit, first[0].p50)
-    return Identified([*first, *rest], identified.ground, limit)
+    return Identified([*first, *rest], limit, identified.ground)
 
 
 def judge(pair: Pair, evidence: Evidence) -> Verdict:
     """The verdict of layer 1."""
     missing = sum(sample.missing for sample in evidence.samples)
     n = evidence.n_tokens
-    sampling = evidence.own.sampling
-    figures = {"missing_logprobs": missing, "declared": pair.engine.semantics(sampling).describe()}
-    if missing:
-        evidence_text = f"{missing} of {n} tokens came without a finite log-probability"
-        return _fail(pair, evidence, "missing_logprobs", evidence_text, figures, np.full(1, np.nan))
-    prompt = pair.renderer.prompt(pair.task.messages(pair.task.item(0)))
-    # Before any fit: a setting fitted to a function of the right numbers would be a wrong name for it.
-    mangled = doubled_bos(pair, prompt) or transformed(pair, evidence)
-    if mangled is not None:
-        return _mangled(pair, evidence, mangled, figures)
-    identified = identify(pair, evidence)
-    hidden = _hidden(pair, evidence, identified)
-    mangled = (examine(pair, evidence) or dropped_stop(pair, evidence, pair.seed)) if hidden is None else None
-    if mangled is not None:
-        return _mangled(pair, evidence, mangled, figures)
+    declared = pair.engine.semantics(evidence.own.sampling)
+    figures = {"missing_logprobs": missing, "declared": declared.describe()}
+    without = Explanation(
+        "missing_logprobs", f"{missing} of {n} tokens came without a finite log-probability"
+    )
+    identified = cache(lambda: identify(pair, evidence))
+    draws: dict[str, Any] = {}
+    case = Case(
+        pair=pair,
+        n_tokens=n,
+        unreal=lambda: without if missing else None,
+        prompt=lambda: pair.renderer.prompt(pair.task.messages(pair.task.item(0))),
+        evidence=lambda: evidence,
+        identified=identified,
+        ours=lambda: _confirmed(pair, evidence),
+        later=lambda: _path_may_explain(pair, evidence, identified()),
+        draws=lambda: _draws(pair, evidence, identified(), draws),
+        stops=lambda: dropped_stop(pair, evidence, pair.seed),
+    )
+    found = first_cause(case)
+    if isinstance(found, Explanation):
+        summary = found.evidence if found is without else _summary(found.cause, evidence)
+        return Verdict.failed("semantics", summary, finding_of(case, found), figures)
+    fitted = identified()
     figures |= {
-        "identified": named(identified.ranked[0].semantics) if identified.best is not None else "unexplained",
-        "runner_up": named(identified.ranked[1].semantics) if len(identified.ranked) > 1 else "none",
-        "margin": identified.margin,
-        "fit_p50_nats": identified.ranked[0].p50,
-        "ground_p50_nats": identified.ground,
-        "minimal_detectable_effect_nats": identified.limit,
-    }
-    failed = _distribution(pair, evidence, identified, hidden) or _draws(pair, evidence, identified, figures)
-    if failed is not None:
-        return Verdict.failed("semantics", _summary(failed.cause, evidence), failed, figures)
+        "identified": named(fitted.ranked[0].semantics) if fitted.best is not None else "unexplained",
+        "runner_up": named(fitted.ranked[1].semantics) if len(fitted.ranked) > 1 else "none",
+        "margin": fitted.margin,
+        "fit_p50_nats": fitted.ranked[0].p50,
+        "ground_p50_nats": fitted.ground,
+        "minimal_detectable_effect_nats": fitted.limit,
+    } | draws
+    if found is not None:
+        return Verdict.failed("semantics", _summary(found.cause, evidence), found, figures)
     seen = figures.get("draws_would_see", "")
-    summary = f"{_passed(pair, evidence, identified)}{f'; {seen}, would have been seen' if seen else ''}"
+    summary = f"{_passed(pair, evidence, fitted)}{f'; {seen}, would have been seen' if seen else ''}"
     return Verdict(layer="semantics", status="PASS", summary=summary, n_tokens=n, figures=figures)
 
 
@@ -159,37 +117,6 @@ def _passed(pair: Pair, evidence: Evidence, identified: Identified) -> str:
     return f"the engine reports what the trainer scores: the {reported}{note}{said}{margin}"
 
 
-def _hidden(pair: Pair, evidence: Evidence, identified: Identified) -> Explained | None:
-    """Settings that nobody asked for, where the numbers need them, even if most tokens do not feel them."""
-    telling, neutral = evidence.telling, evidence.neutral
-    if identified.best is None:
-        # Where the sides differ at T = 1 too the limit is wide: a setting must also leave little of the miss,
-        # not just come near.
-        limit = min(identified.limit, EXPLAINS * identified.ranked[0].p50)
-        return unasked(pair, telling, limit)
-    # What was asked for explains most numbers and not all: a setting that few tokens feel, such as a bias.
-    if _confirmed(pair, evidence) and not within(pair.noise, neutral.engine_logprobs - evidence.trainer):
-        limit = min(identified.limit, EXPLAINS * miss_of(neutral.engine_logprobs - evidence.trainer))
-        return unasked(pair, neutral, limit)
-    return None
-
-
-def _mangled(pair: Pair, evidence: Evidence, mangled: Mangled, figures: dict) -> Verdict:
-    """The verdict on numbers that are wrong on ``neutral`` already."""
-    size = np.abs(evidence.neutral.engine_logprobs - evidence.trainer)
-    return _fail(pair, evidence, mangled.cause, mangled.evidence, figures, size)
-
-
-def _fail(pair: Pair, evidence: Evidence, cause: str, text: str, figures: dict, size: np.ndarray) -> Verdict:
-    """A verdict that fails. ``size``: what the cause does to each token of ``neutral``, nats, or to all of
-    them: one number."""
-    of_neutral = size.size == evidence.neutral.engine_logprobs.size
-    owners = evidence.neutral.owners if of_neutral else np.zeros(size.size, int)
-    summary = _summary(cause, evidence) if cause != "missing_logprobs" else text
-    failed = finding(cause, size, owners, text, pair.engine.fix(cause), evidence.n_tokens)
-    return Verdict.failed("semantics", summary, failed, figures)
-
-
 def _summary(cause: str, evidence: Evidence) -> str:
     t = evidence.own.sampling.temperature
     return {
@@ -206,64 +133,9 @@ def _summary(cause: str, evidence: Evidence) -> str:
     }.get(cause, cause.replace("_", " "))
 
 
-def _distribution(
-    pair: Pair, evidence: Evidence, identified: Identified, hidden: Explained | None
-) -> Finding | None:
-    """Is what explains the numbers what was asked for, and what the trainer scores?"""
-    own = evidence.own
-    asked = evidence.own.sampling
-    size = np.abs(evidence.own_trainer - own.engine_logprobs)
-    text = identified.evidence()
-    if asked.truncates:
-        cause = "truncation_unmodelled"
-        # Not the gap: an engine that truncates the draws and reports raw numbers has none.
-        parts = [kept_log_mass(pair.trainer.logits, h, asked) for h in evidence.states(pair, own)]
-        size = np.concatenate([-part.numpy(force=True) for part in parts])
-    elif asked.penalises:
-        cause = "penalties_unmodelled"
-        drawn = LogprobSemantics.of("sampler_untruncated", asked)
-        (scores,) = scored_under(pair.trainer, own.groups, asked, [drawn])
-        size = np.abs(scores - evidence.own_trainer)
-    elif hidden is not None:
-        cause = hidden.cause
-        text = f"{hidden.name} fits to {hidden.miss:.1e} nats; of what was asked for, {text}"
-        sample, gap = _missed(evidence, identified)
-        return finding(cause, np.abs(gap), sample.owners, text, pair.engine.fix(cause), evidence.n_tokens)
-    elif identified.best is None:
-        return (
-            None
-            if _path_may_explain(pair, evidence, identified)
-            else _unexplained(pair, evidence, identified)
-        )
-    # At T = 1 raw numbers are the tempered ones.
-    elif identified.best.temperature != evidence.telling.sampling.temperature and asked.temperature != 1.0:
-        cause, text = _raw(pair, own, text)
-    else:
-        return None
-    return finding(cause, size, own.owners, text, pair.engine.fix(cause), evidence.n_tokens)
-
-
-def _missed(evidence: Evidence, identified: Identified) -> tuple[Samples, np.ndarray]:
-    """The sample on which what was asked for does not explain the numbers, and engine − what comes nearest,
-    float32 [T]."""
-    if identified.best is None:
-        return evidence.telling, identified.ranked[0].gap
-    return evidence.neutral, evidence.neutral.engine_logprobs - evidence.trainer
-
-
-def _unexplained(pair: Pair, evidence: Evidence, identified: Identified) -> Finding:
-    sample, gap = _missed(evidence, identified)
-    finite = gap[np.isfinite(gap)]
-    text = f"{identified.evidence()}{pair.search.told()}"
-    # What is banned leaves its mass to what is allowed: a mask makes numbers larger, never smaller.
-    if np.mean(gap > identified.limit) >= MOST_ROWS and np.mean(gap < -identified.limit) <= RARELY_ABOVE:
-        text = (
-            "hardly a number is below the trainer's, as under a mask that changes from token to token "
-            f"(a grammar); {text}"
-        )
-    owners = sample.owners[np.isfinite(gap)]
-    cause = "unexplained_semantics"
-    return finding(cause, np.abs(finite), owners, text, pair.engine.fix(cause), evidence.n_tokens)
+def _confirmed(pair: Pair, evidence: Evidence) -> bool:
+    """True when the engine re-scores, and as the trainer scores."""
+    return pair.engine.ready.capabilities["rescore"].supported and evidence.confirmed(pair)
 
 
 def _path_may_explain(pair: Pair, evidence: Evidence, identified: Identified) -> bool:
@@ -278,24 +150,6 @@ def _path_may_explain(pair: Pair, evidence: Evidence, identified: Identified) ->
     if not identified.ranked[0].p50 <= SEMANTICS_MARGIN * np.median(gap):
         return False
     return not _confirmed(pair, evidence) or bool(np.median(gap[neutral.positions == 0]) <= pair.noise.p50)
-
-
-def _confirmed(pair: Pair, evidence: Evidence) -> bool:
-    """True when the engine re-scores, and as the trainer scores."""
-    return pair.engine.ready.capabilities["rescore"].supported and evidence.confirmed(pair)
-
-
-def _raw(pair: Pair, own: Samples, text: str) -> tuple[str, str]:
-    """Raw numbers of tokens drawn at the recipe's temperature; or an engine that draws at T = 1 too, whatever
-    it is asked."""
-    asked = examine_draws(pair.trainer, own.groups, own.sampling)
-    at_one = examine_draws(pair.trainer, own.groups, replace(own.sampling, temperature=1.0))
-    if asked.oddity() and not at_one.oddity():
-        return (
-            "temperature_altered",
-            f"drawn at T=1 too, not at {own.sampling.temperature:g}: {asked.oddity()}; {text}",
-        )
-    return "raw_logprobs", text
 
 
 def _draws(pair: Pair, evidence: Evidence, identified: Identified, figures: dict) -> Finding | None:
@@ -313,14 +167,8 @@ def _draws(pair: Pair, evidence: Evidence, identified: Identified, figures: dict
                 f"over {draws.n_tokens} tokens {draws.oddity()}; "
                 f"the draws look like T={likeliest:.2g}, asked was {sample.sampling.temperature:g}"
             )
-            return finding(
-                "draws_differ",
-                draws.sizes,
-                sample.owners,
-                text,
-                pair.engine.fix("draws_differ"),
-                evidence.n_tokens,
-            )
+            fix = pair.engine.fix("draws_differ")
+            return finding("draws_differ", draws.sizes, sample.owners, text, fix, evidence.n_tokens)
         if evidence.own is evidence.neutral:  # a recipe that samples plainly at T = 1: one sample, two names
             break
     return _grouped(pair, evidence, figures) or _many_draws(pair, evidence, figures)

@@ -91,11 +91,8 @@ def _explained(pair: Pair, samples: Samples, trainer: np.ndarray) -> Explanation
     cause = transformed(pair, evidence)
     if cause is None:
         hidden = unasked(pair, samples, min(pair.noise.p50, EXPLAINS * miss_of(size)))
-        cause = (
-            None
-            if hidden is None
-            else Explanation(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
-        )
+        if hidden is not None:
+            cause = Explanation(hidden.cause, f"{hidden.name} fits to {hidden.miss:.1e} nats")
     differs = f"the trainer differs by {np.median(size):.1e} nats in the median, {size.max():.1e} at most"
     return (
         cause
