@@ -106,7 +106,7 @@ def _against(pair: Pair, sample: Samples, before: Snapshot, mode: LoadMode) -> R
     """The trainer holds the new weights."""
     old = pair.trainer.versions_of({pair.version: before})
     again = Replay(pair, old, PROBE_VERSION, sample.temperature)
-    spanning = [s for s in sample if len(s.version_spans) > 1 and again.knows(s)]
+    spanning = [s for s in sample if len(s.version_spans) > 1 and again.knows(s.version_spans)]
     none = np.empty(0, np.float32)
     parts = [(none, none, none)]  # something to join, where none spans the switch
     fits_instead = ""

@@ -26,47 +26,26 @@ import numpy as np
 
 from lockstep.engines.streaming import Handle
 from lockstep.errors import EngineError
+from lockstep.loop.drawn import bound_of, drawing_of
 from lockstep.loop.run import Run
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
 from lockstep.rollout import collect, store
 from lockstep.rollout.empty import refuse_empty
-from lockstep.rollout.ledger import Bound, State
+from lockstep.rollout.ledger import State
 from lockstep.rollout.pieces import CUT, Pieces
 from lockstep.rollout.rewards_ahead import RewardsAhead
 from lockstep.rollout.schedule import Schedule
 from lockstep.runs.durable import make_directory
-from lockstep.training.versions import Drawing
+from lockstep.stopping import held
 
 ENGINE = "engine"
 JOIN_S = 30.0
 """For the rollout thread to take in what has ended."""
+SAY_S = 30.0
+"""Between two words on what the trainer waits for."""
 SCHEDULE, QUEUE = "rollout/schedule.json", "rollout/finished.parquet"
 """In a checkpoint."""
-
-
-def bound_of(run: Run) -> Bound:
-    """The recipe's, on the engine as it resolved."""
-    recipe = run.recipe
-    engine = run.pair.engine
-    most = recipe.rollout.in_flight or int(engine.ready.resolved.get(engine.facts.side_by_side, 0))
-    training = recipe.training
-    every = (recipe.rollout.max_lag + 1) * training.prompts_per_step
-    return Bound(
-        max_lag=recipe.rollout.max_lag,
-        groups_per_step=training.prompts_per_step,
-        group_size=training.group_size,
-        steps=training.steps,
-        in_flight=max(1, most // training.group_size) if most else every,
-        drops=recipe.rollout.stale == "drop",
-    )
-
-
-def drawing_of(run: Run) -> Drawing:
-    """How the recipe's rollouts are drawn across updates, and which of them are scored."""
-    recipe = run.recipe
-    share = recipe.parity.audit_share if recipe.objective.old_logprobs == "engine" else 1.0
-    return Drawing(recipe.rollout.update == "keep", share, (recipe.training.seed,))
 
 
 class Flights:
@@ -79,6 +58,8 @@ class Flights:
     def __init__(self, run: Run, state: State | None = None, finished: Samples | None = None) -> None:
         self._run = run
         self.schedule = Schedule(bound_of(run), (ENGINE,), state)
+        self.settled = self.schedule.state.step
+        """The version whose step is on record, and which is proven to be served: it can be saved."""
         self._samples: dict[int, list[Sample]] = {}
         for sample in finished or ():
             self._samples.setdefault(sample.group, []).append(sample)
@@ -105,7 +86,7 @@ class Flights:
         """Begin to draw, from the thread's own start on."""
         self._empty_since = time.monotonic()  # the ladder before it is no idling
         self._idle_s = 0.0
-        self._thread = threading.Thread(target=self._pump, name="rollouts", daemon=True)
+        self._thread = threading.Thread(target=self._pump, args=(self._inbox,), name="rollouts", daemon=True)
         self._thread.start()
 
     def stop(self, drain_s: float = 0.0) -> None:
@@ -126,7 +107,8 @@ class Flights:
             for handle in self._groups:
                 with contextlib.suppress(EngineError):
                     handle.cancel()
-            # From here on an answer that still comes finds no group, and is dropped where it is taken in.
+            # What still comes of them, an error of each when their engine died, goes where nobody looks.
+            self._inbox = queue.SimpleQueue()
             self._groups.clear()
             self._pieces.clear()
             self._cut.clear()
@@ -145,10 +127,14 @@ class Flights:
         """
         began = time.perf_counter()
         limit = self._run.recipe.loop.deadline_s
+        say_s = SAY_S
         with self._changed:
             self._news = time.monotonic()
             while not self.schedule.ready():
                 self._raise()
+                if time.perf_counter() - began > say_s:
+                    self._run.say(f"{self.schedule.waits_for()}, for {say_s:g} s now")
+                    say_s += SAY_S
                 # Since anything happened, and not since the question alone: long answers are no deadlock
                 # while others end.
                 left = self._news + limit - time.monotonic()
@@ -159,9 +145,10 @@ class Flights:
                         expected="a group that ends, or a version that is confirmed",
                         hint="the engine's log says more; loop.deadline_s is the longest wait",
                     )
-                self._changed.wait(left)
+                self._changed.wait(min(left, SAY_S))
             step = self.schedule.state.step
-            taken = self.schedule.take()
+            with held():
+                taken = self.schedule.take()
             # References alone under the lock; rewards may take seconds, and the rollout thread goes on
             # meanwhile.
             groups = [(found.group, self._samples[found.group]) for found in taken]
@@ -177,7 +164,7 @@ class Flights:
 
     def trained(self, rollouts: Samples) -> None:
         """The step was trained on these; the ledger closes, or the run stops. Raises ScheduleError."""
-        with self._changed:
+        with self._changed, held():
             self.schedule.trained(lengths_of(rollouts))
             for item in {sample.item for sample in rollouts}:
                 del self._samples[item]
@@ -256,16 +243,20 @@ class Flights:
             }
 
     def write(self, checkpoint: Path) -> None:
-        """Schedule and finished samples, into a checkpoint that is being written."""
+        """Schedule and finished samples, into a checkpoint that is being written.
+
+        A step that is being trained is none to whom goes on from there: its samples are finished ones.
+        """
         with self._changed:
+            self.schedule.close()
             make_directory(checkpoint / "rollout")
             (checkpoint / SCHEDULE).write_bytes(msgspec.json.encode(self.schedule.state))
             # Under the same lock as the schedule: a group that ended between the two would be in neither
             # file.
-            groups = sorted(self.schedule.state.finished)
-            held = [sample for group in groups for sample in self._samples[group]]
-        if held:
-            rollouts = Samples(held, self._run.recipe.sampling, step=self.schedule.state.step)
+            groups = sorted(self.schedule.state.finished | self.schedule.state.training)
+            there = [sample for group in groups for sample in self._samples[group]]
+        if there:
+            rollouts = Samples(there, self._run.recipe.sampling, step=self.schedule.state.step)
             before = self._run.pair.trainer.versions.before(
                 rollouts, rollouts.step or 0, drawing_of(self._run)
             )
@@ -296,11 +287,11 @@ class Flights:
 
     # ── the rollout thread ──────────────────────────────────────────────────────────────────────────────────
 
-    def _pump(self) -> None:
+    def _pump(self, inbox: queue.SimpleQueue[Handle | None]) -> None:
         try:
             while True:
-                self._admit()
-                message = self._inbox.get()
+                self._admit(inbox)
+                message = inbox.get()
                 if message is not None:
                     self._take_in(message)
                 elif self._ending:
@@ -308,16 +299,17 @@ class Flights:
         # A thread's error is nobody's: it is kept, and raised where the trainer asks next.
         except BaseException as error:
             with self._changed:
-                self._error = error
-                self._changed.notify_all()
+                if inbox is self._inbox:
+                    self._error = error
+                    self._changed.notify_all()
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _admit(self) -> None:
+    def _admit(self, inbox: queue.SimpleQueue[Handle | None]) -> None:
         with self._changed:
-            if self._held:
+            if self._held or inbox is not self._inbox:  # a thread that outlived its stop draws nothing
                 return
             of: list[tuple[int, Sample | None]] = []
             for group, samples in self._cut.items():
@@ -336,7 +328,7 @@ class Flights:
             # Under the lock: what ends at once finds its group.
             prompts = [prompt for prompt, _ in asked]
             params = [sampling for _, sampling in asked]
-            handles = self._run.pair.engine.submit(prompts, params, self._inbox.put)
+            handles = self._run.pair.engine.submit(prompts, params, inbox.put)
             self._groups.update(zip(handles, of, strict=True))
             for group, _ in of:
                 self._pieces.asked(group)
@@ -360,11 +352,11 @@ class Flights:
         return cut and len(sample.token_ids) < self._run.recipe.sampling.max_tokens
 
     def _take_in(self, handle: Handle) -> None:
-        completions = handle.result(0.0)
         with self._changed:
             group, cut = self._groups.pop(handle, (None, None))
             if group is None:
                 return  # it was given up
+            completions = handle.result(0.0)
             self._news = time.monotonic()
             if not self._groups:
                 self._empty_since = self._news
@@ -389,6 +381,7 @@ class Flights:
             for gone in self._samples.keys() - self.schedule.state.finished.keys():
                 if gone not in self.schedule.state.training:
                     del self._samples[gone]
+                    self._rewards.forget(gone)
             self._changed.notify_all()
 
 

@@ -24,13 +24,14 @@ import msgspec
 import numpy as np
 
 from lockstep.errors import CapabilityError, EngineDied, RunError, Stopped
+from lockstep.loop.drawn import drawing_of
 from lockstep.loop.evaluate import evaluate
 from lockstep.loop.figures import lag_0_figures
-from lockstep.loop.flights import QUEUE, SCHEDULE, Flights, drawing_of
+from lockstep.loop.flights import QUEUE, SCHEDULE, Flights
 from lockstep.loop.proofs import prove
 from lockstep.loop.replays import replay
 from lockstep.loop.resume import catch_up
-from lockstep.loop.run import Run, certified
+from lockstep.loop.run import Now, Run, certified
 from lockstep.loop.shown import show
 from lockstep.loop.stages import checkpoint, leave_out, record, reward, sync, train_gated
 from lockstep.records.capabilities import CAPABILITIES
@@ -64,10 +65,12 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         first = flights.schedule.state.step
         run.quiet = flights.quiet
         prove(run, BeforeStep(first))
+        flights.confirm(first)
         flights.start()
         try:
-            while not flights.schedule.done:
-                _step(run, flights)
+            with run.live(lambda: now(run, flights)):
+                while not flights.schedule.done:
+                    _step(run, flights)
             if first == run.recipe.training.steps and not finished(run.layout, run.recipe):
                 checkpoint(
                     run, first, flights.write
@@ -114,12 +117,13 @@ def _step(run: Run, flights: Flights) -> None:
     flights.trained(rollouts)
     figures |= _alive(run, flights, lambda: _sync(run, flights, step + 1), lambda: _proven_again(run))
     flights.confirm(step + 1)
-    figures |= flights.figures() | evaluate(run, step + 1)
+    figures |= flights.figures() | _alive(run, flights, lambda: evaluate(run, step + 1))
     record(run, step, figures, time.perf_counter() - began)
     _keep_ledger(run, flights.schedule.state)
+    flights.settled = step + 1
     training = run.recipe.training
     if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
-        checkpoint(run, step + 1, flights.write)
+        _alive(run, flights, lambda: checkpoint(run, step + 1, flights.write))
 
 
 def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> dict[str, float]:
@@ -184,25 +188,35 @@ def _alive(run: Run, flights: Flights, do: Callable[[], T], after: Callable[[], 
         try:
             return do()
         except EngineDied as death:
-            if run.restarts >= run.recipe.engine.restarts:
-                raise
-            run.restarts += 1
-            _revive(run, flights, death)
+            dead = death
+            while dead is not None:
+                dead = _revived(run, flights, dead)
             do = after or do
 
 
-def _revive(run: Run, flights: Flights, death: EngineDied) -> None:
+def _revived(run: Run, flights: Flights, death: EngineDied) -> EngineDied | None:
+    """None; or the death of the engine that was started in place of the one that died.
+
+    Raises:
+        EngineDied: when ``engine.restarts`` are used up.
+    """
+    most = run.recipe.engine.restarts
+    if run.restarts >= most:
+        raise death
+    run.restarts += 1
     state = flights.schedule.state
-    lost = len(state.in_flight)
-    version = state.step
-    many = f"restart {run.restarts} of at most {run.recipe.engine.restarts}"
-    run.say(f"the engine died ({death.got}); {many}, {lost} groups are issued again")
+    many = f"restart {run.restarts} of at most {most}, {len(state.in_flight)} groups are issued again"
+    run.say(f"the engine died ({death.got}); {many}")
     flights.stop()
-    run.session.restart_engine()
-    run.pair.version = version
-    run.pair.sync(version)
-    prove(run, BeforeStep(version))
+    try:
+        run.session.restart_engine()
+        run.pair.version = state.step
+        run.pair.sync(state.step)
+        prove(run, BeforeStep(state.step))
+    except EngineDied as another:
+        return another
     flights.start()
+    return None
 
 
 def _proven_again(run: Run) -> dict[str, float]:
@@ -235,6 +249,7 @@ def _gone_on(run: Run) -> Flights:
     flights = Flights(run, state, queue)
 
     def again(step: int, rollouts: Samples) -> dict[str, float]:
+        flights.refuse_stale(rollouts)
         figures = train(run, step, rollouts, replayed=True)
         flights.replayed(rollouts)
         if step not in kept:
@@ -247,6 +262,7 @@ def _gone_on(run: Run) -> Flights:
     run.layout.drawn(first).unlink(missing_ok=True)  # its groups are in the queue, or issued again
     run.pair.version = first
     run.pair.sync(first)
+    flights.settled = first
     flights.schedule.close()
     return flights
 
@@ -267,22 +283,47 @@ def _read(run: Run, newest: Any) -> tuple[State, Samples | None]:
 
 
 def _end_in_order(run: Run, flights: Flights) -> None:
-    """Save the last step, unless the next was being trained or a sync is not proven: then it is replayed."""
+    """Save the last step with all that has been drawn since, where it is proven and on record.
+
+    Else the checkpoint before it is gone on from, and the step is trained again from its stored samples; so
+    is one whose samples the gate has admitted, for its weights may be between two versions.
+    """
     state = flights.schedule.state
     run.say(f"ending: what is being drawn has {DRAIN_S:g} s to end")
     flights.stop(DRAIN_S)
-    if state.training or not state.step or run.unproven:
+    admitted = state.training and run.layout.rollouts(state.step).is_file()
+    if admitted or flights.settled != state.step or not state.step or run.unproven:
         return
     checkpoint(run, state.step, flights.write)
-    run.say(
-        f"saved at step {state.step}: {len(state.finished)} groups finished, {len(state.reissue)} to reissue"
-    )
+    finished = len(state.finished) + len(state.training)
+    run.say(f"saved at step {state.step}: {finished} groups finished, {len(state.reissue)} to reissue")
 
 
 def _keep_ledger(run: Run, state: State) -> None:
     open_groups = len(state.in_flight) + len(state.reissue) + len(state.finished)
     row = {"schema": SCHEMA_LEDGER, "step": state.step - 1, "open_groups": open_groups}
     append(run.layout.ledger, row | plain(state.ledger))
+
+
+def now(run: Run, flights: Flights) -> Now:
+    """What the run is doing, and what its last step was like, for people."""
+    state, last = flights.schedule.state, run.latest
+    ledger = state.ledger
+    found = {
+        "now": flights.schedule.waits_for() or f"step {state.step + 1} is about to be trained",
+        "in flight, finished": f"{len(state.in_flight)}, {len(state.finished)} groups",
+        "ledger": f"{ledger.issued} samples issued, {ledger.trained} trained, "
+        f"{sum(ledger.dropped.values())} dropped, {ledger.reissued} issued again",
+    }
+    if not last:
+        return found
+    idle, waits = (last[name] / last["step_s"] for name in ("engine_idle_s", "wait_s"))
+    return found | {
+        f"step {state.step}": f"reward {last['reward_mean']:.3f}, {last['tokens_per_s']:.0f} tokens/s, "
+        f"{last['step_s']:.1f} s",
+        "lag": f"{last['lag_steps']:.2f} versions, at most {last['lag_max_steps']:.0f} of {run.max_lag}",
+        "idle": f"engine {idle:.0%}, trainer {waits:.0%} of the step",
+    }
 
 
 def told(state: State) -> str:

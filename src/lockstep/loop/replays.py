@@ -41,17 +41,22 @@ def replay(run: Run, step: int, rollouts: Samples, before: Before) -> dict[str, 
     audited = [bool(known.all()) for known in np.split(before.audited, np.cumsum(rollouts.lengths)[:-1])]
     seen: set[int] = set()
     gap = None
+    replayer = spans.Replay.of(run.pair, step)
     # First those that need no pass of their own.
     for row in sorted(range(len(rollouts)), key=lambda row: not audited[row]):
         entered = {span.version for span in rollouts[row].version_spans[1:]} - seen
-        if entered and rollouts[row].known.any():
+        # Of what was drawn before an interruption the weights may be gone, and the scores be there alone.
+        judged = audited[row] or replayer.knows(rollouts[row].version_spans)
+        if entered and judged and rollouts[row].known.any():
             seen |= entered
-            gap = _one(run, step, rollouts, row, max(entered), scored=audited[row])
+            gap = _one(run, replayer, rollouts, row, max(entered), scored=audited[row])
     figures = {"replay_s": time.perf_counter() - began}
     return figures if gap is None else figures | {"replay_gap_abs_max_nats": gap}
 
 
-def _one(run: Run, step: int, rollouts: Samples, row: int, version: int, *, scored: bool) -> float:
+def _one(
+    run: Run, replayer: spans.Replay, rollouts: Samples, row: int, version: int, *, scored: bool
+) -> float:
     """The widest gap of a sequence that the update to ``version`` entered, nats.
 
     Args:
@@ -59,9 +64,10 @@ def _one(run: Run, step: int, rollouts: Samples, row: int, version: int, *, scor
     """
     sample = rollouts[row]
     began = time.perf_counter()
-    power = run.power_s <= POWER_SHARE * (began - run.began)  # so the first one always
+    due = run.power_s <= POWER_SHARE * (began - run.began)  # so the first one always
+    power = due and replayer.knows(sample.version_spans)
     verdict = spans.judge(
-        spans.Replay.of(run.pair, step),
+        replayer,
         sample,
         kept=run.recipe.rollout.update == "keep",
         power=power,
@@ -71,7 +77,7 @@ def _one(run: Run, step: int, rollouts: Samples, row: int, version: int, *, scor
         run.power_s += time.perf_counter() - began
     run.recorder.verdict(InFlight(version), verdict)
     if verdict.status != "PASS":
-        store.refuse(run.layout, step)
+        store.refuse(run.layout, replayer.version)
         raise WeightSyncError(
             f"update in flight to version {version}",
             got=verdict.summary,

@@ -1,7 +1,7 @@
 """A run under way: what its stages share."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -18,6 +18,11 @@ from lockstep.runs.certificate import void
 from lockstep.runs.layout import RunLayout
 from lockstep.runs.read import read_steps
 from lockstep.runs.record import Recorder
+
+Now = Mapping[str, str]
+"""What stands in a table of the moment, name by name."""
+Live = Callable[[Callable[[], Now]], AbstractContextManager[None]]
+"""Shows what it is given, again and again, while the context lasts."""
 
 
 @dataclass(eq=False)
@@ -48,6 +53,9 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     power_s: float = 0.0
     """Time that has gone into replays over the other cache (``replays.py``)."""
+    live: Live = lambda now: nullcontext()
+    latest: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the last step."""
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
     """While it is entered the engine draws nothing for the loop: other weights may be loaded."""
 

@@ -196,6 +196,7 @@ def record(run: Run, step: int, figures: dict[str, float], spent_s: float) -> No
         "samples_per_s": figures["n_samples"] / spent_s,
     }
     run.recorder.step(step, step + 1, figures)
+    run.latest = figures
     run.say(_line(run, step, figures))
     alarm = run.watch.look(step, figures)
     if alarm is not None:
@@ -224,8 +225,13 @@ def _line(run: Run, step: int, figures: dict[str, float]) -> str:
         if canary is not None
         else str(run.override)
     )
+    flight = (
+        f"lag {figures['lag_steps']:.2f}  queue {figures['queue_samples']:.0f}  "
+        if "queue_samples" in figures
+        else ""
+    )
     return (
-        f"step {step + 1:>3}/{run.recipe.training.steps}  reward {figures['reward_mean']:.3f}  "
+        f"step {step + 1:>3}/{run.recipe.training.steps}  reward {figures['reward_mean']:.3f}  {flight}"
         f"entropy {figures['entropy_mean_nats']:.2f}  "
         f"|gap| max {figures['gap_abs_max_nats']:.0e}  {proven}  {figures['step_s']:.1f} s"
     )

@@ -57,10 +57,9 @@ class Replay:
         """A run's: the versions that its trainer keeps."""
         return cls(pair, pair.trainer.versions, version, pair.recipe.sampling.temperature)
 
-    def knows(self, sample: Sample) -> bool:
-        """True where there are weights of every version that the sample names."""
-        named = {span.version for span in sample.version_spans}
-        return named <= {self.version, *self.versions.ring.versions}
+    def knows(self, spans: Spans) -> bool:
+        """True where there are weights of every version that is named."""
+        return {span.version for span in spans} <= {self.version, *self.versions.ring.versions}
 
     def gap(self, sample: Sample, claim: Claim) -> np.ndarray:
         """|trainer − engine|, nats, of what the engine gave a number, under a claim: :func:`gap_of`."""
@@ -77,7 +76,11 @@ class Replay:
         named = [span.version for span in sample.version_spans]
         known = [v for v in self.versions.ring.versions if v >= min(named) - 2]
         tried = alternatives(claim, [*known, self.version])
-        fits = (other for other in tried if within(self.pair.noise, self.gap(sample, other)))
+        fits = (
+            other
+            for other in tried
+            if self.knows(other.spans) and within(self.pair.noise, self.gap(sample, other))
+        )
         return next((other.what for other in fits), "no cache rule, span or version nearby fits")
 
 

@@ -46,6 +46,11 @@ class RewardsAhead:
                 return [replace(sample, reward=reward) for sample, reward in rewards]
         return list(samples)
 
+    def forget(self, group: int) -> None:
+        """A group is not trained on: nobody asks for its rewards."""
+        if begun := self._begun.pop(group, None):
+            begun.cancel()
+
     def close(self) -> None:
         """What has not begun is given up."""
         if "_thread" in self.__dict__:

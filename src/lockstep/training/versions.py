@@ -5,7 +5,7 @@ spans of 5 and 6  ─ weights 5, then 6 over the cache of 5 ──────�
 span of version 7, which is now ─ the step's own forward pass ──► (NaN here)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -81,18 +81,21 @@ def before_of(rollouts: Samples, policy: Policy, ring: Ring, version: int, drawi
     chosen = np.random.default_rng([*drawing.seed, version]).random(len(rollouts)) < drawing.share
     scores = [_stored(sample, version, drawing) for sample in rollouts]
     audited = [np.ones(len(known), bool) for known in scores]
-    lacking = [
-        row
+    lacking = {
+        row: spans
         for row, (sample, known) in enumerate(zip(rollouts, scores, strict=True))
-        if _lacks(sample, known, version, drawing)
-    ]
-    for row in lacking:
-        if not chosen[row]:
+        if (spans := _lacking(sample, known, version, drawing))
+    }
+    there = {version, *ring.versions}
+    for row, spans in lacking.items():
+        # After an interruption the weights of some may be gone: these cannot be among those that are audited.
+        gone = drawing.share < 1.0 and not {span.version for span in spans} <= there
+        if gone or not chosen[row]:
             scores[row][:] = rollouts[row].engine_logprobs
             audited[row][:] = False
-    scored = [row for row in lacking if chosen[row]]
+    scored = {row: spans for row, spans in lacking.items() if audited[row].all()}
     for row, numbers in _scored(rollouts, scored, policy, ring, version, drawing).items():
-        scores[row][:] = numbers
+        np.copyto(scores[row], numbers, where=~np.isnan(numbers))
     return Before(np.concatenate(scores), np.concatenate(audited))
 
 
@@ -114,28 +117,34 @@ def _own_pass_gives(sample: Sample, span: VersionSpan, version: int, drawing: Dr
     return span.version == version and not over_old_cache
 
 
-def _lacks(sample: Sample, known: np.ndarray, version: int, drawing: Drawing) -> bool:
-    """True where a score is missing that the step's own forward pass does not give."""
-    return any(
-        bool(np.isnan(known[span.start : span.stop]).any())
+def _lacking(sample: Sample, known: np.ndarray, version: int, drawing: Drawing) -> tuple[VersionSpan, ...]:
+    """The spans of which a score is missing that the step's own forward pass does not give."""
+    lacking = tuple(
+        span
         for span in sample.version_spans
-        if not _own_pass_gives(sample, span, version, drawing)
+        if np.isnan(known[span.start : span.stop]).any()
+        and not _own_pass_gives(sample, span, version, drawing)
     )
+    # Over a cache that was kept no span is scored without those before it.
+    return sample.version_spans if lacking and drawing.kept else lacking
 
 
 def _scored(
-    rollouts: Samples, rows: Sequence[int], policy: Policy, ring: Ring, version: int, drawing: Drawing
+    rollouts: Samples,
+    lacking: Mapping[int, Sequence[VersionSpan]],
+    policy: Policy,
+    ring: Ring,
+    version: int,
+    drawing: Drawing,
 ) -> dict[int, np.ndarray]:
-    """Scores by row, float32 [T] each; NaN where the step's own forward pass gives them."""
+    """Scores of the spans that lack them, by row, float32 [T] each; NaN elsewhere."""
     # A cache that was kept holds what the old weights wrote: no single pass under either version scores what
     # followed.
-    spanning = [row for row in rows if drawing.kept and len(rollouts[row].version_spans) > 1]
-    plain = [row for row in rows if row not in spanning]
+    spanning = [row for row in lacking if drawing.kept and len(rollouts[row].version_spans) > 1]
+    plain = {row: spans for row, spans in lacking.items() if row not in spanning}
     found = {row: np.full(len(rollouts[row].token_ids), np.nan, np.float32) for row in plain}
-    for earlier in sorted(
-        {span.version for row in plain for span in rollouts[row].version_spans} - {version}
-    ):
-        here = [r for r in plain if any(span.version == earlier for span in rollouts[r].version_spans)]
+    for earlier in sorted({span.version for spans in plain.values() for span in spans}):
+        here = [row for row, spans in plain.items() if any(span.version == earlier for span in spans)]
         with ring.of(earlier).standing_in(policy.model):
             # Completions of a prompt share one pass over it.
             whole = policy.score(rollouts.take(here).groups, rollouts.temperature)
