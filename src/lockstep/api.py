@@ -23,6 +23,7 @@ from lockstep.errors import LockstepError, UsageError
 if TYPE_CHECKING:
     from lockstep.engines.audit import KnobRow
     from lockstep.loop.open import Plants, Session
+    from lockstep.loop.run import Live
     from lockstep.parity.ladder import LadderResult
     from lockstep.records.verdicts import Status, Verdict
     from lockstep.runs.certificate import Certificate
@@ -127,6 +128,7 @@ def train(
     sign_key: Path | None = None,
     api_key_env: str = "",
     say: Say = quiet,
+    live: "Live | None" = None,
 ) -> "RunSummary":
     """Run the ladder, then online RL; every weight sync is proven.
 
@@ -138,6 +140,7 @@ def train(
         plant: as :func:`check`.
         sign_key: as :func:`check`.
         api_key_env: as :func:`check`.
+        live: shows what a run in flight is doing at the moment; None: nothing does.
 
     Raises:
         UsageError: for what cannot be, and for both of ``recipe`` and ``resume`` or neither.
@@ -145,7 +148,7 @@ def train(
         RewardError, DivergenceError, EngineError: as they say.
     """
     loaded, layout = _run_of(recipe, out, resume, resume_unfinished=resume_unfinished)
-    start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env)
+    start = _Start(_planted(plant), _key(sign_key, "--sign-key"), api_key_env, live)
     from lockstep.loop.open import preflight, wait_asleep
     from lockstep.runs.layout import new_run
     from lockstep.runs.manifest import finished, tidy
@@ -176,6 +179,7 @@ class _Start:
     faults: tuple[str, ...]
     sign_key: bytes
     api_key_env: str
+    live: "Live | None" = None
 
 
 def _run_of(
@@ -220,8 +224,10 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
         else:
             # Not before the session: it says what the engine resolved to.
             write_manifest(layout.manifest, session.manifest)
+        run = Run(session, layout, say, recorder, sign_key=start.sign_key)
+        run.live = start.live or run.live
         try:
-            steps_of(recipe)(Run(session, layout, say, recorder, sign_key=start.sign_key), resumed=resumed)
+            steps_of(recipe)(run, resumed=resumed)
         except LockstepError as error:
             error.add_note(
                 f"what was sampled and trained is kept; go on with: lockstep train --resume {layout.root}"

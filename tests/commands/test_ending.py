@@ -20,6 +20,7 @@ from lockstep.engines.environments.locate import MARKER, Environment
 from lockstep.engines.environments.recipes import recipe_for
 from lockstep.errors import EngineDied, EngineError, Stopped
 from lockstep.loop import open as opening
+from lockstep.loop.in_flight import DRAIN_S
 from tests import worker_that_lies
 from tests.commands.tiny_run import write_recipe
 
@@ -111,6 +112,39 @@ def test_ctrl_c_while_the_engine_starts_ends_at_once(slow_engine, begun):
     assert "Traceback" not in errors
     assert not engine.is_running()
     assert not directory.exists()
+
+
+LONG = [
+    "loop.kind=in_flight",
+    "training.steps=200",
+    "engine.max_model_len=512",
+    "sampling.max_tokens=400",
+]
+
+
+def test_ctrl_c_in_flight_saves_and_goes_on_and_a_second_one_ends_at_once(tmp_path, begun):
+    run = tmp_path / "run"
+    sets = [word for text in LONG for word in ("--set", text)]
+    process = begun("train", write_recipe(tmp_path, 100), "--out", run, *sets)
+
+    def steps():
+        return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
+
+    awaited(lambda: steps() >= 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=DRAIN_S + 3 * AT_ONCE_S)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert steps() >= 2
+    before = steps()
+    process = begun("train", "--resume", run)
+    awaited(lambda: steps() > before, process)
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "ending: what is being drawn" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(AT_ONCE_S) == -signal.SIGINT
 
 
 def test_a_stop_in_the_midst_of_a_launch_leaves_no_engine_behind(slow_engine, monkeypatch, tmp_path):

@@ -56,6 +56,34 @@ def test_the_clock_is_drawn_and_the_text_in_it_is_not_obeyed(monkeypatch, capsys
     assert not OBEYED.search("".join(drawn))
 
 
+def test_on_a_terminal_a_table_of_now_stands_under_the_lines_and_is_not_obeyed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = []
+
+    def now():
+        asked.append(len(asked))
+        return {"ledger": f"{len(asked)} samples {HOSTILE}"}
+
+    with guarded(), Console() as console:
+        with console.live(now):
+            console.say(f"step 1 {HOSTILE}")
+        console.say("the end")
+    err = capsys.readouterr().err
+    assert f"{len(asked)} samples {SHOWN}" in err
+    assert f"step 1 {SHOWN}" in err
+    assert err.index("step 1") < err.rindex("ledger"), "the line stands above the table"
+    assert "the end" in err
+    assert len(asked) >= 2, "asked again for each drawing"
+
+
+def test_elsewhere_there_is_no_table(capsys):
+    with Console() as console, console.live(lambda: pytest.fail("nobody looks")):
+        console.say("step 1")
+    assert capsys.readouterr().err.endswith("step 1\n")
+
+
 def test_what_a_users_own_code_prints_is_guarded_too_and_the_streams_come_back():
     code = f"""
 import sys

@@ -13,13 +13,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Self, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import msgspec
 
 from lockstep.errors import LockstepError, Stopped
 from lockstep.records.printable import OBEYED, escaped, printable
+
+if TYPE_CHECKING:
+    from lockstep.cli.live import Table
 
 TICK_S = 0.2
 UNREAD = 128 + signal.SIGPIPE
@@ -96,10 +99,14 @@ class Console:
         self._mutex = threading.Lock()
         self._end = threading.Event()
         self._ticker: threading.Thread | None = None
+        self._table: Table | None = None
 
     def say(self, text: str) -> None:
         """One step, one line, with the seconds since the start."""
         with self._mutex:
+            if self._table is not None:
+                self._table.above(self._line(text))
+                return
             if self._ticker is None:
                 print(self._line(text), file=sys.stderr, flush=True)
                 return
@@ -108,6 +115,24 @@ class Console:
                 self._step = text
             self._text = text
             self._draw()
+
+    @contextlib.contextmanager
+    def live(self, now: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+        """On a terminal a table of what ``now`` gives stands under the lines while the body runs."""
+        if self._ticker is None:
+            yield
+            return
+        from lockstep.cli.live import Table
+
+        with self._mutex:
+            self._close_line()
+            self._text = ""
+        with Table(now, terminal()) as table:
+            self._table = table
+            try:
+                yield
+            finally:
+                self._table = None
 
     def __enter__(self) -> Self:
         """Let the clock run, on a terminal."""
@@ -139,12 +164,17 @@ class Console:
             self._over(f"{self._line(self._text)}\n")
 
     def _over(self, line: str) -> None:
-        terminal = getattr(sys.stderr, "stream", sys.stderr)  # under the guard: these codes are our own
-        terminal.write(f"\r\x1b[K{line}")
-        terminal.flush()
+        stream = terminal()
+        stream.write(f"\r\x1b[K{line}")
+        stream.flush()
 
     def _line(self, text: str) -> str:
         return f"[{time.perf_counter() - self._began:6.1f}s] {printable(text)}"
+
+
+def terminal() -> TextIO:
+    """stderr under the guard: for codes that are our own."""
+    return getattr(sys.stderr, "stream", sys.stderr)
 
 
 def show(text: str) -> None:

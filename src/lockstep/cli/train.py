@@ -61,6 +61,7 @@ def train(
             sign_key=sign_key,
             api_key_env=api_key_env,
             say=console.say,
+            live=console.live,
         )
     if as_json:
         emit("train", summary)
