@@ -30,16 +30,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import long_answers
 import numpy as np
 import tiny
+from long_answers import WORKLOADS
 from schedule_clock import World
 
 from lockstep.records.tokens import SamplingParams
 
 WARM_STEPS = 2
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
-WORKLOADS = {"short": [], "long": long_answers.sets(tokens=96, prompts=4, group_size=8)}
 SMALL_LADDER = [
     "parity.probe_prompts=4",
     "parity.probe_tokens=8",
@@ -122,7 +121,7 @@ def _pace_trainer(train_s: float) -> None:
     Trainer.step = paced
 
 
-def measured(args: argparse.Namespace, sets: list[str], tail: int) -> dict[str, float]:
+def measured(args: argparse.Namespace, sets: list[str], tail: int) -> dict[str, Any]:
     """One run: means over its steady steps, and the whole.
 
     Args:
@@ -154,25 +153,38 @@ def measured(args: argparse.Namespace, sets: list[str], tail: int) -> dict[str, 
         "gap_abs_max_nats": max(row["gap_abs_max_nats"] for row in every),
         "tokens_mean": statistics.fmean(row["completion_tokens_mean"] for row in rows),
         "reward": statistics.fmean(row["reward_mean"] for row in rows),
+        "rewards": [row["reward_mean"] for row in every],
+        "step_ends_s": list(itertools.accumulate(row["step_s"] for row in every)),
     }
 
 
-def round_of(args: argparse.Namespace) -> tuple[dict[str, float], dict[tuple[int, int], dict[str, float]]]:
+def to_same_reward(sync: dict[str, Any], ours: dict[str, Any]) -> float:
+    """Seconds to the highest mean reward of four steps that both come to: synchronous over in flight."""
+    smooth = [np.convolve(run["rewards"], np.full(4, 0.25), "valid") for run in (sync, ours)]
+    both = min(rewards.max() for rewards in smooth)
+    seconds = [
+        run["step_ends_s"][int(np.argmax(rewards >= both)) + 3]
+        for run, rewards in zip((sync, ours), smooth, strict=True)
+    ]
+    return seconds[0] / seconds[1]
+
+
+def round_of(args: argparse.Namespace) -> tuple[dict[str, Any], dict[tuple[int, int], dict[str, Any]]]:
     """The synchronous loop, then each lag and split of the cores beside it."""
-    update = "wait" if args.token_s else args.update
     tail = max(args.lags)
     sync = measured(args, [], tail)
     flights = {}
     for lag, cores in itertools.product(args.lags, args.cores):
-        sets = ["loop.kind=in_flight", f"rollout.max_lag={lag}", f"rollout.update={update}"]
+        sets = ["loop.kind=in_flight", f"rollout.max_lag={lag}", f"rollout.update={args.update}"]
         flights[lag, cores] = measured(args, [*sets, f"rollout.cores={cores}"], tail)
         print(told(compared([(sync, flights[lag, cores])], lag, cores)), flush=True)
     return sync, flights
 
 
-def compared(pairs: list[tuple[dict[str, float], dict[str, float]]], lag: int, cores: int) -> dict[str, Any]:
+def compared(pairs: list[tuple[dict[str, Any], dict[str, Any]]], lag: int, cores: int) -> dict[str, Any]:
     """One lag and split over all rounds: the synchronous loop's figures and its own."""
-    sync, ours = ({k: statistics.fmean(p[side][k] for p in pairs) for k in pairs[0][0]} for side in (0, 1))
+    numbers = [name for name, value in pairs[0][0].items() if not isinstance(value, list)]
+    sync, ours = ({k: statistics.fmean(p[side][k] for p in pairs) for k in numbers} for side in (0, 1))
     bound = max(sync["sample_s"], sync["step_s"] - sync["sample_s"])
     steady, whole = (
         [ours[name] / theirs[name] for theirs, ours in pairs]
@@ -185,6 +197,7 @@ def compared(pairs: list[tuple[dict[str, float], dict[str, float]]], lag: int, c
         "ratio_least": min(steady),
         "ratio_most": max(steady),
         "whole_ratio": statistics.fmean(whole),
+        "to_same_reward_ratio": statistics.fmean(to_same_reward(*pair) for pair in pairs),
         "of_bound": bound / ours["step_s"],
         "synchronous": sync,
         "in_flight": ours,
@@ -203,7 +216,8 @@ def told(row: dict[str, Any]) -> str:
     )
     return (
         f"lag {row['lag']}, {split}: {ours['samples_per_s']:.2f} samples/s, synchronous "
-        f"{sync['samples_per_s']:.2f}; ratio {spread}, whole {row['whole_ratio']:.2f}; "
+        f"{sync['samples_per_s']:.2f}; ratio {spread}, whole {row['whole_ratio']:.2f}, "
+        f"to the same reward {row['to_same_reward_ratio']:.2f}; "
         f"{row['of_bound']:.0%} of max(generate, train)\n"
         f"  idle (synchronous): {idle}; both busy {ours['overlap']:.0%}\n"
         f"  seconds a step (synchronous): {parts}\n"
@@ -231,6 +245,8 @@ def main() -> None:
     if args.one:
         one(args.recipe, args.set, args.one, args.token_s, args.train_s)
         return
+    if args.token_s:
+        args.update = "wait"
     began = time.perf_counter()
     rounds = [round_of(args) for _ in range(args.rounds)]
     table = [

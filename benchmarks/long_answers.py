@@ -28,6 +28,11 @@ def sets(tokens: int, prompts: int, group_size: int) -> list[str]:
     ]
 
 
+WORKLOADS = {"short": [], "long": sets(tokens=96, prompts=4, group_size=8)}
+"""What loops are timed on, as overrides of the quick start: answers of five tokens after solved examples that
+all samples of a step share, and 32 answers of 96 tokens."""
+
+
 def digits(completion: str, item: Mapping[str, Any]) -> float:
     """Share of the answer's characters that are digits."""
     return sum(letter.isdigit() for letter in completion) / max(1, len(completion))

@@ -44,6 +44,7 @@ def figures_of(run: Path) -> dict[str, Any]:
     """What a run's records say of its spans."""
     steps = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     records = read_verdicts(run / "verdicts.jsonl")
+    replayed = {record.when.version for record in records if isinstance(record.when, InFlight)}
     replays = [record.verdict for record in records if isinstance(record.when, InFlight)]
     told = {
         name: [verdict.figures[name] for verdict in replays if name in verdict.figures]
@@ -52,7 +53,8 @@ def figures_of(run: Path) -> dict[str, Any]:
     step_s = sum(step["step_s"] for step in steps)
     return {
         "steps": len(steps),
-        "updates_replayed": len(replays),
+        "updates_replayed": len(replayed),
+        "replays": len(replays),
         "replays_passed": sum(verdict.status == "PASS" for verdict in replays),
         "replay_gap_abs_max_nats": max(told["replay_gap_abs_max_nats"], default=None),
         "other_cache_gap_abs_max_nats": sorted(told["replay_other_cache_abs_max_nats"]),
