@@ -224,8 +224,7 @@ def _train(recipe: Recipe, layout: "RunLayout", say: Say, start: _Start, *, resu
         else:
             # Not before the session: it says what the engine resolved to.
             write_manifest(layout.manifest, session.manifest)
-        run = Run(session, layout, say, recorder, sign_key=start.sign_key)
-        run.live = start.live or run.live
+        run = Run(session, layout, say, recorder, sign_key=start.sign_key, live=start.live)
         try:
             steps_of(recipe)(run, resumed=resumed)
         except LockstepError as error:

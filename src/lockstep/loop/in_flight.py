@@ -18,6 +18,7 @@ second one ends at once.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,7 +69,7 @@ def run_steps(run: Run, *, resumed: bool) -> None:
         flights.confirm(first)
         flights.start()
         try:
-            with run.live(lambda: now(run, flights)):
+            with run.live(lambda: now(run, flights)) if run.live else nullcontext():
                 while not flights.schedule.done:
                     _step(run, flights)
             if first == run.recipe.training.steps and not finished(run.layout, run.recipe):
@@ -307,8 +308,9 @@ def _keep_ledger(run: Run, state: State) -> None:
 
 def now(run: Run, flights: Flights) -> Now:
     """What the run is doing, and what its last step was like, for people."""
-    state, last = flights.schedule.state, run.latest
+    state = flights.schedule.state
     ledger = state.ledger
+    last = run.latest
     found = {
         "now": flights.schedule.waits_for() or f"step {state.step + 1} is about to be trained",
         "in flight, finished": f"{len(state.in_flight)}, {len(state.finished)} groups",

@@ -53,7 +53,8 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     power_s: float = 0.0
     """Time that has gone into replays over the other cache (``replays.py``)."""
-    live: Live = lambda now: nullcontext()
+    live: Live | None = None
+    """Shows people what the run is doing at the moment."""
     latest: Mapping[str, float] = field(default_factory=dict)
     """Figures of the last step."""
     quiet: Callable[[], AbstractContextManager[None]] = nullcontext
