@@ -52,10 +52,7 @@ def test_one_request_is_cancelled_and_the_others_go_on(side):
 
 
 def test_requests_that_are_cancelled_at_once_all_end(side):
-    """Some have no token by then, and an engine may have nothing to say of them.
-
-    vLLM's V1 may be taking one in at that moment, and draws it to its end.
-    """
+    """Some have no token by then, and an engine may have nothing to say of them, or not know them yet."""
     asked = [SamplingParams(max_tokens=100, seed=row, n=2) for row in range(12)]
     handles = side.engine.submit(prompts_of(12, seed=25), asked)
     for handle in handles:
@@ -63,8 +60,7 @@ def test_requests_that_are_cancelled_at_once_all_end(side):
     assert side.engine.drain(DEADLINE_S) == 0
     found = [handle.result(0.0) for handle in handles]
     assert [[completion.sample_index for completion in cut] for cut in found] == [[0, 1]] * 12
-    reasons = {completion.finish_reason for cut in found for completion in cut}
-    assert "abort" in reasons or side.name in ("vllm==0.18.1", "vllm==0.32.0")
+    assert {completion.finish_reason for cut in found for completion in cut} == {"abort"}
     assert len(draw(side, prompts_of(2))) == 2, "the engine goes on"
 
 

@@ -117,6 +117,10 @@ class VllmWorker(ABC):
         self._cut.update(draws or self.in_flight.values())
         return [name for name, of in self.in_flight.items() if not draws or of in draws]
 
+    def was_cut(self, name: str) -> bool:
+        """Whether a request in flight was aborted, by vLLM's name of it; vLLM may not know it yet."""
+        return self.in_flight[name] in self._cut
+
     def switched(self, tokens: dict[str, int]) -> None:
         """The weights are :attr:`version` now; ``tokens``: how many each request has, by its vLLM name."""
         for name, n in tokens.items():
@@ -167,8 +171,7 @@ class VllmWorker(ABC):
         self.in_flight[name] = of
         try:
             version = await self.let_in(name)
-            # An abort may come before vLLM has heard of the request.
-            output = nothing(params.n) if of in self._cut else await self.generate(name, ids, params)
+            output = nothing(params.n) if self.was_cut(name) else await self.generate(name, ids, params)
             return Ended(output, self._switches.get(name, []), version)
         finally:
             self.left(name)

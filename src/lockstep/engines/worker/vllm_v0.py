@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,6 +25,10 @@ from lockstep.records.versions import LoadReceipt
 
 class V0Worker(terms.VllmWorker):
     """One ``AsyncLLMEngine``."""
+
+    def __init__(self, config: terms.Config) -> None:
+        super().__init__(config)
+        self._drawing: dict[str, tuple[str, ...]] = {}  # a request's name → those of its samples
 
     async def start(self) -> "V0Worker":
         """Build the engine; ends when it can sample."""
@@ -92,7 +97,8 @@ class V0Worker(terms.VllmWorker):
         """See :class:`~lockstep.engines.worker.server.ServedEngine`."""
         in_flight = self.cut(draws)
         for name in in_flight:
-            await self.llm.abort(name)
+            for sample in self._drawing.get(name, ()):
+                await self.llm.abort(sample)
         return len(in_flight)
 
     def _rpc(self, method: str, *args: Any) -> dict[str, Any]:
@@ -110,15 +116,43 @@ class V0Worker(terms.VllmWorker):
         )
 
     async def generate(self, name: str, ids: list[int], params: Any) -> Any:
-        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
+        """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`.
+
+        Each sample is a request of its own, with the seed that vLLM would give it. vLLM puts the samples of
+        one request together when the last of them has ended, and gives back nothing of one that is aborted
+        (vllm/sequence.py, ``ParallelSampleSequenceGroup``).
+        """
+        samples = {f"{name}-{index}": _alone(params, index) for index in range(params.n)}
+        self._drawing[name] = tuple(samples)
+        try:
+            drawn = await asyncio.gather(*[self._one(name, sample, ids, p) for sample, p in samples.items()])
+        finally:
+            del self._drawing[name]
+        for index, output in enumerate(drawn):
+            output.outputs[0].index = index
+        outputs = [output.outputs[0] for output in drawn]
+        return SimpleNamespace(outputs=outputs, prompt_logprobs=drawn[0].prompt_logprobs)
+
+    async def _one(self, request: str, name: str, ids: list[int], params: Any) -> Any:
+        """The last output of one sample of a request."""
         last = None
         try:
-            async for output in self.llm.generate({"prompt_token_ids": ids}, params, name):
-                last = output
+            if not self.was_cut(request):
+                async for output in self.llm.generate({"prompt_token_ids": ids}, params, name):
+                    last = output
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise  # this task was cancelled, not the request
-        return last if last is not None else terms.nothing(params.n)
+        return last if last is not None else terms.nothing(1)
+
+
+def _alone(params: Any, index: int) -> Any:
+    """One of a request's samples, as a request."""
+    alone = params.clone()
+    alone.n = 1
+    if alone.seed is not None:
+        alone.seed += index
+    return alone
 
 
 def _bias(bias: dict[int, float]) -> Any:

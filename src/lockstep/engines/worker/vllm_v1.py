@@ -62,6 +62,7 @@ class V1Worker(terms.VllmWorker):
         self.vllm_config = self.llm.vllm_config
         self.pause = asked.pause_of(self.llm)
         self._begun = FirstTokens(self.llm.output_processor)
+        self.llm.add_request = self._cut_once_added(self.llm.add_request)
         self._receiver = NcclReceiver(self.llm)
         self.inside = (await self.llm.collective_rpc("lockstep_describe"))[0]
         terms.refuse_other_head(self.config, self.inside)
@@ -206,6 +207,20 @@ class V1Worker(terms.VllmWorker):
         async for output in self.llm.generate(prompt, params.clone(), name):
             last = output
         return last
+
+    def _cut_once_added(self, add: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """vLLM's ``add_request``, after which a request is aborted that was aborted while it ran.
+
+        It reads the prompt in a thread, and an abort that comes meanwhile finds no such request.
+        """
+
+        async def added(name: str, *args: Any, **kwargs: Any) -> Any:
+            collector = await add(name, *args, **kwargs)
+            if self.was_cut(name):
+                await self.llm.abort(name)
+            return collector
+
+        return added
 
     async def let_in(self, name: str) -> int:
         """See :class:`~lockstep.engines.worker.vllm_terms.VllmWorker`."""
