@@ -17,15 +17,14 @@ away is reported: ``correction_mass_removed``, ``correction_masked_fraction``.
 They are locked until the ladder has passed. A correction is no mend: it trades bias for variance on what is
 left, and never changes a figure by which the backend is judged.
 
-On a certified pair at equal versions a gap is small and not 0, and so:
+A token's gap of up to 2e-4 nats is what the order of fp32 sums brings, and counts as none (w = 1): so on a
+certified fp32 pair at equal versions each correction is the identity, bit for bit. In bf16 rounding itself is
+a gap of 0.03 nats, on which they act:
 
-    both sides compute bit for bit alike (gap 0)     each correction is the identity, bit for bit
-    tis, masked_is; |gap| below 0.69                 each factor is w itself: within e^|gap| − 1 of 1, 6e-5 on
-                                                     the largest gap of the quick start; not bit for bit
-    sequence_tis; |sum of gaps| below 0.69           as these, of the sequence's sum
-    sequence_mask; |sum of gaps| below 0.69          the identity, bit for bit
-    geometric_rejection; |mean gap| below 1.0e-3     the identity, bit for bit
-
-The last is not met in bf16: of gaps of 0.03 nats a token that err to both sides, a sequence of 100 tokens has
-a mean beyond 1.0e-3 three times in four, and the published bounds then leave it out: they are for fp32.
+    tis, masked_is; |gap| below 0.69             each factor is w itself
+    sequence_tis; |sum of gaps| below 0.69       as these, of the sequence's sum
+    sequence_mask; |sum of gaps| below 0.69      the identity
+    geometric_rejection                          of gaps that err to both sides, a sequence of 100 tokens has
+                                                 a mean beyond 1.0e-3 three times in four, and the published
+                                                 bounds then leave it out: they are for fp32
 """

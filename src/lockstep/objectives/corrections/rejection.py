@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lockstep.objectives.base import LossInputs
-from lockstep.objectives.corrections.base import Correction
+from lockstep.objectives.corrections.base import Correction, log_mismatch
 
 
 def masked_is(inputs: LossInputs, low: float, high: float) -> Correction:
@@ -12,18 +12,18 @@ def masked_is(inputs: LossInputs, low: float, high: float) -> Correction:
 
     Ling Team, "Every Step Evolves", 2025, arXiv:2510.18855 (IcePop).
     """
-    ratio = torch.exp(inputs.log_mismatch)
+    ratio = torch.exp(log_mismatch(inputs))
     return Correction(ratio * _inside(ratio, low, high), ratio)
 
 
 def geometric_rejection(inputs: LossInputs, low: float, high: float) -> Correction:
     """1 for sequences whose mismatch ratios have a geometric mean in [low, high], 0 for the others."""
-    return _kept(torch.exp(inputs.mean_of_sequences(inputs.log_mismatch)), low, high)
+    return _kept(torch.exp(inputs.mean_of_sequences(log_mismatch(inputs))), low, high)
 
 
 def sequence_mask(inputs: LossInputs, low: float, high: float) -> Correction:
     """1 for sequences whose mismatch ratios have a product in [low, high], 0 for the others."""
-    return _kept(torch.exp(inputs.sum_of_sequences(inputs.log_mismatch)), low, high)
+    return _kept(torch.exp(inputs.sum_of_sequences(log_mismatch(inputs))), low, high)
 
 
 def _kept(ratio: Tensor, low: float, high: float) -> Correction:
