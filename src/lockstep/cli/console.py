@@ -22,7 +22,7 @@ from lockstep.errors import LockstepError, Stopped
 from lockstep.records.printable import OBEYED, escaped, printable
 
 if TYPE_CHECKING:
-    from lockstep.cli.live import Table
+    from lockstep.cli.live import NowTable
 
 TICK_S = 0.2
 UNREAD = 128 + signal.SIGPIPE
@@ -99,7 +99,7 @@ class Console:
         self._mutex = threading.Lock()
         self._end = threading.Event()
         self._ticker: threading.Thread | None = None
-        self._table: Table | None = None
+        self._table: NowTable | None = None
 
     def say(self, text: str) -> None:
         """One step, one line, with the seconds since the start."""
@@ -122,12 +122,12 @@ class Console:
         if self._ticker is None:
             yield
             return
-        from lockstep.cli.live import Table
+        from lockstep.cli.live import NowTable
 
         with self._mutex:
             self._close_line()
             self._text = ""
-        with Table(now, terminal()) as table:
+        with NowTable(now, terminal()) as table:
             self._table = table
             try:
                 yield

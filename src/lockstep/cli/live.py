@@ -13,7 +13,7 @@ from lockstep.records.printable import printable
 DRAWN_PER_S = 2
 
 
-class Table:
+class NowTable:
     """Names and values, asked for at each drawing.
 
     Args:
