@@ -23,7 +23,7 @@ from lockstep.errors import LockstepError, UsageError
 if TYPE_CHECKING:
     from lockstep.engines.audit import KnobRow
     from lockstep.loop.open import Plants, Session
-    from lockstep.loop.run import Live
+    from lockstep.loop.run import ShowsNow
     from lockstep.parity.ladder import LadderResult
     from lockstep.records.verdicts import Status, Verdict
     from lockstep.runs.certificate import Certificate
@@ -128,7 +128,7 @@ def train(
     sign_key: Path | None = None,
     api_key_env: str = "",
     say: Say = quiet,
-    live: "Live | None" = None,
+    live: "ShowsNow | None" = None,
 ) -> "RunSummary":
     """Run the ladder, then online RL; every weight sync is proven.
 
@@ -179,7 +179,7 @@ class _Start:
     faults: tuple[str, ...]
     sign_key: bytes
     api_key_env: str
-    live: "Live | None" = None
+    live: "ShowsNow | None" = None
 
 
 def _run_of(

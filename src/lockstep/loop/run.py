@@ -21,7 +21,7 @@ from lockstep.runs.record import Recorder
 
 Now = Mapping[str, str]
 """What stands in a table of the moment, name by name."""
-Live = Callable[[Callable[[], Now]], AbstractContextManager[None]]
+ShowsNow = Callable[[Callable[[], Now]], AbstractContextManager[None]]
 """Shows what it is given, again and again, while the context lasts."""
 
 
@@ -53,7 +53,7 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     power_s: float = 0.0
     """Time that has gone into replays over the other cache (``replays.py``)."""
-    live: Live | None = None
+    live: ShowsNow | None = None
     """Shows people what the run is doing at the moment."""
     latest: Mapping[str, float] = field(default_factory=dict)
     """Figures of the last step."""
