@@ -153,7 +153,8 @@ class V1Worker(terms.VllmWorker):
         Raises:
             BadRequestError: for an update that may not be brought in so; nothing has been paused yet.
         """
-        offer, version = request.update.nccl, request.update.version
+        offer = request.update.nccl
+        version = request.update.version
         if offer is None:
             path = terms.checked_path(self.config, request)
 
