@@ -18,7 +18,7 @@ class RunSummary(Struct, frozen=True, kw_only=True):
     run: str
     """The run directory."""
     override: str = ""
-    """Of a run that trained although the ladder did not pass: which layer, and the recipe's reason."""
+    """Layer and the recipe's reason, where the run trained although the ladder did not pass; else empty."""
     alarms: int = 0
     """How many were given."""
     planted: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def _syncs(run: RunRecord) -> dict[int, Status]:
 
 
 def _mean(steps: Steps, name: str) -> float:
-    """Over the steps that have the figure."""
+    """The mean over the steps that have the figure."""
     values = steps.column(name)[steps.measured(name)].tolist()
     return fmean(values) if values else nan
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "NOT_RUN": 3}
-"""Of what was judged; an error has its class's own (``errors.py``)."""
+"""Exit code by what was judged; an error has its class's own (``errors.py``)."""
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Sets = Annotated[

@@ -21,7 +21,7 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     prompts: Positive = 64
     """The same each time."""
     samples: Positive = 1
-    """Of each prompt."""
+    """Completions drawn for each prompt."""
     temperature: NonNegativeFloat = 0.0
     """0 is greedy."""
     name: str = ""

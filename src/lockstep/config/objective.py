@@ -62,7 +62,7 @@ class ValueHeadConfig(ConfigSection, frozen=True):
     """For objectives with values: a head on the trainer's hidden states, never published to an engine."""
 
     lr: PositiveFloat = 1e-3
-    """It begins at 0, and so learns faster than the model."""
+    """The value head's learning rate; the head begins at 0, and so learns faster than the model."""
     gamma: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """GAE's discount, and its trade of bias for variance."""
     lam: Annotated[float, Meta(ge=0, le=1)] = 0.95

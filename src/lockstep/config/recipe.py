@@ -51,9 +51,9 @@ class Model(ConfigSection, frozen=True):
     path: str
     """A directory with a Hugging Face checkpoint, the name of an installed model, or ``org/name``."""
     dtype: Dtype = "float32"
-    """Of the trainer's body; fp32 master weights are kept beside a bf16 body."""
+    """The dtype of the trainer's body; fp32 master weights are kept beside a bf16 body."""
     head_dtype: Dtype = "float32"
-    """Of the last matrix product, on the trainer's side and, through the adapter, on the engine's."""
+    """The dtype of the last matrix product, the trainer's and, through the adapter, the engine's."""
     device: str = "auto"
     """Where the trainer computes: ``cpu``, ``cuda``, ``cuda:1``. ``auto``: CUDA if there is one, else CPU."""
 
@@ -138,8 +138,8 @@ class Parity(ConfigSection, frozen=True):
     directions_see: NonNegativeFloat = 0.0
     """So small a share is to show: more are drawn, for as long as is said first. 0: no share is asked for."""
     missing_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Of a step's tokens: so many without a log-probability of the engine's may be left out of the loss and
-    of its denominator; more, and the step is refused."""
+    """Share of a step's tokens that may lack a log-probability of the engine's: they are left out of the loss
+    and of its denominator; more, and the step is refused."""
     override: str = ""
     """Train although the ladder does not pass, for the reason that this sentence gives. It is then stamped on
     manifest, verdicts, steps, alarms, checkpoints, summary, report and comparison, and no certificate is
@@ -150,7 +150,7 @@ class Parity(ConfigSection, frozen=True):
     search_s: PositiveFloat = 60.0
     """How long a check may look for the cause of what does not fit, in seconds; ``check --search-s``."""
     seed: Seed = 20_260_101
-    """Of the probes; ``training.seed`` is of the run, so that two runs are judged on the same tokens."""
+    """The probes' seed; ``training.seed`` is the run's, so that two runs are judged on the same tokens."""
 
 
 class Loop(ConfigSection, frozen=True):
@@ -174,7 +174,7 @@ class Rollout(ConfigSection, frozen=True):
     max_lag: NonNegative = 1
     """Versions between drawing a token and training on it, at most. 0: synchronous."""
     update: Literal["keep", "recompute", "wait", "abort"] = "keep"
-    """Of what is being drawn: ``keep`` its cache, ``recompute`` it under the new weights, ``wait`` for its
+    """For what is being drawn: ``keep`` its cache, ``recompute`` it under the new weights, ``wait`` for its
     end, or ``abort`` it and go on by its prefix."""
     in_flight: NonNegative = 0
     """Samples with the engine at once; 0: as many as it runs side by side."""

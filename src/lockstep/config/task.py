@@ -17,7 +17,7 @@ class RewardPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     weight: float = 1.0
     """Its share in the sum; may be negative."""
     name: str = ""
-    """Of its figures, ``rewards/NAME/mean``; empty: the function's own."""
+    """The NAME in its figures, ``rewards/NAME/mean``; empty: the function's own."""
 
 
 class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,7 +52,7 @@ class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """With ``penalise``: the last so many tokens before ``sampling.max_tokens`` are paid for, in proportion.
     0: only what was cut pays."""
     overlong_penalty: PositiveFloat = 1.0
-    """With ``penalise``: of what was cut."""
+    """The penalty of a completion that was cut, with ``penalise``."""
     environment: str = ""
     """``module:Class`` with tools, for tasks of several turns: docs/guides/environments.md. Empty: none."""
     environment_options: dict[str, Any] = {}

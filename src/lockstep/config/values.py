@@ -34,7 +34,7 @@ def refuse_unrepeatable(value: Any, source: str, path: tuple[str, ...] = ()) -> 
 
 @dataclass(frozen=True)
 class _Complaint:
-    """Of a value that cannot be kept; as :class:`~lockstep.errors.LockstepError` has it."""
+    """What is wrong with a value that cannot be kept, as :class:`~lockstep.errors.LockstepError` has it."""
 
     got: str
     expected: str

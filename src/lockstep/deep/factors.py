@@ -94,9 +94,9 @@ class _NotStartedError(Exception):
 class _Measured(NamedTuple):
     sample: Samples
     rescored: np.ndarray
-    """By the same engine, float32 [T]."""
+    """Scores by the same engine, float32 [T]."""
     counted: float
-    """By the factor's counter; 0 where it has none."""
+    """What the factor's counter counted; 0 where it has none."""
 
 
 def _measure(pair: Pair, factor: PathFactor, options: dict[str, Any], open_engine: Opener) -> _Measured:

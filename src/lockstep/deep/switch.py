@@ -25,8 +25,8 @@ from lockstep.records.versions import LoadMode
 PROMPTS = 6
 TOKENS = 48
 BEGINS = (0.3, 0.1, 0.5)
-"""Of the time that the sample takes undisturbed, when the load begins. The later ones are taken where the one
-before fell beside the sample, on a machine whose speed has changed since that time was taken."""
+"""When the load begins, in shares of the time that the sample takes undisturbed. The later ones are for where
+the one before fell beside the sample, on a machine whose speed has changed since that time was taken."""
 ENOUGH = 3
 """Completions that span the switch: with fewer another beginning is tried. One is enough to judge by."""
 

@@ -33,7 +33,7 @@ from lockstep.records.verdicts import Verdict
 from lockstep.runs.manifest import steady
 
 KEPT = {"skip_tokenizer_init", "trust_remote_code"}
-"""Of what Lockstep sets, what says nothing of numbers, state or speed."""
+"""Settings of Lockstep's that stay, for they say nothing of numbers, state or speed."""
 LEFT_TO_IT = ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs")
 """Set by Lockstep on a CPU, beside what its facts declare. Not left to it: eager mode, for compiling takes
 minutes, and blocks of 32 tokens, for a prefix shorter than a block is never cached."""
@@ -67,7 +67,7 @@ class Side(Struct, frozen=True, kw_only=True):
     """Mean |trainer at T − engine's score of the same tokens asked for at T|; NaN where it has none at T."""
     tokens_per_s: float
     load_s: float
-    """Of one weight update, as the engine timed it; NaN where it takes none."""
+    """Seconds that one weight update takes, as the engine timed it; NaN where it takes none."""
     can: dict[str, bool]
     how: dict[str, str]
     resolved: dict[str, str]
@@ -81,7 +81,7 @@ class Left(Struct, frozen=True, kw_only=True):
     fault: str
     what: str
     how: str = ""
-    """It was measured."""
+    """How it was measured."""
     effect_nats: float = float("nan")
     ci95: tuple[float, float] = (float("nan"), float("nan"))
     reason: str = ""

@@ -48,7 +48,7 @@ class Step(Struct, frozen=True, kw_only=True):
     """Set by then; the last step is the recipe that is written, on Lockstep's own defaults."""
     status: Status
     layer: str
-    """That failed; empty where none did."""
+    """The layer that failed; empty where none did."""
     cause: str
     effect_nats: float
     ci95: tuple[float, float]
@@ -59,7 +59,7 @@ class Upgrade(Struct, frozen=True, kw_only=True):
     """What ``lockstep upgrade`` found."""
 
     verdict: Status
-    """Of the final check, with every flag."""
+    """The verdict of the final check, with every flag."""
     summary: str
     """``same``, ``same with these flags``, or ``not the same, because …``."""
     before: Side

@@ -18,7 +18,7 @@ Standing = Literal["ok", "watch", "change", "unknown"]
 
 
 class Judgement(NamedTuple):
-    """Of a setting's value."""
+    """What is said of a setting's value: where it stands, and why."""
 
     standing: Standing
     why: str

@@ -36,7 +36,7 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     weights: Literal["shared_memory", "nccl"] = "shared_memory"
     """What will carry published weights to it."""
     cores: int = 0
-    """Of this machine that it computes on, where it computes on them; 0: all."""
+    """How many cores of this machine it computes on, where it computes on them; 0: all."""
     launcher: str = ""
     """A module that runs the engine's worker, given its name first; empty: the worker is run itself."""
 
@@ -59,11 +59,11 @@ class PathFactor(Struct, frozen=True):
     """One way through an engine that its own options switch on: prefill in portions, a starved cache."""
 
     cause: str
-    """Of ``parity/causes.py``: what is named where it moves a number."""
+    """The cause that is named where it moves a number, as ``parity/causes.py`` has it."""
     options: Callable[[Ready, int], dict[str, Any]]
-    """Of the engine as resolved and the tokens that the longest prompt has room for: what switches it on."""
+    """What switches it on, of the engine as resolved and the tokens that the longest prompt has room for."""
     tokens: int = 16
-    """Sampled of each prompt."""
+    """Tokens sampled of each prompt."""
     counter: str = ""
     """The engine's own count of what is switched on; while it is 0, nothing was measured. Empty: it is on
     when it resolved so."""

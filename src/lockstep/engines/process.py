@@ -34,7 +34,7 @@ from lockstep.records.messages import Failure, Ready, Reply, Request
 R = TypeVar("R", bound=Reply)
 LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 LOG_READ_BYTES = 1 << 24
-"""Of a log's end: what ended an engine stands far above its last lines."""
+"""How much of a log's end is read: what ended an engine stands far above its last lines."""
 PREFIX, TEMPORARY = "lockstep-", "tmp"
 SHORT_PATH = 107 - len(f"/{PREFIX}12345678/{TEMPORARY}/") - 36
 """A Unix socket's path has at most 107 bytes; an engine names its own by UUIDs in its temporary directory."""
@@ -50,7 +50,7 @@ class WorkerProgram:
     """What a worker runs, as its adapter declares it."""
 
     module: str
-    """Run with ``-m``."""
+    """The module that the worker's interpreter runs with ``-m``."""
     launcher: str = ""
     """A module that is run instead and runs that one, whose name is its first argument."""
     entry_points: str = ""

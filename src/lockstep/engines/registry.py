@@ -23,7 +23,7 @@ ADAPTERS = {
     ("vllm", "V0"): "lockstep.engines.vllm.v0:VllmV0",
     ("vllm", "V1"): "lockstep.engines.vllm.v1:VllmV1",
 }
-"""Of engines with an environment of their own, by name and generation."""
+"""Adapters of engines with an environment of their own, by name and generation."""
 
 PREFERRED = "vllm"
 """What ``auto`` takes where an environment of it is installed."""
@@ -109,7 +109,7 @@ def facts_of(choice: Choice) -> EngineFacts:
 
 
 def checklist() -> Checklist:
-    """Of the preferred engine, which is the one that people come from."""
+    """The migration checklist of the preferred engine, which is the one that people come from."""
     return cast(Checklist, _named(CHECKLISTS[PREFERRED]))
 
 

@@ -35,9 +35,9 @@ REPLY_TO: dict[type, type] = {Draw: Drawn, Score: Scored, Load: Loaded, Abort: A
 PLAIN_BYTES = 4 * 1024 * 1024
 """Room for what does not grow with the request: a resolved configuration, counters, receipts, a failure."""
 RECORD_BYTES = 512
-"""Of a completion or a sequence, without its tokens: field names, numbers, its place in the list."""
+"""Room for a completion or a sequence without its tokens: field names, numbers, its place in the list."""
 TOKEN_BYTES = 64
-"""Of a sampled token: id and log-probability take 8, a version span of its own 40."""
+"""Room for a sampled token: id and log-probability take 8, a version span of its own 40."""
 
 
 def describe(request: Request | None) -> str:

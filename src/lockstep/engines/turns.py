@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """Of one model."""
+    """Whose turn it is with one model: one request draws, or one load replaces its weights."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

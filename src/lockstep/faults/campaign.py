@@ -66,7 +66,7 @@ class Job(NamedTuple):
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
-    """One climb."""
+    """What one climb of the ladder came to."""
 
     name: str
     planted_layer: str

@@ -24,7 +24,7 @@ class Journal:
         self.key = _key(recipe)
 
     def outcomes(self) -> list[Outcome]:
-        """Those that an earlier campaign came to."""
+        """Outcomes that an earlier campaign came to."""
         drop_partial_line(self.path)
         rows = [row["outcome"] for row in read_lines(self.path) if row.get("key") == self.key]
         return [msgspec.convert(exact(row), Outcome) for row in rows]
@@ -36,7 +36,7 @@ class Journal:
 
 
 def _key(recipe: Recipe) -> str:
-    """Of everything that an outcome depends on."""
+    """A digest of everything that an outcome depends on."""
     digest = hashlib.sha256(msgspec.json.encode(recipe))
     environment = choose(recipe.engine).environment
     digest.update(environment.digest.encode() if environment is not None else b"transformers")

@@ -195,7 +195,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    """Of a column of floats too, whose fault is another value: the null that made it one."""
+    """True of a token id, also as a whole float: a null elsewhere in the column made floats of its ids."""
     whole = isinstance(value, np.floating) and value.is_integer()
     is_id = whole or isinstance(value, np.integer) or type(value) is int
     return is_id and bool(0 <= value <= LARGEST_ID)

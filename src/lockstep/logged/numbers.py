@@ -49,11 +49,11 @@ class Gaps:
     gap: np.ndarray
     """trainer − engine, nats."""
     owners: np.ndarray
-    """Which row, counted from 0."""
+    """The row of each token, counted from 0."""
     places: np.ndarray
     """Where in the completion, tokens that were not sampled counted too."""
     lengths: np.ndarray
-    """By row, not by token: of the completions."""
+    """Tokens of each row's completion, by row and not by token."""
 
     @property
     def trainer(self) -> np.ndarray:
@@ -61,7 +61,7 @@ class Gaps:
         return self.engine + self.gap
 
     def shares_off(self, limit: float) -> np.ndarray:
-        """Of each row's tokens, how many are off by more."""
+        """The share of each row's tokens that is off by more, float64 [R]."""
         n = len(self.lengths)
         # Negated: a number that is missing is off.
         off = np.bincount(self.owners, ~(np.abs(self.gap) <= limit), n)

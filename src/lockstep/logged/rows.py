@@ -38,7 +38,7 @@ class Logged:
     spans: np.ndarray
     """int64 [R, 2]."""
     masks: dict[str, np.ndarray]
-    """By column: bool [T]."""
+    """The masks by column, bool [T] each."""
     sampled: np.ndarray
     """bool [T]: tokens that the model drew, as far as the masks say; only these are judged."""
     settings: np.ndarray

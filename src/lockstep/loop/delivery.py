@@ -53,7 +53,7 @@ class Deliveries:
             self.each = version
 
     def told(self, version: int) -> str:
-        """Of the last sync, ``version``, for people."""
+        """What has proven the last sync, ``version``, or since when none has; for people."""
         if self.proven == version:
             return f"proven by {self.how}"
         syncs = version - self.proven

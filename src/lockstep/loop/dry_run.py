@@ -44,13 +44,13 @@ class DryRun(Struct, frozen=True, kw_only=True):
     engine_reason: str
     model_path: str
     objective: str
-    """With the estimator of its advantages."""
+    """The objective, with the estimator of its advantages."""
     optimizer_steps: int
     samples: int
     prompts: tuple[Prompt, ...]
     n_parameters: int
     memory_gib: dict[str, float]
-    """Of the trainer, without activations; what the engine takes is its own."""
+    """What the trainer takes, by part, without activations; what the engine takes is its own."""
     writes: tuple[str, ...]
     recipe: dict[str, Any]
 

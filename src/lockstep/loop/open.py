@@ -42,7 +42,7 @@ class Plants:
     launcher: str
     """:attr:`EngineSpec.launcher`."""
     around: Callable[[Engine], Engine]
-    """Of the running engine: what the trainer has in its place."""
+    """The running engine → what the trainer has in its place."""
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Of each update in flight one sequence that spans it, replayed piece by piece before anything trains on it.
+"""One sequence that spans each update in flight, replayed piece by piece before anything trains on it.
 
     scores of the tokens that earlier versions drew ─┐
     the step's own forward pass: those of now ───────┴► every token of an audited sequence ─► spans.judge
@@ -21,7 +21,7 @@ from lockstep.rollout import store
 from lockstep.training.versions import Before
 
 POWER_SHARE = 0.005
-"""Of a run's time, given to replays over the other cache."""
+"""Share of a run's time that is given to replays over the other cache."""
 
 
 def replay(run: Run, step: int, rollouts: Samples, before: Before) -> dict[str, float]:

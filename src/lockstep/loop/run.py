@@ -71,7 +71,7 @@ class Run:
         return self.recipe.rollout.max_lag if self.recipe.loop.ahead else 0
 
     def first_figures(self) -> dict[str, float] | None:
-        """Of the run's first recorded step, over all its starts; None before it."""
+        """The figures of the run's first recorded step, over all its starts; None before it."""
         return next((dict(record.metrics) for record in read_steps(self.layout.metrics)), None)
 
     @property

@@ -5,7 +5,7 @@ from lockstep.records.samples import Sample, Samples
 from lockstep.runs.sinks.base import ShownCompletions
 
 SHOWN = 8
-"""Of a step: the first of each of so many groups."""
+"""Completions of a step that are shown: the first of each of so many groups."""
 PROMPT_END = 2000
 """Characters of a prompt, from its end: the solved examples before it are the same in each."""
 
@@ -29,7 +29,7 @@ def show(run: Run, step: int, rollouts: Samples) -> None:
 
 
 def _advantage(sample: Sample) -> float:
-    """Of its tokens in the loss, their mean: all of them have the same unless a value head gave them."""
+    """The mean over its tokens in the loss: all have the same unless a value head gave them. NaN of none."""
     if sample.advantages is None or not sample.loss_mask.any():
         return float("nan")
     return float(sample.advantages[sample.loss_mask].mean())

@@ -23,7 +23,7 @@ class Condition(Struct, frozen=True):
     """The recipes under which a formula is the same."""
 
     said: str
-    """To people, behind *with*."""
+    """What people are told behind *with*."""
     holds: Callable[[Recipe], bool]
 
 
@@ -32,7 +32,7 @@ class Alias(Struct, frozen=True):
 
     system: System
     name: str
-    """As it logs it."""
+    """The figure's name as the other logs it."""
     ours: str
     """The figure of the catalog that is nearest to it; empty: none measures the same, and it is refused."""
     differs: str = ""

@@ -18,7 +18,7 @@ class Metric(Struct, frozen=True, kw_only=True):
     reduction: str = ""
     """How many numbers become one."""
     mask: str = ""
-    """Over what."""
+    """The tokens or samples that it is taken over."""
     clipping: str = ""
     """``before`` or ``after`` anything bounds the ratio; empty: it is of none."""
     denominator: str = ""

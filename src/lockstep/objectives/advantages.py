@@ -20,7 +20,7 @@ from lockstep.config.objective import AdvantageScale
 STD_EPS = 1e-6
 """Keeps a group whose rewards are all equal at advantage 0 instead of 0/0."""
 WHITEN_EPS = 1e-8
-"""Beside the variance in whitening, as verl and TRL have it."""
+"""What is added to the variance in whitening, as verl and TRL have it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ class LossInputs:
     sequence_ids: Int[Tensor, "T"]
     """The minibatch's sequence that each token is of. Ascending; a microbatch holds some of them whole."""
     entropy: Float[Tensor, "T"] | None = None
-    """Of the tempered distribution over the whole vocabulary, differentiable, nats."""
+    """Entropy of the tempered distribution over the whole vocabulary, differentiable, nats."""
     reference_logprobs: Float[Tensor, "T"] | None = None
     """A frozen reference model's, at the same temperature, nats; there for objectives that need them."""
     values: Float[Tensor, "T"] | None = None
@@ -103,7 +103,7 @@ class LossOutputs:
     clipped: Bool[Tensor, "T"]
     """Tokens whose gradient the objective removed."""
     value_loss: Float[Tensor, ""] | None = None
-    """Of it, what is the value head's; for the figures."""
+    """The value head's part of ``loss``; for the figures."""
     margins: Float[Tensor, "P"] | None = None
     """How much further the chosen of each pair has moved up than the rejected, nats; for the figures."""
 

@@ -18,7 +18,7 @@ AtLeast1 = Annotated[float, Meta(ge=1)]
 
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """None."""
+    """The options of an objective that has none; the others' are subclasses."""
 
 
 class GrpoOptions(Options, frozen=True):
@@ -74,7 +74,7 @@ class PpoOptions(Options, frozen=True):
     value_clip: PositiveFloat = 0.2
     """How far a value may move from what it was when the step began."""
     value_coef: PositiveFloat = 1.0
-    """Of the value loss. The head's gradient is its own alone, so that this scales its learning rate."""
+    """The value loss's weight. The head's gradient is its own alone, so that it scales its learning rate."""
 
 
 class DpoOptions(Options, frozen=True):

@@ -23,7 +23,7 @@ class TrainerSide:
     scores: np.ndarray
     """Score C, float32 [T]."""
     mark: int
-    """Of its weights (``Trainer.weights_mark``)."""
+    """The mark of the trainer's weights then (``Trainer.weights_mark``)."""
 
 
 @dataclass(eq=False)
@@ -35,13 +35,13 @@ class Canary:
 
     groups: list[Group]
     temperature: float = 1.0
-    """Of the trainer's scores; the engine re-scores at 1."""
+    """The temperature of the trainer's scores; the engine re-scores at 1."""
     scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The trainer's scores under the weights of the last measurement, float32 [T]."""
     served: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """The engine's scores of that measurement, float32 [T]."""
     mark: int = 0
-    """Of the trainer's weights at that measurement."""
+    """The mark of the trainer's weights at that measurement."""
     clean_gap_nats: float = 0.0
     """Mean |trainer − engine| that the ladder measured, of these tokens or all re-scored: the larger."""
 
@@ -139,5 +139,5 @@ class CanaryResult:
 
 
 def _most(moved: np.ndarray, uncertain: np.ndarray) -> bool:
-    """Of the tokens that the model is not wholly certain of: those stand at 0 whatever an update does."""
+    """True where enough tokens moved, of those that can: one the model is certain of stands at 0 always."""
     return bool(moved.any()) and float(moved.sum()) >= CANARY_MOST * float(uncertain.sum())

@@ -20,7 +20,7 @@ class Cause(Struct, frozen=True):
     means: str
     found_by: str
     mend: str
-    """For any engine; an adapter that knows its engine's flag says that instead."""
+    """The mend for any engine; an adapter that knows its engine's flag says that instead."""
 
 
 def _of(layer: LayerName, rows: dict[str, tuple[str, str, str]]) -> dict[str, Cause]:

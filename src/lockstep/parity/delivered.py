@@ -78,7 +78,7 @@ class Missing:
         return max(0, int(np.ceil(wanted)) - self.n_tokens)
 
     def told(self) -> str:
-        """For people."""
+        """What is missing and how sure that is, in words."""
         return (
             f"{self.share:.0%} (± {self.error:.0%}) of the update are missing, over {self.n_tokens} tokens"
             if np.isfinite(self.error)

@@ -101,7 +101,7 @@ class Evidence:
 
     @property
     def n_tokens(self) -> int:
-        """Over all samples."""
+        """Tokens of all samples."""
         return sum(s.engine_logprobs.size for s in self.samples)
 
 

@@ -20,7 +20,7 @@ from lockstep.parity.pair import Pair
 from lockstep.records.verdicts import LAYERS, LayerName, Status, Verdict
 
 PROOF_TOKENS = 64
-"""Of layer 3: more than the canary has, so that a tensor can be named."""
+"""Tokens that layer 3 draws: more than the canary has, so that a tensor can be named."""
 STEADIED: tuple[LayerName, ...] = ("semantics", "path", "weights")
 """Layers that do not judge the trainer's own noise, which is layer 4's."""
 

@@ -37,7 +37,7 @@ PROMPTS = 64
 TRIED = 4
 """Tensors that an experiment is made on: the suspect, and what these tokens can least tell from it."""
 EACH = 8
-"""Tokens of each."""
+"""Tokens drawn after each prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Suspect:
     places: tuple[Direction, ...]
     t: float
     p: float
-    """Over all that were asked."""
+    """The chance of it in noise, over all tensors that were asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ class TensorLeft:
 
     place: Direction
     missing: Missing
-    """Of the experiment's own move."""
+    """The share of the experiment's own move that is missing."""
     effect: np.ndarray
     """What the missing part does to the experiment's tokens, nats, float [T]."""
     owners: np.ndarray
 
     def told(self) -> str:
-        """For people."""
+        """What did not move, in words."""
         return f"{self.place.place} did not move when it was moved alone: {self.missing.told()}"
 
 
@@ -84,9 +84,9 @@ class Look:
 
     suspect: Suspect | None = None
     n_tensors: int = 0
-    """That changed."""
+    """Tensors that changed."""
     n_seen: int = 0
-    """Of them, those that would have been suspected had they stayed as they were then."""
+    """Those of them that would have been suspected had they stayed as they were then."""
 
 
 def look(pair: Pair, since: Snapshot, asked: AskedTokens) -> Look:

@@ -27,7 +27,7 @@ from lockstep.parity.tolerances import (
 )
 
 BINS, FEWEST = 6, 64
-"""Of log p at most, and tokens of each at least."""
+"""Bins of log p at most, and tokens in each at least."""
 GRID = np.geomspace(0.05, 100.0, 153)
 """Ratios between which the interval's ends are told, 5 % apart."""
 
@@ -47,7 +47,7 @@ class Ratio:
         return self.low > OWN_NOISE_RATIO
 
     def told(self) -> str:
-        """For people."""
+        """The ratio and its interval, in words."""
         return (
             f"{self.value:.2f} times as wide as both sides' own rounding ({self.low:.2f} to {self.high:.2f})"
         )
@@ -95,11 +95,11 @@ class OwnNoise:
         return cls(**{name: tuple(values) for name, values in known.items()}) if known else None
 
     def figures(self) -> dict[str, list[float]]:
-        """For a verdict."""
+        """What a verdict keeps of it, by name."""
         return {"edges": list(self.edges), "engine": list(self.engine), "trainer": list(self.trainer)}
 
     def widths(self, logprobs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-        """Of the gap at each token, nats, float64 [T]."""
+        """The width that both roundings explain of the gap at each token, nats, float64 [T]."""
         # Two computations that round independently. A temperature below 1 stretches logits, and their noise;
         # what one above 1 takes off is left in: wider refuses less.
         both = np.hypot(self.engine, self.trainer) / min(1.0, temperature)

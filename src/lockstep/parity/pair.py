@@ -34,11 +34,11 @@ class Pair:
     version: int = 0
     """The weight version both sides are meant to hold."""
     say: Callable[[str], None] = lambda text: None
-    """Told where naming a cause takes longer."""
+    """Called with a line where naming a cause takes longer."""
     receipt: LoadReceipt | None = None
     """What the engine said of the last sync."""
     presumed_dtype: str = ""
-    """Of an engine that says none: the one whose rounding, tried on the trainer, has the gap's size."""
+    """Where the engine names no dtype, the one whose rounding, tried on the trainer, has the gap's size."""
     search: Search = field(default_factory=lambda: Search(math.inf))
     """What is tried when something does not fit; each check bounds it in time."""
 
@@ -104,7 +104,7 @@ class Pair:
 
     @property
     def seed(self) -> int:
-        """Of the probes: what they are, how tokens are drawn after them, and the noise of layer 3."""
+        """The seed of the probes, of the tokens drawn after them, and of layer 3's noise."""
         return self.recipe.parity.seed
 
     def exactly(self) -> AbstractContextManager[None]:

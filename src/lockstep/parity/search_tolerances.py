@@ -5,7 +5,7 @@ the numbers to within the ladder's own thresholds (``tolerances.py``) in any cas
 """
 
 IMPROVES = 0.9
-"""Of a miss: where the best value of a coarse grid leaves more of it, no value between two of them is looked
+"""Share of a miss: where the best value of a coarse grid leaves more, no value between two of them is looked
 for. A setting that is right leaves a third of the miss at most (``EXPLAINS``), and the grids are dense enough
 that its neighbours mend a tenth."""
 
@@ -17,7 +17,7 @@ TAIL_OVER_MEDIAN = 10.0
 ten times its median (``NOISE``), and a p99 below that."""
 
 EXPLAINS = 1 / 3
-"""Of a miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
+"""Share of a miss: a hypothesis that leaves more of it, be that within arithmetic, explains nothing."""
 
 ALIKE = 1.5
 """Tensors that explain a gap within this multiple of the best miss are named beside it: some edits cannot be
@@ -42,7 +42,7 @@ MOST_TEMPERATURES = 4
 reason would be called tempered."""
 
 OFF_QUANTILE = 0.8
-"""Of a row's |gap|: a setting that is felt by a fifth of a row's tokens makes the row one that is off."""
+"""Quantile of a row's |gap|: a setting that a fifth of a row's tokens feel makes the row one that is off."""
 
 TELLING_NATS = 1e-2
 """Noise beyond which a log-probability fits too many tokens to tell which one it is of: 50,000 tokens over
@@ -77,7 +77,7 @@ LEAST_P = 0.02
 token in fifty below (``RARELY_ABOVE``)."""
 
 BIAS_ENOUGH = 0.5
-"""Of the median noise: what the fitted tokens are left with in the mean when no more biases are looked for.
+"""Share of the median noise that the fitted tokens have left in the mean when no more biases are looked for.
 Less is arithmetic's."""
 
 BIAS_SUPPORT = 4
@@ -85,12 +85,12 @@ BIAS_SUPPORT = 4
 nothing, for there is one for every number."""
 
 MOVE_IMPROVES = 0.8
-"""Of the miss: a move of the vocabulary's ids that leaves more at each of a dozen places is no better between
-them, for with each place passed a twelfth more of the tokens is read as drawn."""
+"""Share of the miss: a move of the vocabulary's ids that leaves more at each of a dozen places is no better
+between them, for with each place passed a twelfth more of the tokens is read as drawn."""
 
 TOKEN_AT_MOST_NATS = 3.0
-"""Of a token's |gap| in that comparison: how far off one wrong token is says little, that it is off says
-all."""
+"""What a token's |gap| counts at most in that comparison: how far off one wrong token is says little, that it
+is off says all."""
 
 MOVED_AT_LEAST_NATS = 0.5
 """Mean of those, from which a move of the vocabulary is looked for: what one wrong token in six brings. A
@@ -104,7 +104,7 @@ ON_GRID = 1e-6
 """What a number on a grid may be off it, nats: the spacing of float32 near −10."""
 
 ROUNDINGS = 2
-"""Of the largest that the right numbers show when they are rounded: what one may be off by under its own. It
+"""Times the largest rounding that the right numbers show: what a number may be off by under its own. It
 doubles past a power of two, which the right numbers may lie just below."""
 
 DRAWS_POWER = 0.9
@@ -120,7 +120,7 @@ LONG_RUN = 4
 says certainty, where the model gives four such tokens e^−8."""
 
 IMPROBABLE_NATS = -2.0
-"""Of the model: what half of those tokens have at most."""
+"""The model's log-probability that half of those tokens have at most."""
 
 RIGHT_TOKENS = 8
 """Tokens beside the placeholders at least: that they are right must be seen on more than a few."""
@@ -143,21 +143,21 @@ of those beside 0s: a token that was not sampled carries 0.0."""
 # Of the score test, which looks for a direction in a gap (explain/score_test.py).
 
 FEWEST_PROMPTS = 16
-"""Of which a direction is looked for: t is at most the root of their number, and noise alone reaches 3.7."""
+"""Fewest prompts of which a direction is looked for: t is at most their root, and noise alone reaches 3.7."""
 
 SCORE_LEVEL = 0.01
 """Chance, over all directions of one test together, that noise is called a direction."""
 
 SCORE_FLIPS = 4000
-"""Of the signs: the chance at ``SCORE_LEVEL`` is then known to .16 % (its standard error, √(.01 · .99 /
+"""Draws of signs: the chance at ``SCORE_LEVEL`` is then known to .16 % (its standard error, √(.01 · .99 /
 4000))."""
 
 SCORE_POWER = 0.99
 """Chance with which a departure of the size that a PASS states would have been called."""
 
 NARROWEST = 1e-2
-"""Of the whole gap's width: tokens that agree better than that by chance would each weigh ten thousand times
-what the others do."""
+"""Least width, in shares of the whole gap's: tokens that agree better by chance would each weigh ten thousand
+times what the others do."""
 
 SCORE_WINSOR = 3.0
 """Widths at which a token's gap is clipped: of a normal one .3 % are beyond, and their mean says as much as

@@ -49,7 +49,7 @@ class Replay:
     versions: Versions
     """The weights of earlier versions."""
     version: int
-    """That the trainer holds."""
+    """The version that the trainer holds."""
     temperature: float
 
     @classmethod

@@ -132,7 +132,7 @@ CANARY_FLOOR = 1e-6
 """Least mean |gap| assumed in that comparison, nats: the spacing of float32 log-probabilities near −10."""
 
 CANARY_MOST = 0.5
-"""Of the canary's tokens: where an update moves so many on the trainer, it moves one on the engine.
+"""Share of the canary's tokens: where an update moves so many on the trainer, it moves one on the engine.
 
 Scores alone do not tell an update that was lost from one that there was not: where a step's rewards are all
 the same no weight moves, and yet the trainer's scores do, in their last bit, with the threads it has. And
@@ -156,9 +156,9 @@ NEGLIGIBLE_NATS = 1e-4
 few of them add up."""
 
 OWN_NOISE_RATIO = 2.0
-"""Of a gap's width to both sides' own rounding (``own_noise.py``). vLLM 0.32.0 in bf16 was .024 nats from an
-fp32 trainer whose own model rounds .027 away in bf16 (SmolLM2); another order of the operations may bring
-twice that. 0.8.5 brought 4.4 times, which the table of dtypes refuses too."""
+"""A gap's width over both sides' own rounding, at most (``own_noise.py``). vLLM 0.32.0 in bf16 was .024 nats
+from an fp32 trainer whose own model rounds .027 away in bf16 (SmolLM2); another order of the operations may
+bring twice that. 0.8.5 brought 4.4 times, which the table of dtypes refuses too."""
 OWN_NOISE_Z = 3.0
 """Standard errors of that ratio's interval: at the limit one check in a thousand is beyond."""
 OWN_NOISE_LARGEST = 30.0
@@ -170,7 +170,7 @@ OWN_NOISE_SEQUENCES = 8
 """From which an error over sequences is known; of fewer the ratio has no interval, and refuses nothing."""
 
 P999_TOKENS = 1000
-"""Of fewer the 0.999 quantile is their largest, which the limits by each token's own probability judge."""
+"""Tokens below which the 0.999 quantile is the largest, which limits by a token's own probability judge."""
 
 GATE_MEDIAN_MULTIPLE = 3.0
 """A step's median |gap| may be this multiple of what the ladder measured on this pair. Its probes hold random
@@ -240,22 +240,22 @@ DELIVERED_PROVEN = 0.5
 all and nothing; what is lost in practice is all, or single tensors, which are asked one by one."""
 
 DELIVERED_SETTLED = 1e-3
-"""Of a share: where the descent ends. A proof leaves an error of up to .125."""
+"""A step, in shares of the update, below which the descent ends. A proof leaves an error of up to .125."""
 
 DELIVERED_STEPS = 12
-"""Of the descent at most; four or five do where the noise is wider than the update."""
+"""Steps of the descent at most; four or five do where the noise is wider than the update."""
 
 SUSPECTED = 0.5
 """Share of a tensor's change that tokens seem to lack, from which it is suspected: one that stayed behind
 lacks all of it, within the error that the score test allows."""
 
 ARRIVED = 0.5
-"""Of the trainer's move, root mean square: an engine that moved so far was sent something. Halfway between
-the two that there are, all and nothing."""
+"""Share of the trainer's move, root mean square: an engine that moved so far was sent something. Halfway
+between the two that there are, all and nothing."""
 
 FARTHER = 3.0
-"""Times layer 3's perturbation, of which the whole is to show, where each tensor's part is to: on SmolLM2 in
-bf16 93 of 273 tensors would have shown at once, 160 at three times."""
+"""Multiple of layer 3's perturbation by which single tensors are moved: there the whole is to show, here each
+tensor's part. On SmolLM2 in bf16 93 of 273 tensors would have shown at once, 160 at three times."""
 
 # Of the alarms that training gives (alarms.py); what refuses tokens is the gate's.
 
@@ -273,10 +273,10 @@ ALARM_FLAT_GROUPS = 0.9
 """Share of flat groups. A tenth of the batch is what is left to learn from, at ten times the price."""
 
 ALARM_ENTROPY_LEFT = 0.05
-"""Of the first step's entropy. The quick start, which learns as it should, ends at .11 of it."""
+"""Share of the first step's entropy. The quick start, which learns as it should, ends at .11 of it."""
 
 ALARM_LENGTH_LEFT = 0.25
-"""Of the first step's mean length. An answer with the reasoning gone is shorter than that; one that has
+"""Share of the first step's mean length. An answer with the reasoning gone is shorter than that; one that has
 learned to be brief is not, of the tasks that are run here."""
 
 # Of what is diagnosed: an atlas's cells (diagnose/battery.py), an upgrade's differences (changes.py), factors
@@ -294,4 +294,4 @@ Z_OF_95 = 1.96
 it."""
 
 CANCELS = 0.1
-"""Of the total: what two factors take off together beyond each alone is no noise from here on."""
+"""Share of the total gap: what two factors take off together beyond each alone is no noise from here on."""

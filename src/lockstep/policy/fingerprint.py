@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lockstep.policy.parameters import named_weights, whole
 
 PATHS = ("_name_or_path", "transformers_version", "_attn_implementation_internal", "attn_implementation")
-"""Of a configuration: where it was read from and by what, and what Lockstep sets itself."""
+"""Keys left out of a fingerprint: where a configuration was read from, by what, what Lockstep sets itself."""
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -30,7 +30,7 @@ class TokenScores:
     logprobs: Float[Tensor, "T"]
     """Differentiable; nats."""
     entropy: Float[Tensor, "T"] | None
-    """Of the tempered distribution over the whole vocabulary; differentiable; nats."""
+    """Entropy of the tempered distribution over the whole vocabulary; differentiable; nats."""
 
 
 def token_logprobs(

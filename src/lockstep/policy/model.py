@@ -59,7 +59,7 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the body."""
+        """The body's dtype."""
         return self.model.dtype
 
     def hidden(self, row: Packed) -> Float[Tensor, "T D"]:
@@ -148,7 +148,7 @@ class Placed(NamedTuple):
 
     device: torch.device
     why: str
-    """It is that one."""
+    """Why it is that one."""
 
 
 def place(asked: str) -> Placed:

@@ -72,7 +72,7 @@ def spread(model: PreTrainedModel) -> Tensor:
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """By name, tied ones once, under their first name."""
+    """The parameters by name, tied ones once, under their first name."""
     return dict(model.named_parameters())
 
 

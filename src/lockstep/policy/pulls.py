@@ -57,7 +57,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Pulls:
-    """Of each direction, by (family, parameter)."""
+    """The pull of each group towards each direction (family, parameter), under one weighting."""
 
     names: tuple[tuple[str, str], ...]
     sums: np.ndarray
@@ -113,7 +113,7 @@ class _Taken:
         self.families = [one.families for one in asked]
         self.n = len(groups)
         self.group_of = np.repeat(np.arange(self.n), [len(group.completions) for group in groups])
-        """Of each completion."""
+        """The group of each completion, int [completions]."""
         self.asking = 0
         """The weighting whose backward pass runs."""
         self.sums: list[dict[tuple[str, str], np.ndarray]] = [{} for _ in asked]
@@ -121,12 +121,12 @@ class _Taken:
         self.start: Tensor
         """The embedding's output: where the backward pass ends."""
         self._owners: Tensor
-        """Of each position of the row, the group that it is of."""
+        """The group that each position of the row is of."""
         self._blocks: list[tuple[int, slice]]
-        """Of each block in the row, its group and its positions."""
+        """The group and the positions of each block in the row."""
 
     def pulls(self, asking: int, temperatures: np.ndarray) -> Pulls:
-        """Of one weighting."""
+        """The pulls under one weighting."""
         found = self.sums[asking]
         sums = np.stack(list(found.values())) if found else np.empty((0, self.n))
         return Pulls(tuple(found), sums, temperatures, tuple(sorted(self.uncovered)))
@@ -239,7 +239,7 @@ class _Taken:
 
 
 def _prefix(policy: Policy) -> str:
-    """Of the names of the base model's modules within the whole model."""
+    """How the names of the base model's modules begin within the whole model."""
     (name,) = [name for name, module in policy.model.named_modules() if module is policy.model.base_model]
     return name
 

@@ -54,7 +54,7 @@ def _alike(sequences: Sequence[Sample]) -> list[list[int]]:
 def _scored(
     policy: Policy, alike: Sequence[Sample], weights: Mapping[int, Snapshot | None], temperature: float
 ) -> list[np.ndarray]:
-    """Of sequences of :func:`_alike`, float32 [T] each; they share one pass over the prompt."""
+    """The scores of sequences of :func:`_alike`, float32 [T] each; they share one pass over the prompt."""
     lengths = [len(sequence.token_ids) for sequence in alike]
     tokens = np.zeros((len(alike), max(lengths)), np.int64)
     for row, sequence in zip(tokens, alike, strict=True):

@@ -36,7 +36,7 @@ def slopes(
     towards: Snapshot | None,
     before_each: Callable[[], None],
 ) -> list[Slope]:
-    """``Trainer.slopes``."""
+    """Computes :meth:`Trainer.slopes`."""
     parameters = parameters_of(policy.model)
     chosen = [parameters[name] for name in names]
     moves = [whole(p.detach()).float() for p in chosen]

@@ -182,7 +182,7 @@ def rotary_of(model: nn.Module) -> Any:
 
 
 def epsilon_of(model: nn.Module) -> float:
-    """Of the first norm; NaN where none is known by its name."""
+    """The epsilon of the first norm; NaN where none is known by its name."""
     return next((getattr(module, name) for module, name in _epsilons(model)), float("nan"))
 
 

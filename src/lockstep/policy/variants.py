@@ -25,7 +25,7 @@ from lockstep.policy.parameters import Snapshot, assign, parameters_of, whole
 INT8_LEVELS = 127.0
 INT4_LEVELS = 7.0
 INT4_GROUP = 128
-"""Of a row: what GPTQ, AWQ and their kin take where it divides the row."""
+"""Weights of a row that share one scale: what GPTQ, AWQ and their kin take where it divides the row."""
 
 
 class Variant(Protocol):
@@ -100,7 +100,7 @@ class Earlier:
 
 
 def name_of_head(policy: Policy) -> str:
-    """Of the parameter that is the head; tied to the embedding, the embedding's."""
+    """The name of the head's parameter; tied to the embedding, the embedding's."""
     (name,) = [name for name, parameter in policy.model.named_parameters() if parameter is policy.head]
     return name
 

@@ -13,13 +13,13 @@ class Alarm(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     step: int
-    """From 0."""
+    """The training step, from 0."""
     name: str
     layer: str
     """The layer of the ladder that is most likely broken; ``task`` where none is."""
     sentence: str
     override: str = ""
-    """Of a run that trains although the ladder did not pass: :class:`Override`, as text."""
+    """The run's :class:`Override` as text, where it trains although the ladder did not pass; else empty."""
 
     def __str__(self) -> str:
         return f"{self.name}, likely layer {self.layer}: {self.sentence}"
@@ -31,7 +31,7 @@ class Override(Struct, frozen=True, kw_only=True):
     reason: str
     """The recipe's sentence."""
     layer: str
-    """That did not pass."""
+    """The layer that did not pass."""
     cause: str
     """What was found there, or why it could not be run."""
 

@@ -59,7 +59,7 @@ class Abort(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
     id: int
     draws: tuple[int, ...] = ()
-    """Those of these :class:`Draw` requests; none named: every one."""
+    """The :class:`Draw` requests to abort; none named: every one."""
 
 
 class Count(Struct, frozen=True, tag=True, forbid_unknown_fields=True):

@@ -202,7 +202,7 @@ class Samples(Sequence[Sample]):
 
     @property
     def temperature(self) -> float:
-        """At which their log-probabilities are to be computed; of greedy ones, 1."""
+        """The temperature at which their log-probabilities are to be computed; of greedy ones, 1."""
         return self.sampling.temperature or 1.0
 
     @property
@@ -251,7 +251,7 @@ class Samples(Sequence[Sample]):
 
     @property
     def versions(self) -> np.ndarray:
-        """Of the weights that drew each token, int64 [ΣT]."""
+        """The version of the weights that drew each token, int64 [ΣT]."""
         spans = [span for sample in self.samples for span in sample.version_spans]
         lengths = [span.stop - span.start for span in spans]
         return np.repeat(np.array([span.version for span in spans], np.int64), lengths)

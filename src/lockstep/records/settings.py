@@ -6,7 +6,7 @@ from typing import Any
 from lockstep.errors import bare_urls
 
 PREFIX = "hf_config."
-"""Of the model's configuration in what an engine resolved to: ``hf_config.rope_parameters.rope_theta``."""
+"""How the keys of the model's configuration begin in what an engine resolved to: ``hf_config.rope_theta``."""
 
 SECRETS = frozenset(
     (
@@ -86,5 +86,5 @@ def leaves(settings: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator
 
 
 def resolved_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """They as an engine reports them."""
+    """The settings as an engine reports them."""
     return {PREFIX + ".".join(path): value for path, value in leaves(settings)}

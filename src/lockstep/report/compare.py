@@ -36,7 +36,7 @@ class Figure(Struct, frozen=True, kw_only=True):
     seeds_needed: int
     paired: bool
     since_step: float | None
-    """Of a figure that is different; None where no single step stands out."""
+    """The step since which a figure is different; None where no single step stands out."""
     reason: str
     notes: tuple[str, ...]
     """Names in the files where they differ from the catalog's, values that are missing."""
@@ -64,7 +64,7 @@ class Against(Struct, frozen=True, kw_only=True):
     """FAIL where a figure is different, PASS where all are equivalent, else NOT_RUN."""
     figures: tuple[Figure, ...]
     layer: str
-    """That the pattern points at; empty where none."""
+    """The layer that the pattern points at; empty where none."""
     why: str
     not_compared: tuple[str, ...]
     """Figures that only one of them logged, or that they log by two formulas."""

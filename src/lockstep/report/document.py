@@ -102,5 +102,5 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write it whole."""
+    """Write the report whole, or not at all."""
     write_atomically(path, msgspec.json.format(msgspec.json.encode(plain(report)), indent=1))

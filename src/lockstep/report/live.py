@@ -39,9 +39,9 @@ HOSTS = (LOOPBACK, "localhost", "::1")
 could be made to point here."""
 EVERY_S = 1.0
 SHARE = 0.1
-"""Of the time, at most, that is spent rendering."""
+"""The share of the time, at most, that is spent rendering."""
 REQUEST_S = 10.0
-"""For a request to arrive, and for its answer to be taken."""
+"""Most seconds for a request to arrive, and for its answer to be taken."""
 METHODS = ("GET", "HEAD")
 HEADERS = {
     "Cache-Control": "no-store",
@@ -51,7 +51,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
-"""Of every answer; what the page may do besides is said in the page."""
+"""The headers of every answer; what the page may do besides is said in the page."""
 Content = dict[str, tuple[str, bytes]]
 """A name under the token → type and bytes."""
 

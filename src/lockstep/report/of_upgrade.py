@@ -10,7 +10,7 @@ COLUMNS = ("what", "before", "after", "effect", "cause", "flag", "note")
 
 
 def of_upgrade(table: Mapping[str, Any], name: str) -> Report:
-    """Of the document that ``lockstep upgrade --json`` prints."""
+    """The report of the document that ``lockstep upgrade --json`` prints."""
     found = table["upgrade"]
     before, after = found["before"], found["after"]
     words = [f"{before['engine']} → {after['engine']}: {found['summary']}."]

@@ -23,7 +23,7 @@ from lockstep.report.vocabulary import read_vocabulary
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 TOKENS_SHOWN = 256
-"""Of one completion."""
+"""How many tokens of one completion are shown."""
 BARS_PER_DECADE = 8
 
 

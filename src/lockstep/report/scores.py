@@ -29,10 +29,10 @@ class ScorePair(NamedTuple):
     scores: str
     layer: LayerName
     prefix: str
-    """Of its figures: ``PREFIX_abs_p50_nats`` and so on."""
+    """The PREFIX of its figures' names: ``PREFIX_abs_p50_nats`` and so on."""
     n_tokens: str
     where: str
-    """Of which tokens, and where needed how."""
+    """Which tokens it is of, and where needed how."""
 
 
 PAIRS = (

@@ -24,11 +24,11 @@ import numpy as np
 from lockstep.report import student
 
 LEVEL = 0.05
-"""Of a whole comparison: the chance to call identical configurations different in any figure."""
+"""The chance that a whole comparison calls identical configurations different in any figure."""
 MARGIN_SPREADS = 1.0
 """Equivalent: closer than the spread, one standard deviation, by which seeds of one configuration differ."""
 POWER = 0.8
-"""With which ``seeds_needed`` would come to a verdict."""
+"""The power with which ``seeds_needed`` would come to a verdict."""
 PAIRED_FROM = 6
 """Pairs from which on a difference is tested by pair: of fewer, n − 1 degrees of freedom cost more than
 pairing brings, and the spread is pooled over both configurations, which is safe where pairs go together."""
@@ -44,13 +44,13 @@ class Judged:
     difference: float
     """Mean of B less mean of A."""
     ci90: tuple[float, float]
-    """Of the difference, by the error that equivalence is judged by; NaN with one seed."""
+    """90 % interval of the difference, by the error that equivalence is judged by; NaN with one seed."""
     margin: float
     """Inside ± this, B counts as A; NaN where no spread is known."""
     p: float
-    """Of no difference, before Holm's correction; NaN where it cannot be tested."""
+    """The p-value of no difference, before Holm's correction; NaN where it cannot be tested."""
     seeds: int
-    """Of the configuration that has fewer."""
+    """Seeds of the configuration that has fewer."""
     paired: bool
     seeds_needed: int
     """In each configuration, for a verdict; 0 where there is one, or nothing to tell it from."""
@@ -92,7 +92,7 @@ class _Test:
     """Standard error of the difference, by pair where they are paired."""
     freedom: float
     spread: float
-    """Of seeds within a configuration, pooled."""
+    """Standard deviation of seeds within a configuration, pooled."""
     spread_freedom: float
 
 

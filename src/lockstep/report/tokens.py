@@ -52,19 +52,19 @@ class GapCounts:
     by_position: np.ndarray = field(default_factory=lambda: np.zeros((len(POSITIONS), CLASSES), np.int64))
     largest: float = 0.0
     tokens: int = 0
-    """Of all completions, drawn by the policy: tokens of a tool's are not counted."""
+    """Tokens of all completions that the policy drew: a tool's are not counted."""
     compared: int = 0
-    """With both numbers, finite."""
+    """Tokens with both numbers, finite."""
     missing: int = 0
-    """Without a finite number of the engine's."""
+    """Tokens without a finite number of the engine's."""
     unscored: int = 0
-    """Of completions that the trainer has not scored."""
+    """Tokens of completions that the trainer has not scored."""
     completions: int = 0
     shown: list[Place] = field(default_factory=list)
 
     @property
     def counts(self) -> np.ndarray:
-        """Over all tokens, int64 [CLASSES]."""
+        """Counts over all tokens, int64 [CLASSES]."""
         return self.by_probability.sum(0)
 
 

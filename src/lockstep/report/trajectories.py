@@ -42,7 +42,7 @@ class Trajectory:
     same: str = ""
     """Runs that have it in common differ in nothing but seeds; empty where nothing says."""
     unproven: str = ""
-    """Of a run that trained although the ladder did not pass: layer, cause and reason."""
+    """Layer, cause and reason, where the run trained although the ladder did not pass; else empty."""
 
 
 @dataclass(frozen=True)

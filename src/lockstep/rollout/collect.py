@@ -156,5 +156,5 @@ def _give(rollouts: Samples, rewards: np.ndarray) -> None:
 
 
 def _figures(name: str, values: np.ndarray) -> dict[str, float]:
-    """Of one of several rewards, by catalog name."""
+    """Figures of one of several rewards, by catalog name."""
     return {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": float(values.std())}

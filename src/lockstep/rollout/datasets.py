@@ -27,7 +27,7 @@ class FileOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Ours → theirs."""
     shuffle: bool = False
     split: str = "train"
-    """Of a data set of the hub's."""
+    """The split that is read of a data set of the hub's."""
     config: str = ""
     """Which of its configurations, where it has several; empty: the only one, or the one it calls default."""
 

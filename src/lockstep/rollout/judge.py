@@ -61,7 +61,7 @@ class Judge:
     def _side_by_side(
         self, reward: Callable[..., Any], completions: Sequence[str], items: Sequence[Item]
     ) -> Iterator[float]:
-        """Of an ``async`` reward: what waits for a server waits with the others, each for so long at most."""
+        """An ``async`` reward's values: they wait for a server together, each for its deadline at most."""
         seconds = self.config.reward_timeout_s or None
         places = asyncio.Semaphore(AT_ONCE)
 

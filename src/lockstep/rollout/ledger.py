@@ -39,7 +39,7 @@ class Finished(Struct, frozen=True):
 
     @property
     def tokens(self) -> int:
-        """Of all its samples."""
+        """Tokens of all its samples."""
         return sum(self.lengths)
 
 
@@ -50,9 +50,9 @@ class Ledger(Struct):
     """Samples that were asked for, each once however often it was reissued."""
     trained: int = 0
     dropped: dict[str, int] = {}
-    """By reason."""
+    """Samples that were not trained on, by reason."""
     drawn_tokens: int = 0
-    """That arrived from an engine."""
+    """Tokens that arrived from an engine."""
     trained_tokens: int = 0
     dropped_tokens: dict[str, int] = {}
     reissued: int = 0
@@ -80,5 +80,5 @@ class State(Struct):
     ended_below: int = 0
     """Every group below it has ended."""
     ended_beyond: set[int] = set()
-    """Those from there on that have."""
+    """Groups from there on that have ended."""
     ledger: Ledger = msgspec.field(default_factory=Ledger)

@@ -21,7 +21,7 @@ CUT = "abort"
 
 
 class Pieces:
-    """Of the groups in flight."""
+    """What is drawn so far of the groups in flight."""
 
     def __init__(self) -> None:
         self._samples: dict[int, dict[int, Sample]] = {}
@@ -46,7 +46,7 @@ class Pieces:
         return [held[number] for number in sorted(held)]
 
     def forget(self, group: int) -> None:
-        """It is finished."""
+        """Let go of what was drawn of a finished group."""
         self._samples.pop(group, None)
 
     def clear(self) -> None:

@@ -37,7 +37,7 @@ from lockstep.rollout.reward_frames import (
 from lockstep.rollout.rewards import Item, refused
 
 START_S = 120.0
-"""For an interpreter, the user's module and what it imports."""
+"""How long a worker's start may take: an interpreter, the user's module and what it imports."""
 REAP_S = 5.0
 
 

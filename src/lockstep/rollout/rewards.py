@@ -19,7 +19,7 @@ BUILT_IN = {
 }
 """Rewards that come with Lockstep, by the recipe's name for them."""
 UNTIMED = ("exact_match",)
-"""Those that cannot take long."""
+"""Rewards that cannot take long."""
 
 
 def exact_match(completion: str, item: Item) -> float:

@@ -19,7 +19,7 @@ from lockstep.rollout.tasks import Task
 
 
 class RewardsAhead:
-    """Of one task."""
+    """The rewards of one task's groups, computed in a thread beside what else goes on."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -43,7 +43,7 @@ class Task:
 
     @property
     def n_items(self) -> int:
-        """Of the dataset, before it starts over."""
+        """How many items the dataset has before it starts over."""
         return len(self._items)
 
     @property
@@ -99,7 +99,7 @@ class Task:
             self._short = ShortPrompts(of, len(self._items), self.config.max_prompt_tokens)
 
     def figures(self) -> dict[str, float]:
-        """Of the questions so far, by catalog name."""
+        """Figures of the questions so far, by catalog name."""
         return {} if self._short is None else {"prompts_too_long": float(self._short.left_out)}
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ class Certificate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     issued: str
     """UTC, ISO 8601."""
     depth: Annotated[str, Meta(pattern="^(quick|standard|full)$")] = "standard"
-    """Of the check."""
+    """How deep the check went."""
     pair: dict[str, Any]
     layers: list[dict[str, Any]]
     planted: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ class CheckpointState(Struct, frozen=True, omit_defaults=True):
 
     step: int
     sha256: dict[str, str] = {}
-    """Of every other file, by its path in the checkpoint. Empty: one of before these were kept."""
+    """SHA-256 of every other file, by its path in the checkpoint. Empty: one of before these were kept."""
     override: Override | None = None
     """Where a start of the run trained although the ladder did not pass."""
 
@@ -131,7 +131,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def damaged_checkpoints(directory: Path) -> list[Path]:
-    """Those that have a checkpoint's name and are not whole."""
+    """Paths with a checkpoint's name that are not whole."""
     return sorted(path for path in _named(directory) if not is_whole(path))
 
 
@@ -189,7 +189,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _full_length(path: Path) -> bool:
-    """Raises OSError."""
+    """True where a file is as long as its header says. Raises OSError."""
     try:
         return header_of(path).nbytes == path.stat().st_size
     except ValueError:
@@ -197,6 +197,6 @@ def _full_length(path: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """Raises OSError."""
+    """SHA-256 of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

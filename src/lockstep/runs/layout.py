@@ -230,7 +230,7 @@ def existing_run(root: Path) -> RunLayout:
 
 
 def forget_partials(layout: RunLayout) -> None:
-    """Of a run that goes on: remove what a killed process left half-written, and flush what it renamed last.
+    """Remove what a killed process left half-written in a run that goes on, and flush what it renamed last.
 
     Raises:
         RunError: when it cannot be removed.

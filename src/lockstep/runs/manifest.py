@@ -48,13 +48,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
     was kept."""
     lockstep_version: str = lockstep.__version__
     recipe: Recipe
-    """As it was asked for."""
+    """The recipe as it was asked for."""
     recipe_sha256: str
-    """Of the above; a recipe that was edited here is not the run's."""
+    """The digest of the recipe above; a recipe that was edited here is not the run's."""
     engine_name: str
     """What ``engine.name`` and ``engine.version`` came to; ``auto`` is resolved once, here."""
     engine_version: str
-    """Of the environment; empty for an engine that needs none."""
+    """The version of the environment; empty for an engine that needs none."""
     engine: Ready
     choices: dict[str, tuple[str, str]]
     """What Lockstep resolved: name → (value, reason)."""
@@ -211,7 +211,7 @@ def _code(recipe: Recipe) -> dict[str, str]:
 
 
 def _file_digest(name: str) -> str:
-    """Of the file that a task's questions come from."""
+    """SHA-256 of the file that a task's questions come from; ``none`` without one."""
     file = Path(name.partition(":")[2])
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
 

@@ -78,7 +78,7 @@ class RunRecord:
 
     @property
     def override(self) -> str:
-        """Of a run that trained although the ladder did not pass: layer, cause and the recipe's reason.
+        """Layer, cause and the recipe's reason, where the run trained although the ladder did not pass.
 
         Else empty.
         """

@@ -31,7 +31,7 @@ class Recorder:
         self.sinks = tuple(sinks)
         self._aliases = tuple(aliases)
         self.override: Override | None = None
-        """Of a run whose ladder did not pass; stamped on each step, verdict and alarm."""
+        """Set where the run's ladder did not pass; stamped on each step, verdict and alarm."""
 
     @property
     def _stamp(self) -> str:

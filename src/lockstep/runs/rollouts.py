@@ -69,7 +69,7 @@ def columns() -> "pyarrow.Schema":
 
 
 def _columns_before() -> "pyarrow.Schema":
-    """Those of :data:`SCHEMA_BEFORE`."""
+    """The columns of :data:`SCHEMA_BEFORE`."""
     import pyarrow as pa
 
     types = {

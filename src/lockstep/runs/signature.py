@@ -9,7 +9,7 @@ from lockstep.errors import UsageError
 
 ALGORITHM = "hmac-sha256"
 LEAST_KEY_BYTES = 32
-"""Of SHA-256's own size: a shorter key is what would be guessed."""
+"""Least bytes of a key, SHA-256's own size: a shorter key is what would be guessed."""
 
 
 def read_key(path: Path, flag: str) -> bytes:

@@ -30,7 +30,7 @@ class TensorFile:
 
     tensors: dict[str, TensorEntry]
     nbytes: int
-    """Of the whole file, where every tensor is in it."""
+    """The size of the whole file, where every tensor is in it."""
 
 
 def header_of(path: Path) -> TensorFile:

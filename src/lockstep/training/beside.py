@@ -26,7 +26,7 @@ class Beside:
     """The trainer's other models."""
 
     reference: Policy | None = None
-    """Frozen."""
+    """The frozen reference model."""
     value_head: ValueHead | None = None
 
 

@@ -26,9 +26,9 @@ class Rehearsal:
     """Forward pass − old-logprob pass."""
     clip_fraction: float
     loss: float
-    """With the trainer's old log-probabilities."""
+    """The loss with the trainer's old log-probabilities."""
     loss_borrowed: float
-    """With the engine's."""
+    """The loss with the engine's log-probabilities in their place."""
     owners: np.ndarray
     """The sample of each token, int [N]."""
 

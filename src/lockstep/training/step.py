@@ -37,7 +37,7 @@ class AtSampling:
     """
 
     sampling_logprobs: np.ndarray
-    """The trainer's."""
+    """The trainer's scores."""
     engine_logprobs: np.ndarray
     owners: np.ndarray
     """int [N]: the sample each token belongs to."""

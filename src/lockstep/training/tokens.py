@@ -14,7 +14,7 @@ from lockstep.objectives.corrections.base import Correction
 
 @dataclass
 class StepTokens:
-    """Of the tokens that the model sampled; ratios before anything bounds them."""
+    """A step's numbers for each token that the model sampled; ratios before anything bounds them."""
 
     log_ratio: list[np.ndarray] = field(default_factory=list)
     clipped: list[np.ndarray] = field(default_factory=list)
@@ -23,10 +23,10 @@ class StepTokens:
     """What not every objective has, by the name of its field."""
     value_loss: list[float] = field(default_factory=list)
     margins: list[np.ndarray] = field(default_factory=list)
-    """Of pairs, nats."""
+    """The margin of each pair, nats."""
 
     def add(self, inputs: LossInputs, outputs: LossOutputs, correction: Correction | None) -> None:
-        """A microbatch's."""
+        """Add a microbatch's tokens."""
         self.log_ratio.append(_of(inputs, inputs.logprobs.detach() - inputs.old_logprobs))
         self.clipped.append(_of(inputs, outputs.clipped))
         assert inputs.entropy is not None
@@ -49,7 +49,7 @@ class StepTokens:
             self.margins.append(outputs.margins.numpy(force=True))
 
     def figures(self, objective: Objective) -> dict[str, float]:
-        """By catalog name; what the objective does not have is absent."""
+        """Figures by catalog name; what the objective does not have is absent."""
         other = {name: np.concatenate(parts).astype(np.float64) for name, parts in self.other.items()}
         found = {
             **policy_figures(np.concatenate(self.log_ratio), objective.clip_low, objective.clip_high),

@@ -103,12 +103,12 @@ class Trainer:
 
     @property
     def dtype(self) -> str:
-        """Of the body, as torch names it: ``torch.float32``."""
+        """The body's dtype, as torch names it: ``torch.float32``."""
         return str(self._policy.dtype)
 
     @property
     def head_dtype(self) -> str:
-        """Of the last matrix product."""
+        """The dtype of the last matrix product."""
         return str(self._policy.head_dtype)
 
     @property
@@ -123,12 +123,12 @@ class Trainer:
 
     @property
     def head_name(self) -> str:
-        """Of the parameter that is the last matrix product's, the embedding's own where they are tied."""
+        """The name of the last matrix product's parameter, the embedding's own where they are tied."""
         return name_of_head(self._policy)
 
     @property
     def nbytes(self) -> int:
-        """Of one copy of the parameters."""
+        """The size of one copy of the parameters, bytes."""
         return sum(p.nbytes for p in parameters_of(self._policy.model).values())
 
     @property
@@ -138,18 +138,18 @@ class Trainer:
 
     @property
     def rotary_base(self) -> float:
-        """Of the rotary embedding; NaN where positions are not rotary, of the default kind."""
+        """The base of the rotary embedding; NaN where positions are not rotary, of the default kind."""
         module = rotary_of(self._policy.model)
         return float("nan") if module is None else base_of(module.inv_freq)
 
     @property
     def norm_epsilon(self) -> float:
-        """Of the first norm that has one under a usual name; NaN where none has."""
+        """The epsilon of the first norm that has one under a usual name; NaN where none has."""
         return epsilon_of(self._policy.model)
 
     @property
     def softcap(self) -> float | None:
-        """Of the logits; None where they are not capped."""
+        """The value at which logits are soft-capped; None where they are not."""
         return self._policy.softcap
 
     @property

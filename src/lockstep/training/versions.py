@@ -36,7 +36,7 @@ class Drawing:
     kept: bool
     """An update leaves the caches of what is being drawn."""
     share: float
-    """Of the samples with tokens of earlier versions: so many are scored, the others are not audited."""
+    """The share of samples with tokens of earlier versions that is scored; the others are not audited."""
     seed: tuple[int, ...]
     """Draws which, with the step's number."""
 
@@ -187,7 +187,7 @@ def piecewise(
 
 
 def _take(sample: Sample, version: int, whole: np.ndarray, out: np.ndarray) -> None:
-    """Of scores of the whole completion, into ``out`` those of the tokens that ``version`` drew."""
+    """Copy into ``out`` those scores of the whole completion whose tokens ``version`` drew."""
     for span in sample.version_spans:
         if span.version == version:
             out[span.start : span.stop] = whole[span.start : span.stop]

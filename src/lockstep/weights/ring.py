@@ -29,7 +29,7 @@ class Ring:
 
     @property
     def versions(self) -> list[int]:
-        """Those that are kept, the oldest first."""
+        """Versions that are kept, the oldest first."""
         return sorted(self._held)
 
     def remember(self, version: int, weights: Snapshot) -> None:

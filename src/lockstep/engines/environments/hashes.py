@@ -23,7 +23,7 @@ class Pin(NamedTuple):
     name: str
     version: str
     line: str
-    """With its marker and without its hashes."""
+    """The requirement with its marker and without its hashes."""
     hashes: frozenset[str]
     """``sha256:<hex>`` of each file that may be taken."""
 

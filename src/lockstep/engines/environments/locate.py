@@ -40,7 +40,7 @@ class Environment(Struct, frozen=True, kw_only=True):
     generation: str
     flavour: str
     digest: str
-    """Of the recipe that it was built from."""
+    """The digest of the recipe that it was built from."""
     smoke: str
     """What the smoke test found."""
     mends: dict[str, str] = {}
@@ -52,7 +52,7 @@ class Environment(Struct, frozen=True, kw_only=True):
     """UTC, ISO 8601."""
     path: str
     interpreter: str = ""
-    """Of one that was there before (``in_place.py``)."""
+    """The interpreter of an environment that was there before (``in_place.py``); else empty."""
 
     @property
     def python(self) -> Path:

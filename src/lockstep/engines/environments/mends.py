@@ -116,7 +116,7 @@ def _needed_versions(elf: bytes) -> Iterator[_Needed]:
 
 
 def _elf_hash(name: str) -> int:
-    """System V's."""
+    """System V's hash of a symbol's name."""
     value = 0
     for byte in name.encode():
         value = (value << 4) + byte

@@ -39,7 +39,7 @@ class PipCall(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def path(self) -> Path:
-        """Of the lock."""
+        """Where the lock lies."""
         own = RECIPES / self.lock
         return own if own.exists() else environments() / self.lock
 

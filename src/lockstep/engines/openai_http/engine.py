@@ -58,7 +58,7 @@ RAW_WITHIN_NATS = 0.1
 INFO = "/server_info?config_format=json"
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 SECTION = re.compile(r"(?!hf_)[a-z_]+_config")
-"""Of vLLM's configuration. What Lockstep measures has other names (``worker.…``), which no server can use."""
+"""A section of vLLM's configuration. What Lockstep measures is ``worker.…``, which no server can use."""
 MAX_SETTINGS = 4000
 
 

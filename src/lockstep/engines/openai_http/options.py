@@ -29,14 +29,14 @@ class ServerOptions(Struct, frozen=True, forbid_unknown_fields=True):
     base_url: str
     """Up to and without ``/v1``; with no user, password or query."""
     model: str = ""
-    """As the server calls it; empty: the first that it lists."""
+    """The model's name, as the server calls it; empty: the first that it lists."""
     api_key_env: str = "LOCKSTEP_API_KEY"
     """The environment variable that holds the key; the key itself goes into no file. Its name ends in
     ``_API_KEY`` or ``_TOKEN``, or is confirmed on the command line (``--api-key-env``)."""
     auth: Literal["bearer", "basic"] = "bearer"
     """How the key is sent. ``basic``: the variable holds ``user:password``."""
     timeout_s: Seconds = 600.0
-    """For one request, from its sending to its whole answer, retries included."""
+    """How long one request may take, from its sending to its whole answer, retries included."""
     connect_timeout_s: Seconds = 5.0
     retries: Annotated[int, Meta(ge=0, le=100)] = 4
     max_connections: Annotated[int, Meta(ge=1, le=10_000)] = 64

@@ -53,7 +53,7 @@ class ServerInfo(Struct, frozen=True):
 
 
 class Logprobs(Struct, frozen=True):
-    """Of one choice."""
+    """The tokens of one choice and their log-probabilities."""
 
     tokens: list[str] | None = None
     token_logprobs: list[Logprob | None] | None = None
@@ -89,11 +89,11 @@ class CompletionsReply(Struct, frozen=True):
 
 
 ABOUT_BYTES = 1 << 20
-"""Of a reply about the server itself, and of what a completion has besides its tokens."""
+"""Most bytes of a reply about the server itself, and of what a completion has besides its tokens."""
 TOKEN_BYTES = 1 << 10
-"""Of one token, generously: its id twice, its log-probability twice, its text with each character escaped."""
+"""Bytes of one token, generously: id and log-probability twice each, its text with each character escaped."""
 ECHO_BYTES = 64
-"""Of one prompt token that the server repeats with each choice."""
+"""Bytes of one prompt token that the server repeats with each choice."""
 CONFIG_BYTES = 16 << 20
 SHOWN = 80
 NO_JSON = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|-?\b(?:NaN|Infinity)\b', re.DOTALL)

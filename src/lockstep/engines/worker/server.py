@@ -53,7 +53,7 @@ from lockstep.records.versions import LoadReceipt
 _LENGTH = struct.Struct("<I")
 T = TypeVar("T")
 LAST_WORDS_S = 1.0
-"""For the replies that say why an engine died."""
+"""How long the replies that say why an engine died may take to leave."""
 
 
 class ServedEngine(Protocol):

@@ -67,7 +67,7 @@ def request_fields(fields: dict[str, Any], optional: Iterable[str]) -> dict[str,
 
 
 def taking(function: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
-    """Of some keyword arguments, those that a function has."""
+    """Those of some keyword arguments that a function has."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in wanted.items() if name in known}
 

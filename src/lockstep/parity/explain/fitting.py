@@ -10,7 +10,7 @@ from lockstep.parity.search import keep_looking
 from lockstep.parity.search_tolerances import IMPROVES, TAIL, TAIL_OVER_MEDIAN
 
 GOLDEN = (5**0.5 - 1) / 2
-"""Of a bracket: where golden sections probe it."""
+"""The share of a bracket at which golden sections probe it."""
 ROUNDED_TO = (3, 2, 1)
 """Significant digits to which a fitted value is rounded too: people set 0.7 and not 0.69998."""
 

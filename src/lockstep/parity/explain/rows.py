@@ -10,7 +10,7 @@ class Explanation:
     """What explains a gap."""
 
     cause: str
-    """Of ``parity/causes.py``."""
+    """Its name in ``parity/causes.py``."""
     evidence: str
 
 

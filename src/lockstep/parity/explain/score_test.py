@@ -37,7 +37,7 @@ from lockstep.parity.search_tolerances import (
 from lockstep.parity.tolerances import SIGMA_OVER_MEDIAN
 
 BINS = 8
-"""Of the tokens by their log-probability, within which the gap's width is taken to be one number."""
+"""Bins of the tokens by log-probability, within each of which the gap's width is taken to be one number."""
 
 
 @dataclass(frozen=True, eq=False)

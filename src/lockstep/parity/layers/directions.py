@@ -36,7 +36,7 @@ SAME = "the two sides' numbers are the same to the last digit, which leaves no d
 MARGIN = 1.1
 """More sequences than the root law asks for: the size that is seen is itself known to some per cent."""
 MORE = 4
-"""Times as many sequences where so few show nothing of any size."""
+"""How many times as many sequences are drawn where so few show nothing of any size."""
 
 DrawMore = Callable[[int, int], Samples]
 """(which, n) → n sequences, or as many as there are; each ``which`` has prompts of its own."""

@@ -39,7 +39,7 @@ class Episode:
 
     group: int
     number: int
-    """Within its group."""
+    """The sample's number within its group."""
     item_number: int
     environment: Any
     row: Row
@@ -62,7 +62,7 @@ class EpisodeContext:
 
     @property
     def environments(self) -> Environments:
-        """The task's."""
+        """The task's environments."""
         assert self.task.environments is not None
         return self.task.environments
 
@@ -138,7 +138,7 @@ class EpisodeContext:
 
 
 SeedOf = Callable[..., int]
-"""Of (question, turn, first member), the last two left out at the first turn: of what one request draws."""
+"""(question, turn, first member) → the seed of one request; the last two are left out at the first turn."""
 
 
 def play(table: EpisodeContext, items: Sequence[int], params: SamplingParams, seed: SeedOf) -> "Played":
@@ -188,13 +188,13 @@ class Played:
     """Conversations that are over."""
 
     samples: list[Sample]
-    """In the order of the questions."""
+    """Samples in the order of the questions."""
     figures: dict[str, float] = field(default_factory=dict)
-    """By catalog name."""
+    """Figures of the conversations, by catalog name."""
 
 
 def alike(episodes: Sequence[Episode]) -> list[list[Episode]]:
-    """Those whose rows are the same to the last token, together."""
+    """Groups of episodes whose rows are the same to the last token."""
 
     def row(episode: Episode) -> bytes:
         return episode.row.token_ids.tobytes()
@@ -204,7 +204,7 @@ def alike(episodes: Sequence[Episode]) -> list[list[Episode]]:
 
 
 def figures(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Of conversations that are over, by catalog name."""
+    """Figures of conversations that are over, by catalog name."""
     calls = sum(episode.calls for episode in episodes)
     return {
         "turns_mean": float(np.mean([episode.turns for episode in episodes])),

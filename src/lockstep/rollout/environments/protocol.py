@@ -51,9 +51,9 @@ class ToolAnswers(NamedTuple):
     """What came of a turn's calls."""
 
     texts: list[str]
-    """In their order; none where the turn calls no tool."""
+    """The answers in the calls' order; none where the turn calls no tool."""
     in_vain: int
-    """How many were."""
+    """How many calls were in vain."""
 
 
 class Environments:
@@ -171,7 +171,7 @@ class Environments:
     def next_prompt(
         self, environment: Any, token_ids: np.ndarray, messages: Sequence[Mapping[str, str]]
     ) -> np.ndarray | None:
-        """Of an environment with a template of its own; None for one without."""
+        """The next turn's prompt by an environment's own template, int32 [P]; None for one without."""
         own = getattr(environment, "next_prompt", None)
         if own is None:
             return None

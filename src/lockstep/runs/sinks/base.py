@@ -17,11 +17,11 @@ class StepRecord(Struct, frozen=True, kw_only=True):
     """
 
     step: int
-    """From 0."""
+    """The training step, from 0."""
     weight_version: int
-    """That the step made: ``step + 1`` in the synchronous loop."""
+    """The version that the step made: ``step + 1`` in the synchronous loop."""
     override: str = ""
-    """Of a run that trains although the ladder did not pass; then each step says so."""
+    """What was overridden, in a run that trains although the ladder did not pass: each step says so."""
     metrics: dict[str, float]
     """By catalog name; a figure that the step did not measure is absent, a non-finite one is that float."""
 
@@ -32,7 +32,7 @@ class VerdictRecord(Struct, frozen=True, kw_only=True):
     when: When
     verdict: Verdict
     override: str = ""
-    """Of a run that trains although the ladder did not pass; the verdicts of that ladder say so too."""
+    """What was overridden, where the run trains although the ladder did not pass: its verdicts say so too."""
 
 
 class ShownCompletions(Struct, frozen=True, kw_only=True):

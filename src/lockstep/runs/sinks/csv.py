@@ -48,10 +48,10 @@ class CsvSink:
         """A table of figures has no place for one."""
 
     def alarm(self, alarm: Alarm) -> None:
-        """Nor for one of these."""
+        """Writes nothing: the table has no place for an alarm."""
 
     def completions(self, completions: ShownCompletions) -> None:
-        """Nor for these."""
+        """Writes nothing: the table has no place for completions."""
 
 
 def _lines(records: Iterable[StepRecord], columns: Sequence[str]) -> bytes:

@@ -46,7 +46,7 @@ class TensorBoardSink:
         self._say(f"verdict/{verdict.layer}", self._step, said)
 
     def alarm(self, alarm: Alarm) -> None:
-        """A text."""
+        """Write the alarm as a text."""
         self._say("alarm", alarm.step, str(alarm))
 
     def completions(self, completions: ShownCompletions) -> None:

@@ -29,12 +29,12 @@ class TrackioSink:
         """trackio has no place for one; the step's figures have what they say."""
 
     def alarm(self, alarm: Alarm) -> None:
-        """An alert."""
+        """Send the alarm as an alert."""
         self._opened()
         self._trackio.alert(title=alarm.name, text=str(alarm))
 
     def completions(self, completions: ShownCompletions) -> None:
-        """A table."""
+        """Log the completions as a table."""
         import pandas
 
         frame = pandas.DataFrame(completions.rows, columns=list(completions.columns))

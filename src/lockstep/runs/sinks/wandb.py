@@ -38,7 +38,7 @@ class WandbSink:
         self._opened().alert(title=alarm.name, text=str(alarm))
 
     def completions(self, completions: ShownCompletions) -> None:
-        """A table."""
+        """Log the completions as a table."""
         rows = [list(row) for row in completions.rows]
         made = self._wandb.Table(columns=list(completions.columns), data=rows)
         # The step's figures come after it, and commit.

@@ -185,7 +185,7 @@ class _Seen:
 def _slopes(
     trainer: Trainer, hidden: Tensor, targets: Tensor, seen: _Seen, temperature: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Of a few tokens: (family, float32 [t])."""
+    """The slopes of a few tokens in each family: (family, float32 [t])."""
     raw = trainer.logits(hidden)
     logprobs = (raw / temperature).log_softmax(-1)
     p = logprobs.exp()
@@ -229,12 +229,12 @@ def _capped(trainer: Trainer, theta: float) -> float | None:
 
 
 def all_slopes(pair: Pair, sample: Samples, here: np.ndarray) -> dict[str, np.ndarray]:
-    """Of every family of this module."""
+    """The slopes of every family of this module, by family, float64 [T] each."""
     return indicators(sample) | of_distributions(pair, sample) | stepped(pair, sample, here)
 
 
 def slopes_of(pair: Pair, sample: Samples, family: str, here: np.ndarray) -> np.ndarray | None:
-    """Of one; None where it is none of this module's, or cannot be on these tokens."""
+    """The slopes of one family; None where it is none of this module's, or cannot be on these tokens."""
     if family in OF_DISTRIBUTIONS:
         return of_distributions(pair, sample)[family]
     known = indicators(sample)

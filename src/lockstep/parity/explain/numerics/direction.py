@@ -43,7 +43,7 @@ class Direction:
     """Which rows or tokens it acts on; empty for all."""
 
     def describe(self) -> str:
-        """For people."""
+        """The direction in words."""
         return " ".join(part for part in (self.place, self.family, self.only) if part)
 
 
@@ -78,13 +78,13 @@ def rounding(form: str) -> Callable[[str, Tensor], Tensor | None]:
 
 
 def prompt_numbers(prompts: Iterable[np.ndarray]) -> np.ndarray:
-    """Of each prompt, alike where they are the same, int [S]: what follows one prompt shares its rounding."""
+    """A number for each prompt, equal for equal ones, int [S]: what follows one prompt rounds alike."""
     known: dict[bytes, int] = {}
     return np.array([known.setdefault(prompt.tobytes(), len(known)) for prompt in prompts])
 
 
 def of_tensors(pulled: Pulls) -> Iterator[tuple[Direction, np.ndarray]]:
-    """Of each tensor, and of those that go together: pulls of every group, float64 [G]."""
+    """The direction of each tensor, and of those that go together, with every group's pull, float64 [G]."""
     together: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row, (family, name) in enumerate(pulled.names):
         yield Direction(family, (name,), _place(name)), pulled.sums[row]

@@ -60,7 +60,7 @@ class Systematic:
     """Others that these tokens cannot tell from it."""
     t: float
     p: float
-    """Over all directions that were tried together."""
+    """The chance of it in noise, over all directions that were tried together."""
     theta: float
     """How far along it the engine is: a scale less 1, a share of a rounding, nats of a constant."""
     effect: np.ndarray
@@ -76,7 +76,7 @@ class Systematic:
         return float(np.sqrt(np.square(self.effect).mean()))
 
     def told(self) -> str:
-        """For people."""
+        """The direction, its size and its chance, in words."""
         others = [direction.describe() for direction in self.alike[:4]]
         alias = f" (or, alike on these tokens: {', '.join(others)})" if others else ""
         where = f"{self.best.describe()} by {self.theta:+.3g}{alias}"

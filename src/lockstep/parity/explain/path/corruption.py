@@ -28,7 +28,7 @@ class Corrupted:
     """What the worst of them reads as; escaped, for it comes from a model."""
 
     def evidence(self) -> str:
-        """For people."""
+        """What is corrupt and where, in words."""
         return (
             f"{len(self.rows)} of {self.n_rows} completions hold {self.n_tokens} tokens "
             "that the engine drew with confidence and "

@@ -34,7 +34,7 @@ class FittedSetting:
     """One number of the model."""
 
     told: str
-    """For people, with a place for the value."""
+    """The setting in words, with a place for the value."""
     grid: Sequence[float]
     variant: Callable[[float], Variant]
     """The trainer with another value."""
@@ -43,7 +43,7 @@ class FittedSetting:
 
 
 def settings_of(trainer: Trainer) -> Iterator[FittedSetting]:
-    """Those that this trainer can take."""
+    """The settings that this trainer can take."""
     yield FittedSetting("logits capped at {:.4g}", CAPS, LogitsCapped, of_head=True)
     if not math.isnan(trainer.rotary_base):
         yield FittedSetting("a rotary base of {:.4g}", ROTARY_BASES, RotaryBase)

@@ -27,7 +27,7 @@ class Departure:
     """A setting that the two sides' models have otherwise."""
 
     path: Path
-    """In the trainer's configuration."""
+    """Where it is written in the trainer's configuration."""
     trainer: Any
     """None where the trainer's configuration lacks it."""
     engine: Any
