@@ -34,6 +34,6 @@ def test_a_surplus_rank_owes_a_gradient_of_zero_and_not_none():
 def test_one_process_pays_nothing_and_asks_itself():
     own = (torch.zeros(2), torch.zeros(2))
     assert ONE.shared([object()], own) == [own]
-    assert ONE.told(lambda: {"a": 1}, dict[str, int]) == {"a": 1}
+    assert ONE.broadcast(lambda: {"a": 1}, dict[str, int]) == {"a": 1}
     with pytest.raises(ZeroDivisionError):
-        ONE.told(lambda: 1 // 0, int)
+        ONE.broadcast(lambda: 1 // 0, int)

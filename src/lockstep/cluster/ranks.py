@@ -70,7 +70,7 @@ class Ranks:
     number: int = 0
     count: int = 1
     group: Any = None
-    """Of what :meth:`told` sends: beside a load, another thread may be scoring."""
+    """The process group of what :meth:`broadcast` sends: beside a load, another thread may be scoring."""
 
     @property
     def first(self) -> bool:
@@ -129,8 +129,8 @@ class Ranks:
             for gradient in gradients:
                 distributed.all_reduce(gradient)
 
-    def told(self, ask: Callable[[], T], kind: Any) -> T:
-        """What the first rank's ``ask`` answers, or the error that it raises, on every rank.
+    def broadcast(self, ask: Callable[[], T], kind: Any) -> T:
+        """Give every rank what the first rank's ``ask`` answers, or raise there the error that it raises.
 
         Args:
             kind: the answer's type, as msgspec decodes it.
@@ -222,10 +222,10 @@ class ToldEngine(Engine):
     def __init__(self, ranks: Ranks, inner: Engine | None) -> None:
         self._ranks = ranks
         self._inner = inner
-        self.vocabulary = ranks.told(lambda: self._of.vocabulary, int | None)
-        self.asked = ranks.told(lambda: self._of.asked, dict[str, Any])
+        self.vocabulary = ranks.broadcast(lambda: self._of.vocabulary, int | None)
+        self.asked = ranks.broadcast(lambda: self._of.asked, dict[str, Any])
         # What full depth switches on is functions, and no run asks for it.
-        self.facts = ranks.told(lambda: msgspec.structs.replace(self._of.facts, factors=()), EngineFacts)
+        self.facts = ranks.broadcast(lambda: msgspec.structs.replace(self._of.facts, factors=()), EngineFacts)
 
     @property
     def _of(self) -> Engine:
@@ -239,37 +239,37 @@ class ToldEngine(Engine):
             self._of.wait_ready()
             return self._of.ready
 
-        self.ready = self._ranks.told(ready, Ready)
+        self.ready = self._ranks.broadcast(ready, Ready)
 
     def _sample(self, prompts: Sequence[np.ndarray], params: Sequence[SamplingParams]) -> list[Completion]:
         own = zlib.crc32(b"".join(prompt.tobytes() for prompt in prompts))
-        if self._ranks.told(lambda: own, int) != own:
+        if self._ranks.broadcast(lambda: own, int) != own:
             raise errors.EngineError(
                 f"rank {self._ranks.number}, prompts",
                 got="others than the first rank's",
                 expected="the same on every rank",
                 hint="the data set gives another order in each process: sort it",
             )
-        return self._ranks.told(lambda: self._of.sample(prompts, params), list[Completion])
+        return self._ranks.broadcast(lambda: self._of.sample(prompts, params), list[Completion])
 
     def _score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         def scores() -> list[bytes]:
             found = self._of.score_as_asked(sequences, temperature)
             return [one.astype(np.float32).tobytes() for one in found]
 
-        return [np.frombuffer(one, np.float32) for one in self._ranks.told(scores, list[bytes])]
+        return [np.frombuffer(one, np.float32) for one in self._ranks.broadcast(scores, list[bytes])]
 
     def load(self, update: WeightUpdate, mode: LoadMode = "wait") -> LoadReceipt:
         """See :class:`Engine`."""
-        return self._ranks.told(lambda: self._of.load(update, mode), LoadReceipt)
+        return self._ranks.broadcast(lambda: self._of.load(update, mode), LoadReceipt)
 
     def abort(self) -> int:
         """See :class:`Engine`."""
-        return self._ranks.told(lambda: self._of.abort(), int)
+        return self._ranks.broadcast(lambda: self._of.abort(), int)
 
     def counters(self) -> dict[str, float]:
         """See :class:`Engine`."""
-        return self._ranks.told(lambda: self._of.counters(), dict[str, float])
+        return self._ranks.broadcast(lambda: self._of.counters(), dict[str, float])
 
     def close(self) -> None:
         """See :class:`Engine`."""
@@ -287,7 +287,7 @@ class ToldTask(Task):
     def rewards(self, completions: Sequence[str], items: Sequence[Item]) -> Iterator[float]:
         """See :class:`Task`."""
         asked = super().rewards
-        yield from self._ranks.told(lambda: list(asked(completions, items)), list[float])
+        yield from self._ranks.broadcast(lambda: list(asked(completions, items)), list[float])
 
 
 @contextlib.contextmanager
