@@ -46,12 +46,12 @@ def compare(
     from lockstep.report.arms import read_arms
     from lockstep.report.compare import compare as held
 
-    found = held(read_arms(runs, _mapping(map_ or [])), figure or (), from_step)
+    comparison = held(read_arms(runs, _mapping(map_ or [])), figure or (), from_step)
     if as_json:
-        emit("compare", {"verdict": found.verdict, "comparison": found})
+        emit("compare", {"verdict": comparison.verdict, "comparison": comparison})
     else:
-        _show(found)
-    raise typer.Exit(EXIT_CODES[found.verdict])
+        _show(comparison)
+    raise typer.Exit(EXIT_CODES[comparison.verdict])
 
 
 def _mapping(words: list[str]) -> dict[str, str]:
@@ -66,8 +66,8 @@ def _mapping(words: list[str]) -> dict[str, str]:
     return mapping
 
 
-def _show(found: "Comparison") -> None:
-    for against in found.against:
+def _show(comparison: "Comparison") -> None:
+    for against in comparison.against:
         show(f"{against.name} against {against.reference}")
         show(f"  {'figure':<26} {'verdict':<14} {'reference':>10} {'difference':>11}  {'90 %':<23} margin")
         for figure in against.figures:
@@ -78,7 +78,7 @@ def _show(found: "Comparison") -> None:
             show("  prove it   lockstep check RECIPE   (a pattern points, it proves nothing)")
         if against.not_compared:
             show(f"  logged by one of them only, or by two formulas: {', '.join(against.not_compared)}")
-    for note in found.notes:
+    for note in comparison.notes:
         show(f"note: {note}")
 
 

@@ -51,16 +51,16 @@ def upgrade(
     directory = out or Path(f"upgrade-{version}")
     with Console() as console:
         source = before if "://" in before else _version(before, "--from")
-        found = go(loaded, source, version, directory, console.say)
-    whole = document("upgrade", {"upgrade": found})
+        outcome = go(loaded, source, version, directory, console.say)
+    whole = document("upgrade", {"upgrade": outcome})
     # Before anything is shown: a reader that goes away must not cost what took so long to measure.
     write_atomically(directory / DOCUMENT, whole.encode())
     if as_json:
         sys.stdout.write(whole)
     else:
-        _show(found, every=every)
+        _show(outcome, every=every)
         show(f"all of it: {directory / DOCUMENT}; lockstep report {directory / DOCUMENT} makes a page of it")
-    raise typer.Exit(EXIT_CODES[found.verdict])
+    raise typer.Exit(EXIT_CODES[outcome.verdict])
 
 
 def _version(spec: str, flag: str) -> str:
@@ -72,20 +72,20 @@ def _version(spec: str, flag: str) -> str:
     return version
 
 
-def _show(found: "Upgrade", *, every: bool) -> None:
-    show(f"{found.before.engine} → {found.after.engine}: {found.summary}")
+def _show(outcome: "Upgrade", *, every: bool) -> None:
+    show(f"{outcome.before.engine} → {outcome.after.engine}: {outcome.summary}")
     topic = ""
-    for one in found.differences:
+    for one in outcome.differences:
         if one.topic != topic:
             topic = one.topic
             show(f"\n{topic}")
         _row(one)
-    others = list(found.resolved.items())
+    others = list(outcome.resolved.items())
     show(f"\n{len(others)} settings resolved otherwise{'' if every else '; --all shows them'}")
     for name, (before, after) in others if every else ():
         show(f"  {name}: {before} → {after}")
     show("\nflag by flag")
-    for step in found.steps:
+    for step in outcome.steps:
         with_ = ", ".join(step.flags) or "its own defaults"
         what = (
             f"  {step.layer}, {step.cause.replace('_', ' ')}, {step.effect_nats:.4f} nats"
@@ -93,8 +93,8 @@ def _show(found: "Upgrade", *, every: bool) -> None:
             else ""
         )
         show(f"  {step.status:<8} {with_}{what}")
-    if found.recipe:
-        show(f"\nrecipe that passed: {found.recipe}")
+    if outcome.recipe:
+        show(f"\nrecipe that passed: {outcome.recipe}")
 
 
 def _row(one: "Difference") -> None:

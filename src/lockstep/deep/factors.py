@@ -65,8 +65,8 @@ def deepen(pair: Pair, path: Verdict, open_engine: Opener) -> Verdict:
         gap = sample.engine_logprobs - rescored
         figures |= {factor.counter: counted} if factor.counter else {}
         figures |= {f"{factor.cause}_abs_{name}_nats": value for name, value in quantiles_abs(gap).items()}
-        found = _judge(pair, factor, options, sample, rescored)
-        findings += [found] if found is not None else []
+        named = _judge(pair, factor, options, sample, rescored)
+        findings += [named] if named is not None else []
     if not factors:
         skipped.append(f"no factor can be switched in {ready.engine} {ready.version}")
     figures["factors_not_run"] = skipped
@@ -131,12 +131,12 @@ def _judge(
     pair: Pair, factor: PathFactor, options: dict[str, Any], sample: Samples, rescored: np.ndarray
 ) -> Finding | None:
     gap = sample.engine_logprobs - rescored
-    found = corrupted(pair, sample, rescored)
-    if found is None and within(pair.engine_noise, gap):
+    corruption = corrupted(pair, sample, rescored)
+    if corruption is None and within(pair.engine_noise, gap):
         return None
     text = (
-        found.evidence()
-        if found is not None
+        corruption.evidence()
+        if corruption is not None
         else f"A − B reaches {np.abs(gap).max():.1e} nats with {options}"
     )
     return finding(factor.cause, np.abs(gap), sample.owners, text, pair.engine.fix(factor.cause))

@@ -132,7 +132,7 @@ def observed(pair: Pair) -> Side:
     seconds = time.perf_counter() - began
     mean, error = mean_over_sequences(sample.scored(pair.trainer) - sample.engine_logprobs, sample.owners)
     at_one = plain.scored(pair.trainer) - plain.engine_logprobs
-    can = {name: found.supported for name, found in ready.capabilities.items()}
+    can = {name: capability.supported for name, capability in ready.capabilities.items()}
     known = checklist()
     before = plain.rescored(pair.engine) if can["rescore"] else np.full(1, np.nan)
     return Side(
@@ -148,7 +148,7 @@ def observed(pair: Pair) -> Side:
         tokens_per_s=sample.engine_logprobs.size / seconds,
         load_s=_load(pair) if can["load"] else float("nan"),
         can=can,
-        how={name: found.how for name, found in ready.capabilities.items()},
+        how={name: capability.how for name, capability in ready.capabilities.items()},
         resolved={name: str(value) for name, value in steady(ready.resolved).items()},
         rows=tuple(audit(pair.engine, pair.recipe, known, known.versions[0])),
     )
@@ -195,14 +195,14 @@ def _left(pair: Pair, plain: Samples, name: str, what: str) -> Left:
         verdict = weights.judge(pair, Canary.of(plain, PROOF_TOKENS), plain)
     if not verdict.findings:
         return Left(fault=name, what=what, reason=verdict.reason or "it moved no token here")
-    found = verdict.findings[0]
+    named = verdict.findings[0]
     return Left(
         fault=name,
         what=what,
         how="so by itself: planted by leaving Lockstep's mend out, and scored",
-        effect_nats=found.effect_nats,
-        ci95=found.ci95,
-        fix=found.fix,
+        effect_nats=named.effect_nats,
+        ci95=named.ci95,
+        fix=named.fix,
     )
 
 

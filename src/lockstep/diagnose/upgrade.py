@@ -153,15 +153,15 @@ def _mended(bench: Bench, recipe: Recipe, after: str, verdicts: list[Verdict]) -
     steps = [_step((), verdicts)]
     flags = []
     while steps[-1].status == "FAIL" and len(flags) < MOST_FLAGS:
-        found = [flag for flag in settings(steps[-1].fix) if flag not in flags]
-        if not found:
+        more = [flag for flag in settings(steps[-1].fix) if flag not in flags]
+        if not more:
             break
-        flags += found
+        flags += more
         what = f"{after} with {', '.join(flags)}"
         try:
             verdicts = bench.run(with_sets(recipe, flags), what, lambda pair: climb(pair).verdicts)
         except LockstepError as error:
-            refused = f"none: this version refuses {', '.join(found)} ({error.got[:300]})"
+            refused = f"none: this version refuses {', '.join(more)} ({error.got[:300]})"
             return [*steps, replace(steps[-1], flags=tuple(flags), fix=refused)]
         steps.append(_step(tuple(flags), verdicts))
     return steps
@@ -169,16 +169,16 @@ def _mended(bench: Bench, recipe: Recipe, after: str, verdicts: list[Verdict]) -
 
 def _step(flags: tuple[str, ...], verdicts: list[Verdict]) -> Step:
     failed = next((verdict for verdict in verdicts if verdict.status == "FAIL"), None)
-    found = failed.findings[0] if failed is not None else None
+    named = failed.findings[0] if failed is not None else None
     passed = all(verdict.status == "PASS" for verdict in verdicts)
     return Step(
         flags=flags,
         status="FAIL" if failed is not None else "PASS" if passed else "NOT_RUN",
         layer=failed.layer if failed is not None else "",
-        cause=found.cause if found else "",
-        effect_nats=found.effect_nats if found else float("nan"),
-        ci95=found.ci95 if found else (float("nan"), float("nan")),
-        fix=found.fix if found else "",
+        cause=named.cause if named else "",
+        effect_nats=named.effect_nats if named else float("nan"),
+        ci95=named.ci95 if named else (float("nan"), float("nan")),
+        fix=named.fix if named else "",
     )
 
 

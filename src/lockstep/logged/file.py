@@ -64,7 +64,7 @@ def read_logged(path: Path, default: SamplingParams) -> Logged:
     """
     log = _opened(path)
     names = log.names
-    found = Collected([name for name in MASKS if name in names])
+    collected = Collected([name for name in MASKS if name in names])
     settings: dict[tuple, int] = {}
     samplings: list[SamplingParams] = []
     whole = names["prompt"] == "input_ids"
@@ -74,23 +74,23 @@ def read_logged(path: Path, default: SamplingParams) -> Logged:
             if (setting := settings.get(told, -1)) < 0:
                 samplings.append(sampling_of(default, told))
                 setting = settings[told] = len(samplings) - 1
-            whole = _take(found, names, number, row, setting, whole)
+            whole = _take(collected, names, number, row, setting, whole)
         except UnusableError as error:
             raise _unusable(
                 path, error.got, error.expected, f", row {number}, column {error.column}"
             ) from None
-    if not found.settings and not found.empty:
+    if not collected.settings and not collected.empty:
         raise _unusable(path, "no row", "at least one completion")
-    if not found.token_ids:
+    if not collected.token_ids:
         raise _unusable(path, "no token", "at least one completion that is not empty")
-    logged = found.done(path, samplings, padded=any(name in names for name in ATTENTION))
-    logged.notes += [f"{found.empty} rows without a completion left out"] if found.empty else []
+    logged = collected.done(path, samplings, padded=any(name in names for name in ATTENTION))
+    logged.notes += [f"{collected.empty} rows without a completion left out"] if collected.empty else []
     logged.notes += ["input_ids read as prompt and completion together"] if whole else []
     return logged
 
 
 def _take(
-    found: Collected, names: dict[str, str], number: int, row: LogRow, setting: int, whole: bool
+    collected: Collected, names: dict[str, str], number: int, row: LogRow, setting: int, whole: bool
 ) -> bool:
     """Take a row in.
 
@@ -98,18 +98,18 @@ def _take(
     """
     prompt, tokens = (ids_of(names[role], row) for role in ("prompt", "tokens"))
     if whole:
-        first = not found.settings and not found.empty
+        first = not collected.settings and not collected.empty
         whole = not first or (ends_with(prompt, tokens) and len(tokens) >= WHOLE_SEQUENCE)
         prompt = prompt_alone(prompt, tokens) if whole else prompt
     numbers = logprobs_of(names, row, len(tokens))
     if not len(prompt):
         raise UnusableError(names["prompt"], "no prompt", "at least one token")
-    masks = {name: mask_of(name, row, len(prompt), len(tokens)) for name in found.masks}
+    masks = {name: mask_of(name, row, len(prompt), len(tokens)) for name in collected.masks}
     unpadded = unpadded_of(names, row, len(prompt), len(tokens))
     if len(tokens):
-        found.add(number, prompt, tokens, numbers, masks, setting, unpadded)
+        collected.add(number, prompt, tokens, numbers, masks, setting, unpadded)
     else:
-        found.empty += 1
+        collected.empty += 1
     return whole
 
 
@@ -309,15 +309,15 @@ def _values(pa: Any, column: Any) -> list:
     values = (
         flat.to_numpy(zero_copy_only=False) if not pa.types.is_null(flat.type) else np.full(len(flat), np.nan)
     )
-    found = [values[ends[row] : ends[row + 1]] if there[row] else None for row in range(len(column))]
+    rows = [values[ends[row] : ends[row + 1]] if there[row] else None for row in range(len(column))]
     if holes is not None:  # a null in a list of ids makes it a list of floats, which ids are not: in its row
         whole = flat.fill_null(0).to_numpy(zero_copy_only=False)
         for row, (start, stop) in enumerate(pairwise(ends)):
             if there[row] and not holes[start:stop].any():
-                found[row] = whole[start:stop]
+                rows[row] = whole[start:stop]
             elif there[row]:
-                found[row] = np.where(holes[start:stop], np.nan, whole[start:stop].astype(np.float64))
-    return found
+                rows[row] = np.where(holes[start:stop], np.nan, whole[start:stop].astype(np.float64))
+    return rows
 
 
 def _unusable(path: Path, got: str, expected: str, where: str = "", hint: str = HINT) -> UsageError:

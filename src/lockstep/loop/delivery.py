@@ -95,30 +95,30 @@ def _moved(pair: Pair, before: Snapshot, rollouts: Samples, tokens: AtSampling) 
     return Moves(tokens.engine_logprobs - new, new - old, new, prompts)
 
 
-def _verdict(pair: Pair, found: Missing, version: int, moves: Moves) -> Verdict:
-    figures = {"update_missing_share": found.share, "update_missing_error": found.error}
-    if found.proven:
+def _verdict(pair: Pair, lacking: Missing, version: int, moves: Moves) -> Verdict:
+    figures = {"update_missing_share": lacking.share, "update_missing_error": lacking.error}
+    if lacking.proven:
         return Verdict(
             layer="weights",
             status="PASS",
-            summary=f"version {version} drew its rollouts: {found.told()}",
-            n_tokens=found.n_tokens,
+            summary=f"version {version} drew its rollouts: {lacking.told()}",
+            n_tokens=lacking.n_tokens,
             figures=figures,
         )
-    if not found.refuted:
+    if not lacking.refuted:
         return Verdict(
             layer="weights",
             status="NOT_RUN",
-            summary=f"version {version} is not refuted by its rollouts: {found.told()}",
-            n_tokens=found.n_tokens,
-            reason=f"not yet: about {found.more_needed} more tokens like these are needed",
+            summary=f"version {version} is not refuted by its rollouts: {lacking.told()}",
+            n_tokens=lacking.n_tokens,
+            reason=f"not yet: about {lacking.more_needed} more tokens like these are needed",
             figures=figures,
         )
-    # Within its error all of the update may be missing.
-    cause = "not_delivered" if found.share + found.error >= 1.0 else "partly_delivered"
-    effect = np.abs(found.share * moves.moved)
+    # Within its error all of the update may be lacking.
+    cause = "not_delivered" if lacking.share + lacking.error >= 1.0 else "partly_delivered"
+    effect = np.abs(lacking.share * moves.moved)
     fix = pair.engine.fix(cause)
-    named = finding(cause, effect, moves.owners, found.told(), fix, found.n_tokens)
+    named = finding(cause, effect, moves.owners, lacking.told(), fix, lacking.n_tokens)
     return Verdict.failed(
-        "weights", f"version {version} did not draw its rollouts: {found.told()}", named, figures
+        "weights", f"version {version} did not draw its rollouts: {lacking.told()}", named, figures
     )

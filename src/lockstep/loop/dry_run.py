@@ -179,23 +179,23 @@ def _versions_held(recipe: Recipe) -> int:
     return recipe.rollout.max_lag if recipe.loop.ahead and recipe.rollout.ring == "memory" else 0
 
 
-def told(found: DryRun, recipe: Recipe) -> str:
+def told(plan: DryRun, recipe: Recipe) -> str:
     """For people: the recipe last, as a file that a run can be started with."""
-    total = sum(found.memory_gib.values())
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in found.memory_gib.items() if size)
+    total = sum(plan.memory_gib.values())
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in plan.memory_gib.items() if size)
     lines = [
-        f"engine      {found.engine} ({found.engine_reason})",
-        f"model       {found.model_path}, {found.n_parameters / 1e6:.1f} M parameters",
-        f"objective   {found.objective}",
-        f"steps       {found.optimizer_steps} of the optimizer, {found.samples} samples in all",
+        f"engine      {plan.engine} ({plan.engine_reason})",
+        f"model       {plan.model_path}, {plan.n_parameters / 1e6:.1f} M parameters",
+        f"objective   {plan.objective}",
+        f"steps       {plan.optimizer_steps} of the optimizer, {plan.samples} samples in all",
         f"memory      {total:.2f} GiB in the trainer ({parts}), activations and the engine beside it",
     ]
-    for prompt in found.prompts:
+    for prompt in plan.prompts:
         lines += [
             f"prompt {prompt.item}    {len(prompt.token_ids)} tokens; the answer is {prompt.answer!r}",
             f"  {prompt.text!r}",
             f"  {' '.join(map(str, prompt.token_ids))}",
         ]
-    lines += [f"would write {name}" for name in found.writes]
+    lines += [f"would write {name}" for name in plan.writes]
     lines += ["", "the recipe; every other key is at its default:", "", toml_of(recipe)]
     return "\n".join([*lines, "nothing was started"])

@@ -293,8 +293,8 @@ def alias_named(name: str, system: System | None = None) -> Alias:
         UsageError: for a name that nobody has, and for one whose formula is another; says how it differs.
     """
     known = [alias for alias in ALIASES if system in (None, alias.system)]
-    found = next((alias for alias in known if alias.name == name), None)
-    if found is None:
+    alias = next((alias for alias in known if alias.name == name), None)
+    if alias is None:
         near = difflib.get_close_matches(name, [alias.name for alias in known], n=1)
         raise UsageError(
             "lockstep metrics",
@@ -304,15 +304,15 @@ def alias_named(name: str, system: System | None = None) -> Alias:
             else "a figure's name, of ours or of TRL, verl, PipelineRL",
             hint="lockstep metrics",
         )
-    if found.differs:
-        nearest = f"that of {found.ours}" if found.ours else "that of any figure here"
+    if alias.differs:
+        nearest = f"that of {alias.ours}" if alias.ours else "that of any figure here"
         raise UsageError(
-            f"alias {found.name} of {found.system}",
-            got=f"a formula that is not {nearest}: {found.differs}",
+            f"alias {alias.name} of {alias.system}",
+            got=f"a formula that is not {nearest}: {alias.differs}",
             expected="the same formula under both names",
-            hint=f"lockstep metrics {found.ours}".rstrip(),
+            hint=f"lockstep metrics {alias.ours}".rstrip(),
         )
-    return found
+    return alias
 
 
 def nearest_to(name: str) -> str | None:

@@ -185,7 +185,7 @@ def _checked(
     from lockstep.objectives.base import LossOutputs
 
     try:
-        found = function(inputs, **options)
+        outputs = function(inputs, **options)
     except Stopped:
         raise
     except Exception as error:
@@ -195,16 +195,16 @@ def _checked(
             expected="a loss",
             hint="mend it, then: lockstep train --resume RUN",
         ) from error
-    said = type(found).__name__
-    if isinstance(found, LossOutputs):
+    said = type(outputs).__name__
+    if isinstance(outputs, LossOutputs):
         # Layer 5 asks for a loss without gradients too.
         if (
-            found.loss.ndim == 0
-            and found.loss.requires_grad == inputs.logprobs.requires_grad
-            and (found.clipped.shape == inputs.logprobs.shape)
+            outputs.loss.ndim == 0
+            and outputs.loss.requires_grad == inputs.logprobs.requires_grad
+            and (outputs.clipped.shape == inputs.logprobs.shape)
         ):
-            return found
-        said = f"a loss of shape {list(found.loss.shape)}, clipped of shape {list(found.clipped.shape)}"
+            return outputs
+        said = f"a loss of shape {list(outputs.loss.shape)}, clipped of shape {list(outputs.clipped.shape)}"
     raise RecipeError(
         f"objective {name}",
         got=said,

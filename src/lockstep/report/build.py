@@ -109,12 +109,12 @@ def _last_ladder(records: Sequence[VerdictRecord]) -> list[Verdict]:
 
 
 def _status(ladder: Sequence[Verdict], records: Sequence[VerdictRecord], void: bool) -> Status:
-    found = {verdict.status for verdict in ladder} | {
+    statuses = {verdict.status for verdict in ladder} | {
         record.verdict.status for record in records if record.verdict.status == "FAIL"
     }
-    if "FAIL" in found:
+    if "FAIL" in statuses:
         return "FAIL"
-    return "PASS" if found == {"PASS"} and len(ladder) == len(LAYERS) and not void else "NOT_RUN"
+    return "PASS" if statuses == {"PASS"} and len(ladder) == len(LAYERS) and not void else "NOT_RUN"
 
 
 def ladder_words(ladder: Sequence[Verdict]) -> list[str]:
@@ -129,11 +129,11 @@ def ladder_words(ladder: Sequence[Verdict]) -> list[str]:
             return [f"Nothing failed, but {', '.join(left)} could not be judged: this proves no parity."]
         return ["Engine and trainer were proven to be the same policy, layer by layer."]
     words = [f"Layer {failed.layer} failed: {failed.summary}."]
-    for found in failed.findings:
-        low, high = found.ci95
+    for finding in failed.findings:
+        low, high = finding.ci95
         words.append(
-            f"The cause is {found.cause.replace('_', ' ')}, worth {found.effect_nats:.4f} nats per token "
-            f"(95 % {low:.4f} to {high:.4f}). Mend: {found.fix}"
+            f"The cause is {finding.cause.replace('_', ' ')}, worth {finding.effect_nats:.4f} nats per token "
+            f"(95 % {low:.4f} to {high:.4f}). Mend: {finding.fix}"
         )
     return words
 
@@ -166,12 +166,12 @@ def ladder_section(ladder: Sequence[Verdict]) -> Section:
 def _findings(verdict: Verdict) -> Table:
     rows = tuple(
         (
-            found.cause.replace("_", " "),
-            f"{found.effect_nats:.4f} ({found.ci95[0]:.4f} to {found.ci95[1]:.4f})",
-            found.evidence,
-            found.fix,
+            finding.cause.replace("_", " "),
+            f"{finding.effect_nats:.4f} ({finding.ci95[0]:.4f} to {finding.ci95[1]:.4f})",
+            finding.evidence,
+            finding.fix,
         )
-        for found in verdict.findings
+        for finding in verdict.findings
     )
     columns = ("cause", "effect, nats per token (95 %)", "evidence", "mend")
     return Table(title=f"Causes named in layer {verdict.layer}", columns=columns, rows=rows)

@@ -11,21 +11,22 @@ from lockstep.report.document import Line, Plot, Report, Section, Table
 COLUMNS = ("figure", "verdict", "reference", "difference", "90 %", "margin", "since step", "what else")
 
 
-def of_comparison(found: Comparison) -> Report:
+def of_comparison(comparison: Comparison) -> Report:
     """What ``lockstep compare`` found."""
-    sources = tuple((arm, source) for arm, files in found.arms.items() for source in files)
+    sources = tuple((arm, source) for arm, files in comparison.arms.items() for source in files)
     seeds = Table(title="Seeds of each configuration", columns=("configuration", "run"), rows=sources)
-    figures = dict.fromkeys(one.figure for one in found.series)
-    plots = tuple(_side_by_side(f, [one for one in found.series if one.figure == f]) for f in figures)
+    figures = dict.fromkeys(one.figure for one in comparison.series)
+    plots = tuple(_side_by_side(f, [one for one in comparison.series if one.figure == f]) for f in figures)
+    names = " and ".join(against.name for against in comparison.against)
     return Report(
         kind="compare",
-        title=f"{' and '.join(against.name for against in found.against)} against {found.reference}",
-        status=found.verdict,
-        words=tuple(sentence for against in found.against for sentence in _words(against)),
+        title=f"{names} against {comparison.reference}",
+        status=comparison.verdict,
+        words=tuple(sentence for against in comparison.against for sentence in _words(against)),
         sections=(
             Section(title="Trajectories", plots=plots),
-            *map(_verdicts, found.against),
-            Section(title="Runs", text=found.notes, tables=(seeds,)),
+            *map(_verdicts, comparison.against),
+            Section(title="Runs", text=comparison.notes, tables=(seeds,)),
         ),
     )
 

@@ -71,20 +71,22 @@ def _of_ladder(table: Mapping[str, Any], name: str) -> Report:
 
 
 def _of_diagnosis(table: Mapping[str, Any], name: str) -> Report:
-    found = table["ablation"]
-    low, high = found["ci95"]
-    names = [key for key in found["factors"][0] if key not in ("name", "flag")] if found["factors"] else []
-    rows = tuple((f["name"], *(shown(f[key]) for key in names), f["flag"]) for f in found["factors"])
+    ablation = table["ablation"]
+    low, high = ablation["ci95"]
+    names = (
+        [key for key in ablation["factors"][0] if key not in ("name", "flag")] if ablation["factors"] else []
+    )
+    rows = tuple((f["name"], *(shown(f[key]) for key in names), f["flag"]) for f in ablation["factors"])
     columns = ("factor", *(key.replace("_nats", ", nats").replace("_", " ") for key in names), "mend")
     factors = Table(title="Setting by setting", columns=columns, rows=rows)
     left = "what arithmetic brings" if table["explained"] else "unexplained; lockstep check names the layer"
     words = [
-        f"The gap is {found['total_nats']:.5f} nats per token in the mean (95 % {low:.5f} to {high:.5f}).",
-        f"With every factor mended {found['unexplained_nats']:.5f} nats are left: {left}.",
+        f"The gap is {ablation['total_nats']:.5f} nats per token in the mean (95 % {low:.5f} to {high:.5f}).",
+        f"With every factor mended {ablation['unexplained_nats']:.5f} nats are left: {left}.",
     ]
     words += [
         f"{one} and {other} cancel: mended together they take off {nats:.5f} nats more than each alone."
-        for one, other, nats in found.get("cancel", ())
+        for one, other, nats in ablation.get("cancel", ())
     ]
     return Report(
         kind="diagnose",
@@ -97,8 +99,8 @@ def _of_diagnosis(table: Mapping[str, Any], name: str) -> Report:
 
 def _of_campaign(table: Mapping[str, Any], name: str) -> Report:
     outcomes = table["outcomes"]
-    found = [key for row in table["matrix"].values() for key in row]
-    columns = tuple(dict.fromkeys([*LAYERS, "none", *found]))
+    named = [key for row in table["matrix"].values() for key in row]
+    columns = tuple(dict.fromkeys([*LAYERS, "none", *named]))
     matrix = tuple(
         (row, *(str(cells.get(c, "·")) for c in columns)) for row, cells in table["matrix"].items()
     )

@@ -11,22 +11,22 @@ COLUMNS = ("what", "before", "after", "effect", "cause", "flag", "note")
 
 def of_upgrade(table: Mapping[str, Any], name: str) -> Report:
     """The report of the document that ``lockstep upgrade --json`` prints."""
-    found = table["upgrade"]
-    before, after = found["before"], found["after"]
-    words = [f"{before['engine']} → {after['engine']}: {found['summary']}."]
-    largest = [one for one in found["differences"] if isfinite(one["effect_nats"]) and one["cause"]]
+    upgrade = table["upgrade"]
+    before, after = upgrade["before"], upgrade["after"]
+    words = [f"{before['engine']} → {after['engine']}: {upgrade['summary']}."]
+    largest = [one for one in upgrade["differences"] if isfinite(one["effect_nats"]) and one["cause"]]
     words += [
         f"{one['what']}: {one['effect_nats']:+.4f} nats ({one['unit']}). Mend: {one['flag']}"
         for one in sorted(largest, key=lambda one: -abs(one["effect_nats"]))[:4]
     ]
-    if found["recipe"]:
-        words.append(f"The recipe that passed the check: {found['recipe']}.")
-    topics = dict.fromkeys(one["topic"] for one in found["differences"])
+    if upgrade["recipe"]:
+        words.append(f"The recipe that passed the check: {upgrade['recipe']}.")
+    topics = dict.fromkeys(one["topic"] for one in upgrade["differences"])
     tables = [
         Table(
             title=topic.capitalize(),
             columns=COLUMNS,
-            rows=tuple(_row(one) for one in found["differences"] if one["topic"] == topic),
+            rows=tuple(_row(one) for one in upgrade["differences"] if one["topic"] == topic),
         )
         for topic in topics
     ]
@@ -38,15 +38,15 @@ def of_upgrade(table: Mapping[str, Any], name: str) -> Report:
             step["cause"].replace("_", " ") or "–",
             f"{step['effect_nats']:.4f}" if isfinite(step["effect_nats"]) else "–",
         )
-        for step in found["steps"]
+        for step in upgrade["steps"]
     )
     columns = ("verdict", "flags", "layer that failed", "cause", "nats")
-    others = tuple((key, old, new) for key, (old, new) in sorted(found["resolved"].items()))
+    others = tuple((key, old, new) for key, (old, new) in sorted(upgrade["resolved"].items()))
     settings = Table(title="All of them", columns=("setting", "before", "after"), rows=others, folded=True)
     return Report(
         kind="upgrade",
         title=f"Upgrade, {before['engine']} → {after['engine']}",
-        status=found["verdict"],
+        status=upgrade["verdict"],
         words=tuple(words),
         sections=(
             Section(title="What changed", tables=tuple(tables)),

@@ -90,11 +90,11 @@ def _figure(by_layer: Mapping[LayerName, Verdict], layer: LayerName, name: str) 
 
 def _gaps(by_layer: Mapping[LayerName, Verdict], pair: ScorePair) -> dict[str, float]:
     """The quantiles that were stored."""
-    found = {q: _figure(by_layer, pair.layer, f"{pair.prefix}_abs_{q}_nats") for q in QUANTILES}
-    if pair.scores == "B, C" and found["p50"] is None and _gaps(by_layer, PAIRS[0]):
+    quantiles = {q: _figure(by_layer, pair.layer, f"{pair.prefix}_abs_{q}_nats") for q in QUANTILES}
+    if pair.scores == "B, C" and quantiles["p50"] is None and _gaps(by_layer, PAIRS[0]):
         # Runs of before all of its quantiles were kept. Without score B the figure is of C against itself.
-        found["p50"] = _figure(by_layer, "semantics", "ground_p50_nats")
-    return {q: value for q, value in found.items() if value is not None}
+        quantiles["p50"] = _figure(by_layer, "semantics", "ground_p50_nats")
+    return {q: value for q, value in quantiles.items() if value is not None}
 
 
 def _why(by_layer: Mapping[LayerName, Verdict], pair: ScorePair) -> str:
@@ -136,7 +136,9 @@ def _beside_the_floors(by_layer: Mapping[LayerName, Verdict]) -> str:
 
 def _words(gaps: Mapping[str, Mapping[str, float]], beside: str) -> list[str]:
     """What the table says, in sentences; of medians that are numbers."""
-    medians = {scores: found["p50"] for scores, found in gaps.items() if isfinite(found.get("p50", nan))}
+    medians = {
+        scores: quantiles["p50"] for scores, quantiles in gaps.items() if isfinite(quantiles.get("p50", nan))
+    }
     said = []
     if "A, C" in medians:
         far = f"{medians['A, C']:.2g} nats"
@@ -151,7 +153,7 @@ def _words(gaps: Mapping[str, Mapping[str, float]], beside: str) -> list[str]:
     ):
         if one in medians and other in medians:
             said.append(words.format(f"{medians[one]:.2g}", one, f"{medians[other]:.2g}", other))
-    missing = [scores for scores, found in gaps.items() if not found]
+    missing = [scores for scores, quantiles in gaps.items() if not quantiles]
     if missing:
         said.append(f"Not measured: {'; '.join(missing)}. The table has the reason.")
     return said

@@ -37,10 +37,10 @@ def sample(engine: Engine, task: Task, renderer: Renderer, recipe: Recipe, step:
     began = time.perf_counter()
     n = recipe.training.prompts_per_step
     seed = partial(sampling_seed, recipe.training.seed, step)
-    found = drawn(engine, task, renderer, recipe, range(step * n, (step + 1) * n), seed)
+    rollouts = drawn(engine, task, renderer, recipe, range(step * n, (step + 1) * n), seed)
     if recipe.task.max_prompt_tokens:
-        found.figures |= task.figures()
-    return replace(found, step=step, sample_s=time.perf_counter() - began)
+        rollouts.figures |= task.figures()
+    return replace(rollouts, step=step, sample_s=time.perf_counter() - began)
 
 
 def drawn(

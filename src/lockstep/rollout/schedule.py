@@ -164,9 +164,9 @@ class Schedule:
         flight = self.state.in_flight.get(group)
         if flight is None:
             raise _wrong(f"group {group}", "an answer", "none: it is not in flight")
-        found = Finished(group, oldest, tuple(lengths))
-        if len(found.lengths) != self.bound.group_size:
-            raise _wrong(f"group {group}", f"{len(found.lengths)} samples", str(self.bound.group_size))
+        finished = Finished(group, oldest, tuple(lengths))
+        if len(finished.lengths) != self.bound.group_size:
+            raise _wrong(f"group {group}", f"{len(finished.lengths)} samples", str(self.bound.group_size))
         if oldest < flight.born:
             raise _wrong(
                 f"group {group}",
@@ -174,8 +174,8 @@ class Schedule:
                 f"none older than version {flight.born}: every engine had confirmed it",
             )
         del self.state.in_flight[group]
-        self.state.finished[group] = found
-        self.state.ledger.drawn_tokens += found.tokens
+        self.state.finished[group] = finished
+        self.state.ledger.drawn_tokens += finished.tokens
         self._forget_stale()
 
     def take(self) -> tuple[Finished, ...]:
@@ -186,9 +186,9 @@ class Schedule:
         """
         if not self.ready():
             raise _wrong(f"step {self.state.step}", self.waits_for() or "nothing to train", "a step's groups")
-        chosen = sorted(self._fresh()[: self.bound.groups_per_step], key=lambda found: found.group)
-        for found in chosen:
-            self.state.training[found.group] = self.state.finished.pop(found.group)
+        chosen = sorted(self._fresh()[: self.bound.groups_per_step], key=lambda finished: finished.group)
+        for finished in chosen:
+            self.state.training[finished.group] = self.state.finished.pop(finished.group)
         return tuple(chosen)
 
     def trained(self, lengths: Mapping[int, tuple[int, ...]]) -> None:
@@ -201,19 +201,19 @@ class Schedule:
             ScheduleError: where that is not what was taken, or was drawn past the bound.
         """
         state = self.state
-        taken = {group: found.lengths for group, found in state.training.items()}
+        taken = {group: finished.lengths for group, finished in state.training.items()}
         # Length by length: a completion that was cut or replaced between queue and loss is not what was
         # counted as drawn.
         if dict(lengths) != taken or not taken:
             raise _wrong(
                 f"step {state.step}", f"groups {sorted(lengths)} trained", f"those taken: {sorted(taken)}"
             )
-        for found in state.training.values():
-            self.refuse_stale(state.step, found.oldest, f"group {found.group}")
-            self._end(found.group)
+        for finished in state.training.values():
+            self.refuse_stale(state.step, finished.oldest, f"group {finished.group}")
+            self._end(finished.group)
             state.ledger.trained += self.bound.group_size
-            state.ledger.trained_tokens += found.tokens
-            _count(state.ledger.kept_lengths, found.lengths)
+            state.ledger.trained_tokens += finished.tokens
+            _count(state.ledger.kept_lengths, finished.lengths)
         state.training = {}
         state.step += 1
         self._forget_stale()
@@ -232,14 +232,14 @@ class Schedule:
 
     def drop(self, group: int, reason: str) -> None:
         """End a finished group without training on it. Raises ScheduleError where it is not finished."""
-        found = self.state.finished.pop(group, None)
-        if found is None:
+        finished = self.state.finished.pop(group, None)
+        if finished is None:
             raise _wrong(f"group {group}", f"dropped ({reason})", "a finished group")
         ledger = self.state.ledger
         self._end(group)
         ledger.dropped[reason] = ledger.dropped.get(reason, 0) + self.bound.group_size
-        ledger.dropped_tokens[reason] = ledger.dropped_tokens.get(reason, 0) + found.tokens
-        _count(ledger.dropped_lengths, found.lengths)
+        ledger.dropped_tokens[reason] = ledger.dropped_tokens.get(reason, 0) + finished.tokens
+        _count(ledger.dropped_lengths, finished.lengths)
 
     def lost(self) -> None:
         """What is in flight will never be answered: it is issued again, before anything new."""
@@ -312,7 +312,7 @@ class Schedule:
             raise _wrong(
                 "ledger, samples", f"{ledger.issued} issued", f"{ended} ended + {size * len(places)} open"
             )
-        held = sum(found.tokens for found in (*state.finished.values(), *state.training.values()))
+        held = sum(finished.tokens for finished in (*state.finished.values(), *state.training.values()))
         gone = ledger.trained_tokens + sum(ledger.dropped_tokens.values())
         if ledger.drawn_tokens != gone + held:
             raise _wrong("ledger, tokens", f"{ledger.drawn_tokens} drawn", f"{gone} ended + {held} held")
@@ -321,7 +321,7 @@ class Schedule:
         """What the next step may not train on any more, where it is dropped."""
         if self.bound.drops:
             oldest = self.state.step - self.bound.max_lag
-            for group in sorted(g for g, found in self.state.finished.items() if found.oldest < oldest):
+            for group in sorted(g for g, finished in self.state.finished.items() if finished.oldest < oldest):
                 self.drop(group, STALE)
 
     def _end(self, group: int) -> None:

@@ -83,22 +83,22 @@ def prepare(
         advantages = ESTIMATORS[advantage_of(objective)](rewards, objective.advantage_scale)
     else:
         values = _flat(parts, "old_values")
-        found = gae(rewards, values, recipe.value_head.gamma, recipe.value_head.lam)
+        estimated = gae(rewards, values, recipe.value_head.gamma, recipe.value_head.lam)
         # The policy's alone are whitened: the head learns what is earned, in its own unit.
-        advantages = whitened(found.advantages, rewards.loss_mask)
-        _share_out(parts, "returns", found.returns)
+        advantages = whitened(estimated.advantages, rewards.loss_mask)
+        _share_out(parts, "returns", estimated.returns)
     rollouts.fill(advantages=advantages)
     _share_out(parts, "advantages", np.where(rollouts.loss_mask, advantages, np.float32(0.0)))
 
 
 def _kl_of_tokens(parts: list[Minibatch], recipe: Recipe) -> np.ndarray:
-    found = []
+    estimates = []
     for micro in (micro for part in parts for micro in part):
         assert micro.sampling_logprobs is not None
         assert micro.reference_logprobs is not None
         estimate = kl(recipe.objective.kl.estimator, micro.sampling_logprobs, micro.reference_logprobs)
-        found.append(estimate.numpy(force=True))
-    return np.concatenate(found)
+        estimates.append(estimate.numpy(force=True))
+    return np.concatenate(estimates)
 
 
 def _flat(parts: list[Minibatch], name: str) -> np.ndarray:

@@ -51,24 +51,24 @@ class StepTokens:
     def figures(self, objective: Objective) -> dict[str, float]:
         """Figures by catalog name; what the objective does not have is absent."""
         other = {name: np.concatenate(parts).astype(np.float64) for name, parts in self.other.items()}
-        found = {
+        figures = {
             **policy_figures(np.concatenate(self.log_ratio), objective.clip_low, objective.clip_high),
             "clip_fraction": float(np.concatenate(self.clipped).mean()),
             "entropy_mean_nats": float(np.concatenate(self.entropy).mean()),
         }
         if "reference" in other:
-            found["reference_kl_k3_nats"] = kl_k3(other["reference"])
+            figures["reference_kl_k3_nats"] = kl_k3(other["reference"])
         if "weight" in other:
-            found["correction_mass_removed"] = 1.0 - float(other["weight"].sum() / other["uncut"].sum())
-            found["correction_masked_fraction"] = float((other["weight"] == 0.0).mean())
+            figures["correction_mass_removed"] = 1.0 - float(other["weight"].sum() / other["uncut"].sum())
+            figures["correction_masked_fraction"] = float((other["weight"] == 0.0).mean())
         margins = np.concatenate([np.empty(0), *self.margins])
         if margins.size:
-            found["pair_margin_mean_nats"] = float(margins.mean())
-            found["pair_accuracy"] = float((margins > 0.0).mean())
+            figures["pair_margin_mean_nats"] = float(margins.mean())
+            figures["pair_accuracy"] = float((margins > 0.0).mean())
         if self.value_loss:
-            found["value_loss"] = float(sum(self.value_loss))
-            found["value_explained_variance"] = explained_variance(other["old_values"], other["returns"])
-        return found
+            figures["value_loss"] = float(sum(self.value_loss))
+            figures["value_explained_variance"] = explained_variance(other["old_values"], other["returns"])
+        return figures
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:

@@ -142,16 +142,16 @@ def _scored(
     # followed.
     spanning = [row for row in lacking if drawing.kept and len(rollouts[row].version_spans) > 1]
     plain = {row: spans for row, spans in lacking.items() if row not in spanning}
-    found = {row: np.full(len(rollouts[row].token_ids), np.nan, np.float32) for row in plain}
+    scores = {row: np.full(len(rollouts[row].token_ids), np.nan, np.float32) for row in plain}
     for earlier in sorted({span.version for spans in plain.values() for span in spans}):
         here = [row for row, spans in plain.items() if any(span.version == earlier for span in spans)]
         with ring.of(earlier).standing_in(policy.model):
             # Completions of a prompt share one pass over it.
             whole = policy.score(rollouts.take(here).groups, rollouts.temperature)
         for row, numbers in zip(here, whole, strict=True):
-            _take(rollouts[row], earlier, numbers, found[row])
+            _take(rollouts[row], earlier, numbers, scores[row])
     replayed = piecewise(policy, ring, rollouts.take(spanning), version, rollouts.temperature, kept=True)
-    return found | dict(zip(spanning, replayed, strict=True))
+    return scores | dict(zip(spanning, replayed, strict=True))
 
 
 def piecewise(
@@ -176,14 +176,14 @@ def piecewise(
     weights = {v: None if v == version else ring.of(v) for v in versions}
     if kept:
         return over_kept_caches(policy, sequences, weights, temperature)
-    found = [np.full(len(sequence.token_ids), np.nan, np.float32) for sequence in sequences]
+    scores = [np.full(len(sequence.token_ids), np.nan, np.float32) for sequence in sequences]
     groups = [Group(sequence.prompt_ids, [sequence.token_ids]) for sequence in sequences]
     for v, earlier in weights.items():
         with earlier.standing_in(policy.model) if earlier is not None else nullcontext():
             whole = policy.score(groups, temperature)
-        for sequence, numbers, out in zip(sequences, whole, found, strict=True):
+        for sequence, numbers, out in zip(sequences, whole, scores, strict=True):
             _take(sequence, v, numbers, out)
-    return found
+    return scores
 
 
 def _take(sample: Sample, version: int, whole: np.ndarray, out: np.ndarray) -> None:

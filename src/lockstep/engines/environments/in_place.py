@@ -75,27 +75,27 @@ def in_place(python: str, version: str = "") -> Environment:
 @cache
 def asked(python: str) -> Environment:
     """What an interpreter's own metadata say of its environment; each is asked once."""
-    found = _found(python)
+    contents = _found(python)
     where = "recipe, key engine.python"
-    if not found.version or version_order(found.version) < version_order(OLDEST):
-        got = f"{python} with {f'vllm {found.version}' if found.version else 'no vllm'}"
+    if not contents.version or version_order(contents.version) < version_order(OLDEST):
+        got = f"{python} with {f'vllm {contents.version}' if contents.version else 'no vllm'}"
         expected = f"one with vllm {OLDEST} or newer"
         raise UsageError(where, got=got, expected=expected, hint="lockstep engines list")
-    if lacking := [name for name in ("msgspec", "safetensors") if not found.has[name]]:
+    if lacking := [name for name in ("msgspec", "safetensors") if not contents.has[name]]:
         got = f"{python} without {lacking[0]}"
         hint = f"{python} -m pip install {lacking[0]}"
         raise UsageError(where, got=got, expected="what Lockstep's worker needs beside vllm", hint=hint)
-    packages = ", ".join(f"{name} {version}" for name, version in found.has.items() if version)
+    packages = ", ".join(f"{name} {version}" for name, version in contents.has.items() if version)
     return Environment(
         name="vllm",
-        version=found.version,
-        generation="V0" if version_order(found.version) < version_order(FIRST_V1) else "V1",
-        flavour="cpu" if found.cpu else "cuda",
+        version=contents.version,
+        generation="V0" if version_order(contents.version) < version_order(FIRST_V1) else "V1",
+        flavour="cpu" if contents.cpu else "cuda",
         digest=f"in place: {packages}",
         smoke=f"not run: {packages}",
         size_bytes=0,
         built="",
-        path=found.prefix,
+        path=contents.prefix,
         interpreter=python,
     )
 

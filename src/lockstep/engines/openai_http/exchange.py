@@ -91,7 +91,7 @@ class Exchange:
                     attempt = 0
                     while attempt <= self.options.retries:
                         try:
-                            found = await self._once(path, limit, body)
+                            answer = await self._once(path, limit, body)
                         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
                             got = (
                                 f"{type(error).__name__} after {attempt + 1} tries: "
@@ -101,11 +101,11 @@ class Exchange:
                             least = 0.0
                             paused = False
                         else:
-                            if isinstance(found, bytes):
-                                return decode(found, kind, f"engine at {self.options.base_url}{path}")
-                            failure = found.refusal
-                            least = found.wait_s
-                            paused = found.paused
+                            if isinstance(answer, bytes):
+                                return decode(answer, kind, f"engine at {self.options.base_url}{path}")
+                            failure = answer.refusal
+                            least = answer.wait_s
+                            paused = answer.paused
                         attempt += not paused
                         if attempt <= self.options.retries:
                             most = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt)  # full jitter
@@ -130,21 +130,23 @@ class Exchange:
                 raise self._odd(
                     path, f"a body compressed with {short(encoding)}", "one that is not, as asked for"
                 )
-            found = await self._read(response, limit + 1)
-            if len(found) > limit:
+            content = await self._read(response, limit + 1)
+            if len(content) > limit:
                 raise self._odd(
-                    path, f"more than {limit} bytes, beginning {short(found)}", "an answer to what was asked"
+                    path,
+                    f"more than {limit} bytes, beginning {short(content)}",
+                    "an answer to what was asked",
                 )
-            return found
+            return content
 
     async def _read(self, response: httpx.Response, most: int) -> bytes:
-        found = bytearray()
+        content = bytearray()
         async for chunk in response.aiter_raw():
-            found += chunk
+            content += chunk
             # One byte more than is allowed is enough to refuse it, and the rest is never read.
-            if len(found) >= most:
+            if len(content) >= most:
                 break
-        read = bytes(found[:most])
+        read = bytes(content[:most])
         for secret in self._secrets:
             # An error page may say back what was sent.
             read = read.replace(secret, b"(the key)")

@@ -59,35 +59,35 @@ def deepen(pair: Pair, numerics: Verdict, drawn: DrawMore | None = None) -> Verd
     if not (sample.engine_logprobs != trainer).any():
         return replace(numerics, summary=f"{numerics.summary}; {SAME}")
     sample, tested = _tested(pair, sample, trainer, drawn)
-    found = tested.found
+    called = tested.called
     known = _figures(tested)
     figures: dict[str, Any] = numerics.figures | known | {"directions_n_tokens": sample.owners.size}
-    if found is None:
+    if called is None:
         return replace(numerics, summary=f"{numerics.summary}; {_clean(known)}", figures=figures)
     fresh = drawn(1, len(sample))
-    t = again(pair, fresh, fresh.scored(pair.trainer), found)
+    t = again(pair, fresh, fresh.scored(pair.trainer), called)
     figures |= {
-        "direction": found.best.describe(),
-        "direction_theta": found.theta,
-        "direction_nats": found.size,
+        "direction": called.best.describe(),
+        "direction_theta": called.theta,
+        "direction_nats": called.size,
         "direction_again_t": t,
     }
-    text = f"{found.told()}; on {len(fresh)} sequences of other prompts t = {t:+.1f}"
+    text = f"{called.told()}; on {len(fresh)} sequences of other prompts t = {t:+.1f}"
     if t < SCORE_AGAIN_T:
         chance = f"a direction that was found did not show again ({text})"
         return replace(numerics, summary=f"{numerics.summary}; {chance}", figures=figures)
-    if found.size < SYSTEMATIC_NATS:
-        small = f"a direction of {found.size:.1e} nats moves no ratio by {SYSTEMATIC_NATS:.1%} ({text})"
+    if called.size < SYSTEMATIC_NATS:
+        small = f"a direction of {called.size:.1e} nats moves no ratio by {SYSTEMATIC_NATS:.1%} ({text})"
         return replace(numerics, summary=f"{numerics.summary}; {small}", figures=figures)
-    named = abs(found.left) <= SYSTEMATIC_LEFT
-    said = text if named else f"systematic, and unexplained by what comes nearest: {text}{_where(found)}"
-    summary = f"the gap has a direction of {found.size:.1e} nats, hidden in its width"
-    cause = finding(CAUSE, np.abs(found.effect), sample.owners, said, pair.engine.fix(CAUSE))
+    named = abs(called.left) <= SYSTEMATIC_LEFT
+    said = text if named else f"systematic, and unexplained by what comes nearest: {text}{_where(called)}"
+    summary = f"the gap has a direction of {called.size:.1e} nats, hidden in its width"
+    cause = finding(CAUSE, np.abs(called.effect), sample.owners, said, pair.engine.fix(CAUSE))
     return Verdict.failed("numerics", summary, cause, figures)
 
 
-def _where(found: Systematic) -> str:
-    return f"; the scores are largest in {found.loudest}" if found.loudest else ""
+def _where(called: Systematic) -> str:
+    return f"; the scores are largest in {called.loudest}" if called.loudest else ""
 
 
 def _untestable(sample: Samples) -> str:
@@ -110,7 +110,7 @@ def _tested(pair: Pair, sample: Samples, trainer: np.ndarray, drawn: DrawMore) -
     began = time.monotonic()
     tested = systematic(pair, sample, trainer)
     # A log that gave fewer sequences than were asked for holds no more: what these show is all.
-    while asked and tested.found is None and _seen(tested) > asked and len(sample) == n:
+    while asked and tested.called is None and _seen(tested) > asked and len(sample) == n:
         took = (time.monotonic() - began) / n
         seen = _seen(tested)
         # What is seen shrinks with the root of the number of sequences.

@@ -59,8 +59,8 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
     ):
         if not within(pair.trainer_noise, size):
             text = f"the trainer differs from itself by up to {np.abs(size).max():.1e} nats"
-            found = finding(cause, np.abs(size), owners, text)
-            return Verdict.failed("numerics", text, found, figures)
+            named = finding(cause, np.abs(size), owners, text)
+            return Verdict.failed("numerics", text, named, figures)
     rescored = evidence.rescored if pair.engine.ready.capabilities["rescore"].supported else None
     figures["neutral_n_tokens"] = evidence.trainer.size
     if rescored is not None:
@@ -75,8 +75,8 @@ def judge(pair: Pair, evidence: Evidence, path: Verdict) -> Verdict:
             # directions.py looks for what is in the gap besides.
             known = f"what {pair.engine_dtype} and {pair.trainer.dtype} round away is in that width"
             return NamedCause(UNEXPLAINED, known, pair.engine.fix(UNEXPLAINED))
-        found = explain(pair, sample, gap)
-        return NamedCause(found.cause, found.evidence, pair.engine.fix(found.cause))
+        explanation = explain(pair, sample, gap)
+        return NamedCause(explanation.cause, explanation.evidence, pair.engine.fix(explanation.cause))
 
     return judge_gap(gap, sample.owners, pair.noise, pair.recipe.objective, cause_of, figures, ratio)
 
@@ -121,9 +121,9 @@ def judge_gap(
         )
     if exceeded:
         cause, evidence, fix = cause_of()
-        found = finding(cause, np.abs(gap), owners, "; ".join([*exceeded, evidence]), fix)
+        named = finding(cause, np.abs(gap), owners, "; ".join([*exceeded, evidence]), fix)
         summary = f"the gap exceeds what the arithmetic and the objective bear ({cause.replace('_', ' ')})"
-        return Verdict.failed("numerics", summary, found, figures)
+        return Verdict.failed("numerics", summary, named, figures)
     summary = (
         f"|gap| p50 {quantiles['p50']:.1e}, p99.9 {quantiles['p999']:.1e}, max {quantiles['max']:.1e} nats "
         f"over {gap.size} tokens{'' if ratio is None else f', {ratio.told()}'}; "
@@ -195,14 +195,14 @@ def _note(pair: Pair) -> str:
 
 def _binned(gap: np.ndarray, by: np.ndarray, edges: tuple[float, ...]) -> dict[str, dict[str, float]]:
     """|gap| in each bin that holds tokens: count, p50 and max."""
-    found = {}
+    bins = {}
     for low, high in zip(edges, (*edges[1:], np.inf), strict=True):
         part = np.abs(gap[(by >= low) & (by < high)])
         if part.size:
             name = f"{low:g}-{high:g}"
-            found[name] = {
+            bins[name] = {
                 "n": float(part.size),
                 "p50_nats": float(np.median(part)),
                 "max_nats": float(part.max()),
             }
-    return found
+    return bins

@@ -73,15 +73,15 @@ def indicators(sample: Samples) -> dict[str, np.ndarray]:
     """∂ log p_i / ∂θ of what moves tokens for where they stand: float64 [T] each."""
     positions = sample.positions
     lengths = np.array([len(prompt) for prompt in sample.prompts])
-    found = {
+    slopes = {
         CONSTANT: np.ones(positions.size),
         FIRST: (positions == 0).astype(np.float64),
         LONG: (lengths > np.median(lengths))[sample.owners].astype(np.float64),
     }
     longest = int(positions.max(initial=0))
     if longest:
-        found[DRIFT] = positions / longest - 0.5
-    return found
+        slopes[DRIFT] = positions / longest - 0.5
+    return slopes
 
 
 def settings_of(trainer: Trainer, longest: int) -> dict[str, Setting]:
@@ -90,18 +90,18 @@ def settings_of(trainer: Trainer, longest: int) -> dict[str, Setting]:
     Args:
         longest: positions of the longest sequence, of which a window is a part.
     """
-    found: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     if not np.isnan(base := trainer.rotary_base):
-        found[ROTARY_BASE] = Setting(lambda theta: RotaryBase(base * float(np.exp(theta))), SCORE_STEP)
-        found[POSITIONS] = Setting(lambda theta: PositionsDivided(1.0 + theta), SCORE_STEP)
+        settings[ROTARY_BASE] = Setting(lambda theta: RotaryBase(base * float(np.exp(theta))), SCORE_STEP)
+        settings[POSITIONS] = Setting(lambda theta: PositionsDivided(1.0 + theta), SCORE_STEP)
     if not np.isnan(epsilon := trainer.norm_epsilon):
-        found[EPSILON] = Setting(lambda theta: NormEpsilon(epsilon * 10.0**theta), EPSILONS_STEP)
+        settings[EPSILON] = Setting(lambda theta: NormEpsilon(epsilon * 10.0**theta), EPSILONS_STEP)
     if trainer.shares_prompts:
         for window in {longest // 2, longest // 4} - {0, 1}:
-            found[f"share of a window of {window}"] = Setting(
+            settings[f"share of a window of {window}"] = Setting(
                 lambda _, w=window: SlidingWindow(w), 1.0, of_degree=False
             )
-    return found
+    return settings
 
 
 def stepped(pair: Pair, sample: Samples, here: np.ndarray, families: tuple[str, ...] | None = None) -> dict:
@@ -112,16 +112,16 @@ def stepped(pair: Pair, sample: Samples, here: np.ndarray, families: tuple[str, 
         families: those that are asked for; None for all.
     """
     longest = max(len(ids) for ids in sample.sequences)
-    found = {}
+    slopes = {}
     for family, setting in settings_of(pair.trainer, longest).items():
         if families is None or family in families:
             moved = moved_by(pair, sample, family, setting.step, here)
-            found[family] = (moved - here).astype(np.float64) / setting.step
+            slopes[family] = (moved - here).astype(np.float64) / setting.step
     long_enough = all(len(prompt) > 1 for prompt in sample.prompts)
     if long_enough and (families is None or CUT in families):
         cut = replace(sample, samples=[replace(s, prompt_ids=s.prompt_ids[1:]) for s in sample])
-        found[CUT] = (cut.scored(pair.trainer) - here).astype(np.float64)
-    return found
+        slopes[CUT] = (cut.scored(pair.trainer) - here).astype(np.float64)
+    return slopes
 
 
 def moved_by(pair: Pair, sample: Samples, family: str, theta: float, here: np.ndarray) -> np.ndarray | None:

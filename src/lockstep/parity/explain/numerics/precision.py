@@ -96,8 +96,8 @@ def presumed_dtype(pair: Pair, evidence: Evidence) -> str:
     gap = evidence.rescored - evidence.trainer
     if within(pair.trainer_noise, gap):
         return pair.trainer.dtype
-    found = nearest([form for form in forms(pair, evidence.neutral, gap) if form.name in FORMS], gap)
-    return "" if found is None else found.name
+    best = nearest([form for form in forms(pair, evidence.neutral, gap) if form.name in FORMS], gap)
+    return "" if best is None else best.name
 
 
 def nearest(tried: list[Form], gap: np.ndarray) -> Form | None:
@@ -153,13 +153,13 @@ def _unsaid(pair: Pair, sample: Samples, gap: np.ndarray) -> Explanation | None:
         f"on the trainer alone are worth, in nats (median): {worth}"
     )
     quantised = max((f for f in tried if f.name not in FORMS), key=lambda f: f.correlation)
-    found = quantised if quantised.correlation >= QUANTISED_CORRELATION else None
+    best = quantised if quantised.correlation >= QUANTISED_CORRELATION else None
     rounded = nearest([f for f in tried if f.name in FORMS], gap)
-    if rounded is not None and (found is None or rounded.correlation >= found.correlation):
-        found = rounded
-    if found is None:
+    if rounded is not None and (best is None or rounded.correlation >= best.correlation):
+        best = rounded
+    if best is None:
         return None
     size = float(np.median(np.abs(gap)))
     return Explanation(
-        "body_precision", f"{text}; the gap is {size:.1e}, as {found.name.removeprefix('torch.')} brings it"
+        "body_precision", f"{text}; the gap is {size:.1e}, as {best.name.removeprefix('torch.')} brings it"
     )

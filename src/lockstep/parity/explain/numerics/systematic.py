@@ -95,7 +95,8 @@ class Tested:
     distribution alone."""
     uncovered: tuple[str, ...]
     """Parameters that are in no direction: their modules are not linear in them."""
-    found: Systematic | None
+    called: Systematic | None
+    """The direction that chance does not explain; None where none was significant."""
 
     def power(self, family: str) -> np.ndarray:
         """What would have been seen of each single tensor of a family, or of what acts on the distribution.
@@ -140,7 +141,7 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         slopes = _slopes(pair, sample, best, here)
         theta = _size(gap, slopes, trainer)
         effect = _moved(pair, sample, best, theta, here, slopes) - here
-    found = Systematic(
+    called = Systematic(
         best=best,
         alike=tuple(directions[row] for row in alike(sums, scored.best)[1:]),
         t=float(scored.t[scored.best]),
@@ -150,7 +151,7 @@ def systematic(pair: Pair, sample: Samples, trainer: np.ndarray) -> Tested:
         left=_size(gap - effect, slopes, trainer) / theta,
         loudest=_loudest(directions, scored.t),
     )
-    return Tested(directions, scored, sees, pulled.uncovered, found)
+    return Tested(directions, scored, sees, pulled.uncovered, called)
 
 
 def _loudest(directions: Sequence[Direction], t: np.ndarray) -> str:
@@ -163,15 +164,15 @@ def _loudest(directions: Sequence[Direction], t: np.ndarray) -> str:
     return max(squares, key=lambda layer: float(np.mean(squares[layer])), default="")
 
 
-def again(pair: Pair, sample: Samples, trainer: np.ndarray, found: Systematic) -> float:
+def again(pair: Pair, sample: Samples, trainer: np.ndarray, called: Systematic) -> float:
     """t of one direction on tokens that it was not found on, signed so that the same way is above 0."""
     gap = (sample.engine_logprobs - trainer).astype(np.float64)
     with pair.exactly():
-        slopes = _slopes(pair, sample, found.best, sample.scored(pair.trainer))
+        slopes = _slopes(pair, sample, called.best, sample.scored(pair.trainer))
     by_prompt = np.bincount(
         prompt_numbers(sample.prompts)[sample.owners], slopes * token_weights(gap, trainer)
     )
-    return float(statistic(by_prompt[None])[0]) * np.sign(found.theta)
+    return float(statistic(by_prompt[None])[0]) * np.sign(called.theta)
 
 
 def _size(gap: np.ndarray, slopes: np.ndarray, trainer: np.ndarray) -> float:
@@ -185,13 +186,13 @@ def _rows(
     sample: Samples, weights: np.ndarray, pulled: Pulls, felt: dict[str, np.ndarray]
 ) -> tuple[list[Direction], np.ndarray]:
     """Every direction with its pulls, those of one prompt's samples summed: [K] and float64 [K, prompts]."""
-    found = list(of_tensors(pulled))
-    found += list(in_rows(found, sample))
+    by_direction = list(of_tensors(pulled))
+    by_direction += list(in_rows(by_direction, sample))
     for way, slopes in by_tokens(sample, felt):
-        found.append((way, np.bincount(sample.owners, slopes * weights, len(sample))))
+        by_direction.append((way, np.bincount(sample.owners, slopes * weights, len(sample))))
     prompts = prompt_numbers(sample.prompts)
-    by_prompt = np.stack([np.bincount(prompts, row) for _, row in found])
-    return [direction for direction, _ in found], by_prompt
+    by_prompt = np.stack([np.bincount(prompts, row) for _, row in by_direction])
+    return [direction for direction, _ in by_direction], by_prompt
 
 
 def by_tokens(sample: Samples, felt: Mapping[str, np.ndarray]) -> list[tuple[Direction, np.ndarray]]:
@@ -200,10 +201,12 @@ def by_tokens(sample: Samples, felt: Mapping[str, np.ndarray]) -> list[tuple[Dir
     Args:
         felt: family → ∂ log p_i / ∂θ, float64 [T].
     """
-    found = [(Direction(family), slopes) for family, slopes in felt.items()]
+    by_direction = [(Direction(family), slopes) for family, slopes in felt.items()]
     for only, tokens in token_classes(sample).items():
-        found += [(Direction(family, only=only), felt[family] * tokens) for family in TOKEN_INTERACTIONS]
-    return found
+        by_direction += [
+            (Direction(family, only=only), felt[family] * tokens) for family in TOKEN_INTERACTIONS
+        ]
+    return by_direction
 
 
 def _slopes(pair: Pair, sample: Samples, best: Direction, here: np.ndarray) -> np.ndarray:
