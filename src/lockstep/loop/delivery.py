@@ -114,7 +114,7 @@ def _verdict(pair: Pair, lacking: Missing, version: int, moves: Moves) -> Verdic
             reason=f"not yet: about {lacking.more_needed} more tokens like these are needed",
             figures=figures,
         )
-    # Within its error all of the update may be lacking.
+    # Within its error all of the update may be missing.
     cause = "not_delivered" if lacking.share + lacking.error >= 1.0 else "partly_delivered"
     effect = np.abs(lacking.share * moves.moved)
     fix = pair.engine.fix(cause)

@@ -37,7 +37,7 @@ PROMPTS = 64
 TRIED = 4
 """Tensors that an experiment is made on: the suspect, and what these tokens can least tell from it."""
 EACH = 8
-"""Tokens drawn after each prompt."""
+"""Tokens asked after each prompt."""
 
 
 @dataclass(frozen=True, eq=False)
