@@ -74,7 +74,7 @@ class LogPart:
 
     @cached_property
     def few(self) -> Samples:
-        """Of the first rows, the first run of tokens that were sampled one after the other."""
+        """The first run of tokens that were sampled one after the other, of each of the first rows."""
         return self.logged.turns(self.every[:FEW_ROWS], FEW_TOKENS)
 
     @cached_property
@@ -206,7 +206,7 @@ class LogPart:
         return None if explanation.cause == UNEXPLAINED else explanation
 
     def explanation(self) -> NamedCause:
-        """Of the gap."""
+        """What the gap comes from."""
         if self.other is None:
             return NamedCause(UNEXPLAINED, "nothing is known of the engine that drew them", SAY_DTYPE)
         mend = CAUSES[self.other.cause].mend

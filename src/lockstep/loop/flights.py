@@ -227,7 +227,7 @@ class Flights:
             self._inbox.put(None)
 
     def figures(self) -> dict[str, float]:
-        """Of the moment, by catalog name; the engine's idle time is since the last call."""
+        """How things stand, by catalog name; the engine's idle time is since the last call."""
         with self._changed:
             state = self.schedule.state
             now = time.monotonic()

@@ -46,9 +46,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     weights_dir: str
     """The only directory that weights are read from."""
     head_dtype: str
-    """Of the last product; if not ``args["dtype"]``, by vLLM's ``head_dtype`` or, before 0.28, the plugin."""
+    """The last product's; if not ``args["dtype"]``, by vLLM's ``head_dtype`` or, before 0.28, the plugin."""
     ours: frozenset[str] = frozenset()
-    """Of ``args``, what no recipe asked for: a version that does not know it goes without."""
+    """What no recipe asked for of ``args``: a version that does not know it goes without."""
 
 
 class Ended(NamedTuple):

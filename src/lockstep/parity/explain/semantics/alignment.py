@@ -29,7 +29,7 @@ SCREENED = 3
 """Rows that an explanation is tried on before it is tried on all."""
 FARTHEST_SHIFT = 3
 SWAP_TOKENS = 8
-"""Of each completion, held against every row's prompt."""
+"""How many tokens of a completion are held against every row's prompt."""
 NEAREST = 8
 """Tokens of the right log-probability that are tried in the place of an edited one."""
 MOST_EDITS = 4

@@ -38,7 +38,7 @@ TILTS = {"singles": (-0.25, 0.25), "crowd": (-0.045, 0.045)}
 """λ of each sample: the better of two draws is like 1/T = 1.25 over one token, and 5 % like 1.045 over
 thousands."""
 SINGLES = 16
-"""Of the tokens drawn, one in so many is a single."""
+"""One in so many of the tokens drawn is a single."""
 CROWD = 64
 """Samples of each prompt of the crowd."""
 MOST_DRAWS = 4.0

@@ -20,7 +20,7 @@ from lockstep.records.tokens import SamplingParams
 
 PROMPTS = 4
 TOKENS = 8
-"""Of each sample."""
+"""So many are drawn for each sample."""
 
 
 class Grouped(NamedTuple):

@@ -14,7 +14,7 @@ from lockstep.training.trainer import Trainer
 FITTED_TOKENS = 128
 """Whole distributions that are held at once for a fit."""
 SCREENED_TOKENS = 24
-"""Of those: what a hypothesis is fitted on before it is proven on the others."""
+"""What a hypothesis is fitted on, before it is proven on the others of those."""
 
 
 class Held(NamedTuple):

@@ -22,8 +22,8 @@ from lockstep.parity.search_tolerances import EXPLAINS, LARGEST_TOP_K, LEAST_P, 
 REPETITION = tuple(float(1.0 + v) for v in np.geomspace(0.02, 1.0, 10))
 ADDED = tuple(float(v) for v in np.geomspace(0.05, 2.0, 10))
 RANKS = LARGEST_TOP_K // 4
-"""Of each token that are sorted. Not all, as where one sort does: these are sorted again for every value of
-every kind that is tried, some thirty of each."""
+"""How many of a token's candidates are sorted. Not all, as where one sort does: these are sorted again for
+every value of every kind that is tried, some thirty of each."""
 
 
 class Truncated(NamedTuple):

@@ -21,7 +21,7 @@ from lockstep.training.trainer import Trainer
 MOST_BIASED = 6
 """Tokens."""
 CANDIDATES = 4
-"""Of each step, whose bias is fitted."""
+"""Tokens of each step whose bias is fitted."""
 SIZES = tuple(float(size) for size in np.geomspace(0.02, 20.0, 11))
 """A token that is 20 nats down is as good as banned."""
 

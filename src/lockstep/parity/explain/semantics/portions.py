@@ -13,7 +13,7 @@ from lockstep.parity.search_tolerances import MOST_TEMPERATURES, OFF_QUANTILE, T
 from lockstep.records.samples import Samples
 
 ROW_TOKENS = 6
-"""Of each row, to which a temperature of its own is fitted."""
+"""Tokens of each row to which a temperature of its own is fitted."""
 SHOWN = 8
 
 

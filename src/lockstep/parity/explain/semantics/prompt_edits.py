@@ -64,7 +64,7 @@ class PromptEdit(NamedTuple):
     name: str
     """What was done, for people."""
     edit: Callable[[np.ndarray], np.ndarray]
-    """Of a prompt, int32 [P]."""
+    """What it makes of a prompt, int32 [P]."""
 
 
 def _additions(pair: Pair) -> Iterator[PromptEdit]:

@@ -46,7 +46,7 @@ class Cut:
     count: Tensor
     """How many tokens that mass is of, fewer than V: int64 [M]."""
     median_count: int
-    """Of all N places, those where nothing was cut too."""
+    """The median over all N places, those where nothing was cut too."""
 
     @property
     def last(self) -> Tensor:
