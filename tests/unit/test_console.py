@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from lockstep.cli.check import show_result
 from lockstep.cli.common import show_ladder
 from lockstep.cli.console import OBEYED, UNREAD, Console, emit, fail, guarded, printable, show
+from lockstep.cli.live import DRAWN_PER_S, NowTable
 from lockstep.cli.main import main
 from lockstep.errors import EngineError
 from lockstep.parity.ladder import LadderResult
@@ -68,14 +70,28 @@ def test_on_a_terminal_a_table_of_now_stands_under_the_lines_and_is_not_obeyed(m
 
     with guarded(), Console() as console:
         with console.live(now):
+            time.sleep(3.0 / DRAWN_PER_S)
             console.say(f"step 1 {HOSTILE}")
+            drawn = len(asked)
+            under_it = capsys.readouterr().err
         console.say("the end")
-    err = capsys.readouterr().err
-    assert f"{len(asked)} samples {SHOWN}" in err
-    assert f"step 1 {SHOWN}" in err
-    assert err.index("step 1") < err.rindex("ledger"), "the line stands above the table"
-    assert "the end" in err
-    assert len(asked) >= 2, "asked again for each drawing"
+    assert drawn >= 3, "asked again for each drawing"
+    assert f"2 samples {SHOWN}" in under_it
+    assert under_it.index("ledger") < under_it.index(f"step 1 {SHOWN}") < under_it.rindex("ledger")
+    assert "the end" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_filled_stands_as_it_was(capsys):
+    rows = [{"ledger": "4 samples"}]
+
+    def now():
+        if rows:
+            return rows.pop()
+        raise RuntimeError("dictionary changed size during iteration")
+
+    with NowTable(now, sys.stderr) as table:
+        table.above("step 1")
+    assert "4 samples" in capsys.readouterr().err
 
 
 def test_elsewhere_there_is_no_table(capsys):

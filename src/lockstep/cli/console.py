@@ -132,7 +132,8 @@ class Console:
             try:
                 yield
             finally:
-                self._table = None
+                with self._mutex:
+                    self._table = None
 
     def __enter__(self) -> Self:
         """Let the clock run, on a terminal."""

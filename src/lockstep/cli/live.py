@@ -1,5 +1,6 @@
 """The table of what a run is doing at the moment: redrawn in place on a terminal, with lines above it."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Self, TextIO
 
@@ -23,6 +24,7 @@ class NowTable:
 
     def __init__(self, now: Callable[[], Mapping[str, str]], stream: TextIO) -> None:
         self._now = now
+        self._rows: Mapping[str, str] = {}
         self._terminal = Terminal(file=stream, force_terminal=True)
         self._live = Live(
             get_renderable=self._grid,
@@ -47,7 +49,11 @@ class NowTable:
         self._terminal.print(Text(line), soft_wrap=True)
 
     def _grid(self) -> Grid:
+        # What is asked changes meanwhile, in other threads, and no lock of theirs waits for a terminal: where
+        # that goes wrong, what stood there stands once more.
+        with contextlib.suppress(RuntimeError, ValueError, KeyError):
+            self._rows = self._now()
         grid = Grid.grid(padding=(0, 2))
-        for name, value in self._now().items():
+        for name, value in self._rows.items():
             grid.add_row(Text(printable(name), "bold"), Text(printable(value)))
         return grid

@@ -1,6 +1,7 @@
 """What a recipe says of rollouts in flight: how many, how old, how they are drawn, and which are scored."""
 
 from lockstep.loop.run import Run
+from lockstep.records.samples import Samples
 from lockstep.rollout.ledger import Bound
 from lockstep.training.versions import Drawing
 
@@ -27,3 +28,11 @@ def drawing_of(run: Run) -> Drawing:
     recipe = run.recipe
     share = recipe.parity.audit_share if recipe.objective.old_logprobs == "engine" else 1.0
     return Drawing(recipe.rollout.update == "keep", share, (recipe.training.seed,))
+
+
+def lengths_of(rollouts: Samples) -> dict[int, tuple[int, ...]]:
+    """Group → tokens of each of its samples."""
+    found: dict[int, tuple[int, ...]] = {}
+    for sample in rollouts:
+        found[sample.item] = (*found.get(sample.item, ()), len(sample.token_ids))
+    return found

@@ -26,7 +26,7 @@ import numpy as np
 
 from lockstep.engines.streaming import Handle
 from lockstep.errors import EngineError
-from lockstep.loop.drawn import bound_of, drawing_of
+from lockstep.loop.drawn import bound_of, drawing_of, lengths_of
 from lockstep.loop.run import Run
 from lockstep.records.samples import Sample, Samples
 from lockstep.records.tokens import SamplingParams
@@ -126,15 +126,34 @@ class Flights:
             EngineError: of the rollout thread; or when nothing has happened for ``loop.deadline_s``.
         """
         began = time.perf_counter()
-        limit = self._run.recipe.loop.deadline_s
-        say_s = SAY_S
         with self._changed:
             self._news = time.monotonic()
+        waits = 0
+        while (groups := self._taken_within(SAY_S)) is None:
+            waits += 1
+            self._run.say(f"{self.schedule.waits_for()}, for {waits * SAY_S:g} s now")
+        step = self.schedule.state.step
+        samples = [
+            replace(sample, group=place)
+            for place, (group, drawn) in enumerate(groups)
+            for sample in self._rewards.rewards(group, drawn)
+        ]
+        waited = time.perf_counter() - began
+        task = self._run.pair.task
+        figures = task.figures() if self._run.recipe.task.max_prompt_tokens else {}
+        return Samples(samples, self._run.recipe.sampling, step=step, sample_s=waited, figures=figures)
+
+    def _taken_within(self, seconds: float) -> list[tuple[int, list[Sample]]] | None:
+        """The next step's groups with what was drawn of each; None when they are not there by then.
+
+        Raises:
+            EngineError: as :meth:`next_batch`.
+        """
+        limit = self._run.recipe.loop.deadline_s
+        until = time.monotonic() + seconds
+        with self._changed:
             while not self.schedule.ready():
                 self._raise()
-                if time.perf_counter() - began > say_s:
-                    self._run.say(f"{self.schedule.waits_for()}, for {say_s:g} s now")
-                    say_s += SAY_S
                 # Since anything happened, and not since the question alone: long answers are no deadlock
                 # while others end.
                 left = self._news + limit - time.monotonic()
@@ -145,22 +164,14 @@ class Flights:
                         expected="a group that ends, or a version that is confirmed",
                         hint="the engine's log says more; loop.deadline_s is the longest wait",
                     )
-                self._changed.wait(min(left, SAY_S))
-            step = self.schedule.state.step
+                if (patience := until - time.monotonic()) <= 0:
+                    return None
+                self._changed.wait(min(left, patience))
             with held():
                 taken = self.schedule.take()
             # References alone under the lock; rewards may take seconds, and the rollout thread goes on
             # meanwhile.
-            groups = [(found.group, self._samples[found.group]) for found in taken]
-        samples = [
-            replace(sample, group=place)
-            for place, (group, drawn) in enumerate(groups)
-            for sample in self._rewards.rewards(group, drawn)
-        ]
-        waited = time.perf_counter() - began
-        task = self._run.pair.task
-        figures = task.figures() if self._run.recipe.task.max_prompt_tokens else {}
-        return Samples(samples, self._run.recipe.sampling, step=step, sample_s=waited, figures=figures)
+            return [(chosen.group, self._samples[chosen.group]) for chosen in taken]
 
     def trained(self, rollouts: Samples) -> None:
         """The step was trained on these; the ledger closes, or the run stops. Raises ScheduleError."""
@@ -383,11 +394,3 @@ class Flights:
                     del self._samples[gone]
                     self._rewards.forget(gone)
             self._changed.notify_all()
-
-
-def lengths_of(rollouts: Samples) -> dict[int, tuple[int, ...]]:
-    """Group → tokens of each of its samples."""
-    found: dict[int, tuple[int, ...]] = {}
-    for sample in rollouts:
-        found[sample.item] = (*found.get(sample.item, ()), len(sample.token_ids))
-    return found

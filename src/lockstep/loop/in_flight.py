@@ -206,7 +206,8 @@ def _revived(run: Run, flights: Flights, death: EngineDied) -> EngineDied | None
         raise death
     run.restarts += 1
     state = flights.schedule.state
-    many = f"restart {run.restarts} of at most {most}, {len(state.in_flight)} groups are issued again"
+    lost = len(state.in_flight) + len(state.reissue)
+    many = f"restart {run.restarts} of at most {most}, {lost} groups are issued again"
     run.say(f"the engine died ({death.got}); {many}")
     flights.stop()
     try:
@@ -287,13 +288,14 @@ def _end_in_order(run: Run, flights: Flights) -> None:
     """Save the last step with all that has been drawn since, where it is proven and on record.
 
     Else the checkpoint before it is gone on from, and the step is trained again from its stored samples; so
-    is one whose samples the gate has admitted, for its weights may be between two versions.
+    is one whose samples the gate is about to admit, for the oldest weights are gone then, or has admitted,
+    for its weights may be between two versions.
     """
     state = flights.schedule.state
     run.say(f"ending: what is being drawn has {DRAIN_S:g} s to end")
     flights.stop(DRAIN_S)
-    admitted = state.training and run.layout.rollouts(state.step).is_file()
-    if admitted or flights.settled != state.step or not state.step or run.unproven:
+    judged = state.step in run.pair.trainer.versions.ring or run.layout.rollouts(state.step).is_file()
+    if (state.training and judged) or flights.settled != state.step or not state.step or run.unproven:
         return
     checkpoint(run, state.step, flights.write)
     finished = len(state.finished) + len(state.training)
@@ -321,7 +323,7 @@ def now(run: Run, flights: Flights) -> Now:
         return found
     idle, waits = (last[name] / last["step_s"] for name in ("engine_idle_s", "wait_s"))
     return found | {
-        f"step {state.step}": f"reward {last['reward_mean']:.3f}, {last['tokens_per_s']:.0f} tokens/s, "
+        "last step": f"reward {last['reward_mean']:.3f}, {last['tokens_per_s']:.0f} tokens/s, "
         f"{last['step_s']:.1f} s",
         "lag": f"{last['lag_steps']:.2f} versions, at most {last['lag_max_steps']:.0f} of {run.max_lag}",
         "idle": f"engine {idle:.0%}, trainer {waits:.0%} of the step",

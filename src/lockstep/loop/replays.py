@@ -50,6 +50,10 @@ def replay(run: Run, step: int, rollouts: Samples, before: Before) -> dict[str, 
         if entered and judged and rollouts[row].known.any():
             seen |= entered
             gap = _one(run, replayer, rollouts, row, max(entered), scored=audited[row])
+    entered = {span.version for sample in rollouts for span in sample.version_spans[1:]} - seen
+    if entered:
+        told = ", ".join(map(str, sorted(entered)))
+        run.say(f"step {step + 1}: no answer that an update to version {told} entered can be replayed")
     figures = {"replay_s": time.perf_counter() - began}
     return figures if gap is None else figures | {"replay_gap_abs_max_nats": gap}
 

@@ -37,15 +37,15 @@ class Ring:
         if not self.depth:
             return
         # A resumed run trains a step again, and makes its version a second time.
-        self._held.pop(version, None)
-        while len(self._held) >= self.depth:
-            self._forget(min(self._held))
         if self._directory is None:
             self._held[version] = weights
-            return
-        path = self._directory / f"version-{version:06d}.safetensors"
-        save_file({name: value.contiguous() for name, value in weights.values.items()}, path)
-        self._held[version] = path
+        else:
+            path = self._directory / f"version-{version:06d}.safetensors"
+            save_file({name: value.contiguous() for name, value in weights.values.items()}, path)
+            self._held[version] = path
+        # Only now: whoever is stopped before has the older ones, or this one too.
+        while len(self._held) > self.depth:
+            self._forget(min(self._held))
 
     def of(self, version: int) -> Snapshot:
         """The weights of a version. Raises KeyError for one that is not kept."""
