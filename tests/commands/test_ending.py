@@ -132,7 +132,7 @@ def test_ctrl_c_in_flight_saves_and_goes_on_and_a_second_one_ends_at_once(tmp_pa
 
     awaited(lambda: steps() >= 2, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=DRAIN_S + 3 * AT_ONCE_S)
+    _, errors = process.communicate(timeout=DRAIN_S + 60)  # what was drawn is scored, and weights are saved
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert steps() >= 2
