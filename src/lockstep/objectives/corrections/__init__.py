@@ -19,7 +19,7 @@ left, and never changes a figure by which the backend is judged.
 
 A token's gap of up to 2e-4 nats is what the order of fp32 sums brings, and counts as none (w = 1): so on a
 certified fp32 pair at equal versions each correction is the identity, bit for bit, where no gap is wider, as
-on the quick start (8e-5). In bf16 rounding itself is a gap of 0.03 nats, on which they act:
+on the quick start (1.3e-4). In bf16 rounding itself is a gap of 0.03 nats, on which they act:
 
     tis, masked_is; |gap| below 0.69             each factor is w itself
     sequence_tis; |sum of gaps| below 0.69       as these, of the sequence's sum

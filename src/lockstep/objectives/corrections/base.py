@@ -9,7 +9,7 @@ from torch import Tensor
 from lockstep.objectives.base import LossInputs
 
 ROUNDING_NATS = 2e-4
-"""|trainer − engine| of a token up to which both said the same number. The order of fp32 sums brought 1.25e-4
+"""|trainer − engine| of a token up to which both said the same number. The order of fp32 sums brought 1.3e-4
 at most in runs of SmolLM2 on three vLLM versions (docs/concepts/in-flight.md), and 4.5e-4 to single tokens
 behind random ids; a weight of 1.0002 would correct nothing."""
 
