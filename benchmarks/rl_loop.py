@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arithmetic import flops_per_s, stages
-from long_answers import WORKLOADS
+from long_answers import UNDRAWN, WORKLOADS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
@@ -73,7 +73,8 @@ def trl_config(recipe, steps, microbatch, output):
 
     samples = recipe.training.prompts_per_step * recipe.training.group_size
     # Answers that ours draws to their limit are drawn to it there.
-    longest = {"min_new_tokens": recipe.sampling.max_tokens} if recipe.sampling.max_tokens > 5 else None
+    to_the_limit = UNDRAWN in recipe.sampling.stop_token_ids
+    longest = {"min_new_tokens": recipe.sampling.max_tokens} if to_the_limit else None
     return GRPOConfig(
         output_dir=output,
         per_device_train_batch_size=microbatch,

@@ -179,7 +179,7 @@ class _Start:
     faults: tuple[str, ...]
     sign_key: bytes
     api_key_env: str
-    live: "ShowsNow | None" = None
+    live: "ShowsNow | None"
 
 
 def _run_of(
@@ -354,9 +354,8 @@ def audit(recipe: Recipe, before: str, *, api_key_env: str = "", say: Say = quie
     # The CPU wheel of 0.8.5 is numbered 0.8.5.post2.
     before = next((version for version in known.versions if before in (version, f"{version}.post2")), before)
     if before not in known.versions:
-        raise UsageError(
-            "flag --from", got=before, expected=f"one of {', '.join(known.versions)}", hint="--from 0.8.5"
-        )
+        expected = f"one of {', '.join(known.versions)}"
+        raise UsageError("flag --from", got=before, expected=expected, hint="--from 0.8.5")
     with (
         tempfile.TemporaryDirectory(prefix="lockstep-audit-") as scratch,
         open_engine(recipe, Path(scratch) / "engine.log", say, api_key_env) as running,

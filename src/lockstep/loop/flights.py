@@ -271,7 +271,7 @@ class Flights:
             before = self._run.pair.trainer.versions.before(
                 rollouts, rollouts.step or 0, drawing_of(self._run)
             )
-            rollouts.fill(sampling_logprobs=np.where(before.audited, before.logprobs, np.float32("nan")))
+            rollouts.fill(sampling_logprobs=before.scored)
             store.save(checkpoint / QUEUE, rollouts)
 
     def replayed(self, rollouts: Samples) -> None:

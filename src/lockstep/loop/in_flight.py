@@ -135,8 +135,6 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
     trainer = run.pair.trainer
     began = time.perf_counter()
     before = trainer.versions.before(rollouts, step, drawing_of(run))
-    # In the place of what is not audited stands the engine's own number, which is stored as no score.
-    known = np.where(before.audited, before.logprobs, np.float32("nan"))
     figures = {"earlier_s": time.perf_counter() - began, "replay_s": 0.0}
 
     def judge() -> None:
@@ -145,7 +143,9 @@ def train(run: Run, step: int, rollouts: Samples, *, replayed: bool = False) -> 
         trainer.versions.remember(step)  # only now: the oldest version goes
 
     if not replayed:
-        rollouts.fill(sampling_logprobs=known)  # stored with the rewards: a resume need not have the weights
+        rollouts.fill(
+            sampling_logprobs=before.scored
+        )  # stored with the rewards: a resume need not have the weights
         reward(run, step, rollouts)
     versions = rollouts.versions
     trained = train_gated(run, step, rollouts, before, judge, replayed=replayed)

@@ -54,7 +54,7 @@ def catch_up(run: Run, again: Again | None = None) -> int:
     run.say(f"resume: {newest.path.name if newest else 'no whole checkpoint, from the start'}")
     while step < run.recipe.training.steps and run.layout.rollouts(step).is_file():
         run.gate = _recorded_gate(run, step)
-        run.recorder.override = _recorded_override(run, step)
+        run.recorder.override = _override_of(run, _recorded_ladders(run, step)) if run.gate is None else None
         rollouts = store.load_step(run.layout.rollouts(step), step, run.recipe, run.pair.trainer.vocabulary)
         figures = again(step, rollouts) if again else train_gated(run, step, rollouts, replayed=True)
         if step not in recorded:  # the kill came between the gate and the step's line
@@ -80,13 +80,10 @@ def _recorded_gate(run: Run, step: int) -> Gate | None:
 
     None where no ladder passed before it and the recipe's override stood in.
     """
-    if _recorded_override(run, step) is not None:
+    ladders = _recorded_ladders(run, step)
+    if _override_of(run, ladders) is not None:
         return None
-    passed = [
-        verdict
-        for verdict in _recorded_ladders(run, step)
-        if verdict.layer == "numerics" and verdict.status == "PASS"
-    ]
+    passed = [verdict for verdict in ladders if verdict.layer == "numerics" and verdict.status == "PASS"]
     try:
         return Gate.of(run.pair, passed[-1].figures)
     except (IndexError, KeyError) as error:
@@ -98,10 +95,9 @@ def _recorded_gate(run: Run, step: int) -> Gate | None:
         ) from error
 
 
-def _recorded_override(run: Run, step: int) -> Override | None:
-    """What stood in for the ladder before a step; None where it passed."""
+def _override_of(run: Run, ladders: list[Verdict]) -> Override | None:
+    """What stood in for the last of these ladders; None where it passed."""
     sentence = run.recipe.parity.override
-    ladders = _recorded_ladders(run, step)
     # The last climb, which began with its first layer.
     first = max((n for n, verdict in enumerate(ladders) if verdict.layer == "semantics"), default=0)
     failed = any(verdict.status != "PASS" for verdict in ladders[first:])

@@ -28,6 +28,11 @@ class Before:
     audited: np.ndarray
     """bool [ΣT]: False where nothing was scored, and the engine's number stands in its place."""
 
+    @property
+    def scored(self) -> np.ndarray:
+        """float32 [ΣT], nats: the trainer's numbers alone; NaN where there is none yet, or will be none."""
+        return np.where(self.audited, self.logprobs, np.float32("nan"))
+
 
 @dataclass(frozen=True)
 class Drawing:
